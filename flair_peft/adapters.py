@@ -1,0 +1,284 @@
+"""PEFT model ⇄ adapter: inject, try, read."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+from flair_peft.errors import AdapterConfigError, UnsupportedMethodError, name_some
+
+ADAPTER_NAME = "default"
+
+# Methods that put rows of their own in front of the sentence's rows.
+_PREPENDING = frozenset({"PROMPT_TUNING", "P_TUNING"})
+
+# Methods that put past key values in front of the sentence, so that its positions start later.
+_PREFIXING = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
+
+# Methods that decompose the base's weights when they are added and keep results that no state dict holds.
+_DERIVED_FROM_BASE = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT", "SUPERTUNING"})
+
+_NEEDS_TASK_IDS = "it needs a task id with every sentence, and Flair has none to give"
+REFUSED_METHODS: Mapping[str, str] = {
+    "CPT": "PEFT offers it for causal language models only, and Flair reads hidden states",
+    "MULTITASK_PROMPT_TUNING": _NEEDS_TASK_IDS,
+    "POLY": _NEEDS_TASK_IDS,
+    "SHADOW": "it hands objects of its own from layer to layer, and its vectors depend on the padding of the batch",
+    "XLORA": "it mixes adapters that were trained before, given as paths, instead of training one",
+}
+
+
+def method_name(config: PeftConfig) -> str:
+    """Return PEFT's name of the method, such as ``"LORA"``."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def describe(config: PeftConfig) -> str:
+    """Return the method with the setting that shapes its tensors, such as ``"LORA (r=8)"``."""
+    shaping = [name for name in ("r", "num_virtual_tokens") if isinstance(getattr(config, name, None), int)]
+    return method_name(config) + "".join(f" ({name}={getattr(config, name)})" for name in shaping[:1])
+
+
+def inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Add a new adapter to the model, which is changed in place, and return the PEFT model around it.
+
+    Raises:
+        UnsupportedMethodError: the method cannot work on this architecture.
+        AdapterConfigError: the config does not fit the model, for example because its targets match no module.
+    """
+    refuse_unsupported(model, config)
+    _spell_out_layers_(model, config)
+    try:
+        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise _explain_injection(model, config, error) from error
+    repair_(peft_model)
+    return peft_model
+
+
+def inject_skeleton(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Add an adapter whose tensors a state dict will fill, without decomposing weights, data or a tokenizer.
+
+    The PEFT model carries ``config`` itself, with the initialisation it was trained from.
+    """
+    peft_model = inject(model, _without_costly_init(config))
+    peft_model.peft_config[ADAPTER_NAME] = config
+    return peft_model
+
+
+def is_derived_from_base(config: PeftConfig) -> bool:
+    """Whether the method keeps results computed from the base's weights, so that these must be there before it."""
+    return method_name(config) in _DERIVED_FROM_BASE
+
+
+def derived_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return name → tensor of what the method computed from the base's weights and no state dict holds.
+
+    A decomposition computed again on another machine may have other signs or another order.
+    """
+    stored = model.state_dict().keys()
+    state = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BufferDict):
+            state.update({f"{name}.{key}": tensor for key, tensor in module.items() if f"{name}.{key}" not in stored})
+        index = getattr(module, "scatter_index", None)
+        if isinstance(index, dict) and ADAPTER_NAME in index:
+            state[f"{name}.scatter_index.{ADAPTER_NAME}"] = index[ADAPTER_NAME]
+    return state
+
+
+def set_derived_state_(model: PeftModel, state: Mapping[str, torch.Tensor]) -> None:
+    """Put back, in place, what :func:`derived_state` returned."""
+    for name, tensor in state.items():
+        path, _, key = name.rpartition(".")
+        if path.endswith(".scatter_index"):
+            module = model.get_submodule(path.removesuffix(".scatter_index"))
+            module.scatter_index[key] = tensor.to(model.device)
+        else:
+            buffers = model.get_submodule(path)
+            buffers[key] = tensor.to(buffers[key].device)
+    repair_(model)
+
+
+def repair_(model: PeftModel) -> None:
+    """Make right, in place, what PEFT leaves wrong after adding an adapter; see the functions called."""
+    config = model.peft_config[ADAPTER_NAME]
+    if config.peft_type == PeftType.ADALORA:
+        _freeze_rank_counts_(model)
+    if method_name(config) == "OSF":
+        _reattach_projections_(model)
+    if config.is_prompt_learning and not hasattr(model.base_model, "prepare_inputs_for_generation"):
+        # PeftModel.disable_adapter swaps this attribute, which models without a language model head do not have.
+        model.prepare_inputs_for_generation = model.base_model.prepare_inputs_for_generation = None
+
+
+def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Return if the method is not known to fail on this architecture.
+
+    Raises:
+        UnsupportedMethodError: it is; the message names the method, the architecture and the reason.
+    """
+    method = method_name(config)
+    if method in REFUSED_METHODS:
+        raise _unsupported(model, config, REFUSED_METHODS[method])
+    if getattr(config, "alora_invocation_tokens", None):
+        raise _unsupported(model, config, "activated LoRA switches on at a token of a prompt, and Flair has no prompts")
+    if method in _PREFIXING and "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise _unsupported(model, config, "its forward takes no past key values, which carry the prefix")
+
+
+def try_out(model: PeftModel, forward: Callable[[], tuple[torch.Tensor, ...]], *, rows: int) -> None:
+    """Return if one small forward pass with the adapter gives hidden states of the right shape.
+
+    Args:
+        model: the PEFT model; only named in errors.
+        forward: runs the pass and returns hidden states, each of shape (batch, rows, hidden).
+        rows: the number of rows that each sentence must have.
+
+    Raises:
+        UnsupportedMethodError: it fails or gives another shape.
+    """
+    config = model.peft_config[ADAPTER_NAME]
+    base = model.get_base_model()
+    try:
+        with torch.no_grad():
+            hidden_states = forward()
+    except Exception as error:
+        reason = f"its first forward pass fails with {type(error).__name__}: {str(error) or 'no message'}"
+        raise _unsupported(base, config, reason) from error
+    found = {states.shape[1] for states in hidden_states}
+    if any(count < rows for count in found):
+        raise _unsupported(base, config, f"it gives {sorted(found)} rows for a sentence of {rows} subtokens")
+
+
+def virtual_rows(model: PeftModel) -> int:
+    """Return how many rows of the hidden states stand in front of the sentence's own."""
+    config = model.peft_config[ADAPTER_NAME]
+    return virtual_tokens(config) if method_name(config) in _PREPENDING and not model._adapters_disabled else 0
+
+
+def virtual_tokens(config: PeftConfig) -> int:
+    """Return how many positions of the transformer the method takes from each sentence."""
+    takes_positions = method_name(config) in _PREPENDING | _PREFIXING
+    return int(getattr(config, "num_virtual_tokens", 0) or 0) if takes_positions else 0
+
+
+def trainable_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """Return name → parameter of all that the adapter trains."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def require_input_gradients_(model: PeftModel) -> None:
+    """Make the output of the input embeddings require a gradient where gradient checkpointing needs it, in place.
+
+    Reentrant checkpointing passes no gradient to parameters if none of its inputs requires one, and in a frozen base
+    none does. PEFT does this only if checkpointing was on before the adapter was added.
+    """
+    base = model.get_base_model()
+    if getattr(base, "is_gradient_checkpointing", False) and not getattr(base, "_require_grads_hook", None):
+        base.enable_input_require_grads()
+
+
+@contextlib.contextmanager
+def silence_generation_cache(model: PeftModel) -> Iterator[dict[str, Any]]:
+    """Yield the keyword arguments that keep the base from building a cache for generation."""
+    parameters = inspect.signature(model.get_base_model().forward).parameters
+    yield {name: False for name in ("use_cache", "use_mems") if name in parameters}
+
+
+def _freeze_rank_counts_(model: PeftModel) -> None:
+    """Freeze AdaLoRA's rank counts: PEFT wraps them in new trainable parameters when it casts a 16-bit adapter."""
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+
+
+def _reattach_projections_(model: PeftModel) -> None:
+    """Attach OSF's gradient projections again: casting or copying its parameters loses them.
+
+    What they project onto is brought to the dtype of the parameters.
+    """
+    for layer in model.modules():
+        if not hasattr(layer, "osf_svd_params"):
+            continue
+        dtype = layer.osf_svd_params[ADAPTER_NAME]["U_low"].dtype
+        for buffers in layer.children():
+            if isinstance(buffers, BufferDict) and ADAPTER_NAME in buffers:
+                buffers[ADAPTER_NAME] = buffers[ADAPTER_NAME].to(dtype)
+        layer._detach_hooks()
+        layer._attach_hooks(ADAPTER_NAME)
+
+
+def _spell_out_layers_(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Write ``layers_to_transform`` as a regular expression, in place, where PEFT would find no layer at all.
+
+    PEFT looks for ``<something>.layers.0.``; the layers of a decoder loaded without its head are called ``layers.0.``.
+    """
+    wanted, targets = getattr(config, "layers_to_transform", None), getattr(config, "target_modules", None)
+    if wanted is None or isinstance(targets, str) or not targets:
+        return
+    names = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{target}") for target in targets)]
+    if not names or any(re.match(r".*\.[^.]*\.(\d+)\.", name) for name in names):
+        return
+    numbers = "|".join(str(number) for number in ([wanted] if isinstance(wanted, int) else wanted))
+    config.target_modules = rf"[^.]+\.(?:{numbers})\.(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(targets)))})"
+    config.layers_to_transform = config.layers_pattern = None
+
+
+def _without_costly_init(config: PeftConfig) -> PeftConfig:
+    """Return a copy whose initialisation neither reads base weights nor data; tensors have the same shapes."""
+    fields = {field.name for field in dataclasses.fields(config)}
+    skeleton = copy.deepcopy(config)
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        skeleton.init_lora_weights = True
+    if "prompt_tuning_init" in fields:
+        from peft.tuners.prompt_tuning import PromptTuningInit
+
+        skeleton.prompt_tuning_init = PromptTuningInit.RANDOM
+    return skeleton
+
+
+def _explain_injection(model: PreTrainedModel, config: PeftConfig, error: Exception) -> AdapterConfigError:
+    targets = getattr(config, "target_modules", None)
+    if "target" in str(error).lower() and "found" in str(error).lower():
+        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+        return AdapterConfigError(
+            f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: its target_modules {targets!r} "
+            f"match no module that it can adapt. Its linear modules are called {name_some(linear, limit=12)}. "
+            'Pass some of these, or target_modules="all-linear".'
+        )
+    return _unsupported(model, config, f"PEFT says: {error}")
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, torch.nn.Linear) or type(base).__name__ == "Conv1D"
+
+
+def _unsupported(model: PreTrainedModel, config: PeftConfig, reason: str) -> UnsupportedMethodError:
+    return UnsupportedMethodError(
+        f"Cannot use {method_name(config)} on {type(model).__name__}. The reason: {reason.rstrip('.')}. "
+        "Choose another method, LoRA for example, or another base model."
+    )
+
+
+def needs_step_hook(config: PeftConfig) -> bool:
+    """Whether the method must be told after each optimiser step, so that it can move its rank budget."""
+    uses_asa = method_name(config) == "ADAMSS" and bool(getattr(config, "use_asa", False))
+    return config.peft_type == PeftType.ADALORA or uses_asa
+
+
+def depends_on_batch(config: PeftConfig) -> bool:
+    """Whether the vectors of a sentence depend on the sentences that are embedded together with it."""
+    return method_name(config) == "LILY"

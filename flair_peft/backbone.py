@@ -1,0 +1,185 @@
+"""The frozen transformer: find it, build it, give it a separator row."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    FeatureExtractionMixin,
+    LlamaTokenizerFast,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
+from transformers.modeling_utils import no_init_weights
+
+from flair_peft.dtypes import DtypeLike
+from flair_peft.errors import BaseModelNotFoundError
+
+KeywordArguments = Mapping[str, Any]
+
+# Flair reads the encoder of these; AutoModel would ask for decoder inputs.
+_ENCODER_OF_T5 = frozenset({"t5", "mt5", "longt5"})
+
+# Tried in this order for a tokenizer without a padding token; padding is masked, so any token will do.
+_PADDING_CANDIDATES = ("eos_token", "unk_token", "bos_token", "cls_token", "sep_token")
+
+
+def find_tokenizer(source: str, kwargs: KeywordArguments) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the base model.
+
+    Raises:
+        BaseModelNotFoundError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, add_prefix_space=True, **kwargs)
+    except (OSError, HFValidationError) as error:
+        raise _not_found(source) from error
+
+
+def find_feature_extractor(source: str, kwargs: KeywordArguments) -> FeatureExtractionMixin | None:
+    """Return the image preprocessing of the base model, or ``None`` where it has none."""
+    try:
+        return AutoFeatureExtractor.from_pretrained(source, apply_ocr=False, **kwargs)
+    except OSError:
+        return None
+
+
+def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTokenizerBase:
+    """Return the tokenizer from the zip file of :func:`complete_tokenizer_files`."""
+    with _unpacked(stored) as directory:
+        return AutoTokenizer.from_pretrained(directory, **kwargs)
+
+
+def unpack_feature_extractor(stored: BytesIO | None) -> FeatureExtractionMixin | None:
+    """Return the image preprocessing from the zip file that Flair wrote, or ``None`` where there is none."""
+    if stored is None:
+        return None
+    with _unpacked(stored) as directory:
+        try:
+            return AutoFeatureExtractor.from_pretrained(directory, apply_ocr=False)
+        except ValueError:
+            # Image processors are stored under a name of their own, which AutoFeatureExtractor does not read.
+            return AutoImageProcessor.from_pretrained(directory, apply_ocr=False)
+
+
+def find_model(
+    source: str,
+    *,
+    dtype: DtypeLike | None,
+    config_kwargs: KeywordArguments,
+    model_kwargs: KeywordArguments,
+) -> PreTrainedModel:
+    """Return the base model in evaluation mode, on the CPU unless ``model_kwargs`` place it elsewhere.
+
+    Args:
+        source: a directory or a Hub id.
+        dtype: of the weights; ``None`` leaves transformers its default, ``"auto"`` keeps that of the file.
+        config_kwargs: for ``AutoConfig.from_pretrained``.
+        model_kwargs: for ``AutoModel.from_pretrained``.
+
+    Raises:
+        BaseModelNotFoundError: there is none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, output_hidden_states=True, **config_kwargs)
+        wanted = {} if dtype is None else {"dtype": dtype}
+        model_class = T5EncoderModel if config.model_type in _ENCODER_OF_T5 else AutoModel
+        return model_class.from_pretrained(source, config=config, **wanted, **model_kwargs)
+    except (OSError, HFValidationError) as error:
+        raise _not_found(source) from error
+
+
+def build_model(
+    config: PretrainedConfig, *, dtype: torch.dtype | None, model_kwargs: KeywordArguments
+) -> PreTrainedModel:
+    """Return a model of this shape whose weights are not initialised: a state dict must fill every one of them.
+
+    Buffers that are not stored, such as rotary frequencies, hold their values.
+    """
+    wanted = {**model_kwargs} if dtype is None else {"dtype": dtype, **model_kwargs}
+    with no_init_weights():
+        if config.model_type in _ENCODER_OF_T5:
+            model = T5EncoderModel._from_config(config, **wanted)
+        else:
+            model = AutoModel.from_config(config, **wanted)
+    model.tie_weights()
+    return model.eval()
+
+
+def has_pooler(model: PreTrainedModel) -> bool:
+    """Whether the model has a pooler, which hidden states do not pass through."""
+    return getattr(model, "pooler", None) is not None
+
+
+def add_token_row_(model: PreTrainedModel, token_id: int) -> None:
+    """Make sure that the token has a row in the embedding matrix, in place.
+
+    A new row is the mean of all rows. transformers draws it from a normal distribution around that mean whose
+    covariance, over all rows, takes seconds to compute and is scaled to nearly nothing.
+    A vocabulary that is padded beyond its tokenizer has a row already, which is left as it is.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if token_id < rows:
+        return
+    model.resize_token_embeddings(token_id + 1, mean_resizing=False)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[rows:] = weight[:rows].float().mean(dim=0).to(weight.dtype)
+
+
+def complete_padding_(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the tokenizer pad batches on the right, in place, also where it has no padding token of its own.
+
+    With padding on the right, and masked, a sentence in a batch has the positions that it has alone.
+    """
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        candidates = (getattr(tokenizer, name, None) for name in _PADDING_CANDIDATES)
+        tokenizer.pad_token = next(token for token in candidates if token is not None)
+
+
+def complete_tokenizer_files(stored: BytesIO, tokenizer: PreTrainedTokenizerBase) -> BytesIO:
+    """Return the zip file of a tokenizer with the files that Flair leaves out and that this tokenizer needs.
+
+    Flair drops the files of the slow tokenizer wherever there is a fast one. Llama's fast tokenizer is built from the
+    slow one whenever it was given ``add_prefix_space``, which Flair always gives.
+    """
+    if not isinstance(tokenizer, LlamaTokenizerFast) or not tokenizer.can_save_slow_tokenizer:
+        return stored
+    completed = BytesIO(stored.getvalue())
+    with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(completed, "a") as files:
+        for path in tokenizer.save_vocabulary(directory):
+            if Path(path).name not in files.namelist():
+                files.write(path, Path(path).name)
+    completed.seek(0)
+    return completed
+
+
+@contextlib.contextmanager
+def _unpacked(stored: BytesIO) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(stored) as files:
+        files.extractall(directory)
+        yield directory
+
+
+def _not_found(source: str) -> BaseModelNotFoundError:
+    return BaseModelNotFoundError(
+        f"Cannot find the base model '{source}'. It is neither a directory with a transformers model nor in the local "
+        "cache, and it could not be downloaded. Check the name, or pass the path of a directory that holds "
+        "config.json, the weights and the tokenizer."
+    )

@@ -1,0 +1,117 @@
+"""PeftConfig ⇄ plain JSON: nothing that is stored needs a class to be unpickled."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import peft
+from peft import LoraConfig, PeftConfig, TaskType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from flair_peft.errors import AdapterConfigError, name_some
+
+# Facts about the file, not settings of the method; older PEFT versions do not know them.
+_METADATA_FIELDS = ("peft_version", "auto_mapping")
+
+DEFAULT_RANK = 16
+DEFAULT_ALPHA = 32
+
+
+def default_config(*, has_pooler: bool) -> LoraConfig:
+    """Return LoRA on all linear layers, the config of embeddings that were given none.
+
+    Args:
+        has_pooler: whether the transformer has a pooler. Flair reads hidden states, so it would never learn.
+    """
+    return LoraConfig(
+        r=DEFAULT_RANK,
+        lora_alpha=DEFAULT_ALPHA,
+        target_modules="all-linear",
+        exclude_modules=r"(.*\.)?pooler\..*" if has_pooler else None,
+    )
+
+
+def own_config(peft_config: Any) -> PeftConfig:
+    """Return a copy of the user's config for feature extraction; PEFT writes into the config it is given.
+
+    Raises:
+        AdapterConfigError: it is not a ``PeftConfig`` of a method.
+    """
+    if not isinstance(peft_config, PeftConfig) or peft_config.peft_type is None:
+        raise AdapterConfigError(
+            f"Cannot add an adapter from {type(peft_config).__name__}: {peft_config!r:.80}. peft_config takes an "
+            "instance of a PEFT method's config. Pass one, for example LoraConfig(r=16, lora_alpha=32)."
+        )
+    config = copy.deepcopy(peft_config)
+    config.task_type = TaskType.FEATURE_EXTRACTION
+    config.inference_mode = False
+    return config
+
+
+def encode_config(config: PeftConfig) -> dict[str, Any]:
+    """Return the config as plain JSON values.
+
+    Raises:
+        AdapterConfigError: a field holds something that JSON has no value for.
+    """
+    return {name: _to_json(value, name) for name, value in config.to_dict().items()}
+
+
+def decode_config(stored: Any) -> PeftConfig:
+    """Return the config that :func:`encode_config` wrote; a ``PeftConfig`` is returned as a copy.
+
+    Raises:
+        AdapterConfigError: the method or one of its settings is not known to the installed PEFT.
+    """
+    if isinstance(stored, PeftConfig):
+        return own_config(stored)
+    if not isinstance(stored, Mapping) or stored.get("peft_type") not in {t.value for t in PEFT_TYPE_TO_CONFIG_MAPPING}:
+        raise AdapterConfigError(
+            f"Cannot read the stored PEFT config {stored!r:.80}. PEFT {peft.__version__} knows no such method. Install "
+            "the PEFT version with which the model was trained, or a newer one."
+        )
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[stored["peft_type"]]
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
+    values = {name: value for name, value in stored.items() if name not in _METADATA_FIELDS}
+    # A setting that this version lacks and that was switched off there says nothing.
+    unknown = [name for name, value in values.items() if name not in fields and value not in (None, False, {}, [])]
+    if unknown:
+        raise AdapterConfigError(
+            f"Cannot read the stored {config_class.__name__}: PEFT {peft.__version__} does not know its settings "
+            f"{name_some(unknown)}. The model was trained with PEFT {stored.get('peft_version', '(unknown)')}. "
+            "Install that version or a newer one."
+        )
+    hints = typing.get_type_hints(config_class)
+    config = config_class(**{n: _to_dataclass(v, hints.get(n)) for n, v in values.items() if n in fields})
+    return own_config(config)
+
+
+def _to_json(value: Any, where: str) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (set, frozenset)):
+        return sorted(_to_json(item, where) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item, where) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _to_json(item, f"{where}.{key}") for key, item in value.items()}
+    raise AdapterConfigError(
+        f"Cannot store the PEFT config: its setting '{where}' is a {type(value).__name__}. Files hold the config as "
+        "plain JSON, so that no code runs from them. Use numbers, strings, lists or dictionaries with string keys."
+    )
+
+
+def _to_dataclass(value: Any, hint: Any) -> Any:
+    """Return a stored dictionary as the dataclass that the field is annotated with, unless a dictionary is fine too."""
+    candidates = [hint, *typing.get_args(hint)]
+    nested = next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
+    if nested is None or dict in candidates or not isinstance(value, Mapping):
+        return value
+    return nested(**value)

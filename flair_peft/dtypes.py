@@ -1,0 +1,231 @@
+"""Choose, record and align dtypes: one rule, at the boundary between embeddings and head.
+
+The base keeps the dtype it was asked for. Embeddings leave in the dtype of the head that consumes them. A head trains
+in fp32. After loading, the head of a default classifier that consists of linear layers is cast to the base's dtype.
+Heads with a CRF, an RNN or prototypes stay in fp32, because their arithmetic needs it, and so does the tagger, which
+hands its scores to numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from flair.embeddings import Embeddings, StackedEmbeddings
+from flair.models import MultitaskModel
+from flair.models.tars_model import FewshotClassifier
+from flair.nn import Model
+from flair.nn.model import DefaultClassifier
+
+from flair_peft.errors import AdapterConfigError, DtypeMismatchError
+
+DtypeLike = str | torch.dtype
+
+_MASTERS = "_flair_peft_head_masters"
+
+
+class AdaptedEmbeddings(Protocol):
+    """What this module needs to know of embeddings with an adapter."""
+
+    name: str
+    head_dtype: torch.dtype | None
+    output_dtype: torch.dtype
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Dtype of the frozen transformer."""
+
+
+def parse_dtype(dtype: DtypeLike) -> torch.dtype:
+    """Return the floating-point dtype that is meant by ``"bfloat16"``, ``"torch.bfloat16"`` or the dtype itself.
+
+    Raises:
+        AdapterConfigError: it names no floating-point dtype of torch.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise AdapterConfigError(
+            f"Cannot use dtype {dtype!r}. It names no floating-point dtype of torch. Pass 'float32', 'bfloat16' or "
+            "'float16', or the torch.dtype itself."
+        )
+    return found
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """Return ``"bfloat16"`` for ``torch.bfloat16``, the spelling that files hold; ``None`` stays ``None``."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def requested_dtype(dtype: DtypeLike | None, *keyword_arguments: Mapping[str, Any]) -> DtypeLike | None:
+    """Return the dtype asked for, whether as ``dtype=`` or as transformers' ``torch_dtype`` in keyword arguments.
+
+    Raises:
+        AdapterConfigError: two different dtypes are asked for.
+    """
+    spellings = [(kwargs, name) for kwargs in keyword_arguments for name in ("dtype", "torch_dtype")]
+    asked: list[DtypeLike | None] = [dtype, *(kwargs.get(name) for kwargs, name in spellings)]
+    distinct = {value if value == "auto" else parse_dtype(value) for value in asked if value is not None}
+    if len(distinct) > 1:
+        raise AdapterConfigError(
+            f"Cannot choose the base's dtype: {' and '.join(sorted(map(str, distinct)))} are both asked for. `dtype=` "
+            "and transformers' `torch_dtype` mean the same. Pass one of them."
+        )
+    return distinct.pop() if distinct else None
+
+
+def align_head_(model: Model) -> None:
+    """Bring the head of a loaded model, and the output of its embeddings, to one dtype, in place.
+
+    The exact values that were loaded are kept beside cast parameters: ``state_dict`` gives them back, and so does
+    :func:`restore_head_` before training. Aligning twice does the same as aligning once.
+    """
+    adapted = list(adapted_embeddings(model))
+    if not adapted:
+        return
+    restore_head_(model)
+    dtype = choose_head_dtype(model, adapted)
+    if dtype != torch.float32:
+        _cast_head_(model, dtype)
+    for embeddings in adapted:
+        embeddings.output_dtype = dtype
+
+
+def choose_head_dtype(model: Model, adapted: list[AdaptedEmbeddings]) -> torch.dtype:
+    """Return the dtype in which the head of a loaded model computes, by the rule at the top of this module."""
+    asked = {embeddings.head_dtype for embeddings in adapted if embeddings.head_dtype is not None}
+    if len(asked) == 1:
+        return asked.pop()
+    base_dtypes = {embeddings.base_dtype for embeddings in adapted}
+    if asked or len(base_dtypes) > 1 or not has_castable_head(model):
+        return torch.float32
+    return base_dtypes.pop()
+
+
+def has_castable_head(model: Model) -> bool:
+    """Whether the head consists of linear layers of Flair's default classifiers, fed by adapted embeddings only."""
+    if isinstance(model, MultitaskModel):
+        return all(has_castable_head(task) for task in model.tasks.values())
+    if isinstance(model, FewshotClassifier):
+        return has_castable_head(model.tars_model)
+    if not isinstance(model, DefaultClassifier):
+        return False
+    return all(isinstance(module, torch.nn.Linear) or _holds_no_weights(module) for module in _head_modules(model))
+
+
+def restore_head_(model: Model) -> None:
+    """Give cast head parameters the exact values back that they were loaded with, in place, and embeddings fp32 output.
+
+    Parameters keep their identity, so an optimiser built before or after sees the same objects. Values that changed
+    since the cast win over the ones kept.
+    """
+    restored = False
+    for owner in _flair_models(model):
+        masters: dict[str, torch.Tensor] = owner.__dict__.pop(_MASTERS, {})
+        tensors = dict(_own_head_tensors(owner))
+        for name, tensor in tensors.items():
+            if name in masters:
+                restored = True
+                tensor.data = _exact_value(tensor, masters[name])
+    if restored:
+        for embeddings in adapted_embeddings(model):
+            embeddings.output_dtype = torch.float32
+
+
+def check_head(model: Model) -> None:
+    """Return if every linear layer of the head has the dtype in which the embeddings leave.
+
+    Raises:
+        DtypeMismatchError: one has not; both are named.
+    """
+    outputs = {embeddings.output_dtype: embeddings.name for embeddings in adapted_embeddings(model)}
+    for name, tensor in _all_head_tensors(model):
+        if outputs and tensor.is_floating_point() and tensor.dtype not in outputs:
+            dtype, embeddings = next(iter(outputs.items()))
+            raise DtypeMismatchError(
+                f"The embeddings '{embeddings}' give {dtype_name(dtype)}, but '{name}' of the head computes in "
+                f"{dtype_name(tensor.dtype)}. The first matrix product would fail. Convert the whole model, for "
+                f"example model.to(torch.{dtype_name(dtype)}), not one of its parts."
+            )
+
+
+def adapted_embeddings(model: torch.nn.Module) -> Iterator[AdaptedEmbeddings]:
+    """Yield each embeddings module with an adapter once."""
+    for module in model.modules():
+        if is_adapted(module):
+            yield module  # type: ignore[misc]
+
+
+def is_adapted(module: torch.nn.Module) -> bool:
+    """Whether the module follows :class:`AdaptedEmbeddings`."""
+    return isinstance(module, Embeddings) and hasattr(module, "head_dtype") and hasattr(module, "base_dtype")
+
+
+def _cast_head_(model: Model, dtype: torch.dtype) -> None:
+    for owner in _flair_models(model):
+        masters: dict[str, torch.Tensor] = {}
+        for name, tensor in _own_head_tensors(owner):
+            if tensor.is_floating_point() and tensor.dtype != dtype:
+                masters[name] = tensor.data
+                tensor.data = tensor.data.to(dtype)
+        if masters:
+            owner.__dict__[_MASTERS] = masters
+            if _give_exact_values not in owner._state_dict_hooks.values():
+                owner._register_state_dict_hook(_give_exact_values)
+
+
+def _give_exact_values(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Put the values that a head was loaded with in place of their casts: files keep the head as it was trained."""
+    for name, master in module.__dict__.get(_MASTERS, {}).items():
+        key = prefix + name
+        if key in state_dict:
+            state_dict[key] = _exact_value(state_dict[key], master)
+
+
+def _exact_value(current: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
+    """Return the master if ``current`` is still its cast, else ``current`` in the master's dtype."""
+    moved = master.to(current.device)
+    return moved if torch.equal(moved.to(current.dtype), current.detach()) else current.detach().to(master.dtype)
+
+
+def _flair_models(model: torch.nn.Module) -> list[Model]:
+    return [module for module in model.modules() if isinstance(module, Model)]
+
+
+def _own_head_tensors(owner: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters and buffers of a Flair model that belong neither to a nested Flair model nor to an adapter."""
+    yield from _tensors_outside_adapters(owner, "", is_root=True)
+
+
+def _tensors_outside_adapters(
+    module: torch.nn.Module, prefix: str, *, is_root: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if is_adapted(module) or (isinstance(module, Model) and not is_root):
+        return
+    persistent = {**module._parameters, **module._buffers}
+    yield from ((prefix + name, tensor) for name, tensor in persistent.items() if tensor is not None)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _tensors_outside_adapters(child, f"{prefix}{name}.")
+
+
+def _all_head_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    names = {id(module): name for name, module in model.named_modules()}
+    for owner in _flair_models(model):
+        prefix = names[id(owner)] + "." if names[id(owner)] else ""
+        yield from ((prefix + name, tensor) for name, tensor in _own_head_tensors(owner))
+
+
+def _head_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for child in model.children():
+        if not is_adapted(child):
+            yield child
+            yield from _head_modules(child)
+
+
+def _holds_no_weights(module: torch.nn.Module) -> bool:
+    if isinstance(module, Embeddings) and not isinstance(module, StackedEmbeddings):
+        return False  # its output is fp32, whether its weights are parameters or live in a table of its own
+    is_container = isinstance(module, (StackedEmbeddings, torch.nn.Sequential, torch.nn.ModuleList))
+    is_loss = isinstance(module, torch.nn.modules.loss._Loss)
+    return is_container or is_loss or not [*module.parameters(), *module.buffers()]

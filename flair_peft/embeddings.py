@@ -1,0 +1,598 @@
+"""Flair's transformer embeddings with a PEFT adapter that trains, saves, loads and predicts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any, Literal
+
+import flair
+import torch
+from flair.data import Sentence
+from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbeddings, TransformerWordEmbeddings
+from flair.embeddings.base import DocumentEmbeddings, TokenEmbeddings, register_embeddings
+from flair.embeddings.transformer import SENTENCE_BOUNDARY_TAG, combine_strided_tensors
+from peft import PeftConfig, PeftModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import logging as transformers_logging
+from transformers.tokenization_utils_base import LARGE_INTEGER
+
+from flair_peft import adapters, backbone, dtypes, keys
+from flair_peft import config as configs
+from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_version
+from flair_peft.errors import AdapterConfigError, ModelFileError, StateMismatchError, name_some
+
+log = logging.getLogger("flair_peft")
+
+_OUTPUT_DTYPE_MARK = "_output_dtype_mark"
+_STATE_KEY = "flair_peft_params"
+
+
+@register_embeddings
+class PeftTransformerEmbeddings(TransformerEmbeddings):
+    """Transformer embeddings whose frozen transformer carries a PEFT adapter.
+
+    Takes every keyword of :class:`flair.embeddings.TransformerEmbeddings`, with the same meaning. With the adapter
+    switched off (``with embeddings.model.disable_adapter(): …``) the vectors are those of the stock class.
+
+    ``model`` holds the :class:`peft.PeftModel`. Embeddings whose weights can change are always computed, never taken
+    from what a sentence stored before.
+    """
+
+    def __init__(
+        self,
+        model: str = "bert-base-uncased",
+        fine_tune: bool = True,
+        layers: str = "-1",
+        layer_mean: bool = True,
+        subtoken_pooling: Literal["first", "last", "first_last", "mean"] = "first",
+        cls_pooling: Literal["cls", "max", "mean"] = "cls",
+        is_token_embedding: bool = True,
+        is_document_embedding: bool = True,
+        allow_long_sentences: bool = False,
+        use_context: bool | int = False,
+        respect_document_boundaries: bool = True,
+        context_dropout: float = 0.5,
+        saved_config: PretrainedConfig | None = None,
+        tokenizer_data: BytesIO | None = None,
+        feature_extractor_data: BytesIO | None = None,
+        name: str | None = None,
+        force_max_length: bool = False,
+        needs_manual_ocr: bool | None = None,
+        use_context_separator: bool = True,
+        transformers_tokenizer_kwargs: dict[str, Any] | None = None,
+        transformers_config_kwargs: dict[str, Any] | None = None,
+        transformers_model_kwargs: dict[str, Any] | None = None,
+        peft_config: PeftConfig | None = None,
+        peft_gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        dtype: dtypes.DtypeLike | None = None,
+        head_dtype: dtypes.DtypeLike | None = None,
+        keep_virtual_rows: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load a transformer and add an adapter to it.
+
+        Args:
+            model: name or directory of the base model.
+            fine_tune: if False, embeddings are computed without gradient, so the adapter cannot learn.
+            layers: hidden states to use: "all" or comma-separated indices, "-1" being the last.
+            layer_mean: average the layers; otherwise concatenate them.
+            subtoken_pooling: how the subtokens of a word become one vector.
+            cls_pooling: how a sentence becomes one vector.
+            is_token_embedding: embed words.
+            is_document_embedding: embed sentences.
+            allow_long_sentences: split sentences beyond the model's length into overlapping windows.
+            use_context: tokens of the neighbouring sentences to add on each side; True means 64.
+            respect_document_boundaries: do not take context from another document.
+            context_dropout: share of training sentences without context.
+            saved_config: shape of the transformer; given by Flair when loading. The weights then come from a file.
+            tokenizer_data: tokenizer files; given by Flair when loading.
+            feature_extractor_data: image preprocessing; given by Flair when loading.
+            name: under which vectors are stored in sentences. The default differs for each adapter, since Flair takes
+                vectors of the same name for the same vectors.
+            force_max_length: pad every batch to the model's length.
+            needs_manual_ocr: read bounding boxes from the tokens' metadata.
+            use_context_separator: mark the sentence within its context with a token of its own.
+            transformers_tokenizer_kwargs: for ``AutoTokenizer.from_pretrained``.
+            transformers_config_kwargs: for ``AutoConfig.from_pretrained``.
+            transformers_model_kwargs: for ``AutoModel.from_pretrained``; its ``torch_dtype`` means ``dtype``.
+            peft_config: of any PEFT method; None means LoRA (r=16, alpha=32) on all linear layers. Not modified.
+            peft_gradient_checkpointing_kwargs: for ``peft.prepare_model_for_kbit_training``, for quantised bases.
+            dtype: of the base model's weights, such as "bfloat16"; None leaves transformers its default.
+            head_dtype: of the head after loading; None means the base's dtype for heads of linear layers, else fp32.
+                Heads train in fp32 in any case.
+            keep_virtual_rows: read words from the rows that stock Flair reads with prompt tuning, which are off by the
+                number of virtual tokens. Only for models that stock Flair trained.
+            **kwargs: for the tokenizer, the config and the model.
+
+        Raises:
+            BaseModelNotFoundError: the base model is not found.
+            AdapterConfigError: the config is no PEFT config or does not fit the model.
+            UnsupportedMethodError: the method cannot work on this architecture.
+        """
+        # Tokenizers warn of forked processes; Flair forks none while it embeds.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        transformers_logging.set_verbosity_error()
+
+        self._check_pooling(is_token_embedding, subtoken_pooling, is_document_embedding, cls_pooling)
+        config_kwargs = {**(transformers_config_kwargs or {}), **kwargs}
+        model_kwargs = {**(transformers_model_kwargs or {}), **kwargs}
+        asked_dtype = dtypes.requested_dtype(dtype, model_kwargs)
+        model_kwargs = {key: value for key, value in model_kwargs.items() if key not in ("dtype", "torch_dtype")}
+        own_config = None if peft_config is None else configs.own_config(peft_config)
+        is_new = saved_config is None
+
+        # Attributes in the order and with the meaning that the stock constructor gives them.
+        tokenizer_kwargs = {**(transformers_tokenizer_kwargs or {}), **kwargs}
+        if tokenizer_data is None:
+            self.tokenizer = backbone.find_tokenizer(model, tokenizer_kwargs)
+            self.feature_extractor = backbone.find_feature_extractor(model, kwargs)
+        else:
+            self.tokenizer = backbone.unpack_tokenizer(tokenizer_data, tokenizer_kwargs)
+            self.feature_extractor = backbone.unpack_feature_extractor(feature_extractor_data)
+        backbone.complete_padding_(self.tokenizer)
+
+        if saved_config is None:
+            base = backbone.find_model(
+                model, dtype=asked_dtype, config_kwargs=config_kwargs, model_kwargs=model_kwargs
+            ).eval()
+        else:
+            build_dtype = None if asked_dtype in (None, "auto") else dtypes.parse_dtype(asked_dtype)
+            base = backbone.build_model(saved_config, dtype=build_dtype, model_kwargs=model_kwargs)
+        base = _place(base)
+        if own_config is None:
+            own_config = configs.default_config(has_pooler=backbone.has_pooler(base))
+            own_config = configs.own_config(own_config)
+        adapters.refuse_unsupported(base, own_config)
+        configs.encode_config(own_config)  # a config that no file can hold is refused now, not after the training
+
+        self.truncate = self.tokenizer.model_max_length <= LARGE_INTEGER
+        # Flair splits sentences by what only fast tokenizers report; stock embeddings fail at the first batch.
+        self.allow_long_sentences = allow_long_sentences and self.truncate and self.tokenizer.is_fast
+        if is_new and self.truncate:
+            # Virtual tokens take positions of the transformer that long sentences would need too.
+            self.tokenizer.model_max_length -= adapters.virtual_tokens(own_config)
+        self.stride = self.tokenizer.model_max_length // 2 if self.allow_long_sentences else 0
+        self.force_max_length = force_max_length
+        self.use_lang_emb = bool(getattr(base, "use_lang_emb", False))
+        self.base_model_name = base.name_or_path or str(model)
+        self.name = name if name is not None else _unique_name(self.base_model_name, own_config)
+        self.token_embedding = is_token_embedding
+        self.document_embedding = is_document_embedding
+        self.context_length = (64 if use_context else 0) if isinstance(use_context, bool) else use_context
+        self.context_dropout = context_dropout
+        self.respect_document_boundaries = respect_document_boundaries
+        self.layer_indexes = (
+            list(range(_count_hidden_states(base))) if layers == "all" else [int(index) for index in layers.split(",")]
+        )
+        self.cls_pooling = cls_pooling
+        self.subtoken_pooling = subtoken_pooling
+        self.layer_mean = layer_mean
+        self.fine_tune = fine_tune
+        self.static_embeddings = not fine_tune
+        self.embedding_length_internal = self._calculate_embedding_length(base)
+        if needs_manual_ocr is not None:
+            self.needs_manual_ocr = needs_manual_ocr
+        self.use_context_separator = use_context_separator
+        if use_context_separator:
+            self.tokenizer.add_special_tokens(
+                {"additional_special_tokens": [SENTENCE_BOUNDARY_TAG]}, replace_additional_special_tokens=False
+            )
+            backbone.add_token_row_(base, self.tokenizer.convert_tokens_to_ids(SENTENCE_BOUNDARY_TAG))
+
+        # The stock constructor would load a second transformer: go straight to what its base class sets up.
+        super(TransformerEmbeddings, self).__init__(**self.to_args())
+
+        self.head_dtype = None if head_dtype is None else dtypes.parse_dtype(head_dtype)
+        self.keep_virtual_rows = keep_virtual_rows
+        self.register_buffer(_OUTPUT_DTYPE_MARK, torch.empty(0, dtype=torch.float32), persistent=False)
+        self._awaits_weights = not is_new
+        self._pending: PeftConfig | None = None
+        self._pending_state: Mapping[str, torch.Tensor] = {}
+        if is_new:
+            base = _prepare_if_quantised(base, peft_gradient_checkpointing_kwargs)
+            self.model = adapters.inject(base, own_config)
+        elif adapters.is_derived_from_base(own_config):
+            self.model, self._pending = base, own_config
+        else:
+            self.model = adapters.inject_skeleton(base, own_config)
+        self._move_to(flair.device)
+        self.eval()
+        if is_new:
+            self._try_out()
+            self._report()
+
+    @property
+    def adapter_config(self) -> PeftConfig:
+        """The config of the adapter, as it was trained."""
+        return self._pending or self.model.peft_config[adapters.ADAPTER_NAME]
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The frozen transformer, without the PEFT model around it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """The dtype of the base model's weights, read from its input embeddings."""
+        return self.base_model.get_input_embeddings().weight.dtype
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """The dtype in which vectors leave: that of the head, which ``model.half()`` and the like change with it."""
+        return getattr(self, _OUTPUT_DTYPE_MARK).dtype
+
+    @output_dtype.setter
+    def output_dtype(self, dtype: torch.dtype) -> None:
+        mark = getattr(self, _OUTPUT_DTYPE_MARK)
+        mark.data = mark.data.to(dtype)
+
+    def prepare_tensors(self, sentences: list[Sentence], device: torch.device | None = None) -> dict[str, Any]:
+        """Return the model inputs for a batch; lengths come from the attention mask, not from padding ids.
+
+        The id of the padding token may stand for a real token too, where a tokenizer has none of its own.
+        """
+        backbone.complete_padding_(self.tokenizer)
+        tensors = super().prepare_tensors(sentences, device=device)
+        if "sub_token_lengths" in tensors and "attention_mask" in tensors:
+            mask = tensors["attention_mask"]
+            if self.allow_long_sentences:
+                mask = combine_strided_tensors(
+                    mask, tensors["overflow_to_sample_mapping"], self.stride // 2, self.tokenizer.model_max_length, 0
+                )
+            tensors["sub_token_lengths"] = mask.sum(dim=1)
+        return tensors
+
+    def forward(self, input_ids: torch.Tensor, **tensors: Any) -> dict[str, torch.Tensor]:
+        """Return ``{"document_embeddings": (batch, length), "token_embeddings": (batch, words, length)}``.
+
+        Takes what :meth:`prepare_tensors` returns. Pooling is Flair's own, in fp32 or wider; vectors leave in
+        :attr:`output_dtype`.
+        """
+        pooled = TransformerEmbeddings.forward(_PoolingView(self), input_ids, **tensors)
+        mark = getattr(self, _OUTPUT_DTYPE_MARK)
+        return {name: vectors.to(device=mark.device, dtype=mark.dtype) for name, vectors in pooled.items()}
+
+    def hidden_states(self, input_ids: torch.Tensor, **tensors: Any) -> tuple[torch.Tensor, ...]:
+        """Return the hidden states of the wanted layers, each (batch, subtokens, hidden), virtual tokens stripped.
+
+        They are asked for by name and without a cache: the last output of a decoder can be its cache.
+        """
+        if self._awaits_weights:
+            raise ModelFileError(
+                f"Cannot embed with '{self.name}': its weights were never loaded. It was built from stored parameters "
+                "without a state dict. Load the whole Flair model, or call load_state_dict first."
+            )
+        if self.training:
+            adapters.require_input_gradients_(self.model)
+        device = self.base_model.device
+        inputs = {name: value.to(device) for name, value in tensors.items()}
+        with adapters.silence_generation_cache(self.model) as silent:
+            output = self.model(
+                input_ids=input_ids.to(device), output_hidden_states=True, return_dict=True, **silent, **inputs
+            )
+        states = output.get("hidden_states")
+        states = output["encoder_hidden_states"] if states is None else states
+        first = 0 if self.keep_virtual_rows else adapters.virtual_rows(self.model)
+        return tuple(states[index][:, first:] for index in self.layer_indexes)
+
+    def to_params(self) -> dict[str, Any]:
+        """Return the constructor parameters as plain values, the PEFT config and the dtypes among them."""
+        params, config = super().to_params(), self.adapter_config
+        return {
+            **params,
+            "tokenizer_data": backbone.complete_tokenizer_files(params["tokenizer_data"], self.tokenizer),
+            "format_version": FormatVersion(FORMAT_VERSION),
+            "peft_config": configs.encode_config(config),
+            "dtype": dtypes.dtype_name(self.base_dtype),
+            "head_dtype": dtypes.dtype_name(self.head_dtype),
+            "keep_virtual_rows": self.keep_virtual_rows,
+            # Without this, transformers makes a fast tokenizer of the files of a slow one.
+            "transformers_tokenizer_kwargs": {} if self.tokenizer.is_fast else {"use_fast": False},
+            "derived_state": adapters.derived_state(self.model) if adapters.is_derived_from_base(config) else {},
+        }
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> PeftTransformerEmbeddings:
+        """Return embeddings of the stored shape; a state dict must fill them before they can embed.
+
+        ``params`` is not modified. Parameters of the stock classes are read too, if they hold a PEFT config.
+
+        Raises:
+            FormatVersionError: the parameters were written by a newer version.
+            ModelFileError: the architecture is not one that transformers knows.
+        """
+        params = dict(params)
+        check_format_version(params.pop("format_version", FORMAT_VERSION))
+        params["peft_config"] = configs.decode_config(params["peft_config"])
+        params["use_context"] = params.pop("context_length", 0)
+        for derived in ("truncate", "stride", "embedding_length", "use_lang_emb"):
+            params.pop(derived, None)
+        shape = dict(params.pop("config_state_dict"))
+        if shape.get("model_type") not in CONFIG_MAPPING:
+            raise ModelFileError(
+                f"Cannot rebuild the base model '{params.get('model')}': its model type {shape.get('model_type')!r} is "
+                "not part of the installed transformers. It may be newer, or come with code of its own. Upgrade "
+                "transformers to the version with which the model was trained."
+            )
+        saved_config = CONFIG_MAPPING[shape["model_type"]].from_dict(shape)
+        pending_state = params.pop("derived_state", {})
+        embeddings = cls.create_from_state(saved_config=saved_config, **params)
+        embeddings._pending_state = pending_state
+        return embeddings
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Bring the keys of a file to those of this model, then load; see :mod:`flair_peft.keys`.
+
+        Raises:
+            StateMismatchError: ``strict``, and a tensor is missing, left over, ambiguous or of another shape.
+        """
+        state_dict.pop(f"{prefix}model.embeddings.position_ids", None)  # written by transformers before 4.31
+        mine = f"{prefix}model."
+        stored = {key.removeprefix(mine): key for key in state_dict if key.startswith(mine)}
+        if self._pending is not None:
+            self._inject_into_stored_base({key: state_dict[stored[key]] for key in stored})
+        own = self.model.state_dict()
+        match = keys.match_keys(stored, own)
+        if strict:
+            self._check_match(match, own, {key: state_dict[stored[key]] for key in stored})
+        tensors = {key: state_dict.pop(stored[theirs]) for key, theirs in match.renamed.items()}
+        state_dict.update({mine + key: tensor for key, tensor in tensors.items()})
+        if self._awaits_weights:
+            self._take_dtypes_of(tensors)
+            self._awaits_weights = not match.is_exact
+        super(TransformerEmbeddings, self)._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _inject_into_stored_base(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fill the base, then add the adapter that is computed from its weights."""
+        own = self.base_model.state_dict()
+        match = keys.match_keys((key for key in tensors if not keys.is_adapter_key(key) or "base_layer" in key), own)
+        self._check_match(dataclasses.replace(match, unexpected=[]), own, tensors)
+        base_tensors = {key: tensors[theirs] for key, theirs in match.renamed.items()}
+        self._take_dtypes_of(base_tensors)
+        self.base_model.load_state_dict(base_tensors)
+        assert self._pending is not None
+        self.model = adapters.inject(self.base_model, self._pending)
+        adapters.set_derived_state_(self.model, self._pending_state)
+        self._pending, self._pending_state = None, {}
+
+    def _check_match(
+        self, match: keys.KeyMatch, own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
+    ) -> None:
+        shapes = [
+            f"{key} ({tuple(stored[theirs].shape)} instead of {tuple(own[key].shape)})"
+            for key, theirs in match.renamed.items()
+            if stored[theirs].shape != own[key].shape
+        ]
+        problems = {
+            "missing in the file": match.missing,
+            "not known to the model": match.unexpected,
+            "meaning the same tensor": match.ambiguous,
+            "of another shape": shapes,
+        }
+        found = "; ".join(f"{what}: {name_some(names)}" for what, names in problems.items() if names)
+        if found:
+            raise StateMismatchError(
+                f"Cannot load the weights of '{self.name}': {found}. The adapter is "
+                f"{adapters.describe(self.adapter_config)} on {type(self.base_model).__name__}. Load the "
+                "file with the PEFT config and the base model that it was trained with."
+            )
+
+    def _take_dtypes_of(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give each weight the dtype that it was stored in: a base can hold several, as T5 does in fp16."""
+        for name, parameter in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            stored = tensors.get(name)
+            if stored is not None and parameter.is_floating_point() and parameter.dtype != stored.dtype:
+                parameter.data = parameter.data.to(stored.dtype)
+
+    def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
+        """Whether stored vectors can be reused: never while the weights that they depend on can change."""
+        return not self.fine_tune and super()._everything_embedded(data_points)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PeftTransformerEmbeddings:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if isinstance(clone.model, PeftModel):
+            adapters.repair_(clone.model)
+        return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {_STATE_KEY: self.to_params(), "state_dict": self.state_dict(), "output_dtype": self.output_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if _STATE_KEY not in state:
+            super().__setstate__(state)
+            return
+        loaded = self.from_params(state[_STATE_KEY])
+        loaded.load_state_dict(state["state_dict"])
+        loaded.output_dtype = state["output_dtype"]
+        self.__dict__.update(loaded.__dict__)
+
+    def _move_to(self, device: str | torch.device) -> None:
+        if not getattr(self.base_model, "quantization_method", None):
+            self.to(device)
+        else:
+            getattr(self, _OUTPUT_DTYPE_MARK).data = getattr(self, _OUTPUT_DTYPE_MARK).data.to(device)
+
+    def _try_out(self) -> None:
+        encoded = self.tokenizer("a", return_tensors="pt") if not self.tokenizer_needs_ocr_boxes else None
+        ids = torch.tensor([[0]]) if encoded is None or encoded["input_ids"].numel() == 0 else encoded["input_ids"]
+        inputs = {"attention_mask": torch.ones_like(ids)}
+        adapters.try_out(self.model, lambda: self.hidden_states(ids, **inputs), rows=ids.shape[1])
+
+    def _report(self) -> None:
+        trainable, total = self.model.get_nb_trainable_parameters()
+        log.info("%s: %s of %s parameters are trained (%.2f %%).", self.name, trainable, total, 100 * trainable / total)
+        if adapters.depends_on_batch(self.adapter_config):
+            log.warning(
+                "%s weighs its parts by an average over the batch: the vectors of a sentence depend on the sentences "
+                "that are embedded with it. Predict with the same mini_batch_size and order to get the same labels.",
+                adapters.method_name(self.adapter_config),
+            )
+        if not self.fine_tune:
+            log.warning(
+                "The adapter of '%s' cannot learn: with fine_tune=False Flair embeds without gradient. Its weights "
+                "stay as they are now. Pass fine_tune=True to train it.",
+                self.name,
+            )
+
+    @staticmethod
+    def _check_pooling(
+        is_token_embedding: bool, subtoken_pooling: str, is_document_embedding: bool, cls_pooling: str
+    ) -> None:
+        if is_document_embedding and cls_pooling not in ("cls", "max", "mean"):
+            raise ValueError(f"Document Pooling operation `{cls_pooling}` is not defined for TransformerEmbedding")
+        if is_token_embedding and subtoken_pooling not in ("first", "last", "first_last", "mean"):
+            raise ValueError(f"Subtoken Pooling operation `{subtoken_pooling}` is not defined for TransformerEmbedding")
+
+
+@register_embeddings
+class PeftTransformerWordEmbeddings(TransformerWordEmbeddings, PeftTransformerEmbeddings):
+    """Word embeddings from a transformer with an adapter; see :class:`PeftTransformerEmbeddings`."""
+
+    def __init__(
+        self,
+        model: str = "bert-base-uncased",
+        is_document_embedding: bool = False,
+        allow_long_sentences: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Load a transformer and add an adapter to it.
+
+        Args:
+            model: name or directory of the base model.
+            is_document_embedding: embed sentences too.
+            allow_long_sentences: split sentences beyond the model's length into overlapping windows.
+            **kwargs: as for :class:`PeftTransformerEmbeddings`.
+        """
+        PeftTransformerEmbeddings.__init__(
+            self,
+            model=model,
+            is_token_embedding=True,
+            is_document_embedding=is_document_embedding,
+            allow_long_sentences=allow_long_sentences,
+            **kwargs,
+        )
+
+    def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
+        return not self.fine_tune and TokenEmbeddings._everything_embedded(self, data_points)
+
+
+@register_embeddings
+class PeftTransformerDocumentEmbeddings(TransformerDocumentEmbeddings, PeftTransformerEmbeddings):
+    """Document embeddings from a transformer with an adapter; see :class:`PeftTransformerEmbeddings`."""
+
+    def __init__(
+        self,
+        model: str = "bert-base-uncased",
+        layers: str = "-1",
+        layer_mean: bool = False,
+        is_token_embedding: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load a transformer and add an adapter to it.
+
+        Args:
+            model: name or directory of the base model.
+            layers: hidden states to use.
+            layer_mean: average the layers; otherwise concatenate them.
+            is_token_embedding: embed words too.
+            **kwargs: as for :class:`PeftTransformerEmbeddings`.
+        """
+        PeftTransformerEmbeddings.__init__(
+            self,
+            model=model,
+            layers=layers,
+            layer_mean=layer_mean,
+            is_token_embedding=is_token_embedding,
+            is_document_embedding=True,
+            **kwargs,
+        )
+
+    def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
+        return not self.fine_tune and DocumentEmbeddings._everything_embedded(self, data_points)
+
+
+class _PoolingView:
+    """The embeddings as stock ``forward`` should see them: a model that returns the wanted layers and nothing else.
+
+    Flair's pooling reads ``self.model(...)[-1]``, stacks it and takes ``self.layer_indexes`` of the stack.
+    """
+
+    def __init__(self, embeddings: PeftTransformerEmbeddings) -> None:
+        self._embeddings = embeddings
+        self.layer_indexes = list(range(len(embeddings.layer_indexes)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._embeddings, name)
+
+    def model(self, input_ids: torch.Tensor, **tensors: Any) -> tuple[tuple[torch.Tensor, ...]]:
+        """Return hidden states where Flair expects them, wide enough for its pooling, which mixes fp32 into sums."""
+        states = self._embeddings.hidden_states(input_ids, **tensors)
+        wide = torch.promote_types(states[0].dtype, torch.float32)
+        return (tuple(state.to(device=flair.device, dtype=wide) for state in states),)
+
+
+def counterpart(stock_class: type[TransformerEmbeddings]) -> type[PeftTransformerEmbeddings]:
+    """Return the class with an adapter that stands for a stock class.
+
+    Raises:
+        AdapterConfigError: there is none.
+    """
+    pairs: list[tuple[type, type[PeftTransformerEmbeddings]]] = [
+        (TransformerWordEmbeddings, PeftTransformerWordEmbeddings),
+        (TransformerDocumentEmbeddings, PeftTransformerDocumentEmbeddings),
+        (TransformerEmbeddings, PeftTransformerEmbeddings),
+    ]
+    for stock, ours in pairs:
+        if issubclass(stock_class, stock):
+            return ours
+    raise AdapterConfigError(
+        f"Cannot add an adapter to {stock_class.__name__}. Only Flair's transformer embeddings can carry one. Use "
+        "TransformerWordEmbeddings, TransformerDocumentEmbeddings or TransformerEmbeddings."
+    )
+
+
+def _unique_name(base_model_name: str, config: PeftConfig) -> str:
+    """Return a name that no other adapter has; names sort in the order of creation."""
+    method = adapters.method_name(config).lower().replace("_", "-")
+    return f"transformer-{base_model_name}-{method}-{time.time_ns():x}{os.urandom(2).hex()}"
+
+
+def _count_hidden_states(base: PreTrainedModel) -> int:
+    with torch.no_grad():
+        output = base(torch.tensor([[1]], device=base.device), output_hidden_states=True, return_dict=True)
+    states = output.get("hidden_states")
+    return len(output["encoder_hidden_states"] if states is None else states)
+
+
+def _place(base: PreTrainedModel) -> PreTrainedModel:
+    """Move the base to Flair's device, unless quantisation or a device map has placed it."""
+    if getattr(base, "quantization_method", None) or getattr(base, "hf_device_map", None):
+        return base
+    return base.to(flair.device)
+
+
+def _prepare_if_quantised(base: PreTrainedModel, kwargs: Mapping[str, Any] | None) -> PreTrainedModel:
+    if not getattr(base, "quantization_method", None):
+        return base
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(base, **(kwargs or {}))

@@ -1,0 +1,71 @@
+"""The exceptions of flair_peft, all under one root.
+
+    FlairPeftError
+    ├── AdapterConfigError        a PEFT config that is of the wrong type, matches nothing or cannot be stored
+    │   ├── UnsupportedMethodError    the method cannot work on this architecture
+    │   └── MissingConfigError        a file holds adapter weights but not the config that scales them
+    ├── BaseModelNotFoundError    the transformer is neither on disk nor in the cache nor reachable
+    ├── ModelFileError            a file that is truncated, not a Flair model, or not readable
+    │   └── FormatVersionError        written by a newer flair_peft
+    ├── StateMismatchError        tensors of a file and of the model do not fit each other
+    ├── DtypeMismatchError        embeddings and head compute in different dtypes
+    ├── TrainingSetupError        a training setting that cannot work with an adapter
+    └── UnsupportedHostError      this version of Flair cannot be patched
+
+Each also subclasses what callers of Flair, torch or transformers already catch in that place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class FlairPeftError(Exception):
+    """Root of every error that flair_peft raises on purpose."""
+
+
+class AdapterConfigError(FlairPeftError, ValueError):
+    """A PEFT config is of the wrong type, matches no module, or holds a value that cannot be stored."""
+
+
+class UnsupportedMethodError(AdapterConfigError):
+    """A PEFT method cannot work on this architecture, and the message says why."""
+
+
+class MissingConfigError(AdapterConfigError):
+    """A file holds adapter weights without the PEFT config they were trained with."""
+
+
+class BaseModelNotFoundError(FlairPeftError, OSError):
+    """The base transformer could not be found by path, in the local cache or on the Hub."""
+
+
+class ModelFileError(FlairPeftError, ValueError, RuntimeError):
+    """A model file cannot be read: truncated, not a Flair model, or damaged."""
+
+
+class FormatVersionError(ModelFileError):
+    """A model file was written by a newer version of flair_peft."""
+
+
+class StateMismatchError(FlairPeftError, RuntimeError):
+    """Tensors of a file and of the model it should fill do not fit each other."""
+
+
+class DtypeMismatchError(FlairPeftError, TypeError):
+    """The embeddings and the head that consumes them compute in different dtypes."""
+
+
+class TrainingSetupError(FlairPeftError, ValueError):
+    """A training setting cannot work with an adapter."""
+
+
+class UnsupportedHostError(FlairPeftError, ImportError):
+    """The installed Flair is not one that flair_peft knows how to patch."""
+
+
+def name_some(names: Iterable[str], limit: int = 5) -> str:
+    """Return the names sorted and quoted, at most ``limit`` of them, with a count of the rest."""
+    ordered = sorted(names)
+    shown = ", ".join(f"'{name}'" for name in ordered[:limit])
+    return shown if len(ordered) <= limit else f"{shown} and {len(ordered) - limit} more"

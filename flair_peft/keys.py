@@ -1,0 +1,121 @@
+"""State-dict key rules: pure functions over names, no tensors.
+
+PEFT spells one tensor in several ways, depending on whether a module is wrapped, on the adapter's name and on whether
+a file went through PEFT's own save. Two spellings mean the same tensor if their canonical forms are equal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+# Segments in front of every key that say only who wrapped the model; one of each, outermost first.
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "base_model.")
+
+# Segments inside a key that wrapping inserts between a module and its own weight.
+TRANSPARENT_SEGMENTS = frozenset({"base_layer"})
+
+# Parameter containers of PEFT that are not named by a method's prefix and hold one entry per adapter.
+_AUXILIARY_CONTAINERS = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original", "prompt_encoder")
+
+# VeRA and PVeRA register only the prefix of their trainable vectors; their projections are called vera_A and vera_B.
+_METHOD_PREFIXES = tuple(sorted({*PEFT_TYPE_TO_PREFIX_MAPPING.values(), "vera_", "pvera_"}))
+_PARAMETER_NAMES = frozenset({"weight", "bias"})
+
+# Flair's transformer embeddings keep their transformer in an attribute called ``model``.
+_EMBEDDED_MODEL = re.compile(r"((?:[^.]+\.)*?)model\.")
+
+
+@dataclass(frozen=True)
+class KeyMatch:
+    """How the keys of a file fit the keys of a model.
+
+    Attributes:
+        renamed: model key → file key, for every tensor that has exactly one counterpart.
+        missing: model keys that no key of the file means.
+        unexpected: file keys that no key of the model means.
+        ambiguous: file keys of which several mean the same model key, or the reverse.
+    """
+
+    renamed: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    ambiguous: list[str] = field(default_factory=list)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every tensor of both sides has exactly one counterpart."""
+        return not (self.missing or self.unexpected or self.ambiguous)
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether the key names a tensor that PEFT added, as opposed to one of the base model."""
+    segments = key.split(".")
+    return any(_is_container(segment) for segment in segments) or "base_layer" in segments
+
+
+def canonical_key(key: str) -> str:
+    """Return the spelling of a key that does not depend on wrappers, ``base_layer`` and the adapter's name."""
+    key = _strip_wrappers(key)
+    segments: list[str] = []
+    skip_name = False
+    for segment in key.split("."):
+        if skip_name and segment not in _PARAMETER_NAMES:
+            skip_name = False
+            continue
+        skip_name = False
+        if segment in TRANSPARENT_SEGMENTS:
+            continue
+        segments.append(segment)
+        skip_name = _is_container(segment)
+    return ".".join(segments)
+
+
+def match_keys(file_keys: Iterable[str], model_keys: Iterable[str]) -> KeyMatch:
+    """Pair the keys of a file with the keys of a model that mean the same tensors.
+
+    A key that stands on both sides is paired with itself before any rule is applied.
+    """
+    file_keys, model_keys = list(file_keys), list(model_keys)
+    same = set(file_keys) & set(model_keys)
+    match = KeyMatch(renamed={key: key for key in model_keys if key in same})
+    in_file = _group_by_canonical_form(key for key in file_keys if key not in same)
+    in_model = _group_by_canonical_form(key for key in model_keys if key not in same)
+    for form in [*in_model, *(form for form in in_file if form not in in_model)]:
+        theirs, ours = in_file.get(form, []), in_model.get(form, [])
+        if len(theirs) == len(ours) == 1:
+            match.renamed[ours[0]] = theirs[0]
+        elif not theirs:
+            match.missing.extend(ours)
+        elif not ours:
+            match.unexpected.extend(theirs)
+        else:
+            match.ambiguous.extend(theirs)
+    return match
+
+
+def find_adapter_prefixes(keys: Iterable[str]) -> list[str]:
+    """Return the prefixes (``"embeddings."``, ``"embeddings.list_embedding_0."``) under which adapters are stored."""
+    found = (_EMBEDDED_MODEL.match(key) for key in keys if is_adapter_key(key))
+    return sorted({match.group(1) for match in found if match})
+
+
+def _is_container(segment: str) -> bool:
+    return segment in _AUXILIARY_CONTAINERS or segment.startswith(_METHOD_PREFIXES)
+
+
+def _strip_wrappers(key: str) -> str:
+    for prefix in WRAPPER_PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _group_by_canonical_form(keys: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for key in keys:
+        groups[canonical_key(key)].append(key)
+    return groups

@@ -1,0 +1,184 @@
+"""Flair trainer plugins: what some PEFT methods need while they train, and what every adapter should be told."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from flair.nn import Model
+from flair.trainers.plugins.base import TrainerPlugin
+from peft import PeftConfig, PeftModel, PeftType
+from peft.optimizers import create_loraplus_optimizer
+
+from flair_peft import adapters, dtypes
+from flair_peft.embeddings import PeftTransformerEmbeddings
+from flair_peft.errors import TrainingSetupError, name_some
+
+log = logging.getLogger("flair_peft")
+
+
+class RankAllocationPlugin(TrainerPlugin):
+    """Moves the rank budget of AdaLoRA, or of AdaMSS with ``use_asa=True``, after each optimiser step.
+
+    Without it the ranks never change: these methods learn of gradients only through ``update_and_allocate``
+    (Zhang et al. 2023, https://arxiv.org/abs/2303.10512). It also adds the gradient of AdaLoRA's orthogonality penalty,
+    ``orth_reg_weight`` times the mean Frobenius norm of PᵀP − I, which PEFT adds to a loss that Flair does not compute.
+
+    ``AdaLoraConfig(total_step=…)`` must be the number of optimiser steps of the whole training, batches × epochs.
+
+    Example:
+        ``ModelTrainer(model, corpus).fine_tune("out", plugins=[RankAllocationPlugin()])``
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step = 0
+
+    @TrainerPlugin.hook("after_setup")
+    def compare_schedule(
+        self, dataset_size: int, mini_batch_size: int, max_epochs: int, epoch: int = 0, **_: Any
+    ) -> None:
+        """Say if the schedule of the config is not that of the training."""
+        steps = -(-dataset_size // mini_batch_size) * (max_epochs - epoch)
+        for config in self._configs():
+            planned = getattr(config, "total_step", steps)
+            if planned != steps:
+                log.warning(
+                    "%s plans for total_step=%s optimiser steps, but this training has %s. Its rank budget will follow "
+                    "the plan. Pass total_step=%s.",
+                    adapters.method_name(config),
+                    planned,
+                    steps,
+                    steps,
+                )
+
+    @TrainerPlugin.hook("before_training_optimizer_step")
+    def add_orthogonality_penalty(self, **_: Any) -> None:
+        """Add the gradient of AdaLoRA's penalty to that of the loss."""
+        for model, config in zip(_peft_models(self.model), self._configs(), strict=True):
+            weight = getattr(config, "orth_reg_weight", 0.0)
+            factors = [
+                p @ p.T if "lora_A" in name else p.T @ p
+                for name, p in model.named_parameters()
+                if p.requires_grad and ("lora_A" in name or "lora_B" in name)
+            ]
+            if weight and factors and config.peft_type == PeftType.ADALORA:
+                distances = [torch.norm(f - torch.eye(len(f), dtype=f.dtype, device=f.device)) for f in factors]
+                (weight * torch.stack(distances).mean()).backward()
+
+    @TrainerPlugin.hook("after_training_batch")
+    def update_budget(self, **_: Any) -> None:
+        """Rank the singular values by importance and mask those beyond the budget."""
+        self._step += 1
+        for model, config in zip(_peft_models(self.model), self._configs(), strict=True):
+            if adapters.needs_step_hook(config):
+                model.base_model.update_and_allocate(self._step)
+
+    def _configs(self) -> list[PeftConfig]:
+        return [model.peft_config[adapters.ADAPTER_NAME] for model in _peft_models(self.model)]
+
+
+class LoraPlusPlugin(TrainerPlugin):
+    """Trains lora_B with a higher learning rate than lora_A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
+
+    Regroups the parameters of the optimiser that Flair made, by :func:`peft.optimizers.create_loraplus_optimizer`,
+    before schedulers are built on it. Parameters outside the adapter keep the learning rates they had.
+
+    Args:
+        loraplus_lr_ratio: learning rate of lora_B divided by that of lora_A; the paper suggests 16.
+        loraplus_weight_decay: weight decay of the adapter; ``None`` keeps that of the optimiser.
+    """
+
+    def __init__(self, loraplus_lr_ratio: float = 16.0, loraplus_weight_decay: float | None = None) -> None:
+        super().__init__()
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.loraplus_weight_decay = loraplus_weight_decay
+
+    @TrainerPlugin.hook("after_setup")
+    def split_learning_rates(self, **_: Any) -> None:
+        """Give lora_A and lora_B parameter groups of their own, in place of the ones they were in."""
+        optimizer = self.trainer.optimizer
+        for peft_model in _peft_models(self.model):
+            adapter = {id(p) for p in adapters.trainable_parameters(peft_model).values()}
+            group = next(g for g in optimizer.param_groups if any(id(p) in adapter for p in g["params"]))
+            settings = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
+            decay = self.loraplus_weight_decay
+            loraplus = create_loraplus_optimizer(
+                model=peft_model,
+                optimizer_cls=type(optimizer),
+                lr=settings.pop("lr"),
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+                loraplus_weight_decay=settings.pop("weight_decay", 0.0) if decay is None else decay,
+            )
+            for existing in optimizer.param_groups:
+                existing["params"] = [p for p in existing["params"] if id(p) not in adapter]
+            for new in loraplus.param_groups:
+                if new["params"]:
+                    optimizer.add_param_group({**settings, **{k: new[k] for k in ("params", "lr", "weight_decay")}})
+
+
+class AdapterGuard(TrainerPlugin):
+    """Says at the start of a training what would otherwise show only at its end, or never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._has_seen_gradients = False
+
+    @TrainerPlugin.hook("after_setup")
+    def check_dtypes(self, **_: Any) -> None:
+        """Raise if the head could not consume the embeddings."""
+        dtypes.restore_head_(self.model)
+        dtypes.check_head(self.model)
+
+    @TrainerPlugin.hook("before_training_optimizer_step")
+    def check_gradients(self, **_: Any) -> None:
+        """Report, at the first step, adapters that learn nothing and methods that miss their plugin."""
+        if self._has_seen_gradients:
+            return
+        self._has_seen_gradients = True
+        for peft_model in _peft_models(self.model):
+            self._report_missing_plugin(peft_model)
+            self._report_missing_gradients(peft_model)
+
+    def _report_missing_plugin(self, peft_model: PeftModel) -> None:
+        config = peft_model.peft_config[adapters.ADAPTER_NAME]
+        has_plugin = any(isinstance(plugin, RankAllocationPlugin) for plugin in self.trainer.plugins)
+        if adapters.needs_step_hook(config) and not has_plugin:
+            log.warning(
+                "%s is trained without RankAllocationPlugin, so its ranks will not change: it has to be told of every "
+                "step. Pass plugins=[flair_peft.RankAllocationPlugin()] to the trainer.",
+                adapters.method_name(config),
+            )
+
+    def _report_missing_gradients(self, peft_model: PeftModel) -> None:
+        parameters = adapters.trainable_parameters(peft_model)
+        without = [name for name, p in parameters.items() if p.grad is None and ".pooler." not in f".{name}"]
+        if parameters and len(without) == len(parameters):
+            log.warning(
+                "The adapter learns nothing: none of its %s parameters received a gradient in the first step. With "
+                "fine_tune=False Flair embeds without gradient; pass fine_tune=True.",
+                len(parameters),
+            )
+        elif without:
+            log.warning("These adapter parameters received no gradient in the first step: %s.", name_some(without))
+
+
+def check_training(model: Model, *, reduce_transformer_vocab: bool) -> None:
+    """Return if Flair can train this model with these settings.
+
+    Raises:
+        TrainingSetupError: the vocabulary is to be reduced. A checkpoint written in the middle would hold the reduced
+            matrix, and a frozen one has neither gradient nor optimiser state that reducing it could save.
+    """
+    adapted = [embeddings.name for embeddings in dtypes.adapted_embeddings(model)]
+    if reduce_transformer_vocab and adapted:
+        raise TrainingSetupError(
+            f"Cannot reduce the vocabulary of {name_some(adapted)}. The embedding matrix of a base with an adapter is "
+            "frozen: it has no gradient and no optimiser state that a smaller one would save, and checkpoints written "
+            "during the training would hold the reduced matrix. Leave out reduce_transformer_vocab=True."
+        )
+
+
+def _peft_models(model: torch.nn.Module) -> list[PeftModel]:
+    return [module.model for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]

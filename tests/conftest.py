@@ -1,0 +1,66 @@
+"""What every test needs: one process-wide set of tiny base models, quiet hosts, and a hook that is as it was."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Tiny matrices are slower on several threads than on one, and tests may run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import flair
+import pytest
+import torch
+
+import flair_peft
+from tests import tiny
+
+torch.set_num_threads(1)
+flair.device = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Return a function from an architecture to the directory of its tiny base model."""
+    built: dict[str, str] = {}
+    root = tmp_path_factory.mktemp("bases")
+
+    def find(architecture: str) -> str:
+        if architecture not in built:
+            built[architecture] = str(tiny.build(architecture, root / architecture))
+        return built[architecture]
+
+    return find
+
+
+@pytest.fixture(autouse=True)
+def _quiet_flair() -> Iterator[None]:
+    """Keep Flair's training log out of the report."""
+    logger = logging.getLogger("flair")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Seed torch, and leave Flair's device and the hook as they were found."""
+    torch.manual_seed(0)
+    device, was_installed = flair.device, flair_peft.is_installed()
+    yield
+    flair.device = device
+    if flair_peft.is_installed() != was_installed:
+        (flair_peft.install if was_installed else flair_peft.uninstall)()
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Return the folder of real text beside the project, or skip where there is none."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no real text beside the project")
+    return folder
