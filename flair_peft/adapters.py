@@ -27,7 +27,8 @@ _PREPENDING = frozenset({"PROMPT_TUNING", "P_TUNING"})
 _PREFIXING = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
 
 # Methods that decompose the base's weights when they are added and keep results that no state dict holds.
-_DERIVED_FROM_BASE = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT", "SUPERTUNING"})
+# Trained tokens keep the rows that they replace, to put them back after merging.
+_DERIVED_FROM_BASE = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS"})
 
 _NEEDS_TASK_IDS = "it needs a task id with every sentence, and Flair has none to give"
 REFUSED_METHODS: Mapping[str, str] = {
@@ -37,6 +38,15 @@ REFUSED_METHODS: Mapping[str, str] = {
     "SHADOW": "it hands objects of its own from layer to layer, and its vectors depend on the padding of the batch",
     "XLORA": "it mixes adapters that were trained before, given as paths, instead of training one",
 }
+
+
+_REFUSED_SETTINGS: Mapping[str, str] = {
+    "alora_invocation_tokens": "activated LoRA switches on at a token of a prompt, and Flair has no prompts",
+    "sample_at_inference": "every prediction would be drawn anew",
+    "use_qalora": "it is written for GPTQ layers, and elsewhere PEFT trains plain LoRA without a word",
+}
+_NEEDS_DATA_FIRST = ("corda", "lora_ga")
+_WANTS_DATA = "must see data before the adapter is added, and Flair's embeddings embed only afterwards"
 
 
 def method_name(config: PeftConfig) -> str:
@@ -72,6 +82,10 @@ def inject_skeleton(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
     The PEFT model carries ``config`` itself, with the initialisation it was trained from.
     """
+    if getattr(config, "kasa_config", None):
+        # Its decomposition does not converge on memory that was never initialised.
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
     peft_model = inject(model, _without_costly_init(config))
     peft_model.peft_config[ADAPTER_NAME] = config
     return peft_model
@@ -79,7 +93,8 @@ def inject_skeleton(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
 def is_derived_from_base(config: PeftConfig) -> bool:
     """Whether the method keeps results computed from the base's weights, so that these must be there before it."""
-    return method_name(config) in _DERIVED_FROM_BASE
+    trains_tokens = bool(getattr(config, "trainable_token_indices", None))
+    return method_name(config) in _DERIVED_FROM_BASE or trains_tokens
 
 
 def derived_state(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -132,8 +147,11 @@ def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
     method = method_name(config)
     if method in REFUSED_METHODS:
         raise _unsupported(model, config, REFUSED_METHODS[method])
-    if getattr(config, "alora_invocation_tokens", None):
-        raise _unsupported(model, config, "activated LoRA switches on at a token of a prompt, and Flair has no prompts")
+    for setting, reason in _REFUSED_SETTINGS.items():
+        if getattr(config, setting, None):
+            raise _unsupported(model, config, f"{setting}: {reason}")
+    if getattr(config, "init_lora_weights", None) in _NEEDS_DATA_FIRST:
+        raise _unsupported(model, config, f"init_lora_weights={config.init_lora_weights!r} {_WANTS_DATA}")
     if method in _PREFIXING and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise _unsupported(model, config, "its forward takes no past key values, which carry the prefix")
 

@@ -99,9 +99,12 @@ def find_model(
         config = AutoConfig.from_pretrained(source, output_hidden_states=True, **config_kwargs)
         wanted = {} if dtype is None else {"dtype": dtype}
         model_class = T5EncoderModel if config.model_type in _ENCODER_OF_T5 else AutoModel
-        return model_class.from_pretrained(source, config=config, **wanted, **model_kwargs)
+        model = model_class.from_pretrained(source, config=config, **wanted, **model_kwargs)
     except (OSError, HFValidationError) as error:
         raise _not_found(source) from error
+    if dtype is not None and not getattr(model, "quantization_method", None):
+        _cast_left_overs_(model)
+    return model
 
 
 def build_model(
@@ -168,6 +171,19 @@ def complete_tokenizer_files(stored: BytesIO, tokenizer: PreTrainedTokenizerBase
                 files.write(path, Path(path).name)
     completed.seek(0)
     return completed
+
+
+def _cast_left_overs_(model: PreTrainedModel) -> None:
+    """Cast parameters that transformers left in fp32 although it was asked for another dtype, in place.
+
+    XLNet creates its attention as explicit FloatTensors, so its first matrix product fails in half precision.
+    """
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    dtype = model.get_input_embeddings().weight.dtype
+    for name, parameter in model.named_parameters():
+        is_kept = any(part in kept for part in name.split("."))
+        if parameter.is_floating_point() and parameter.dtype != dtype and not is_kept:
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextlib.contextmanager

@@ -2,19 +2,18 @@
 
 The base keeps the dtype it was asked for. Embeddings leave in the dtype of the head that consumes them. A head trains
 in fp32. After loading, the head of a default classifier that consists of linear layers is cast to the base's dtype.
-Heads with a CRF, an RNN or prototypes stay in fp32, because their arithmetic needs it, and so does the tagger, which
-hands its scores to numpy.
+Heads with a CRF, an RNN or prototypes stay in fp32, because their arithmetic needs it, and so do taggers and few-shot
+models, which hand scores and vectors to numpy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from flair.embeddings import Embeddings, StackedEmbeddings
 from flair.models import MultitaskModel
-from flair.models.tars_model import FewshotClassifier
 from flair.nn import Model
 from flair.nn.model import DefaultClassifier
 
@@ -106,10 +105,8 @@ def has_castable_head(model: Model) -> bool:
     """Whether the head consists of linear layers of Flair's default classifiers, fed by adapted embeddings only."""
     if isinstance(model, MultitaskModel):
         return all(has_castable_head(task) for task in model.tasks.values())
-    if isinstance(model, FewshotClassifier):
-        return has_castable_head(model.tars_model)
-    if not isinstance(model, DefaultClassifier):
-        return False
+    if not isinstance(model, DefaultClassifier) or type(model)._mask_scores is not DefaultClassifier._mask_scores:
+        return False  # a class that masks scores does so in a tensor of fp32
     return all(isinstance(module, torch.nn.Linear) or _holds_no_weights(module) for module in _head_modules(model))
 
 
@@ -130,6 +127,28 @@ def restore_head_(model: Model) -> None:
     if restored:
         for embeddings in adapted_embeddings(model):
             embeddings.output_dtype = torch.float32
+
+
+def convert_(model: Model, convert: Callable[[], Model]) -> Model:
+    """Convert a model to another dtype or device, in place, but leave a head that needs fp32 in it.
+
+    Args:
+        model: with adapted embeddings.
+        convert: what ``model.half()``, ``model.to(…)`` and the like do.
+    """
+    if has_castable_head(model):
+        return convert()
+    exact = {name: tensor.data for name, tensor in _all_head_tensors(model) if tensor.dtype == torch.float32}
+    convert()
+    is_narrowed = False
+    for name, tensor in _all_head_tensors(model):
+        if name in exact and tensor.dtype != torch.float32:
+            is_narrowed = True
+            tensor.data = exact[name].to(tensor.device)
+    if is_narrowed:
+        for embeddings in adapted_embeddings(model):
+            embeddings.output_dtype = torch.float32
+    return model
 
 
 def check_head(model: Model) -> None:

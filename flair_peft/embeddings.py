@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import os
 import time
@@ -362,9 +361,8 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
     def _inject_into_stored_base(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill the base, then add the adapter that is computed from its weights."""
         own = self.base_model.state_dict()
-        match = keys.match_keys((key for key in tensors if not keys.is_adapter_key(key) or "base_layer" in key), own)
-        self._check_match(dataclasses.replace(match, unexpected=[]), own, tensors)
-        base_tensors = {key: tensors[theirs] for key, theirs in match.renamed.items()}
+        base_tensors = {name: tensors[key] for key in tensors if (name := keys.base_key(key)) in own}
+        self._check_match(keys.match_keys(base_tensors, own), own, base_tensors)
         self._take_dtypes_of(base_tensors)
         self.base_model.load_state_dict(base_tensors)
         assert self._pending is not None

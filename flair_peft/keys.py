@@ -19,6 +19,9 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "base_model.")
 # Segments inside a key that wrapping inserts between a module and its own weight.
 TRANSPARENT_SEGMENTS = frozenset({"base_layer"})
 
+# Segments between a module of the base and the weight that PEFT's auxiliary wrappers keep aside.
+_WRAPPING_SEGMENTS = frozenset({"original_module", "token_adapter"})
+
 # Parameter containers of PEFT that are not named by a method's prefix and hold one entry per adapter.
 _AUXILIARY_CONTAINERS = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original", "prompt_encoder")
 
@@ -73,6 +76,12 @@ def canonical_key(key: str) -> str:
         segments.append(segment)
         skip_name = _is_container(segment)
     return ".".join(segments)
+
+
+def base_key(key: str) -> str | None:
+    """Return the name that a tensor has in the bare base model, or ``None`` if PEFT added the tensor."""
+    segments = [segment for segment in canonical_key(key).split(".") if segment not in _WRAPPING_SEGMENTS]
+    return None if any(_is_container(segment) for segment in segments) else ".".join(segments)
 
 
 def match_keys(file_keys: Iterable[str], model_keys: Iterable[str]) -> KeyMatch:

@@ -1,10 +1,11 @@
 """install / uninstall: the only writer into Flair.
 
-Nine attributes of Flair are replaced, each by a function that calls the original for everything that has no adapter:
+These attributes of Flair are replaced, each by a function that calls the original for everything that has no adapter:
 
 =============================================  ========================================================================
 ``load`` of ``Model`` and its subclasses       takes ``peft_config=``; reads files with adapters; aligns dtypes
-``Model.train``                                gives a cast head its fp32 values back before it trains
+``train`` of ``Model`` and its subclasses      gives a cast head its fp32 values back before it trains
+``Model._apply``                               keeps heads that need fp32 in fp32, whatever ``model.half()`` does
 ``Embeddings._everything_embedded``            never reuses vectors that depend on an adapter that can change
 ``TransformerEmbeddings.to_params``            keeps the PEFT config of stock embeddings
 ``TransformerEmbeddings.from_params``          rebuilds stock embeddings that have a PEFT config, with an adapter
@@ -36,7 +37,7 @@ from peft import PeftConfig, PeftModel
 from flair_peft import adapters, compat, dtypes, legacy, training
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
-from flair_peft.errors import FlairPeftError, StateMismatchError
+from flair_peft.errors import FlairPeftError, ModelFileError, StateMismatchError
 
 log = logging.getLogger("flair_peft")
 
@@ -106,7 +107,10 @@ def _load_replacements() -> Iterator[_Replacement]:
 
 
 def _other_replacements() -> Iterator[_Replacement]:
-    yield _Replacement(Model, "train", _training_in_fp32(vars(Model).get("train", torch.nn.Module.train)))
+    for model_class in [Model, *(c for c in _subclasses(Model) if "train" in vars(c))]:
+        original = vars(model_class).get("train", torch.nn.Module.train)
+        yield _Replacement(model_class, "train", _training_in_fp32(original))
+    yield _Replacement(Model, "_apply", _converting_by_the_rule(vars(Model).get("_apply", torch.nn.Module._apply)))
     for owner in (Embeddings, TokenEmbeddings):
         yield _Replacement(owner, "_everything_embedded", _embedding_afresh(vars(owner)["_everything_embedded"]))
     yield _Replacement(TransformerEmbeddings, "to_params", _keeping_config(vars(TransformerEmbeddings)["to_params"]))
@@ -140,6 +144,7 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
             _refuse_useless_config(peft_config, source)
             return stock_load(model_path if state is None else state)
         state = legacy.with_config(state, peft_config, source=source)
+        _check_class(cls, state, source)
         with _outermost_load(), _naming_mismatches(source):
             model = stock_load(state)
         _share_embeddings_again(model)
@@ -155,6 +160,18 @@ def _read(cls: type[Model], model_path: Any) -> tuple[str, legacy.State | None]:
         return "the given state", model_path
     path = Path(model_path)
     return str(model_path), legacy.read_state(path) if path.is_file() else None
+
+
+def _check_class(cls: type[Model], state: legacy.State, source: str) -> None:
+    """Say which class a file holds where an abstract class would try all others and print the whole state."""
+    stored = state.get("__cls__")
+    known = {subclass.__name__ for subclass in _subclasses(cls)}
+    if inspect.isabstract(cls) and stored is not None and stored not in known:
+        raise ModelFileError(
+            f"Cannot load '{source}' as a {cls.__name__}: it holds a {stored}. {cls.__name__}.load finds only classes "
+            f"that derive from {cls.__name__}. Use {stored}.load, after importing the module that defines it, or "
+            "flair.nn.Model.load."
+        )
 
 
 def _refuse_useless_config(peft_config: PeftConfig | None, source: str) -> None:
@@ -221,6 +238,16 @@ def _training_in_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, mode)
 
     return train
+
+
+def _converting_by_the_rule(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _apply(self: Model, fn: Callable[..., Any], recurse: bool = True) -> Model:
+        if not _installed or not any(dtypes.adapted_embeddings(self)):
+            return original(self, fn, recurse)
+        return dtypes.convert_(self, lambda: original(self, fn, recurse))
+
+    return _apply
 
 
 def _embedding_afresh(original: Callable[..., bool]) -> Callable[..., bool]:

@@ -1,0 +1,138 @@
+"""Every method of PEFT and every option of LoRA: it trains and comes back, or it is refused with a reason."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from flair.data import Sentence
+from flair.embeddings.base import load_embeddings
+from peft import PeftType
+from transformers import AutoTokenizer
+
+from flair_peft import PeftTransformerDocumentEmbeddings
+from flair_peft.adapters import REFUSED_METHODS, trainable_parameters
+from flair_peft.errors import UnsupportedMethodError
+from tests.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method, perturb_
+
+KINDS = {"encoder": "bert", "decoder": "llama"}
+ALL = {**METHODS, **LORA_VARIANTS, **OTHER_VARIANTS}
+TEXTS = ["Berlin is large .", "I love this wonderful movie , it is great !", "George Washington went to Washington ."]
+
+# Inits that want data before the adapter is added, when Flair's embeddings have not been built yet.
+NEEDS_DATA_FIRST = {name for name, method in ALL.items() if method.before is not None}
+
+# Layers without a prefix are spelled out by this package, and biases that are not there need no training.
+WORKS_HERE = {"layers_to_transform", "bias_all", "bias_lora_only"}
+
+
+def cases(*, working: bool) -> list[object]:
+    found = []
+    for name, method in ALL.items():
+        for kind in KINDS:
+            works = kind in method.works and name not in NEEDS_DATA_FIRST and name not in REFUSED_METHODS
+            works = works or name in WORKS_HERE
+            if works == working:
+                found.append(pytest.param(method, kind, id=f"{name}-{kind}"))
+    return found
+
+
+def embed(embeddings: PeftTransformerDocumentEmbeddings) -> torch.Tensor:
+    sentences = [Sentence(text) for text in TEXTS]
+    embeddings.eval()
+    embeddings.embed(sentences)
+    return torch.stack([sentence.get_embedding() for sentence in sentences]).detach()
+
+
+def make(
+    method: Method, kind: str, base: Callable[[str], str], dtype: torch.dtype
+) -> PeftTransformerDocumentEmbeddings:
+    with warnings.catch_warnings():
+        if method.warns:
+            warnings.filterwarnings("ignore", method.warns)
+        # PEFT's own words on layers of another shape than a method expects.
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        config = method.config(kind)
+        tokenizer = AutoTokenizer.from_pretrained(base(KINDS[kind]))
+        for setting in ("token_indices", "trainable_token_indices"):
+            if getattr(config, setting, None):
+                setattr(config, setting, tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"][1:4])
+        embeddings = PeftTransformerDocumentEmbeddings(
+            base(KINDS[kind]), peft_config=config, dtype=dtype, cls_pooling="mean"
+        )
+        if method.after is not None:
+            method.after(embeddings.model)
+    perturb_(embeddings.model, seed=3)
+    return embeddings
+
+
+def reload(embeddings: PeftTransformerDocumentEmbeddings, method: Method) -> PeftTransformerDocumentEmbeddings:
+    with warnings.catch_warnings():
+        if method.warns:
+            warnings.filterwarnings("ignore", method.warns)
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        return load_embeddings(embeddings.save_embeddings())
+
+
+def check_trains_and_comes_back(method: Method, kind: str, base: Callable[[str], str], dtype: torch.dtype) -> None:
+    embeddings = make(method, kind, base, dtype)
+    untouched = embed(embeddings)
+    assert untouched.isfinite().all()
+
+    embeddings.train()
+    sentences = [Sentence(text) for text in TEXTS]
+    embeddings.embed(sentences)
+    output = torch.stack([sentence.get_embedding() for sentence in sentences])
+    (output * torch.randn_like(output)).sum().backward()
+    parameters = trainable_parameters(embeddings.model)
+    without = {name for name, parameter in parameters.items() if parameter.grad is None}
+    expected = re.compile(method.without_gradient or r"(?!)")
+    assert parameters
+    assert {name for name in without if not expected.search(name)} == set()
+    torch.optim.SGD(parameters.values(), lr=1e-2).step()
+    trained = embed(embeddings)
+    assert not torch.equal(untouched, trained)
+
+    assert torch.equal(trained, embed(reload(embeddings, method)))
+
+
+@pytest.mark.parametrize(("method", "kind"), cases(working=True))
+def test_method_in_fp32_trains_and_comes_back_bit_equal(method: Method, kind: str, base: Callable[[str], str]) -> None:
+    """Every parameter of the adapter gets a gradient, a step changes vectors, and stored vectors come back."""
+    check_trains_and_comes_back(method, kind, base, torch.float32)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("method", "kind"), cases(working=True))
+def test_method_in_half_precision_trains_and_comes_back_bit_equal(
+    method: Method, kind: str, dtype: torch.dtype, base: Callable[[str], str]
+) -> None:
+    """The same on bf16 and fp16 bases."""
+    check_trains_and_comes_back(method, kind, base, dtype)
+
+
+@pytest.mark.parametrize(("method", "kind"), cases(working=False))
+def test_method_that_cannot_work_is_refused_at_construction(
+    method: Method, kind: str, base: Callable[[str], str]
+) -> None:
+    """The error names the method, the architecture and a reason."""
+    if torch.cuda.is_available() and method.name == "loftq":
+        pytest.skip("LoftQ's quantisation runs on a GPU")
+    with pytest.raises(UnsupportedMethodError) as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = method.config(kind)
+        PeftTransformerDocumentEmbeddings(base(KINDS[kind]), peft_config=config)
+    message = str(caught.value)
+    assert {"encoder": "BertModel", "decoder": "LlamaModel"}[kind] in message
+    assert config.peft_type.value in message
+    assert "reason" in message
+
+
+def test_every_registered_method_is_tried() -> None:
+    """A method that a new PEFT brings shows here until it is decided whether it works."""
+    assert set(METHODS) == {peft_type.value for peft_type in PeftType}
+    assert set(REFUSED_METHODS) <= set(METHODS)
