@@ -69,10 +69,13 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """
     refuse_unsupported(model, config)
     _spell_out_layers_(model, config)
+    _fill_in_sizes_(model, config)
     try:
         peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise _explain_injection(model, config, error) from error
+    if not trainable_parameters(peft_model):
+        raise _unsupported(model, config, "it finds nothing to train in this model")
     repair_(peft_model)
     return peft_model
 
@@ -254,12 +257,29 @@ def _spell_out_layers_(model: PreTrainedModel, config: PeftConfig) -> None:
     config.layers_to_transform = config.layers_pattern = None
 
 
+def _fill_in_sizes_(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Give a prompt method the sizes that it does not find under the names that it knows, in place.
+
+    Rows in front of the sentence are as wide as the input embeddings, which ELECTRA and ALBERT project afterwards.
+    """
+    sizes = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
+    if method_name(config) not in _PREPENDING:
+        return
+    for setting, name in sizes.items():
+        if getattr(config, setting, None) is None:
+            setattr(config, setting, getattr(model.config, name))
+    if config.token_dim is None:
+        config.token_dim = model.get_input_embeddings().embedding_dim
+
+
 def _without_costly_init(config: PeftConfig) -> PeftConfig:
     """Return a copy whose initialisation neither reads base weights nor data; tensors have the same shapes."""
     fields = {field.name for field in dataclasses.fields(config)}
     skeleton = copy.deepcopy(config)
     if isinstance(getattr(config, "init_lora_weights", None), str):
         skeleton.init_lora_weights = True
+    if config.peft_type == PeftType.ADALORA:
+        skeleton.rank_pattern = {}  # says which ranks are masked, not how many there are
     if "prompt_tuning_init" in fields:
         from peft.tuners.prompt_tuning import PromptTuningInit
 

@@ -361,7 +361,8 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
     def _inject_into_stored_base(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill the base, then add the adapter that is computed from its weights."""
         own = self.base_model.state_dict()
-        base_tensors = {name: tensors[key] for key in tensors if (name := keys.base_key(key)) in own}
+        named = ((keys.base_key(key), tensor) for key, tensor in tensors.items())
+        base_tensors = {name: tensor for name, tensor in named if name is not None and name in own}
         self._check_match(keys.match_keys(base_tensors, own), own, base_tensors)
         self._take_dtypes_of(base_tensors)
         self.base_model.load_state_dict(base_tensors)

@@ -73,6 +73,9 @@ class RankAllocationPlugin(TrainerPlugin):
         self._step += 1
         for model, config in zip(_peft_models(self.model), self._configs(), strict=True):
             if adapters.needs_step_hook(config):
+                for parameter in adapters.trainable_parameters(model).values():
+                    if parameter.grad is None:  # of a layer that Flair does not read, such as the pooler
+                        parameter.grad = torch.zeros_like(parameter)
                 model.base_model.update_and_allocate(self._step)
 
     def _configs(self) -> list[PeftConfig]:

@@ -1,0 +1,360 @@
+"""Flair's own trainer, unchanged, over embeddings with an adapter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flair.data import Corpus, Sentence
+from flair.datasets import FlairDatapointDataset
+from flair.embeddings import TransformerDocumentEmbeddings
+from flair.models import TextClassifier
+from flair.nn import Classifier
+from flair.trainers import ModelTrainer
+from flair.trainers.plugins.base import TrainerPlugin
+from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig
+
+from flair_peft import (
+    LoraPlusPlugin,
+    PeftTransformerDocumentEmbeddings,
+    PeftTransformerWordEmbeddings,
+    RankAllocationPlugin,
+    backbone,
+)
+from flair_peft.errors import TrainingSetupError
+from tests import round_trip
+from tests.zoo import ZOO
+
+LABELS = {"positive": ["good", "great", "wonderful", "love"], "negative": ["bad", "terrible", "hated", "awful"]}
+FRAMES = ["this movie is {} !", "I think the film was {} .", "{} , that is what it is", "so {} that she sold the book"]
+
+
+def opinions() -> list[Sentence]:
+    sentences = []
+    for label, words in LABELS.items():
+        for frame in FRAMES:
+            for word in words:
+                sentences.append(Sentence(frame.format(word)).add_label("opinion", label))
+    return sentences
+
+
+def opinion_corpus() -> Corpus:
+    parts = [FlairDatapointDataset(opinions()) for _ in range(3)]
+    return Corpus(train=parts[0], dev=parts[1], test=parts[2], name="opinions")
+
+
+def lora(**options: Any) -> LoraConfig:
+    settings = {"r": 4, "lora_alpha": 12, "init_lora_weights": False, "target_modules": ["query", "value"], **options}
+    return LoraConfig(**settings)
+
+
+def classifier(base: str, **options: Any) -> TextClassifier:
+    torch.manual_seed(1)
+    embeddings = PeftTransformerDocumentEmbeddings(base, **{"peft_config": lora(), **options})
+    dictionary = opinion_corpus().make_label_dictionary("opinion", add_unk=False)
+    return TextClassifier(embeddings, label_dictionary=dictionary, label_type="opinion")
+
+
+def train(model: TextClassifier, directory: Path, **options: Any) -> dict[str, Any]:
+    settings = {"learning_rate": 5e-3, "max_epochs": 2, "mini_batch_size": 8, **options}
+    return ModelTrainer(model, opinion_corpus()).fine_tune(directory, **settings)
+
+
+def scores(model: TextClassifier) -> list[float]:
+    sentences = opinions()
+    model.eval()
+    model.predict(sentences, label_name="predicted", return_probabilities_for_all_classes=True)
+    return [label.score for sentence in sentences for label in sentence.get_labels("predicted")]
+
+
+class Watch(TrainerPlugin):
+    """Calls a function of the trainer at each event of one kind."""
+
+    def __init__(self, event: str, look: Callable[[ModelTrainer], None]) -> None:
+        super().__init__()
+        self.event, self.look = event, look
+
+    def attach_to(self, pluggable: Any) -> None:
+        super().attach_to(pluggable)
+        self._hook_handles.append(pluggable.register_hook(lambda **_: self.look(self.trainer), self.event))
+
+
+def test_adapter_trained_by_fine_tune_learns(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A few epochs turn an untrained classifier into one that knows its training sentences."""
+    model = classifier(base("bert"))
+    result = train(model, tmp_path, max_epochs=8)
+    assert result["test_score"] > 0.9
+
+
+def test_frozen_parameters_get_neither_gradient_nor_state_nor_decay(base: Callable[[str], str], tmp_path: Path) -> None:
+    """The optimiser keeps state for the adapter and the head only, and the base keeps its very values."""
+    model = classifier(base("bert"))
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    seen: list[set[int]] = []
+
+    def look(trainer: ModelTrainer) -> None:
+        assert all(p.grad is None for name, p in model.named_parameters() if name in frozen)
+        seen.append({id(p) for p in trainer.optimizer.state})
+
+    train(model, tmp_path, plugins=[Watch("after_training_batch", look)], weight_decay=0.5)
+    assert seen[-1] == {id(p) for p in model.parameters() if p.requires_grad}
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+@pytest.mark.parametrize("start", ["train", "fine_tune"])
+def test_reported_scores_are_those_of_the_current_weights(
+    start: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Dev losses reported after each epoch equal those computed on sentences that never stored a vector."""
+    model = classifier(base("bert"))
+    reported, fresh = [], []
+
+    def look(trainer: ModelTrainer) -> None:
+        result = model.evaluate(opinions(), gold_label_type="opinion")
+        fresh.append(result.loss)
+
+    class Reported(TrainerPlugin):
+        @TrainerPlugin.hook
+        def after_evaluation(self, validation_scores: tuple[float, float], **_: Any) -> None:
+            reported.append(validation_scores[1])
+
+    plugins = [Watch("after_evaluation", look), Reported()]
+    trainer = ModelTrainer(model, opinion_corpus())
+    getattr(trainer, start)(tmp_path, learning_rate=1e-2, max_epochs=3, mini_batch_size=8, plugins=plugins)
+    assert len(set(reported)) == 3
+    assert reported == pytest.approx(fresh, rel=1e-5)
+
+
+def test_reported_scores_of_pooled_word_embeddings_are_those_of_the_current_weights(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Stock embeddings over ours do not hand out vectors of the first epoch either."""
+    entry = ZOO["text-classifier-rnn"]
+    factories = round_trip.Factories(base("bert"), lora())
+    model = entry.build(factories.words, factories.documents)
+    losses: list[tuple[float, float]] = []
+    corpus = entry.corpus()
+
+    class Compare(TrainerPlugin):
+        @TrainerPlugin.hook
+        def after_evaluation(self, validation_scores: tuple[float, float], **_: Any) -> None:
+            fresh = model.evaluate(entry.corpus().dev, gold_label_type=model.label_type)
+            losses.append((validation_scores[1], fresh.loss))
+
+    ModelTrainer(model, corpus).train(tmp_path, learning_rate=0.1, max_epochs=3, plugins=[Compare()])
+    assert len({reported for reported, _ in losses}) == 3
+    for reported, fresh in losses:
+        assert reported == pytest.approx(fresh, rel=1e-5)
+
+
+def test_best_model_is_reloaded_into_the_live_one_without_a_second_base(
+    base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After training, the live model holds the best epoch's weights in the very tensors that it had."""
+    model = classifier(base("bert"))
+    built: list[object] = []
+    build = backbone.build_model
+    monkeypatch.setattr(backbone, "build_model", lambda *a, **k: built.append(a) or build(*a, **k))
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    train(model, tmp_path, max_epochs=3, use_final_model_for_eval=False)
+    assert built == []
+    assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert scores(model) == scores(Classifier.load(tmp_path / "best-model.pt"))
+    assert built
+
+
+def test_every_file_of_a_training_loads(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Best, final and epoch models load, also where the optimiser's state was asked for."""
+    model = classifier(base("bert"))
+    train(model, tmp_path, use_final_model_for_eval=False, save_model_each_k_epochs=1, save_optimizer_state=True)
+    files = sorted(path.name for path in tmp_path.glob("*.pt"))
+    assert files == ["best-model.pt", "final-model.pt", "model_epoch_1.pt", "model_epoch_2.pt"]
+    assert scores(Classifier.load(tmp_path / "model_epoch_1.pt")) != scores(Classifier.load(tmp_path / files[1]))
+    assert scores(Classifier.load(tmp_path / "model_epoch_2.pt")) == scores(Classifier.load(tmp_path / files[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"use_amp": True}, {"mini_batch_chunk_size": 3}, {"decoder_learning_rate": 0.1}, {"train_with_dev": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_trainer_option_works_with_an_adapter(
+    options: dict[str, Any], dtype: torch.dtype, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Flair's own options train the adapter and leave a file that predicts the same."""
+    model = classifier(base("bert"), dtype=dtype)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    train(model, tmp_path, **options)
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    difference = round_trip.largest_difference(scores(model), scores(Classifier.load(tmp_path / "final-model.pt")))
+    assert difference <= round_trip.SCORE_TOLERANCE[dtype]
+
+
+def test_gradient_checkpointing_changes_no_gradient(base: Callable[[str], str]) -> None:
+    """Checkpointing switched on after the adapter was added still passes gradients to every layer."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = classifier(base("bert"))
+        if checkpointing:
+            model.embeddings.model.gradient_checkpointing_enable()
+        model.train()
+        model.forward_loss(opinions()[:4])[0].backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert any("lora_A" in name for name in gradients[0])
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_reducing_the_vocabulary_is_refused_with_an_adapter_only(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A frozen matrix gains nothing from it; stock models still may."""
+    with pytest.raises(TrainingSetupError, match="frozen"):
+        train(classifier(base("bert")), tmp_path, reduce_transformer_vocab=True)
+    dictionary = opinion_corpus().make_label_dictionary("opinion", add_unk=False)
+    stock = TextClassifier(
+        TransformerDocumentEmbeddings(base("bert")), label_dictionary=dictionary, label_type="opinion"
+    )
+    train(stock, tmp_path / "stock", reduce_transformer_vocab=True, max_epochs=1)
+
+
+def test_adapter_that_cannot_learn_is_said_at_once(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``fine_tune=False`` embeds without gradient: said when embeddings are made, and again at the first step."""
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        model = classifier(base("bert"), fine_tune=False)
+    assert "cannot learn" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        train(model, tmp_path, max_epochs=1)
+    assert "learns nothing" in caplog.text
+    assert caplog.text.count("learns nothing") == 1
+
+
+def adalora(total_step: int, **options: Any) -> AdaLoraConfig:
+    settings = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "lora_alpha": 12, **options}
+    return AdaLoraConfig(total_step=total_step, target_modules=["query", "value"], init_lora_weights=False, **settings)
+
+
+def active_ranks(model: TextClassifier) -> int:
+    """Return how many singular values AdaLoRA has not masked."""
+    values = [p for name, p in model.named_parameters() if "lora_E" in name]
+    return sum(int((value != 0).sum()) for value in values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adalora_with_its_plugin_shrinks_its_ranks(
+    dtype: torch.dtype, base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The budget falls from the initial to the target rank, and the masked ranks come back from the file."""
+    model = classifier(base("bert"), peft_config=adalora(12), dtype=dtype)
+    layers, at_start = 4, active_ranks(model)
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        train(model, tmp_path, max_epochs=3, plugins=[RankAllocationPlugin()])
+    assert caplog.text == ""
+    assert at_start == layers * 6
+    assert active_ranks(model) == layers * 2
+    assert active_ranks(Classifier.load(tmp_path / "final-model.pt")) == layers * 2
+
+
+def test_adalora_without_its_plugin_says_so_at_the_first_step(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its ranks stay as they are, which the user is told once and with what to do."""
+    model = classifier(base("bert"), peft_config=adalora(8))
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        train(model, tmp_path)
+    assert caplog.text.count("RankAllocationPlugin()") == 1
+    assert active_ranks(model) == 4 * 6
+
+
+def test_adalora_with_another_schedule_than_the_training_says_so(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``total_step`` is compared with batches × epochs."""
+    model = classifier(base("bert"), peft_config=adalora(99))
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        train(model, tmp_path, plugins=[RankAllocationPlugin()])
+    assert "total_step=99" in caplog.text
+    assert "Pass total_step=8" in caplog.text
+
+
+def test_adalora_is_pushed_towards_orthogonal_factors(base: Callable[[str], str], tmp_path: Path) -> None:
+    """The penalty that PEFT adds to a loss of its own reaches the gradient."""
+    distances = {}
+    for weight in (0.0, 50.0):
+        model = classifier(base("bert"), peft_config=adalora(40, orth_reg_weight=weight))
+        train(model, tmp_path / str(weight), max_epochs=10, plugins=[RankAllocationPlugin()], max_grad_norm=None)
+        factors = [p.detach() @ p.detach().T for name, p in model.named_parameters() if "lora_A" in name]
+        distances[weight] = sum(float(torch.norm(f - torch.eye(len(f)))) for f in factors)
+    assert distances[50.0] < 0.5 * distances[0.0]
+
+
+def test_lora_plus_gives_lora_b_its_own_learning_rate(base: Callable[[str], str], tmp_path: Path) -> None:
+    """lora_B learns ``loraplus_lr_ratio`` times as fast as lora_A; the head keeps its rate, and all are trained."""
+    model = classifier(base("bert"))
+    rates: list[dict[str, float]] = []
+
+    def look(trainer: ModelTrainer) -> None:
+        rate = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        assert len(rate) == sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+        rates.append({name: rate[id(p)] for name, p in model.named_parameters() if p.requires_grad})
+
+    plugins = [LoraPlusPlugin(loraplus_lr_ratio=10.0), Watch("after_training_batch", look)]
+    train(model, tmp_path, plugins=plugins)
+    for step in rates:
+        slow = {rate for name, rate in step.items() if "lora_A" in name or "lora_" not in name}
+        fast = {rate for name, rate in step.items() if "lora_B" in name}
+        assert len(slow) == len(fast) == 1
+        assert fast.pop() == pytest.approx(10 * slow.pop())
+    assert len({tuple(step.values()) for step in rates}) > 1
+
+
+def test_prefix_projection_survives_the_reload_of_the_best_model(base: Callable[[str], str], tmp_path: Path) -> None:
+    """The training-time encoder of the prefix comes back whole, so training goes on after the reload and the load."""
+    config = PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=16)
+    model = classifier(base("bert"), peft_config=config)
+    train(model, tmp_path, use_final_model_for_eval=False)
+    loaded = Classifier.load(tmp_path / "best-model.pt")
+    assert scores(loaded) == scores(model)
+    before = {name: p.detach().clone() for name, p in loaded.named_parameters() if "transform" in name}
+    train(loaded, tmp_path / "more")
+    assert before
+    assert all(not torch.equal(p, before[name]) for name, p in loaded.named_parameters() if name in before)
+
+
+def test_training_after_the_reload_of_the_best_model_starts_from_its_exact_head(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """The trainer's own reload casts nothing: the live head is bit-equal to the one in the file."""
+    model = classifier(base("bert"), dtype=torch.bfloat16)
+    train(model, tmp_path, use_final_model_for_eval=False)
+    stored = torch.load(tmp_path / "best-model.pt", weights_only=False)["state_dict"]
+    assert model.decoder.weight.dtype == torch.float32
+    assert torch.equal(model.decoder.weight, stored["decoder.weight"])
+    loaded = Classifier.load(tmp_path / "best-model.pt")
+    assert loaded.decoder.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.train().decoder.weight, stored["decoder.weight"])
+
+
+def test_head_of_another_dtype_is_named_before_the_training(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Converting one part of a model ends in an error that names both sides, not in a failed matrix product."""
+    model = classifier(base("bert"))
+    model.decoder.bfloat16()
+    with pytest.raises(TypeError, match=r"'decoder\.\w+' of the head computes in bfloat16"):
+        train(model, tmp_path)
+
+
+def test_word_embeddings_train_with_their_default_of_long_sentences(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A sentence longer than the model trains in windows."""
+    model = ZOO["sequence-tagger"].build(
+        lambda **kwargs: PeftTransformerWordEmbeddings(base("bert"), peft_config=lora(), **kwargs), None
+    )
+    corpus = ZOO["sequence-tagger"].corpus()
+    corpus.train[0].tokens[0].form = "x" * 200
+    ZOO["sequence-tagger"].train(model, corpus, tmp_path)
