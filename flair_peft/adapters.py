@@ -72,7 +72,7 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     _fill_in_sizes_(model, config)
     try:
         peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise _explain_injection(model, config, error) from error
     if not trainable_parameters(peft_model):
         raise _unsupported(model, config, "it finds nothing to train in this model")

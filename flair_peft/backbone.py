@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from io import BytesIO
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -28,7 +30,9 @@ from transformers import (
 from transformers.modeling_utils import no_init_weights
 
 from flair_peft.dtypes import DtypeLike
-from flair_peft.errors import BaseModelNotFoundError
+from flair_peft.errors import BaseModelNotFoundError, ModelFileError
+
+_building = threading.Lock()
 
 KeywordArguments = Mapping[str, Any]
 
@@ -47,8 +51,8 @@ def find_tokenizer(source: str, kwargs: KeywordArguments) -> PreTrainedTokenizer
     """
     try:
         return AutoTokenizer.from_pretrained(source, add_prefix_space=True, **kwargs)
-    except (OSError, HFValidationError) as error:
-        raise _not_found(source) from error
+    except (OSError, HFValidationError, ValueError, TypeError) as error:
+        raise _not_found(source, error) from error
 
 
 def find_feature_extractor(source: str, kwargs: KeywordArguments) -> FeatureExtractionMixin | None:
@@ -61,8 +65,14 @@ def find_feature_extractor(source: str, kwargs: KeywordArguments) -> FeatureExtr
 
 def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTokenizerBase:
     """Return the tokenizer from the zip file of :func:`complete_tokenizer_files`."""
-    with _unpacked(stored) as directory:
-        return AutoTokenizer.from_pretrained(directory, **kwargs)
+    try:
+        with _unpacked(stored) as directory:
+            return AutoTokenizer.from_pretrained(directory, **kwargs)
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ModelFileError(
+            f"Cannot read the stored tokenizer: {type(error).__name__}: {error}. The file is damaged. Copy or save it "
+            "again."
+        ) from error
 
 
 def unpack_feature_extractor(stored: BytesIO | None) -> FeatureExtractionMixin | None:
@@ -100,8 +110,8 @@ def find_model(
         wanted = {} if dtype is None else {"dtype": dtype}
         model_class = T5EncoderModel if config.model_type in _ENCODER_OF_T5 else AutoModel
         model = model_class.from_pretrained(source, config=config, **wanted, **model_kwargs)
-    except (OSError, HFValidationError) as error:
-        raise _not_found(source) from error
+    except (OSError, HFValidationError, ValueError, SafetensorError) as error:
+        raise _not_found(source, error) from error
     if dtype is not None and not getattr(model, "quantization_method", None):
         _cast_left_overs_(model)
     return model
@@ -115,7 +125,8 @@ def build_model(
     Buffers that are not stored, such as rotary frequencies, hold their values.
     """
     wanted = {**model_kwargs} if dtype is None else {"dtype": dtype, **model_kwargs}
-    with no_init_weights():
+    # transformers switches initialisation off for the whole process; overlapping threads would leave it off.
+    with _building, no_init_weights():
         if config.model_type in _ENCODER_OF_T5:
             model = T5EncoderModel._from_config(config, **wanted)
         else:
@@ -193,7 +204,13 @@ def _unpacked(stored: BytesIO) -> Iterator[str]:
         yield directory
 
 
-def _not_found(source: str) -> BaseModelNotFoundError:
+def _not_found(source: str, error: Exception) -> BaseModelNotFoundError:
+    if Path(source).is_dir() or not isinstance(error, OSError | HFValidationError):
+        return BaseModelNotFoundError(
+            f"Cannot load the base model from '{source}': {type(error).__name__}: "
+XX transformers model. Pass a directory that holds config.json, the weights and the "
+            "tokenizer."
+        )
     return BaseModelNotFoundError(
         f"Cannot find the base model '{source}'. It is neither a directory with a transformers model nor in the local "
         "cache, and it could not be downloaded. Check the name, or pass the path of a directory that holds "

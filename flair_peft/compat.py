@@ -52,12 +52,12 @@ def check_host() -> None:
     if Version(flair.__version__) not in FLAIR_VERSIONS:
         raise UnsupportedHostError(
             f"flair_peft cannot hook into Flair {flair.__version__}. Its hook was written for Flair {FLAIR_VERSIONS}. "
-            "Install one of those, or use the embeddings without the hook."
+            "Install one of those."
         )
     for name, expected in _EXPECTED_PARAMETERS.items():
         found = list(inspect.signature(getattr(Model, name)).parameters)
         if found != expected:
             raise UnsupportedHostError(
                 f"flair_peft cannot hook into flair.nn.Model.{name}: it takes {found}, not {expected}. Another package "
-                "may have replaced it. Import flair_peft first, or use the embeddings without the hook."
+                "may have replaced it. Import flair_peft first."
             )

@@ -70,7 +70,8 @@ def decode_config(stored: Any) -> PeftConfig:
     """
     if isinstance(stored, PeftConfig):
         return own_config(stored)
-    if not isinstance(stored, Mapping) or stored.get("peft_type") not in {t.value for t in PEFT_TYPE_TO_CONFIG_MAPPING}:
+    known = [method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING]
+    if not isinstance(stored, Mapping) or stored.get("peft_type") not in known:
         raise AdapterConfigError(
             f"Cannot read the stored PEFT config {stored!r:.80}. PEFT {peft.__version__} knows no such method. Install "
             "the PEFT version with which the model was trained, or a newer one."
@@ -79,7 +80,7 @@ def decode_config(stored: Any) -> PeftConfig:
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     values = {name: value for name, value in stored.items() if name not in _METADATA_FIELDS}
     # A setting that this version lacks and that was switched off there says nothing.
-    unknown = [name for name, value in values.items() if name not in fields and value not in (None, False, {}, [])]
+    unknown = [name for name, value in values.items() if name not in fields and not _is_off(value)]
     if unknown:
         raise AdapterConfigError(
             f"Cannot read the stored {config_class.__name__}: PEFT {peft.__version__} does not know its settings "
@@ -89,6 +90,10 @@ def decode_config(stored: Any) -> PeftConfig:
     hints = typing.get_type_hints(config_class)
     config = config_class(**{n: _to_dataclass(v, hints.get(n)) for n, v in values.items() if n in fields})
     return own_config(config)
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, (dict, list)) and not value)
 
 
 def _to_json(value: Any, where: str) -> Any:

@@ -307,7 +307,14 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
             ModelFileError: the architecture is not one that transformers knows.
         """
         params = dict(params)
-        check_format_version(params.pop("format_version", FORMAT_VERSION))
+        stock_format = params.pop("flair_peft_format", FORMAT_VERSION)
+        check_format_version(params.pop("format_version", stock_format))
+        lacking = {"peft_config", "config_state_dict"} - {name for name, value in params.items() if value is not None}
+        if lacking:
+            raise ModelFileError(
+                f"Cannot rebuild the embeddings of '{params.get('model')}': their parameters lack {name_some(lacking)}. "
+                "They are damaged or were not written by flair_peft. Save the model again."
+            )
         params["peft_config"] = configs.decode_config(params["peft_config"])
         params["use_context"] = params.pop("context_length", 0)
         for derived in ("truncate", "stride", "embedding_length", "use_lang_emb"):
@@ -375,9 +382,9 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         self, match: keys.KeyMatch, own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
     ) -> None:
         shapes = [
-            f"{key} ({tuple(stored[theirs].shape)} instead of {tuple(own[key].shape)})"
+            f"{key} ({_shape(stored[theirs])} instead of {_shape(own[key])})"
             for key, theirs in match.renamed.items()
-            if stored[theirs].shape != own[key].shape
+            if _shape(stored[theirs]) != _shape(own[key])
         ]
         problems = {
             "missing in the file": match.missing,
@@ -567,6 +574,10 @@ def counterpart(stock_class: type[TransformerEmbeddings]) -> type[PeftTransforme
         f"Cannot add an adapter to {stock_class.__name__}. Only Flair's transformer embeddings can carry one. Use "
         "TransformerWordEmbeddings, TransformerDocumentEmbeddings or TransformerEmbeddings."
     )
+
+
+def _shape(value: Any) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _unique_name(base_model_name: str, config: PeftConfig) -> str:

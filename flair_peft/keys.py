@@ -23,9 +23,19 @@ TRANSPARENT_SEGMENTS = frozenset({"base_layer"})
 _WRAPPING_SEGMENTS = frozenset({"original_module", "token_adapter"})
 
 # Parameter containers of PEFT that are not named by a method's prefix and hold one entry per adapter.
-_AUXILIARY_CONTAINERS = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original", "prompt_encoder")
+_AUXILIARY_CONTAINERS = (
+    "modules_to_save",
+    "trainable_tokens_delta",
+    "trainable_tokens_original",
+    "prompt_encoder",
+    "ranknum",
+)
+
+# FROD keeps one container per kind of layer: frod_V.<kind>.<adapter>.
+_NAMED_CONTAINERS = frozenset({"frod_V", "frod_s_indices", "frod_s_size"})
 
 # VeRA and PVeRA register only the prefix of their trainable vectors; their projections are called vera_A and vera_B.
+# AdaLoRA's rank counts are a container under no prefix.
 _METHOD_PREFIXES = tuple(sorted({*PEFT_TYPE_TO_PREFIX_MAPPING.values(), "vera_", "pvera_"}))
 _PARAMETER_NAMES = frozenset({"weight", "bias"})
 
@@ -74,7 +84,8 @@ def canonical_key(key: str) -> str:
         if segment in TRANSPARENT_SEGMENTS:
             continue
         segments.append(segment)
-        skip_name = _is_container(segment)
+        is_kind = segments[-2:-1] and segments[-2] in _NAMED_CONTAINERS
+        skip_name = is_kind or (_is_container(segment) and segment not in _NAMED_CONTAINERS)
     return ".".join(segments)
 
 

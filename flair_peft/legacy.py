@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from peft import PeftConfig
 
 from flair_peft import config as configs
 from flair_peft import keys
-from flair_peft.errors import MissingConfigError, ModelFileError, name_some
+from flair_peft.errors import AdapterConfigError, MissingConfigError, ModelFileError, name_some
 
 State = dict[str, Any]
 
@@ -31,17 +30,41 @@ def read_state(path: Path) -> State:
     """
     try:
         state = load_torch_state(str(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle can call anything with anything
         raise ModelFileError(
             f"Cannot read '{path}' ({path.stat().st_size} bytes): {type(error).__name__}: {error}. It is truncated, or "
             "it was never written by Flair. Copy or save it again."
         ) from error
-    if not isinstance(state, dict) or not ("state_dict" in state or "model_states" in state):
+    if not isinstance(state, dict) or not _holds_tensors(state):
         raise ModelFileError(
             f"Cannot load '{path}': it holds a {type(state).__name__} without a 'state_dict'. A Flair model file has "
             "one beside its settings. Pass a file that model.save() or Flair's trainer wrote."
         )
     return state
+
+
+def check_sums(path: Path) -> None:
+    """Return if the checksums in a file are right: torch writes them and reads over them.
+
+    Raises:
+        ModelFileError: one is wrong. A flipped bit would change predictions silently.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ModelFileError(
+            f"Cannot load '{path}': the checksum of '{damaged}' in it is wrong. The file was damaged after it was "
+            "written, and would predict something else. Copy or save it again."
+        )
+
+
+def _holds_tensors(state: State) -> bool:
+    tensors, tasks = state.get("state_dict"), state.get("model_states")
+    if isinstance(tasks, dict):
+        return all(isinstance(task, dict) and _holds_tensors(task) for task in tasks.values())
+    return isinstance(tensors, Mapping) and all(isinstance(key, str) for key in tensors)
 
 
 def has_adapters(state: Any) -> bool:
@@ -67,11 +90,18 @@ def with_config(state: State, peft_config: PeftConfig | None, *, source: str) ->
 
     Raises:
         MissingConfigError: there are adapter tensors without a config, and none is given.
+        AdapterConfigError: a config is given for a state that holds all configs itself.
     """
+    if peft_config is not None and not lacks_config(state):
+        raise AdapterConfigError(
+            f"Cannot use the peft_config given for '{source}': it holds the config that it was trained with. Another "
+            "one would change predictions. Leave out peft_config."
+        )
     state = _copy_containers(state)
     if "model_states" in state:
-        tasks = {name: with_config(task, peft_config, source=source) for name, task in state["model_states"].items()}
-        return {**state, "model_states": tasks}
+        tasks = state["model_states"].items()
+        given = {name: peft_config if lacks_config(task) else None for name, task in tasks}
+        return {**state, "model_states": {name: with_config(task, given[name], source=source) for name, task in tasks}}
     prefixes = keys.find_adapter_prefixes(state.get("state_dict", ()))
     for prefix, params in _embedding_params(state):
         if "peft_config" in params or not _is_meant(prefix, prefixes):
@@ -80,6 +110,14 @@ def with_config(state: State, peft_config: PeftConfig | None, *, source: str) ->
             raise _missing_config(state["state_dict"], source)
         params["peft_config"] = configs.own_config(peft_config)
     return state
+
+
+def lacks_config(state: State) -> bool:
+    """Whether embeddings that have adapter tensors have no PEFT config."""
+    if "model_states" in state:
+        return any(lacks_config(task) for task in state["model_states"].values())
+    prefixes = keys.find_adapter_prefixes(state.get("state_dict", ()))
+    return any("peft_config" not in p and _is_meant(prefix, prefixes) for prefix, p in _embedding_params(state))
 
 
 def _embedding_params(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -96,14 +134,24 @@ def _walk_params(value: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]
     if isinstance(embedding_class, type) and issubclass(embedding_class, TransformerEmbeddings):
         yield prefix, value
     for nested in value.values():
-        stacked = nested if isinstance(nested, list) else [nested]
-        for index, params in enumerate(stacked):
-            yield from _walk_params(params, f"{prefix}list_embedding_{index}.")
+        if isinstance(nested, list):
+            for index, params in enumerate(nested):
+                yield from _walk_params(params, f"{prefix}list_embedding_{index}.")
+        else:
+            yield from _walk_params(nested, prefix)
 
 
 def _is_meant(prefix: str, adapter_prefixes: list[str]) -> bool:
-    """Whether one of the prefixes that hold adapters is that of these embeddings, or of a part of them."""
-    return any(found == prefix or found.endswith(prefix) or found.startswith(prefix) for found in adapter_prefixes)
+    """Whether one of the prefixes that hold adapters is that of these embeddings.
+
+    Flair stores parameters under other names than the modules have ("document_embeddings" for ``embeddings``), but a
+    Flair model has one tree of embeddings, and the positions in its stacks are the same in both.
+    """
+    return any(_positions(found) == _positions(prefix) for found in adapter_prefixes)
+
+
+def _positions(prefix: str) -> list[str]:
+    return [segment for segment in prefix.split(".") if segment.startswith("list_embedding_")]
 
 
 def _copy_containers(value: Any) -> Any:

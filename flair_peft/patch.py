@@ -21,6 +21,7 @@ import contextvars
 import functools
 import inspect
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,9 +38,13 @@ from peft import PeftConfig, PeftModel
 from flair_peft import adapters, compat, dtypes, legacy, training
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
-from flair_peft.errors import FlairPeftError, ModelFileError, StateMismatchError
+from flair_peft.errors import AdapterConfigError, FlairPeftError, ModelFileError, StateMismatchError, name_some
 
 log = logging.getLogger("flair_peft")
+
+# How torch lists the keys that do not fit.
+_LISTED = r"(Missing|Unexpected) key\(s\) in state_dict: ([^\n]*)"
+_QUOTED = r'"([^"]+)"'
 
 _MISSING = object()
 _lock = threading.RLock()
@@ -138,11 +143,15 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
     def load(cls: type[Model], model_path: Any, *, peft_config: PeftConfig | None = None) -> Model:
         stock_load = original.__get__(None, cls)
         if not _installed or _is_loading.get():
-            return stock_load(model_path)
-        source, state = _read(cls, model_path)
+            return stock_load(model_path) if peft_config is None else stock_load(model_path, peft_config=peft_config)
+        path = None if isinstance(model_path, dict) else Path(model_path)
+        source = "the given state" if path is None else str(path)
+        state = model_path if path is None else legacy.read_state(path) if path.is_file() else None
         if state is None or not legacy.has_adapters(state):
-            _refuse_useless_config(peft_config, source)
+            _refuse_useless_config(peft_config, source, was_read=state is not None)
             return stock_load(model_path if state is None else state)
+        if path is not None:
+            legacy.check_sums(path)
         state = legacy.with_config(state, peft_config, source=source)
         _check_class(cls, state, source)
         with _outermost_load(), _naming_mismatches(source):
@@ -152,14 +161,6 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
         return model
 
     return classmethod(load)
-
-
-def _read(cls: type[Model], model_path: Any) -> tuple[str, legacy.State | None]:
-    """Return a name for errors and the state behind ``model_path``; ``None`` for what Flair has to find itself."""
-    if isinstance(model_path, dict):
-        return "the given state", model_path
-    path = Path(model_path)
-    return str(model_path), legacy.read_state(path) if path.is_file() else None
 
 
 def _check_class(cls: type[Model], state: legacy.State, source: str) -> None:
@@ -174,12 +175,18 @@ def _check_class(cls: type[Model], state: legacy.State, source: str) -> None:
         )
 
 
-def _refuse_useless_config(peft_config: PeftConfig | None, source: str) -> None:
-    if peft_config is not None:
-        raise FlairPeftError(
-            f"Cannot use the peft_config given for '{source}': it holds no adapter weights. A new adapter would "
-            "predict with random weights. Leave out peft_config."
+def _refuse_useless_config(peft_config: PeftConfig | None, source: str, *, was_read: bool) -> None:
+    if peft_config is None:
+        return
+    if not was_read:
+        raise ModelFileError(
+            f"Cannot load '{source}' with a peft_config: there is no such file. A config can be given for files only. "
+            "Download the file and pass its path."
         )
+    raise AdapterConfigError(
+        f"Cannot use the peft_config given for '{source}': it holds no adapter weights. A new adapter would predict "
+        "with random weights. Leave out peft_config."
+    )
 
 
 @contextlib.contextmanager
@@ -199,9 +206,11 @@ def _naming_mismatches(source: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, FlairPeftError) or "loading state_dict" not in str(error):
             raise
+        listed = re.findall(_LISTED, str(error))
+        found = "; ".join(f"{kind.lower()}: {name_some(re.findall(_QUOTED, names))}" for kind, names in listed)
         raise StateMismatchError(
-            f"Cannot load '{source}': {error}. The tensors in it and the model built from its settings differ. Load it "
-            "with the versions of Flair and PEFT that wrote it, or save the model again."
+            f"Cannot load '{source}': {found or error}. The tensors in it and the model built from its settings differ. "
+            "Load it with the versions of Flair and PEFT that wrote it, or save the model again."
         ) from error
 
 
@@ -275,7 +284,7 @@ def _keeping_config(original: Callable[..., dict[str, Any]]) -> Callable[..., di
             return params
         encoded = configs.encode_config(self.model.peft_config[adapters.ADAPTER_NAME])
         # Mark the layout, so that loading in a process that never imported flair_peft imports it.
-        return {**params, "peft_config": encoded, "format_version": compat.FormatVersion(compat.FORMAT_VERSION)}
+        return {**params, "peft_config": encoded, "flair_peft_format": compat.FormatVersion(compat.FORMAT_VERSION)}
 
     return to_params
 
