@@ -206,10 +206,10 @@ def _unpacked(stored: BytesIO) -> Iterator[str]:
 
 def _not_found(source: str, error: Exception) -> BaseModelNotFoundError:
     if Path(source).is_dir() or not isinstance(error, OSError | HFValidationError):
+        cause = str(error).splitlines()[0].rstrip(".")
         return BaseModelNotFoundError(
-            f"Cannot load the base model from '{source}': {type(error).__name__}: "
-XX transformers model. Pass a directory that holds config.json, the weights and the "
-            "tokenizer."
+            f"Cannot load the base model from '{source}': {type(error).__name__}: {cause}. It is not a complete "
+            "transformers model. Pass a directory that holds config.json, the weights and the tokenizer."
         )
     return BaseModelNotFoundError(
         f"Cannot find the base model '{source}'. It is neither a directory with a transformers model nor in the local "

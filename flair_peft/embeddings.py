@@ -309,11 +309,11 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         params = dict(params)
         stock_format = params.pop("flair_peft_format", FORMAT_VERSION)
         check_format_version(params.pop("format_version", stock_format))
-        lacking = {"peft_config", "config_state_dict"} - {name for name, value in params.items() if value is not None}
+        lacking = {name for name in ("peft_config", "config_state_dict") if params.get(name) is None}
         if lacking:
             raise ModelFileError(
-                f"Cannot rebuild the embeddings of '{params.get('model')}': their parameters lack {name_some(lacking)}. "
-                "They are damaged or were not written by flair_peft. Save the model again."
+                f"Cannot rebuild the embeddings of '{params.get('model')}': their parameters lack "
+                f"{name_some(lacking)}. They are damaged or were not written by flair_peft. Save the model again."
             )
         params["peft_config"] = configs.decode_config(params["peft_config"])
         params["use_context"] = params.pop("context_length", 0)

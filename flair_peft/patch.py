@@ -209,8 +209,8 @@ def _naming_mismatches(source: str) -> Iterator[None]:
         listed = re.findall(_LISTED, str(error))
         found = "; ".join(f"{kind.lower()}: {name_some(re.findall(_QUOTED, names))}" for kind, names in listed)
         raise StateMismatchError(
-            f"Cannot load '{source}': {found or error}. The tensors in it and the model built from its settings differ. "
-            "Load it with the versions of Flair and PEFT that wrote it, or save the model again."
+            f"Cannot load '{source}': {found or error}. The tensors in it and the model built from its settings "
+            "differ. Load it with the versions of Flair and PEFT that wrote it, or save the model again."
         ) from error
 
 
