@@ -136,6 +136,9 @@ def repair_(model: PeftModel) -> None:
         _freeze_rank_counts_(model)
     if method_name(config) == "OSF":
         _reattach_projections_(model)
+    if config.is_prompt_learning:
+        # PEFT freezes the children of the base, but no parameter that the base holds itself, such as XLNet's mask_emb.
+        model.get_base_model().requires_grad_(False)
     if config.is_prompt_learning and not hasattr(model.base_model, "prepare_inputs_for_generation"):
         # PeftModel.disable_adapter swaps this attribute, which models without a language model head do not have.
         model.prepare_inputs_for_generation = model.base_model.prepare_inputs_for_generation = None
@@ -155,6 +158,8 @@ def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
             raise _unsupported(model, config, f"{setting}: {reason}")
     if getattr(config, "init_lora_weights", None) in _NEEDS_DATA_FIRST:
         raise _unsupported(model, config, f"init_lora_weights={config.init_lora_weights!r} {_WANTS_DATA}")
+    if method in _PREPENDING and "bbox" in inspect.signature(model.forward).parameters:
+        raise _unsupported(model, config, "it asks for a bounding box per row, and virtual tokens have none")
     if method in _PREFIXING and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise _unsupported(model, config, "its forward takes no past key values, which carry the prefix")
 
@@ -209,6 +214,17 @@ def require_input_gradients_(model: PeftModel) -> None:
     base = model.get_base_model()
     if getattr(base, "is_gradient_checkpointing", False) and not getattr(base, "_require_grads_hook", None):
         base.enable_input_require_grads()
+
+
+def refuse_lost_prefix(model: PeftModel) -> None:
+    """Return unless transformers would drop the prefix: it passes no past key values through a checkpointed layer.
+
+    Raises:
+        UnsupportedMethodError: gradient checkpointing was switched on after a prefix was added.
+    """
+    config, base = model.peft_config[ADAPTER_NAME], model.get_base_model()
+    if method_name(config) in _PREFIXING and getattr(base, "is_gradient_checkpointing", False):
+        raise _unsupported(base, config, "gradient checkpointing drops past key values, which carry the prefix")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import tempfile
 import threading
 import zipfile
@@ -26,13 +28,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     T5EncoderModel,
+    T5TokenizerFast,
 )
 from transformers.modeling_utils import no_init_weights
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_flash_attn_2_available
 
 from flair_peft.dtypes import DtypeLike
 from flair_peft.errors import BaseModelNotFoundError, ModelFileError
 
 _building = threading.Lock()
+
+log = logging.getLogger("flair_peft")
 
 KeywordArguments = Mapping[str, Any]
 
@@ -64,7 +71,7 @@ def find_feature_extractor(source: str, kwargs: KeywordArguments) -> FeatureExtr
 
 
 def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTokenizerBase:
-    """Return the tokenizer from the zip file of :func:`complete_tokenizer_files`."""
+    """Return the tokenizer from the zip file of :func:`portable_tokenizer_files`."""
     try:
         with _unpacked(stored) as directory:
             return AutoTokenizer.from_pretrained(directory, **kwargs)
@@ -135,9 +142,23 @@ def build_model(
     return model.eval()
 
 
-def has_pooler(model: PreTrainedModel) -> bool:
-    """Whether the model has a pooler, which hidden states do not pass through."""
-    return getattr(model, "pooler", None) is not None
+def has_unread_layers(model: PreTrainedModel) -> bool:
+    """Whether the model has linear layers that learn nothing: a pooler, or LayoutLM's biases, read without gradient."""
+    has_bias = any(name.endswith("rel_pos_bias") for name, _ in model.named_modules())
+    return getattr(model, "pooler", None) is not None or has_bias
+
+
+def has_transposed_weights(model: PreTrainedModel) -> bool:
+    """Whether the linear layers are transformers' ``Conv1D``, whose weights have the shape (in, out)."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def available_attention(implementation: str | None) -> str | None:
+    """Return the attention implementation, or ``None`` for the default where this machine lacks FlashAttention."""
+    if implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        log.warning("FlashAttention 2 is not available here: the default attention is used, which rounds differently.")
+        return None
+    return implementation
 
 
 def add_token_row_(model: PreTrainedModel, token_id: int) -> None:
@@ -167,19 +188,23 @@ def complete_padding_(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = next(token for token in candidates if token is not None)
 
 
-def complete_tokenizer_files(stored: BytesIO, tokenizer: PreTrainedTokenizerBase) -> BytesIO:
-    """Return the zip file of a tokenizer with the files that Flair leaves out and that this tokenizer needs.
+def portable_tokenizer_files(stored: BytesIO, tokenizer: PreTrainedTokenizerBase) -> BytesIO:
+    """Return the zip file of a tokenizer without the setting that makes transformers build it from other files.
 
-    Flair drops the files of the slow tokenizer wherever there is a fast one. Llama's fast tokenizer is built from the
-    slow one whenever it was given ``add_prefix_space``, which Flair always gives.
+    Given ``add_prefix_space``, which Flair always gives, the fast tokenizers of Llama and T5 are built from the slow
+    one, whose files Flair drops or which are gone after a load. What was built from it is in ``tokenizer.json``.
     """
-    if not isinstance(tokenizer, LlamaTokenizerFast) or not tokenizer.can_save_slow_tokenizer:
+    if not isinstance(tokenizer, (LlamaTokenizerFast, T5TokenizerFast)):
         return stored
-    completed = BytesIO(stored.getvalue())
-    with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(completed, "a") as files:
-        for path in tokenizer.save_vocabulary(directory):
-            if Path(path).name not in files.namelist():
-                files.write(path, Path(path).name)
+    completed = BytesIO()
+    with zipfile.ZipFile(stored) as files, zipfile.ZipFile(completed, "w") as kept:
+        for name in files.namelist():
+            content = files.read(name)
+            if name == "tokenizer_config.json":
+                settings = json.loads(content)
+                settings.pop("add_prefix_space", None)
+                content = json.dumps(settings).encode()
+            kept.writestr(name, content)
     completed.seek(0)
     return completed
 

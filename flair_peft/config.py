@@ -22,17 +22,20 @@ DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32
 
 
-def default_config(*, has_pooler: bool) -> LoraConfig:
+def default_config(*, has_unread_layers: bool, has_transposed_weights: bool = False) -> LoraConfig:
     """Return LoRA on all linear layers, the config of embeddings that were given none.
 
     Args:
-        has_pooler: whether the transformer has a pooler. Flair reads hidden states, so it would never learn.
+        has_unread_layers: whether the transformer has a pooler, or other layers that would never learn, since Flair
+            reads hidden states.
+        has_transposed_weights: whether linear layers keep their weights as (in, out), as GPT-2's do.
     """
     return LoraConfig(
         r=DEFAULT_RANK,
         lora_alpha=DEFAULT_ALPHA,
         target_modules="all-linear",
-        exclude_modules=r"(.*\.)?pooler\..*" if has_pooler else None,
+        exclude_modules=r"(.*\.)?(pooler|rel_pos(_[xy])?_bias)(\..*)?" if has_unread_layers else None,
+        fan_in_fan_out=has_transposed_weights,
     )
 
 

@@ -145,7 +145,10 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
             base = backbone.build_model(saved_config, dtype=build_dtype, model_kwargs=model_kwargs)
         base = _place(base)
         if own_config is None:
-            own_config = configs.default_config(has_pooler=backbone.has_pooler(base))
+            own_config = configs.default_config(
+                has_unread_layers=backbone.has_unread_layers(base),
+                has_transposed_weights=backbone.has_transposed_weights(base),
+            )
             own_config = configs.own_config(own_config)
         adapters.refuse_unsupported(base, own_config)
         configs.encode_config(own_config)  # a config that no file can hold is refused now, not after the training
@@ -191,6 +194,7 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         self.keep_virtual_rows = keep_virtual_rows
         self.register_buffer(_OUTPUT_DTYPE_MARK, torch.empty(0, dtype=torch.float32), persistent=False)
         self._awaits_weights = not is_new
+        self._is_strict = True
         self._pending: PeftConfig | None = None
         self._pending_state: Mapping[str, torch.Tensor] = {}
         if is_new:
@@ -269,8 +273,11 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
             )
         if self.training:
             adapters.require_input_gradients_(self.model)
+            adapters.refuse_lost_prefix(self.model)
         device = self.base_model.device
         inputs = {name: value.to(device) for name, value in tensors.items()}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.base_dtype)
         with adapters.silence_generation_cache(self.model) as silent:
             output = self.model(
                 input_ids=input_ids.to(device), output_hidden_states=True, return_dict=True, **silent, **inputs
@@ -285,7 +292,7 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         params, config = super().to_params(), self.adapter_config
         return {
             **params,
-            "tokenizer_data": backbone.complete_tokenizer_files(params["tokenizer_data"], self.tokenizer),
+            "tokenizer_data": backbone.portable_tokenizer_files(params["tokenizer_data"], self.tokenizer),
             "format_version": FormatVersion(FORMAT_VERSION),
             "peft_config": configs.encode_config(config),
             "dtype": dtypes.dtype_name(self.base_dtype),
@@ -326,11 +333,26 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
                 "not part of the installed transformers. It may be newer, or come with code of its own. Upgrade "
                 "transformers to the version with which the model was trained."
             )
-        saved_config = CONFIG_MAPPING[shape["model_type"]].from_dict(shape)
+        # from_dict reads the attention implementation from its keyword arguments only.
+        attention = backbone.available_attention(shape.pop("attn_implementation", None))
+        saved_config = CONFIG_MAPPING[shape["model_type"]].from_dict(shape, attn_implementation=attention)
         pending_state = params.pop("derived_state", {})
         embeddings = cls.create_from_state(saved_config=saved_config, **params)
         embeddings._pending_state = pending_state
         return embeddings
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as torch does; nothing is changed if they do not fit.
+
+        Raises:
+            StateMismatchError: ``strict``, and a tensor is missing, left over, ambiguous or of another shape.
+        """
+        # torch does not tell its modules: they are always asked to be strict.
+        self._is_strict = strict
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        finally:
+            self._is_strict = True
 
     def _load_from_state_dict(
         self,
@@ -354,13 +376,15 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
             self._inject_into_stored_base({key: state_dict[stored[key]] for key in stored})
         own = self.model.state_dict()
         match = keys.match_keys(stored, own)
-        if strict:
+        # A module around the embeddings may load its own tensors alone; torch reports ours as missing if it minds.
+        is_left_out = bool(prefix) and not stored and not self._awaits_weights
+        if self._is_strict and not is_left_out:
             self._check_match(match, own, {key: state_dict[stored[key]] for key in stored})
         tensors = {key: state_dict.pop(stored[theirs]) for key, theirs in match.renamed.items()}
         state_dict.update({mine + key: tensor for key, tensor in tensors.items()})
         if self._awaits_weights:
             self._take_dtypes_of(tensors)
-            self._awaits_weights = not match.is_exact
+            self._awaits_weights = bool(match.missing or match.ambiguous)
         super(TransformerEmbeddings, self)._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -420,7 +444,12 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
-        return {_STATE_KEY: self.to_params(), "state_dict": self.state_dict(), "output_dtype": self.output_dtype}
+        return {
+            _STATE_KEY: self.to_params(),
+            "state_dict": self.state_dict(),
+            "output_dtype": self.output_dtype,
+            "training": self.training,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if _STATE_KEY not in state:
@@ -429,6 +458,7 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         loaded = self.from_params(state[_STATE_KEY])
         loaded.load_state_dict(state["state_dict"])
         loaded.output_dtype = state["output_dtype"]
+        loaded.train(state["training"])
         self.__dict__.update(loaded.__dict__)
 
     def _move_to(self, device: str | torch.device) -> None:

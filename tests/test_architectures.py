@@ -231,6 +231,17 @@ def test_document_of_a_decoder_is_its_last_real_token(base: Base, architecture: 
     assert is_same(embed(embeddings, architecture), list(rows[torch.arange(len(TEXTS)), index]))
 
 
+@pytest.mark.parametrize("architecture", tiny.DECODERS)
+def test_decoder_builds_no_cache_for_generation(base: Base, architecture: str) -> None:
+    """Keys and values of past tokens, which embeddings never need, are not kept."""
+    embeddings = make(base, architecture)
+    outputs: list[Any] = []
+    embeddings.base_model.register_forward_hook(lambda _, __, output: outputs.append(output))
+    embed(embeddings, architecture)
+    assert len(outputs) == 1
+    assert outputs[0].past_key_values is None
+
+
 @pytest.mark.parametrize("architecture", [a for a in tiny.ARCHITECTURES if a not in tiny.LAYOUT])
 def test_architecture_marks_context_with_a_separator_of_its_own(base: Base, architecture: str) -> None:
     """Context reaches the vectors of every architecture, and a round trip keeps the separator's row."""

@@ -200,7 +200,11 @@ def test_config_of_an_unknown_method_raises_an_error_with_the_version(stored: An
         decode_config(stored)
 
 
-@pytest.mark.parametrize("value", [len, object(), b"bytes", {1: 2}, complex(1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [len, object(), b"bytes", {1: 2}, complex(1, 2)],
+    ids=["function", "object", "bytes", "integer-key", "complex"],
+)
 def test_config_with_a_value_that_json_lacks_raises_an_error_that_names_the_setting(value: Any) -> None:
     """Files hold no code, so a config with anything but plain values cannot be stored."""
     config = LoraConfig(target_modules=TARGETS)
@@ -251,10 +255,10 @@ def test_config_of_the_wrong_type_raises_an_error_that_shows_it(given: Any) -> N
         own_config(given)
 
 
-@pytest.mark.parametrize(("has_pooler", "excluded"), [(True, True), (False, False)])
-def test_config_by_default_adapts_all_linear_layers_that_can_learn(has_pooler: bool, excluded: bool) -> None:
+@pytest.mark.parametrize(("has_unread_layers", "excluded"), [(True, True), (False, False)])
+def test_config_by_default_adapts_all_linear_layers_that_can_learn(has_unread_layers: bool, excluded: bool) -> None:
     """The default is LoRA with a scale of 2 on all linear layers; a pooler, which Flair does not read, is left out."""
-    config = default_config(has_pooler=has_pooler)
+    config = default_config(has_unread_layers=has_unread_layers)
     assert (config.r, config.lora_alpha, config.target_modules) == (16, 32, "all-linear")
     assert bool(config.exclude_modules) is excluded
 

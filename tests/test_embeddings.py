@@ -529,6 +529,19 @@ def test_output_dtype_of_new_embeddings_is_fp32_with_and_without_padding(
         assert {vector.dtype for vector in embed(embeddings, texts)} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_embeddings_of_a_base_in_half_precision_are_pooled_in_fp32(base: Base, dtype: str) -> None:
+    """Averages over layers and subtokens are not rounded to the base's dtype on the way."""
+    embeddings = WORD(base("bert"), peft_config=lora(), dtype=dtype, layers="all", subtoken_pooling="mean")
+    tensors = embeddings.prepare_tensors([Sentence("xyz")])
+    with torch.no_grad():
+        states = embeddings.hidden_states(tensors["input_ids"], attention_mask=tensors["attention_mask"])
+    assert {state.dtype for state in states} == {getattr(torch, dtype)}
+    subtokens = torch.stack([state[0].float() for state in states]).mean(dim=0)[1:-1]
+    assert len(subtokens) > 1
+    assert is_close(embed(embeddings, ["xyz"]), [subtokens.mean(dim=0)], tolerance=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @CLASSES
 def test_output_dtype_follows_a_conversion_of_the_module(
