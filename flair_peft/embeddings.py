@@ -221,6 +221,11 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether the base's weights are quantised, by bitsandbytes for example."""
+        return getattr(self.base_model, "quantization_method", None) is not None
+
+    @property
     def base_dtype(self) -> torch.dtype:
         """The dtype of the base model's weights, read from its input embeddings."""
         return self.base_model.get_input_embeddings().weight.dtype
@@ -288,7 +293,16 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         return tuple(states[index][:, first:] for index in self.layer_indexes)
 
     def to_params(self) -> dict[str, Any]:
-        """Return the constructor parameters as plain values, the PEFT config and the dtypes among them."""
+        """Return the constructor parameters as plain values, the PEFT config and the dtypes among them.
+
+        Raises:
+            AdapterConfigError: the base is quantised, which files cannot hold yet.
+        """
+        if self.is_quantised:
+            raise AdapterConfigError(
+                f"Cannot store '{self.name}': its base is quantised, and this version stores whole weights only. "
+                "Train on a base in bfloat16, with dtype='bfloat16', to be able to save."
+            )
         params, config = super().to_params(), self.adapter_config
         return {
             **params,
@@ -462,7 +476,7 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         self.__dict__.update(loaded.__dict__)
 
     def _move_to(self, device: str | torch.device) -> None:
-        if not getattr(self.base_model, "quantization_method", None):
+        if not self.is_quantised:
             self.to(device)
         else:
             getattr(self, _OUTPUT_DTYPE_MARK).data = getattr(self, _OUTPUT_DTYPE_MARK).data.to(device)

@@ -173,7 +173,15 @@ def check_training(model: Model, *, reduce_transformer_vocab: bool) -> None:
     Raises:
         TrainingSetupError: the vocabulary is to be reduced. A checkpoint written in the middle would hold the reduced
             matrix, and a frozen one has neither gradient nor optimiser state that reducing it could save.
+            Or the base is quantised, so that no checkpoint could be written.
     """
+    embedded = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    quantised = [embeddings.name for embeddings in embedded if embeddings.is_quantised]
+    if quantised:
+        raise TrainingSetupError(
+            f"Cannot train {name_some(quantised)}: its base is quantised, and Flair's trainer could not save a "
+            "model with it. This version stores whole weights only. Use a base in bfloat16, with dtype='bfloat16'."
+        )
     adapted = [embeddings.name for embeddings in dtypes.adapted_embeddings(model)]
     if reduce_transformer_vocab and adapted:
         raise TrainingSetupError(

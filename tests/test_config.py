@@ -247,7 +247,7 @@ def test_config_copied_for_flair_is_for_feature_extraction_and_trainable() -> No
 @pytest.mark.parametrize(
     "given",
     [{"peft_type": "LORA"}, "lora", LoraConfig, 16, PeftConfig(), [LoraConfig(target_modules=TARGETS)]],
-    ids=str,
+    ids=["dictionary", "string", "class", "number", "no-method", "list"],
 )
 def test_config_of_the_wrong_type_raises_an_error_that_shows_it(given: Any) -> None:
     """Only an instance of a method's config is one."""
