@@ -121,17 +121,17 @@ def find_model(
         raise _not_found(source, error) from error
     if dtype is not None and not getattr(model, "quantization_method", None):
         _cast_left_overs_(model)
-    return model
+    return model.eval()
 
 
 def build_model(
-    config: PretrainedConfig, *, dtype: torch.dtype | None, model_kwargs: KeywordArguments
+    config: PretrainedConfig, *, dtype: DtypeLike | None, model_kwargs: KeywordArguments
 ) -> PreTrainedModel:
     """Return a model of this shape whose weights are not initialised: a state dict must fill every one of them.
 
     Buffers that are not stored, such as rotary frequencies, hold their values.
     """
-    wanted = {**model_kwargs} if dtype is None else {"dtype": dtype, **model_kwargs}
+    wanted = {**model_kwargs} if dtype in (None, "auto") else {"dtype": dtype, **model_kwargs}
     # transformers switches initialisation off for the whole process; overlapping threads would leave it off.
     with _building, no_init_weights():
         if config.model_type in _ENCODER_OF_T5:

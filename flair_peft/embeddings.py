@@ -21,10 +21,11 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
-from flair_peft import adapters, backbone, dtypes, keys
+from flair_peft import adapters, backbone, dtypes
 from flair_peft import config as configs
 from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_version
-from flair_peft.errors import AdapterConfigError, ModelFileError, StateMismatchError, name_some
+from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
+from flair_peft.weights import StoredWeights
 
 log = logging.getLogger("flair_peft")
 
@@ -33,7 +34,7 @@ _STATE_KEY = "flair_peft_params"
 
 
 @register_embeddings
-class PeftTransformerEmbeddings(TransformerEmbeddings):
+class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
     """Transformer embeddings whose frozen transformer carries a PEFT adapter.
 
     Takes every keyword of :class:`flair.embeddings.TransformerEmbeddings`, with the same meaning. With the adapter
@@ -123,36 +124,23 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         model_kwargs = {**(transformers_model_kwargs or {}), **kwargs}
         asked_dtype = dtypes.requested_dtype(dtype, model_kwargs)
         model_kwargs = {key: value for key, value in model_kwargs.items() if key not in ("dtype", "torch_dtype")}
-        own_config = None if peft_config is None else configs.own_config(peft_config)
+        if peft_config is not None:
+            configs.own_config(peft_config)  # what is no config is refused before anything is loaded
         is_new = saved_config is None
 
-        # Attributes in the order and with the meaning that the stock constructor gives them.
-        tokenizer_kwargs = {**(transformers_tokenizer_kwargs or {}), **kwargs}
-        if tokenizer_data is None:
-            self.tokenizer = backbone.find_tokenizer(model, tokenizer_kwargs)
-            self.feature_extractor = backbone.find_feature_extractor(model, kwargs)
-        else:
-            self.tokenizer = backbone.unpack_tokenizer(tokenizer_data, tokenizer_kwargs)
-            self.feature_extractor = backbone.unpack_feature_extractor(feature_extractor_data)
-        backbone.complete_padding_(self.tokenizer)
-
+        self._set_tokenizer(
+            model, tokenizer_data, feature_extractor_data, {**(transformers_tokenizer_kwargs or {}), **kwargs}, kwargs
+        )
         if saved_config is None:
-            base = backbone.find_model(
-                model, dtype=asked_dtype, config_kwargs=config_kwargs, model_kwargs=model_kwargs
-            ).eval()
+            base = backbone.find_model(model, dtype=asked_dtype, config_kwargs=config_kwargs, model_kwargs=model_kwargs)
         else:
-            build_dtype = None if asked_dtype in (None, "auto") else dtypes.parse_dtype(asked_dtype)
-            base = backbone.build_model(saved_config, dtype=build_dtype, model_kwargs=model_kwargs)
+            base = backbone.build_model(saved_config, dtype=asked_dtype, model_kwargs=model_kwargs)
         base = _place(base)
-        if own_config is None:
-            own_config = configs.default_config(
-                has_unread_layers=backbone.has_unread_layers(base),
-                has_transposed_weights=backbone.has_transposed_weights(base),
-            )
-            own_config = configs.own_config(own_config)
+        own_config = configs.own_config(_default_config(base) if peft_config is None else peft_config)
         adapters.refuse_unsupported(base, own_config)
         configs.encode_config(own_config)  # a config that no file can hold is refused now, not after the training
 
+        # From here on, attributes with the names and meanings that the stock constructor gives them.
         self.truncate = self.tokenizer.model_max_length <= LARGE_INTEGER
         # Flair splits sentences by what only fast tokenizers report; stock embeddings fail at the first batch.
         self.allow_long_sentences = allow_long_sentences and self.truncate and self.tokenizer.is_fast
@@ -182,10 +170,7 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
             self.needs_manual_ocr = needs_manual_ocr
         self.use_context_separator = use_context_separator
         if use_context_separator:
-            self.tokenizer.add_special_tokens(
-                {"additional_special_tokens": [SENTENCE_BOUNDARY_TAG]}, replace_additional_special_tokens=False
-            )
-            backbone.add_token_row_(base, self.tokenizer.convert_tokens_to_ids(SENTENCE_BOUNDARY_TAG))
+            self._add_separator(base)
 
         # The stock constructor would load a second transformer: go straight to what its base class sets up.
         super(TransformerEmbeddings, self).__init__(**self.to_args())
@@ -193,17 +178,11 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         self.head_dtype = None if head_dtype is None else dtypes.parse_dtype(head_dtype)
         self.keep_virtual_rows = keep_virtual_rows
         self.register_buffer(_OUTPUT_DTYPE_MARK, torch.empty(0, dtype=torch.float32), persistent=False)
-        self._awaits_weights = not is_new
-        self._is_strict = True
-        self._pending: PeftConfig | None = None
-        self._pending_state: Mapping[str, torch.Tensor] = {}
         if is_new:
             base = _prepare_if_quantised(base, peft_gradient_checkpointing_kwargs)
             self.model = adapters.inject(base, own_config)
-        elif adapters.is_derived_from_base(own_config):
-            self.model, self._pending = base, own_config
         else:
-            self.model = adapters.inject_skeleton(base, own_config)
+            self._await_weights(base, own_config)
         self._move_to(flair.device)
         self.eval()
         if is_new:
@@ -213,7 +192,7 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
     @property
     def adapter_config(self) -> PeftConfig:
         """The config of the adapter, as it was trained."""
-        return self._pending or self.model.peft_config[adapters.ADAPTER_NAME]
+        return self._pending_config or self.model.peft_config[adapters.ADAPTER_NAME]
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -355,96 +334,6 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         embeddings._pending_state = pending_state
         return embeddings
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights as torch does; nothing is changed if they do not fit.
-
-        Raises:
-            StateMismatchError: ``strict``, and a tensor is missing, left over, ambiguous or of another shape.
-        """
-        # torch does not tell its modules: they are always asked to be strict.
-        self._is_strict = strict
-        try:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        finally:
-            self._is_strict = True
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Bring the keys of a file to those of this model, then load; see :mod:`flair_peft.keys`.
-
-        Raises:
-            StateMismatchError: ``strict``, and a tensor is missing, left over, ambiguous or of another shape.
-        """
-        state_dict.pop(f"{prefix}model.embeddings.position_ids", None)  # written by transformers before 4.31
-        mine = f"{prefix}model."
-        stored = {key.removeprefix(mine): key for key in state_dict if key.startswith(mine)}
-        if self._pending is not None:
-            self._inject_into_stored_base({key: state_dict[stored[key]] for key in stored})
-        own = self.model.state_dict()
-        match = keys.match_keys(stored, own)
-        # A module around the embeddings may load its own tensors alone; torch reports ours as missing if it minds.
-        is_left_out = bool(prefix) and not stored and not self._awaits_weights
-        if self._is_strict and not is_left_out:
-            self._check_match(match, own, {key: state_dict[stored[key]] for key in stored})
-        tensors = {key: state_dict.pop(stored[theirs]) for key, theirs in match.renamed.items()}
-        state_dict.update({mine + key: tensor for key, tensor in tensors.items()})
-        if self._awaits_weights:
-            self._take_dtypes_of(tensors)
-            self._awaits_weights = bool(match.missing or match.ambiguous)
-        super(TransformerEmbeddings, self)._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _inject_into_stored_base(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Fill the base, then add the adapter that is computed from its weights."""
-        own = self.base_model.state_dict()
-        named = ((keys.base_key(key), tensor) for key, tensor in tensors.items())
-        base_tensors = {name: tensor for name, tensor in named if name is not None and name in own}
-        self._check_match(keys.match_keys(base_tensors, own), own, base_tensors)
-        self._take_dtypes_of(base_tensors)
-        self.base_model.load_state_dict(base_tensors)
-        assert self._pending is not None
-        self.model = adapters.inject(self.base_model, self._pending)
-        adapters.set_derived_state_(self.model, self._pending_state)
-        self._pending, self._pending_state = None, {}
-
-    def _check_match(
-        self, match: keys.KeyMatch, own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
-    ) -> None:
-        shapes = [
-            f"{key} ({_shape(stored[theirs])} instead of {_shape(own[key])})"
-            for key, theirs in match.renamed.items()
-            if _shape(stored[theirs]) != _shape(own[key])
-        ]
-        problems = {
-            "missing in the file": match.missing,
-            "not known to the model": match.unexpected,
-            "meaning the same tensor": match.ambiguous,
-            "of another shape": shapes,
-        }
-        found = "; ".join(f"{what}: {name_some(names)}" for what, names in problems.items() if names)
-        if found:
-            raise StateMismatchError(
-                f"Cannot load the weights of '{self.name}': {found}. The adapter is "
-                f"{adapters.describe(self.adapter_config)} on {type(self.base_model).__name__}. Load the "
-                "file with the PEFT config and the base model that it was trained with."
-            )
-
-    def _take_dtypes_of(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Give each weight the dtype that it was stored in: a base can hold several, as T5 does in fp16."""
-        for name, parameter in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            stored = tensors.get(name)
-            if stored is not None and parameter.is_floating_point() and parameter.dtype != stored.dtype:
-                parameter.data = parameter.data.to(stored.dtype)
-
     def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
         """Whether stored vectors can be reused: never while the weights that they depend on can change."""
         return not self.fine_tune and super()._everything_embedded(data_points)
@@ -474,6 +363,28 @@ class PeftTransformerEmbeddings(TransformerEmbeddings):
         loaded.output_dtype = state["output_dtype"]
         loaded.train(state["training"])
         self.__dict__.update(loaded.__dict__)
+
+    def _set_tokenizer(
+        self,
+        model: str,
+        tokenizer_data: BytesIO | None,
+        feature_extractor_data: BytesIO | None,
+        tokenizer_kwargs: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> None:
+        if tokenizer_data is None:
+            self.tokenizer = backbone.find_tokenizer(model, tokenizer_kwargs)
+            self.feature_extractor = backbone.find_feature_extractor(model, kwargs)
+        else:
+            self.tokenizer = backbone.unpack_tokenizer(tokenizer_data, tokenizer_kwargs)
+            self.feature_extractor = backbone.unpack_feature_extractor(feature_extractor_data)
+        backbone.complete_padding_(self.tokenizer)
+
+    def _add_separator(self, base: PreTrainedModel) -> None:
+        self.tokenizer.add_special_tokens(
+            {"additional_special_tokens": [SENTENCE_BOUNDARY_TAG]}, replace_additional_special_tokens=False
+        )
+        backbone.add_token_row_(base, self.tokenizer.convert_tokens_to_ids(SENTENCE_BOUNDARY_TAG))
 
     def _move_to(self, device: str | torch.device) -> None:
         if not self.is_quantised:
@@ -620,8 +531,10 @@ def counterpart(stock_class: type[TransformerEmbeddings]) -> type[PeftTransforme
     )
 
 
-def _shape(value: Any) -> tuple[int, ...] | str:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+def _default_config(base: PreTrainedModel) -> PeftConfig:
+    return configs.default_config(
+        has_unread_layers=backbone.has_unread_layers(base), has_transposed_weights=backbone.has_transposed_weights(base)
+    )
 
 
 def _unique_name(base_model_name: str, config: PeftConfig) -> str:
