@@ -16,7 +16,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from flair_peft.errors import AdapterConfigError, UnsupportedMethodError, name_some
+from flair_peft.errors import AdapterConfigError, FlairPeftError, UnsupportedMethodError, name_some
 
 ADAPTER_NAME = "default"
 
@@ -180,6 +180,8 @@ def try_out(model: PeftModel, forward: Callable[[], tuple[torch.Tensor, ...]], *
     try:
         with torch.no_grad():
             hidden_states = forward()
+    except FlairPeftError:
+        raise
     except Exception as error:
         reason = f"its first forward pass fails with {type(error).__name__}: {str(error) or 'no message'}"
         raise _unsupported(base, config, reason) from error

@@ -268,6 +268,12 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
             )
         states = output.get("hidden_states")
         states = output["encoder_hidden_states"] if states is None else states
+        beyond = [index for index in self.layer_indexes if not -len(states) <= index < len(states)]
+        if beyond:
+            raise AdapterConfigError(
+                f"Cannot read layers {beyond} of {type(self.base_model).__name__}: it has {len(states)} hidden states, "
+                f"counted from 0 for the embeddings. Flair's `layers` takes these numbers. Pass some of them, or 'all'."
+            )
         first = 0 if self.keep_virtual_rows else adapters.virtual_rows(self.model)
         return tuple(states[index][:, first:] for index in self.layer_indexes)
 
