@@ -132,6 +132,7 @@ def train(model: Classifier, corpus: Corpus, *, title: str) -> float:
         result = ModelTrainer(model, corpus).fine_tune(
             folder,
             learning_rate=3e-3,
+            decoder_learning_rate=1e-2,
             mini_batch_size=8,
             max_epochs=5,
             eval_batch_size=32,

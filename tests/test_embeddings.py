@@ -147,12 +147,6 @@ def gradients(embeddings: PeftTransformerEmbeddings) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("layer_mean", [True, False])
 @pytest.mark.parametrize("layers", ["-1", "all", "0,1", "-1,-2"])
 @WORD_AND_DOCUMENT
-def test_layer_that_the_model_lacks_is_named_with_how_many_there_are(base: Callable[[str], str]) -> None:
-    """A wrong number in ``layers`` is not taken for a fault of the adapter."""
-    with pytest.raises(AdapterConfigError, match=r"layers \[9\] of BertModel: it has 3 hidden states"):
-        PeftTransformerWordEmbeddings(base("bert"), peft_config=LoraConfig(), layers="-1,9")
-
-
 def test_embeddings_with_adapter_off_equal_stock_for_layers(
     base: Base, ours: type[PeftTransformerEmbeddings], layers: str, layer_mean: bool
 ) -> None:
@@ -875,3 +869,9 @@ def test_embeddings_with_prompts_and_long_sentences_cut_where_the_positions_end(
     for _ in range(3):
         assert embeddings.tokenizer.model_max_length == tiny.MAX_LENGTH - 3
         embeddings = flair_saved(embeddings)
+
+
+def test_layer_that_the_model_lacks_is_named_with_how_many_there_are(base: Callable[[str], str]) -> None:
+    """A wrong number in ``layers`` is not taken for a fault of the adapter."""
+    with pytest.raises(AdapterConfigError, match=r"layers \[9\] of BertModel: it has 3 hidden states"):
+        PeftTransformerWordEmbeddings(base("bert"), peft_config=LoraConfig(), layers="-1,9")
