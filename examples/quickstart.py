@@ -65,7 +65,7 @@ def build_tagger(embeddings: TransformerWordEmbeddings, corpus: Corpus) -> Seque
 
 @dataclass(frozen=True)
 class Task:
-    """What differs between the two tasks; for a script of your own, only the last line is new."""
+    """What differs between the two tasks. All of it is plain Flair but for ``peft_embeddings``."""
 
     title: str
     metric: str
