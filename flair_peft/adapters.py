@@ -35,7 +35,6 @@ REFUSED_METHODS: Mapping[str, str] = {
     "CPT": "PEFT offers it for causal language models only, and Flair reads hidden states",
     "MULTITASK_PROMPT_TUNING": _NEEDS_TASK_IDS,
     "POLY": _NEEDS_TASK_IDS,
-    "SHADOW": "it hands objects of its own from layer to layer, and its vectors depend on the padding of the batch",
     "XLORA": "it mixes adapters that were trained before, given as paths, instead of training one",
 }
 
@@ -338,3 +337,8 @@ def needs_step_hook(config: PeftConfig) -> bool:
 def depends_on_batch(config: PeftConfig) -> bool:
     """Whether the vectors of a sentence depend on the sentences that are embedded together with it."""
     return method_name(config) == "LILY"
+
+
+def keeps_graph(config: PeftConfig) -> bool:
+    """Whether modules of the adapter keep tensors of their last forward pass, which torch does not copy."""
+    return method_name(config) == "SHADOW" or bool(getattr(config, "monteclora_config", None))

@@ -347,6 +347,9 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
     def __deepcopy__(self, memo: dict[int, Any]) -> PeftTransformerEmbeddings:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
+        if isinstance(self.model, PeftModel) and adapters.keeps_graph(self.adapter_config):
+            clone.__setstate__(self.__getstate__())
+            return clone
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         if isinstance(clone.model, PeftModel):
             adapters.repair_(clone.model)

@@ -1,7 +1,8 @@
-"""Every method of PEFT and every option of LoRA: it trains and comes back, or it is refused with a reason."""
+"""Every method of PEFT and every option of LoRA: it trains, comes back and can be copied, or it is refused with a reason."""
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable
@@ -97,6 +98,7 @@ def check_trains_and_comes_back(method: Method, kind: str, base: Callable[[str],
     assert not torch.equal(untouched, trained)
 
     assert torch.equal(trained, embed(reload(embeddings, method)))
+    assert torch.equal(trained, embed(copy.deepcopy(embeddings)))
 
 
 @pytest.mark.parametrize(("method", "kind"), cases(working=True))
