@@ -1,4 +1,4 @@
-"""Every method of PEFT and every option of LoRA: it trains, comes back and can be copied, or it is refused with a reason."""
+"""Every method of PEFT and every option of LoRA trains, comes back and can be copied, or is refused with a reason."""
 
 from __future__ import annotations
 
