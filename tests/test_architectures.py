@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from flair_peft import (
     PeftTransformerWordEmbeddings,
 )
 from flair_peft.backbone import complete_padding_
-from tests import tiny
+from tests import tiny, vectors
+from tests.vectors import is_same
 
 Base = Callable[[str], str]
 
@@ -71,20 +73,13 @@ def embed(
     return read(embeddings, sentences)
 
 
+is_close = partial(vectors.is_close, tolerance=1e-4)
+
+
 def read(embeddings: TransformerEmbeddings, sentences: Sequence[Sentence]) -> list[torch.Tensor]:
     if embeddings.token_embedding:
         return [token.get_embedding() for sentence in sentences for token in sentence]
     return [sentence.get_embedding() for sentence in sentences]
-
-
-def is_same(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
-    assert len(first) == len(second) > 0
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def is_close(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], tolerance: float = 1e-4) -> bool:
-    assert len(first) == len(second) > 0
-    return all(torch.allclose(a, b, atol=tolerance, rtol=tolerance) for a, b in zip(first, second, strict=True))
 
 
 @EVERY_POOLING

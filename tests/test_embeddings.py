@@ -37,6 +37,7 @@ from flair_peft import (
 from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, ModelFileError
 from tests import tiny
 from tests.methods import METHODS
+from tests.vectors import is_close, is_same
 
 Base = Callable[[str], str]
 
@@ -78,17 +79,6 @@ def embed(embeddings: Embeddings, texts: Sequence[str] = TEXTS) -> list[torch.Te
     sentences = [Sentence(text) for text in texts]
     embeddings.embed(sentences)
     return read(embeddings, sentences)
-
-
-def is_same(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
-    """Whether all vectors have equal dtypes and bits."""
-    assert len(first) == len(second) > 0
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def is_close(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], tolerance: float = 1e-5) -> bool:
-    assert len(first) == len(second) > 0
-    return all(torch.allclose(a, b, atol=tolerance, rtol=tolerance) for a, b in zip(first, second, strict=True))
 
 
 def copy_separator_row_(embeddings: PeftTransformerEmbeddings, stock: TransformerEmbeddings) -> None:

@@ -29,6 +29,7 @@ from flair_peft import (
 )
 from flair_peft.errors import UnsupportedMethodError
 from tests import tiny
+from tests.vectors import is_close, is_same
 
 Base = Callable[[str], str]
 
@@ -78,16 +79,6 @@ def embed(embeddings: TransformerEmbeddings, texts: Sequence[str] = TEXTS) -> li
     if embeddings.token_embedding:
         return [token.get_embedding() for sentence in sentences for token in sentence]
     return [sentence.get_embedding() for sentence in sentences]
-
-
-def is_same(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
-    assert len(first) == len(second) > 0
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def is_close(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], tolerance: float = 1e-5) -> bool:
-    assert len(first) == len(second) > 0
-    return all(torch.allclose(a, b, atol=tolerance, rtol=tolerance) for a, b in zip(first, second, strict=True))
 
 
 def raw_rows(
