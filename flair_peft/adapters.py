@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
@@ -228,11 +226,10 @@ def refuse_lost_prefix(model: PeftModel) -> None:
         raise _unsupported(base, config, "gradient checkpointing drops past key values, which carry the prefix")
 
 
-@contextlib.contextmanager
-def silence_generation_cache(model: PeftModel) -> Iterator[dict[str, Any]]:
-    """Yield the keyword arguments that keep the base from building a cache for generation."""
+def without_cache(model: PeftModel) -> dict[str, bool]:
+    """Return the keyword arguments that keep the base from building a cache for generation."""
     parameters = inspect.signature(model.get_base_model().forward).parameters
-    yield {name: False for name in ("use_cache", "use_mems") if name in parameters}
+    return {name: False for name in ("use_cache", "use_mems") if name in parameters}
 
 
 def _freeze_rank_counts_(model: PeftModel) -> None:

@@ -142,7 +142,7 @@ def convert_(model: Model, convert: Callable[[], Model]) -> Model:
     convert()
     is_narrowed = False
     for name, tensor in _all_head_tensors(model):
-        if name in exact and tensor.dtype != torch.float32:
+        if name in exact and tensor.dtype.itemsize < torch.float32.itemsize:
             is_narrowed = True
             tensor.data = exact[name].to(tensor.device)
     if is_narrowed:

@@ -124,8 +124,7 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         model_kwargs = {**(transformers_model_kwargs or {}), **kwargs}
         asked_dtype = dtypes.requested_dtype(dtype, model_kwargs)
         model_kwargs = {key: value for key, value in model_kwargs.items() if key not in ("dtype", "torch_dtype")}
-        if peft_config is not None:
-            configs.own_config(peft_config)  # what is no config is refused before anything is loaded
+        given_config = None if peft_config is None else configs.own_config(peft_config)
         is_new = saved_config is None
 
         self._set_tokenizer(
@@ -136,7 +135,7 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         else:
             base = backbone.build_model(saved_config, dtype=asked_dtype, model_kwargs=model_kwargs)
         base = _place(base)
-        own_config = configs.own_config(_default_config(base) if peft_config is None else peft_config)
+        own_config = given_config or configs.own_config(_default_config(base))
         adapters.refuse_unsupported(base, own_config)
         configs.encode_config(own_config)  # a config that no file can hold is refused now, not after the training
 
@@ -259,20 +258,18 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
             adapters.require_input_gradients_(self.model)
             adapters.refuse_lost_prefix(self.model)
         device = self.base_model.device
-        inputs = {name: value.to(device) for name, value in tensors.items()}
+        inputs: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.base_dtype)
-        with adapters.silence_generation_cache(self.model) as silent:
-            output = self.model(
-                input_ids=input_ids.to(device), output_hidden_states=True, return_dict=True, **silent, **inputs
-            )
+        inputs.update(adapters.without_cache(self.model))
+        output = self.model(input_ids=input_ids.to(device), output_hidden_states=True, return_dict=True, **inputs)
         states = output.get("hidden_states")
         states = output["encoder_hidden_states"] if states is None else states
         beyond = [index for index in self.layer_indexes if not -len(states) <= index < len(states)]
         if beyond:
             raise AdapterConfigError(
                 f"Cannot read layers {beyond} of {type(self.base_model).__name__}: it has {len(states)} hidden states, "
-                f"counted from 0 for the embeddings. Flair's `layers` takes these numbers. Pass some of them, or 'all'."
+                "counted from 0 for the embeddings. Flair's `layers` takes these numbers. Pass some of them, or 'all'."
             )
         first = 0 if self.keep_virtual_rows else adapters.virtual_rows(self.model)
         return tuple(states[index][:, first:] for index in self.layer_indexes)

@@ -124,7 +124,7 @@ def _embedding_params(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
     """Yield module prefix and stored parameters of each transformer embedding in a Flair model's state."""
     for name, value in state.items():
         if name != "state_dict":
-            yield from _walk_params(value, "tars_model.embeddings." if name == "tars_embeddings" else f"{name}.")
+            yield from _walk_params(value, f"{name}.")
 
 
 def _walk_params(value: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:

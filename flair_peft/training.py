@@ -39,7 +39,8 @@ class RankAllocationPlugin(TrainerPlugin):
     def compare_schedule(
         self, dataset_size: int, mini_batch_size: int, max_epochs: int, epoch: int = 0, **_: Any
     ) -> None:
-        """Say if the schedule of the config is not that of the training."""
+        """Start counting steps, and say if the schedule of the config is not that of the training."""
+        self._step = 0
         steps = -(-dataset_size // mini_batch_size) * (max_epochs - epoch)
         for config in self._configs():
             planned = getattr(config, "total_step", steps)

@@ -177,3 +177,15 @@ def test_fp32_model_is_left_as_it_is(base: Callable[[str], str], tmp_path: Path)
     loaded = round_trip(model, tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert predict(loaded) == predict(model)
+
+
+@pytest.mark.parametrize("head", ["castable", "tagger"])
+def test_model_in_double_precision_is_converted_whole(head: str, base: Callable[[str], str]) -> None:
+    """Only a narrower dtype is kept from a head that needs fp32; a wider one is what was asked for."""
+    embeddings = PeftTransformerEmbeddings(base("bert"), peft_config=LORA)
+    tagger = SequenceTagger(embeddings, labels(), "kind", use_rnn=False, use_crf=False, reproject_embeddings=False)
+    model = classifier(embeddings) if head == "castable" else tagger
+    model.double()
+    assert {p.dtype for p in model.parameters()} == {embeddings.output_dtype} == {torch.float64}
+    model.eval()
+    model.predict([Sentence(text) for text in SENTENCES])
