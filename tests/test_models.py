@@ -105,7 +105,10 @@ def test_loaded_model_converted_as_a_whole_keeps_predicting(
     loaded = round_trip.load(directory)
     before = entry.predict(loaded, corpus)
     (loaded.half if dtype == torch.float16 else loaded.bfloat16)()
-    assert len(entry.predict(loaded, corpus)) == len(before)
+    after = entry.predict(loaded, corpus)
+    assert len(after) == len(before)
+    if dtype == torch.float16:  # bf16 rounds enough to change the best of two labels that are nearly equal
+        assert round_trip.largest_difference(before, after) <= 5e-2
     assert {embeddings.base_dtype for embeddings in adapted(loaded)} == {dtype}
     outputs = {embeddings.output_dtype for embeddings in adapted(loaded)}
     assert head_dtypes(loaded) <= outputs <= {dtype, torch.float32}
