@@ -11,7 +11,9 @@ from flair_peft.embeddings import (
     PeftTransformerWordEmbeddings,
 )
 from flair_peft.errors import FlairPeftError
+from flair_peft.models import from_pretrained, push_to_hub, save_pretrained, verify
 from flair_peft.patch import install, is_installed, uninstall
+from flair_peft.resume import ResumePlugin
 from flair_peft.training import LoraPlusPlugin, RankAllocationPlugin
 
 __all__ = [
@@ -21,10 +23,15 @@ __all__ = [
     "PeftTransformerEmbeddings",
     "PeftTransformerWordEmbeddings",
     "RankAllocationPlugin",
+    "ResumePlugin",
     "__version__",
+    "from_pretrained",
     "install",
     "is_installed",
+    "push_to_hub",
+    "save_pretrained",
     "uninstall",
+    "verify",
 ]
 
 install()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
@@ -27,6 +29,9 @@ _PREFIXING = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
 # Methods that decompose the base's weights when they are added and keep results that no state dict holds.
 # Trained tokens keep the rows that they replace, to put them back after merging.
 _DERIVED_FROM_BASE = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS"})
+
+# Initialisations of LoRA that leave the base's weights as they are; all others take something out of them.
+_INITS_BESIDE_BASE = frozenset({True, False, "gaussian", "eva", "orthogonal"})
 
 _NEEDS_TASK_IDS = "it needs a task id with every sentence, and Flair has none to give"
 REFUSED_METHODS: Mapping[str, str] = {
@@ -77,12 +82,17 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     return peft_model
 
 
-def inject_skeleton(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: bool) -> PeftModel:
     """Add an adapter whose tensors a state dict will fill, without decomposing weights, data or a tokenizer.
 
     The PEFT model carries ``config`` itself, with the initialisation it was trained from.
+
+    Args:
+        model: changed in place.
+        config: of the adapter.
+        has_weights: whether the model's weights are there already; otherwise its memory was never initialised.
     """
-    if getattr(config, "kasa_config", None):
+    if getattr(config, "kasa_config", None) and not has_weights:
         # Its decomposition does not converge on memory that was never initialised.
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
@@ -95,6 +105,30 @@ def is_derived_from_base(config: PeftConfig) -> bool:
     """Whether the method keeps results computed from the base's weights, so that these must be there before it."""
     trains_tokens = bool(getattr(config, "trainable_token_indices", None))
     return method_name(config) in _DERIVED_FROM_BASE or trains_tokens
+
+
+def rewrites_base(config: PeftConfig) -> bool:
+    """Whether adding the adapter, or filling it, may change frozen weights of the base."""
+    init = getattr(config, "init_lora_weights", True)
+    return (
+        init not in _INITS_BESIDE_BASE
+        or bool(getattr(config, "kasa_config", None))
+        or bool(getattr(config, "layer_replication", None))
+        or method_name(config) in _DERIVED_FROM_BASE
+    )
+
+
+def protect_(model: PeftModel, before_merge: Callable[[], None]) -> None:
+    """Have ``before_merge`` called before PEFT merges the adapter into the base's weights, which it does in place."""
+    tuner = model.base_model
+    for name in ("merge_adapter", "_unload_and_optionally_merge"):
+        if hasattr(type(tuner), name):
+            setattr(tuner, name, functools.partial(_merge_apart, tuner, name, before_merge))
+
+
+def _merge_apart(tuner: torch.nn.Module, name: str, before_merge: Callable[[], None], *args: Any, **kwargs: Any) -> Any:
+    before_merge()
+    return getattr(type(tuner), name)(tuner, *args, **kwargs)
 
 
 def derived_state(model: PeftModel) -> dict[str, torch.Tensor]:

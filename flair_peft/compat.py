@@ -13,7 +13,8 @@ from packaging.version import Version
 from flair_peft.errors import FormatVersionError, UnsupportedHostError
 
 FLAIR_VERSIONS = SpecifierSet(">=0.15.1,<0.16", prereleases=True)
-FORMAT_VERSION = 1
+# 1: the base's weights are in the file. 2: they need not be.
+FORMAT_VERSION = 2
 
 _EXPECTED_PARAMETERS = {
     "load": ["model_path"],

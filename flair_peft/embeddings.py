@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import time
@@ -17,14 +18,17 @@ from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbedding
 from flair.embeddings.base import DocumentEmbeddings, TokenEmbeddings, register_embeddings
 from flair.embeddings.transformer import SENTENCE_BOUNDARY_TAG, combine_strided_tensors
 from peft import PeftConfig, PeftModel
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
-from flair_peft import adapters, backbone, dtypes
+from flair_peft import adapters, backbone, bases, dtypes, frozen, keys, learned, proof, tokenizer_files
 from flair_peft import config as configs
 from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_version
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
+from flair_peft.frozen import FrozenBase
+from flair_peft.learned import Part, planned
+from flair_peft.sources import BaseRecord, StoredBase
 from flair_peft.weights import StoredWeights
 
 log = logging.getLogger("flair_peft")
@@ -73,6 +77,8 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         dtype: dtypes.DtypeLike | None = None,
         head_dtype: dtypes.DtypeLike | None = None,
         keep_virtual_rows: bool = False,
+        save_base: bool = False,
+        stored_base: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Load a transformer and add an adapter to it.
@@ -108,6 +114,8 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
                 Heads train in fp32 in any case.
             keep_virtual_rows: read words from the rows that stock Flair reads with prompt tuning, which are off by the
                 number of virtual tokens. Only for models that stock Flair trained.
+            save_base: write the base's weights into files too, so that these need no base model to load.
+            stored_base: what a file says of its base model; given when loading.
             **kwargs: for the tokenizer, the config and the model.
 
         Raises:
@@ -130,14 +138,25 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         self._set_tokenizer(
             model, tokenizer_data, feature_extractor_data, {**(transformers_tokenizer_kwargs or {}), **kwargs}, kwargs
         )
+        if use_context_separator:
+            self.tokenizer.add_special_tokens(
+                {"additional_special_tokens": [SENTENCE_BOUNDARY_TAG]}, replace_additional_special_tokens=False
+            )
+        stored = StoredBase.from_dict(stored_base)
+        found: FrozenBase | None = None
         if saved_config is None:
-            base = backbone.find_model(model, dtype=asked_dtype, config_kwargs=config_kwargs, model_kwargs=model_kwargs)
-        else:
-            base = backbone.build_model(saved_config, dtype=asked_dtype, model_kwargs=model_kwargs)
-        base = _place(base)
+            found = bases.find_new(model, dtype=asked_dtype, config_kwargs=config_kwargs, model_kwargs=model_kwargs)
+            if use_context_separator:
+                found = found.reaching(self.tokenizer.convert_tokens_to_ids(SENTENCE_BOUNDARY_TAG))
+        elif stored.is_needed:
+            found = bases.find_stored(stored, saved_config, dtype=asked_dtype, name=name or model)
+        base = found.copy() if found else backbone.build_model(saved_config, dtype=asked_dtype, model_kwargs={})
         own_config = given_config or configs.own_config(_default_config(base))
         adapters.refuse_unsupported(base, own_config)
         configs.encode_config(own_config)  # a config that no file can hold is refused now, not after the training
+        shared = found
+        if found is not None and adapters.rewrites_base(own_config) and not frozen.is_placed(base):
+            shared, base = None, found.private_copy()
 
         # From here on, attributes with the names and meanings that the stock constructor gives them.
         self.truncate = self.tokenizer.model_max_length <= LARGE_INTEGER
@@ -168,25 +187,34 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         if needs_manual_ocr is not None:
             self.needs_manual_ocr = needs_manual_ocr
         self.use_context_separator = use_context_separator
-        if use_context_separator:
-            self._add_separator(base)
 
         # The stock constructor would load a second transformer: go straight to what its base class sets up.
         super(TransformerEmbeddings, self).__init__(**self.to_args())
 
         self.head_dtype = None if head_dtype is None else dtypes.parse_dtype(head_dtype)
         self.keep_virtual_rows = keep_virtual_rows
+        self.save_base = save_base
         self.register_buffer(_OUTPUT_DTYPE_MARK, torch.empty(0, dtype=torch.float32), persistent=False)
+        self.register_load_state_dict_post_hook(type(self)._after_loading)
+        self._frozen = shared
+        self._record = found.known_record if found is not None else stored.record
+        self._start: dict[str, str] = {}
         if is_new:
             base = _prepare_if_quantised(base, peft_gradient_checkpointing_kwargs)
             self.model = adapters.inject(base, own_config)
+            self._keep_apart()
         else:
-            self._await_weights(base, own_config)
+            self._left_out = frozenset(map(keys.canonical_key, stored.left_out))
+            self._await_weights(base, own_config, has_weights=found is not None)
         self._move_to(flair.device)
         self.eval()
         if is_new:
+            self._start = proof.start_of(self.model)
             self._try_out()
             self._report()
+
+    # Number and base of these embeddings in the file that they come from.
+    origin: tuple[int, StoredBase] | None = None
 
     @property
     def adapter_config(self) -> PeftConfig:
@@ -197,6 +225,16 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
     def base_model(self) -> PreTrainedModel:
         """The frozen transformer, without the PEFT model around it."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def base_record(self) -> BaseRecord | None:
+        """Where the base model comes from, as files say it; ``None`` where that was never known."""
+        return self._record
+
+    @property
+    def base_revision(self) -> str | None:
+        """Commit of the base model on the Hub; ``None`` if it comes from a directory."""
+        return None if self._record is None else self._record.revision
 
     @property
     def is_quantised(self) -> bool:
@@ -223,7 +261,7 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
 
         The id of the padding token may stand for a real token too, where a tokenizer has none of its own.
         """
-        backbone.complete_padding_(self.tokenizer)
+        tokenizer_files.complete_padding_(self.tokenizer)
         tensors = super().prepare_tensors(sentences, device=device)
         if "sub_token_lengths" in tensors and "attention_mask" in tensors:
             mask = tensors["attention_mask"]
@@ -257,6 +295,8 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         if self.training:
             adapters.require_input_gradients_(self.model)
             adapters.refuse_lost_prefix(self.model)
+        if torch.is_grad_enabled() and self._frozen is not None:
+            self._frozen.own_(adapters.trainable_parameters(self.model).values())
         device = self.base_model.device
         inputs: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
         if "pixel_values" in inputs:
@@ -286,18 +326,66 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
                 "Train on a base in bfloat16, with dtype='bfloat16', to be able to save."
             )
         params, config = super().to_params(), self.adapter_config
-        return {
+        params = {
             **params,
-            "tokenizer_data": backbone.portable_tokenizer_files(params["tokenizer_data"], self.tokenizer),
+            "tokenizer_data": tokenizer_files.portable_tokenizer_files(params["tokenizer_data"], self.tokenizer),
             "format_version": FormatVersion(FORMAT_VERSION),
             "peft_config": configs.encode_config(config),
             "dtype": dtypes.dtype_name(self.base_dtype),
             "head_dtype": dtypes.dtype_name(self.head_dtype),
             "keep_virtual_rows": self.keep_virtual_rows,
+            "save_base": self.save_base,
             # Without this, transformers makes a fast tokenizer of the files of a slow one.
             "transformers_tokenizer_kwargs": {} if self.tokenizer.is_fast else {"use_fast": False},
             "derived_state": adapters.derived_state(self.model) if adapters.is_derived_from_base(config) else {},
         }
+        part = planned(self)
+        return params if part is None else {**params, **self._proof_params(part)}
+
+    def _proof_params(self, part: Part) -> dict[str, Any]:
+        """Return what a load needs to find the base and to prove itself."""
+        untrained = proof.reachable(self, proof.never_left(self.model, self._start))
+        return {
+            "part": part.index,
+            "stored_base": part.stored.to_dict(),
+            "probe": proof.take_probe(self),
+            "untrained": untrained,
+        }
+
+    @property
+    def is_stored_whole(self) -> bool:
+        """Whether the file that is being written holds all weights of the base."""
+        part = planned(self)
+        return part is None or not part.stored.is_needed
+
+    def compare_with_base(self) -> StoredBase:
+        """Return which of the weights are the base's own, bit by bit, and need not be stored.
+
+        The base is read anew from its source. Where that is gone, everything has to be stored.
+        """
+        found = None
+        if self._record is not None:
+            found = bases.reference(self._record, self.base_model, dtype=self.base_dtype)
+        if found is None:
+            log.warning(
+                "The base model '%s' is not found any more, as it was: the file will hold all its weights.",
+                self.base_model_name,
+            )
+            return StoredBase(self._record)
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return learned.compare(self.model.state_dict(), trained, found)
+
+    def expect_without(self, stored: StoredBase) -> None:
+        """Let the next state dict be without what the file leaves out; that is the base's own here, too.
+
+        Weights that were the base's own when the file was written and were changed since get their values back.
+        """
+        self._left_out = frozenset(map(keys.canonical_key, stored.left_out))
+        found = None
+        if stored.record is not None and stored.is_needed:
+            found = bases.reference(stored.record, self.base_model, dtype=self.base_dtype)
+        if found is not None:
+            learned.restore_(self.model, stored.left_out, found)
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> PeftTransformerEmbeddings:
@@ -322,19 +410,20 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         params["use_context"] = params.pop("context_length", 0)
         for derived in ("truncate", "stride", "embedding_length", "use_lang_emb"):
             params.pop(derived, None)
+        _refuse_unknown(params)
         shape = dict(params.pop("config_state_dict"))
-        if shape.get("model_type") not in CONFIG_MAPPING:
-            raise ModelFileError(
-                f"Cannot rebuild the base model '{params.get('model')}': its model type {shape.get('model_type')!r} is "
-                "not part of the installed transformers. It may be newer, or come with code of its own. Upgrade "
-                "transformers to the version with which the model was trained."
-            )
+        shape.pop("auto_map", None)  # names code
+        stored = StoredBase.from_dict(params.get("stored_base"))
+        config_class = bases.config_class(str(shape.get("model_type")), stored.record)
         # from_dict reads the attention implementation from its keyword arguments only.
         attention = backbone.available_attention(shape.pop("attn_implementation", None))
-        saved_config = CONFIG_MAPPING[shape["model_type"]].from_dict(shape, attn_implementation=attention)
-        pending_state = params.pop("derived_state", {})
+        saved_config = config_class.from_dict(shape, attn_implementation=attention)
+        pending_state, probe = params.pop("derived_state", {}), params.pop("probe", None)
+        untrained, index = params.pop("untrained", []), params.pop("part", None)
         embeddings = cls.create_from_state(saved_config=saved_config, **params)
-        embeddings._pending_state = pending_state
+        embeddings._pending_state, embeddings._pending_probe = pending_state, probe
+        embeddings._pending_untrained = untrained
+        embeddings.origin = None if index is None else (index, stored)
         return embeddings
 
     def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
@@ -379,18 +468,12 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         kwargs: dict[str, Any],
     ) -> None:
         if tokenizer_data is None:
-            self.tokenizer = backbone.find_tokenizer(model, tokenizer_kwargs)
-            self.feature_extractor = backbone.find_feature_extractor(model, kwargs)
+            self.tokenizer = tokenizer_files.find_tokenizer(model, tokenizer_kwargs)
+            self.feature_extractor = tokenizer_files.find_feature_extractor(model, kwargs)
         else:
-            self.tokenizer = backbone.unpack_tokenizer(tokenizer_data, tokenizer_kwargs)
-            self.feature_extractor = backbone.unpack_feature_extractor(feature_extractor_data)
-        backbone.complete_padding_(self.tokenizer)
-
-    def _add_separator(self, base: PreTrainedModel) -> None:
-        self.tokenizer.add_special_tokens(
-            {"additional_special_tokens": [SENTENCE_BOUNDARY_TAG]}, replace_additional_special_tokens=False
-        )
-        backbone.add_token_row_(base, self.tokenizer.convert_tokens_to_ids(SENTENCE_BOUNDARY_TAG))
+            self.tokenizer = tokenizer_files.unpack_tokenizer(tokenizer_data, tokenizer_kwargs)
+            self.feature_extractor = tokenizer_files.unpack_feature_extractor(feature_extractor_data)
+        tokenizer_files.complete_padding_(self.tokenizer)
 
     def _move_to(self, device: str | torch.device) -> None:
         if not self.is_quantised:
@@ -517,6 +600,27 @@ class _PoolingView:
         return (tuple(state.to(device=flair.device, dtype=wide) for state in states),)
 
 
+# What files may say beside the arguments of the constructor, and which of these only a user may give.
+_STORED_BESIDE = frozenset({"config_state_dict", "derived_state", "probe", "untrained", "part"})
+_ONLY_FROM_USERS = frozenset(
+    {"transformers_config_kwargs", "transformers_model_kwargs", "peft_gradient_checkpointing_kwargs", "saved_config"}
+)
+
+
+def _refuse_unknown(params: Mapping[str, Any]) -> None:
+    """Return if stored parameters are those that embeddings have: others would reach transformers as they are."""
+    allowed = (
+        {*inspect.signature(PeftTransformerEmbeddings.__init__).parameters} - _ONLY_FROM_USERS - {"self", "kwargs"}
+    )
+    unknown = set(params) - allowed - _STORED_BESIDE
+    if unknown:
+        raise ModelFileError(
+            f"Cannot rebuild the embeddings of '{params.get('model')}': their parameters hold {name_some(unknown)}, "
+            "which no embeddings have. They are damaged or were not written by Flair or flair_peft. Save the model "
+            "again."
+        )
+
+
 def counterpart(stock_class: type[TransformerEmbeddings]) -> type[PeftTransformerEmbeddings]:
     """Return the class with an adapter that stands for a stock class.
 
@@ -554,13 +658,6 @@ def _count_hidden_states(base: PreTrainedModel) -> int:
         output = base(torch.tensor([[1]], device=base.device), output_hidden_states=True, return_dict=True)
     states = output.get("hidden_states")
     return len(output["encoder_hidden_states"] if states is None else states)
-
-
-def _place(base: PreTrainedModel) -> PreTrainedModel:
-    """Move the base to Flair's device, unless quantisation or a device map has placed it."""
-    if getattr(base, "quantization_method", None) or getattr(base, "hf_device_map", None):
-        return base
-    return base.to(flair.device)
 
 
 def _prepare_if_quantised(base: PreTrainedModel, kwargs: Mapping[str, Any] | None) -> PreTrainedModel:

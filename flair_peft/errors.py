@@ -6,8 +6,12 @@
     │   └── MissingConfigError        a file holds adapter weights but not the config that scales them
     ├── BaseModelNotFoundError    the transformer is neither on disk nor in the cache nor reachable
     ├── ModelFileError            a file that is truncated, not a Flair model, or not readable
-    │   └── FormatVersionError        written by a newer flair_peft
+    │   ├── FormatVersionError        written by a newer flair_peft
+    │   └── UnsafeFileError           a pickle that names what no Flair model needs; nothing of it was run
+    ├── UnsupportedStateError     a model holds an object that files cannot hold without pickling code
+    ├── SaveError                 a checkpoint could not be written; the earlier one is as it was
     ├── StateMismatchError        tensors of a file and of the model do not fit each other
+    │   └── BaseMismatchError         the base model found is not the one that the adapter was trained on
     ├── DtypeMismatchError        embeddings and head compute in different dtypes
     ├── TrainingSetupError        a training setting that cannot work with an adapter
     └── UnsupportedHostError      this version of Flair cannot be patched
@@ -48,8 +52,24 @@ class FormatVersionError(ModelFileError):
     """A model file was written by a newer version of flair_peft."""
 
 
+class UnsafeFileError(ModelFileError):
+    """A pickle names something that no Flair model needs; it was not loaded."""
+
+
+class UnsupportedStateError(FlairPeftError, TypeError):
+    """A model holds an object that files cannot hold, since they hold JSON and tensors only."""
+
+
+class SaveError(FlairPeftError, OSError):
+    """A checkpoint could not be written: no space, no permission; what was there before is unchanged."""
+
+
 class StateMismatchError(FlairPeftError, RuntimeError):
     """Tensors of a file and of the model it should fill do not fit each other."""
+
+
+class BaseMismatchError(StateMismatchError):
+    """The base model found differs from the one that the adapter was trained on."""
 
 
 class DtypeMismatchError(FlairPeftError, TypeError):

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
-import copy
-import zipfile
-from collections.abc import Iterator, Mapping
+import functools
+import importlib
+import io
+import os
+import pickle
+import re
+import zlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from flair.embeddings.base import EMBEDDING_CLASSES
-from flair.embeddings.transformer import TransformerEmbeddings
-from flair.file_utils import load_torch_state
-from peft import PeftConfig
+import numpy as np
+import torch
+from flair.file_utils import load_big_file, load_torch_state
 
-from flair_peft import config as configs
-from flair_peft import keys
-from flair_peft.errors import AdapterConfigError, MissingConfigError, ModelFileError, name_some
+from flair_peft import opcodes
+from flair_peft.errors import (
+    FlairPeftError,
+    ModelFileError,
+    UnsafeFileError,
+    name_some,
+)
 
 State = dict[str, Any]
 
 _LORA_MARK = "lora_A"
 
+_MOST_THREADS = 8
+_CHUNK = 1 << 18  # fits into the cache of a core
+
 
 def read_state(path: Path) -> State:
-    """Return the state of a Flair model, read by Flair's own function.
+    """Return the state of a Flair model; no code of a file with adapters is run.
+
+    Files without adapters are Flair's own business, and its own function reads them. Of the others, every name in
+    their pickles has to be one that Flair writes of its models before anything is unpickled; tensors may be views of
+    the file, so it should not be written into as long as the state is held.
 
     Raises:
         ModelFileError: the file is truncated, empty, or not a Flair model.
+        UnsafeFileError: a file with adapters names what no Flair model needs; nothing of it was run.
     """
     try:
-        state = load_torch_state(str(path))
+        state = _read_allowed(path) if opcodes.holds_adapters(path) else load_torch_state(str(path))
+    except FlairPeftError:
+        raise
     except Exception as error:  # a damaged pickle can call anything with anything
         raise ModelFileError(
             f"Cannot read '{path}' ({path.stat().st_size} bytes): {type(error).__name__}: {error}. It is truncated, or "
@@ -43,21 +63,329 @@ def read_state(path: Path) -> State:
     return state
 
 
+def _read_allowed(path: Path) -> Any:
+    contents = opcodes.read_contents(path)
+    names = frozenset[str]() if contents is None else contents.globals
+    refused = {name for name in names if not _is_allowed(name)}
+    if refused:
+        raise UnsafeFileError(
+            f"Cannot load '{path}': it names {name_some(refused)}, which Flair's own models with adapters do not need. "
+            "Loading a pickle runs what it names, so such a file can do anything; nothing of it was run. If you know "
+            "who wrote it and trust them, read it yourself and pass what you get: "
+            f"load(torch.load('{path}', map_location='cpu', weights_only=False))."
+        )
+    if contents is None or not contents.is_whole:
+        raise pickle.UnpicklingError("the pickle in it has no end")
+    load = functools.partial(torch.load, map_location="cpu", pickle_module=_AllowedPickle, weights_only=False)
+    if not opcodes.is_zip(path):
+        if not names.isdisjoint(_READ_AT_ONCE):
+            raise pickle.UnpicklingError("its objects stand in front of the tensors that they are made of")
+        return load(load_big_file(str(path)))
+    _refuse_scripts(path)
+    # A module that is pickled whole becomes part of the model, and would break when the file is written again.
+    return load(path, mmap=names.isdisjoint(_KEPT_ALIVE))
+
+
+def _refuse_scripts(path: Path) -> None:
+    """Refuse an archive that torch would hand on to TorchScript, which has a language and files of its own."""
+    if any(member.name.endswith("/constants.pkl") for member in opcodes.stored_members(path)):
+        raise UnsafeFileError(
+            f"Cannot load '{path}': it is a TorchScript archive. Flair's models are not, and a script can do more than "
+            "a model has to; nothing of it was run. Pass a file that model.save() or Flair's trainer wrote."
+        )
+
+
+# What a file with adapters may name: what Flair 0.14 to 0.15.1 writes of its models on transformer embeddings, and no
+# more. Whoever writes a pickle chooses what is called with which arguments, so each of these must be harmless with any.
+
+_BUILTINS = ("__builtin__", "builtins")  # as protocol 2 calls it, and as protocol 4 does
+_ENCODINGS = ("EntityMask", "EntityMarker", "EntityMarkerPunct")
+_LAYERS = (
+    *(f"activation.{name}" for name in ("GELU", "ReLU", "Tanh")),
+    *(f"container.{name}" for name in ("ModuleList", "Sequential")),
+    *("dropout.Dropout", "linear.Identity", "linear.Linear", "normalization.LayerNorm"),
+)
+_DISTANCES = (
+    *(f"cosine.{name}" for name in ("CosineDistance", "LogitCosineDistance", "NegativeScaledDotProduct")),
+    *("euclidean.EuclideanDistance", "hyperbolic.HyperbolicDistance"),
+)
+
+# Modules are pickled whole where a classifier got a decoder of its own; the label verbalizer's has embeddings inside.
+# They are rebuilt without a constructor: ``__setstate__`` of torch's modules sets attributes, that of our embeddings
+# takes the values that any file holds of them.
+_MODULES = frozenset(
+    {
+        *(f"torch.nn.modules.{name}" for name in _LAYERS),
+        *(f"flair.nn.distance.{name}" for name in _DISTANCES),
+        *(f"flair.nn.decoder.{name}Decoder" for name in ("DeepNCM", "LabelVerbalizer", "Prototypical")),
+        *(f"flair_peft.embeddings.PeftTransformer{kind}Embeddings" for kind in ("", "Word", "Document")),
+    }
+)
+
+# Rebuilt without a constructor too. These hold labels, characters, words and numbers; only Flair's Dictionary has a
+# ``__setstate__``, which sets attributes.
+_RECORDS = frozenset(
+    {
+        "_io.BytesIO",  # tokenizer files
+        "flair.data.Dictionary",
+        "flair.data.Sentence",  # verbalised labels
+        "flair.data.Token",
+        "flair.models.entity_linker_model.CandidateGenerator",
+        "flair.models.prefixed_tagger.EntityTypeTaskPromptAugmentationStrategy",
+        *(f"flair.models.relation_classifier_model.{typed}{name}" for typed in ("", "Typed") for name in _ENCODINGS),
+        "flair_peft.compat.FormatVersion",
+        "torch.torch_version.TorchVersion",  # in the model card
+    }
+)
+
+# Called. The first two make tensors of storages that torch has read from the same file, the others containers.
+_FUNCTIONS = frozenset(
+    {
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_parameter",
+        "collections.OrderedDict",
+        *(f"{module}.{kind}" for module in _BUILTINS for kind in ("set", "frozenset")),
+        # What flair_peft writes in place of a pickled object: it checks plain values by the rules of its own format.
+        "flair_peft.codec.restore_state",
+    }
+)
+
+# Constants: they are named and nothing can be called. torch itself takes care of the storages, which only name a dtype.
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+_CONSTANTS = frozenset({*(f"torch.{name}" for name in _DTYPES), *(f"torch.{name}Storage" for name in _STORAGES)})
+
+# The model card holds what the trainer was given. No model needs it to predict, so it is not rebuilt: what was an
+# object becomes the name of its class, which is how Flair itself stores classes there.
+_WITHHELD = ("torch.optim.", "flair.optim.", "flair.samplers.", "flair.trainers.")
+
+# What copies tensors while it is rebuilt. In old-style files these have no content yet at that moment.
+_READ_AT_ONCE = {"flair_peft.codec.restore_state", *(name for name in _MODULES if name.startswith("flair_peft."))}
+
+# What becomes part of the live model, and with it the memory of its tensors.
+_KEPT_ALIVE = _MODULES | _READ_AT_ONCE
+
+_EMBEDDINGS_STATE = "flair_peft_params"
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Return bytes as protocol 2 stores them; other encodings would import modules and take quadratic time."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds bytes in {encoding!r:.80}")
+    return text.encode("latin1")
+
+
+def _empty_bytes() -> bytes:
+    """Return no bytes, which protocol 2 stores as a call; with a number, ``bytes`` would fill the memory."""
+    return b""
+
+
+def _default_dictionary(factory: str | None = None) -> defaultdict[Any, Any]:
+    """Return a dictionary that makes its values with one of Python's own classes, as Flair's counters do."""
+    return defaultdict(None if factory is None else _FACTORIES[factory])
+
+
+class _NumpyType:
+    """The type of a number: loss weights and other settings may have been computed with numpy."""
+
+    def __init__(self, code: str, *_: bool) -> None:
+        if not re.fullmatch(r"[biuf][1248]", code):
+            raise pickle.UnpicklingError(f"it holds numbers of type {code!r:.80}")
+        self._code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError(f"it holds numbers in the byte order {state[1]!r:.80}")
+        self._code = state[1] + self._code
+
+    @property
+    def code(self) -> str:
+        """The type as numpy writes it."""
+        return self._code
+
+
+def _number(kind: _NumpyType, content: bytes) -> Any:
+    """Return the number that the bytes are."""
+    if type(kind) is not _NumpyType:
+        raise pickle.UnpicklingError("it holds a number without a type")
+    (number,) = np.frombuffer(content, kind.code)
+    return number
+
+
+# Instead of what these names mean elsewhere, which does more with some arguments than a Flair model needs.
+_REPLACED: dict[str, Callable[..., Any]] = {
+    "_codecs.encode": _encode,
+    "__builtin__.bytes": _empty_bytes,
+    "collections.defaultdict": _default_dictionary,
+    "numpy.dtype": _NumpyType,
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,
+}
+_FACTORIES = {f"{module}.{kind.__name__}": kind for module in _BUILTINS for kind in (int, float, list, dict)}
+_FACTORIES["__builtin__.long"] = int
+
+_ALLOWED = _FUNCTIONS | _RECORDS | _MODULES | _CONSTANTS | _REPLACED.keys() | _FACTORIES.keys()
+
+
+def _is_allowed(name: str) -> bool:
+    return name in _ALLOWED or name.startswith(_WITHHELD)
+
+
+class _Name(str):
+    """The name of a function or class, on the unpickler's stack in the place of the thing itself.
+
+    Only the opcodes that call look the thing up. So nothing that can be called ever becomes a value of the state,
+    where a hook or a default might call it later.
+    """
+
+    def look_up(self) -> Any:
+        """Import and return what has this name."""
+        module, _, name = self.rpartition(".")
+        return getattr(importlib.import_module("builtins" if module in _BUILTINS else module), name)
+
+
+class _AllowedUnpickler(pickle._Unpickler):
+    """Unpickles what the lists above allow, and only in the way in which Flair's files use it.
+
+    It is Python's unpickler in Python: the one in C cannot be asked what it calls. It is as fast as the one that torch
+    uses for ``weights_only``, which would call every class that it may name and stops at the frames of protocol 4.
+    """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._withheld: dict[int, str] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a constant, or the name of what may be called; torch asks here too, for all but storages."""
+        found = _Name(f"{module}.{name}")
+        if not _is_allowed(found):
+            raise pickle.UnpicklingError(f"it names '{found}'")
+        if found.startswith(_WITHHELD):
+            stand_in = str(found)
+            return self._withheld.setdefault(id(stand_in), stand_in)
+        return found.look_up() if found in _CONSTANTS else found
+
+    def _call(self) -> None:
+        arguments, name = self.stack.pop(), self.stack[-1]
+        if not self._is_withheld(name):
+            function = _REPLACED.get(_expect(name, _FUNCTIONS | _REPLACED.keys())) or name.look_up()
+            self.stack[-1] = function(*arguments)
+
+    def _create(self) -> None:
+        arguments, name = self.stack.pop(), self.stack[-1]
+        if not self._is_withheld(name):
+            created = _expect(name, _RECORDS | _MODULES).look_up()
+            self.stack[-1] = created.__new__(created, *arguments)
+
+    def _set_state(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if not self._is_withheld(target):
+            _set_state_(target, state)
+
+    def _load_persistent(self) -> None:
+        reference = self.stack[-1]
+        kind = reference[0] if type(reference) is tuple and reference else None
+        if kind == "module":
+            # Old-style files hold the source code of modules beside their names. torch would compare it with that of
+            # the installed ones, and may write a patch.
+            self.stack[-1] = _expect(reference[1], _MODULES)
+        elif kind == "storage":
+            self.stack[-1] = self.persistent_load(reference)
+        else:
+            raise pickle.UnpicklingError("it refers to something that is not a tensor's storage")
+
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it holds an opcode that torch does not write")
+
+    def _is_withheld(self, value: Any) -> bool:
+        return self._withheld.get(id(value)) is value
+
+    dispatch[pickle.REDUCE[0]] = _call
+    dispatch[pickle.NEWOBJ[0]] = _create
+    dispatch[pickle.BUILD[0]] = _set_state
+    dispatch[pickle.BINPERSID[0]] = _load_persistent
+    for _code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        dispatch[_code[0]] = _refuse
+
+
+def _expect(name: Any, expected: Set[str]) -> _Name:
+    if type(name) is not _Name or name not in expected:
+        found = f"'{name}'" if isinstance(name, str) else f"an object of type {type(name).__name__}"
+        raise pickle.UnpicklingError(f"it calls {found:.200}")
+    return name
+
+
+def _set_state_(target: Any, state: Any) -> None:
+    """Give an object of the lists its attributes, in the one form in which Flair's files hold those of its class."""
+    kind = type(target)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind is OrderedDict:
+        is_usual = type(state) is dict and state.keys() <= {"_metadata"}  # what Module.state_dict() adds
+    elif kind is io.BytesIO:
+        is_usual = type(state) is tuple and state[2:] == (None,)
+    elif kind is _NumpyType:
+        is_usual = type(state) is tuple and len(state) > 1
+    else:
+        # Without their own key, embeddings would read a state of Flair's, and with it any model of the Hub.
+        is_usual = type(state) is dict and ("Embeddings" not in name or _EMBEDDINGS_STATE in state)
+        is_usual = is_usual and name in _RECORDS | _MODULES
+    if not is_usual:
+        raise pickle.UnpicklingError(f"it sets attributes of an object of type {name} in an unusual way")
+    # Asked of the class: an attribute of that name, set before, is data.
+    if hasattr(kind, "__setstate__"):
+        kind.__setstate__(target, state)
+    else:
+        target.__dict__.update(state)
+
+
+class _AllowedPickle:
+    """What ``torch.load`` takes for the module ``pickle``."""
+
+    Unpickler = _AllowedUnpickler
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        """Return the object in the next pickle of an old-style file."""
+        return _AllowedUnpickler(file, **options).load()
+
+
 def check_sums(path: Path) -> None:
     """Return if the checksums in a file are right: torch writes them and reads over them.
 
+    Members are summed side by side, in pieces that stay in a core's cache.
+
     Raises:
-        ModelFileError: one is wrong. A flipped bit would change predictions silently.
+        ModelFileError: one is wrong, and a flipped bit would change predictions silently; or torch may read other
+            bytes than those that were summed.
     """
-    if not zipfile.is_zipfile(path):
+    if not opcodes.is_zip(path):
         return
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
+    members = sorted(opcodes.stored_members(path), key=lambda member: member.start - member.stop)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as threads:
+        sums = list(threads.map(lambda member: _checksum(path, member), members))
+    damaged = [member.name for member, found in zip(members, sums, strict=True) if found != member.checksum]
+    if damaged:
         raise ModelFileError(
-            f"Cannot load '{path}': the checksum of '{damaged}' in it is wrong. The file was damaged after it was "
-            "written, and would predict something else. Copy or save it again."
+            f"Cannot load '{path}': the checksum of {name_some(damaged)} in it is wrong. The file was damaged after it "
+            "was written, and would predict something else. Copy or save it again."
         )
+
+
+def _checksum(path: Path, member: opcodes.Member) -> int:
+    """Return the checksum of the bytes of a member; both reading and summing let other threads run."""
+    checksum, rest = 0, member.stop - member.start
+    view = memoryview(bytearray(min(rest, _CHUNK)))
+    with path.open("rb", buffering=0) as file:
+        file.seek(member.start)
+        while rest > 0:
+            size = file.readinto(view[:rest])
+            if not size:
+                break
+            checksum, rest = zlib.crc32(view[:size], checksum), rest - size
+    return checksum
 
 
 def _holds_tensors(state: State) -> bool:
@@ -65,116 +393,3 @@ def _holds_tensors(state: State) -> bool:
     if isinstance(tasks, dict):
         return all(isinstance(task, dict) and _holds_tensors(task) for task in tasks.values())
     return isinstance(tensors, Mapping) and all(isinstance(key, str) for key in tensors)
-
-
-def has_adapters(state: Any) -> bool:
-    """Whether any part of a Flair model's state holds PEFT tensors or a PEFT config."""
-    if not isinstance(state, Mapping):
-        return False
-    if any(keys.is_adapter_key(key) for key in state.get("state_dict", ())):
-        return True
-    if any("peft_config" in params for _, params in _embedding_params(state)):
-        return True
-    return any(has_adapters(task) for task in state.get("model_states", {}).values())
-
-
-def with_config(state: State, peft_config: PeftConfig | None, *, source: str) -> State:
-    """Return a copy of the state in which all embeddings that have adapter tensors have a PEFT config too.
-
-    Containers are copied, tensors are not; ``state`` stays as it is.
-
-    Args:
-        state: of one Flair model.
-        peft_config: for embeddings whose file does not hold one.
-        source: named in errors.
-
-    Raises:
-        MissingConfigError: there are adapter tensors without a config, and none is given.
-        AdapterConfigError: a config is given for a state that holds all configs itself.
-    """
-    if peft_config is not None and not lacks_config(state):
-        raise AdapterConfigError(
-            f"Cannot use the peft_config given for '{source}': it holds the config that it was trained with. Another "
-            "one would change predictions. Leave out peft_config."
-        )
-    state = _copy_containers(state)
-    if "model_states" in state:
-        tasks = state["model_states"].items()
-        given = {name: peft_config if lacks_config(task) else None for name, task in tasks}
-        return {**state, "model_states": {name: with_config(task, given[name], source=source) for name, task in tasks}}
-    prefixes = keys.find_adapter_prefixes(state.get("state_dict", ()))
-    for prefix, params in _embedding_params(state):
-        if "peft_config" in params or not _is_meant(prefix, prefixes):
-            continue
-        if peft_config is None:
-            raise _missing_config(state["state_dict"], source)
-        params["peft_config"] = configs.own_config(peft_config)
-    return state
-
-
-def lacks_config(state: State) -> bool:
-    """Whether embeddings that have adapter tensors have no PEFT config."""
-    if "model_states" in state:
-        return any(lacks_config(task) for task in state["model_states"].values())
-    prefixes = keys.find_adapter_prefixes(state.get("state_dict", ()))
-    return any("peft_config" not in p and _is_meant(prefix, prefixes) for prefix, p in _embedding_params(state))
-
-
-def _embedding_params(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield module prefix and stored parameters of each transformer embedding in a Flair model's state."""
-    for name, value in state.items():
-        if name != "state_dict":
-            yield from _walk_params(value, f"{name}.")
-
-
-def _walk_params(value: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not isinstance(value, dict) or "__cls__" not in value:
-        return
-    embedding_class = EMBEDDING_CLASSES.get(value["__cls__"])
-    if isinstance(embedding_class, type) and issubclass(embedding_class, TransformerEmbeddings):
-        yield prefix, value
-    for nested in value.values():
-        if isinstance(nested, list):
-            for index, params in enumerate(nested):
-                yield from _walk_params(params, f"{prefix}list_embedding_{index}.")
-        else:
-            yield from _walk_params(nested, prefix)
-
-
-def _is_meant(prefix: str, adapter_prefixes: list[str]) -> bool:
-    """Whether one of the prefixes that hold adapters is that of these embeddings.
-
-    Flair stores parameters under other names than the modules have ("document_embeddings" for ``embeddings``), but a
-    Flair model has one tree of embeddings, and the positions in its stacks are the same in both.
-    """
-    return any(_positions(found) == _positions(prefix) for found in adapter_prefixes)
-
-
-def _positions(prefix: str) -> list[str]:
-    return [segment for segment in prefix.split(".") if segment.startswith("list_embedding_")]
-
-
-def _copy_containers(value: Any) -> Any:
-    if type(value) is dict:
-        return {key: _copy_containers(item) for key, item in value.items()}
-    if type(value) is list:
-        return [_copy_containers(item) for item in value]
-    return copy.copy(value) if isinstance(value, Mapping) else value
-
-
-def _missing_config(state_dict: Mapping[str, Any], source: str) -> MissingConfigError:
-    lora = {key: tensor for key, tensor in state_dict.items() if f".{_LORA_MARK}." in key}
-    ranks = sorted({int(tensor.shape[0]) for tensor in lora.values()})
-    targets = {key.split(f".{_LORA_MARK}.")[0].rpartition(".")[2] for key in lora}
-    adapters = sorted(key for key in state_dict if keys.is_adapter_key(key))
-    if ranks:
-        what = f"LoRA weights (rank {', '.join(map(str, ranks))} from their shapes, on {name_some(targets)})"
-        lost = "the lora_alpha that scales them"
-        config = f"LoraConfig(r={ranks[-1]}, lora_alpha=…, target_modules={sorted(targets)})"
-    else:
-        what, lost, config = f"adapter weights ({name_some(adapters, 2)})", "the PEFT config that shapes them", "…"
-    return MissingConfigError(
-        f"Cannot load '{source}': it holds {what} but not {lost}. Stock Flair does not store the PEFT config, and a "
-        f"wrong one changes predictions silently. Pass the config used in training: load('{source}', "
-        f"peft_config={config})."
-    )

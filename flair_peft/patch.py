@@ -3,26 +3,27 @@
 These attributes of Flair are replaced, each by a function that calls the original for everything that has no adapter:
 
 =============================================  ========================================================================
-``load`` of ``Model`` and its subclasses       takes ``peft_config=``; reads files with adapters; aligns dtypes
+``load`` of ``Model`` and its subclasses       takes files, directories and Hub ids with adapters; aligns dtypes
+``Model.save``                                 writes what was learned, whole or not at all, and no pickled objects
 ``train`` of ``Model`` and its subclasses      gives a cast head its fp32 values back before it trains
 ``Model._apply``                               keeps heads that need fp32 in fp32, whatever ``model.half()`` does
 ``Embeddings._everything_embedded``            never reuses vectors that depend on an adapter that can change
 ``TransformerEmbeddings.to_params``            keeps the PEFT config of stock embeddings
 ``TransformerEmbeddings.from_params``          rebuilds stock embeddings that have a PEFT config, with an adapter
 ``ModelTrainer.train_custom``                  checks settings, attaches :class:`flair_peft.training.AdapterGuard`
+``ModelTrainer._save_model``                   leaves a best model that a training which goes on has not beaten
 ``ModelTrainer._load_model``                   reloads the best model into the live one, without a second base
 =============================================  ========================================================================
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
+import dataclasses
 import functools
 import inspect
 import logging
-import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,26 +31,22 @@ from typing import Any
 import torch
 from flair.embeddings import TransformerEmbeddings
 from flair.embeddings.base import Embeddings, TokenEmbeddings
-from flair.models import MultitaskModel
 from flair.nn import Model
 from flair.trainers import ModelTrainer
 from peft import PeftConfig, PeftModel
 
-from flair_peft import adapters, compat, dtypes, legacy, training
+from flair_peft import adapters, assembly, compat, dtypes, legacy, models, resume, states, training
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
-from flair_peft.errors import AdapterConfigError, FlairPeftError, ModelFileError, StateMismatchError, name_some
+from flair_peft.errors import AdapterConfigError
+from flair_peft.sources import LoadOptions, loading_with
 
 log = logging.getLogger("flair_peft")
 
-# How torch lists the keys that do not fit.
-_LISTED = r"(Missing|Unexpected) key\(s\) in state_dict: ([^\n]*)"
-_QUOTED = r'"([^"]+)"'
-
 _MISSING = object()
 _lock = threading.RLock()
+_trainers: weakref.WeakKeyDictionary[Model, ModelTrainer] = weakref.WeakKeyDictionary()
 _installed: list[_Replacement] = []
-_is_loading: contextvars.ContextVar[bool] = contextvars.ContextVar("flair_peft_is_loading", default=False)
 
 
 class _Replacement:
@@ -106,15 +103,16 @@ def is_installed() -> bool:
 
 
 def _load_replacements() -> Iterator[_Replacement]:
-    for model_class in [Model, *_subclasses(Model)]:
+    for model_class in [Model, *assembly.subclasses(Model)]:
         if "load" in vars(model_class):
             yield _Replacement(model_class, "load", _loading_with_adapters(vars(model_class)["load"]))
 
 
 def _other_replacements() -> Iterator[_Replacement]:
-    for model_class in [Model, *(c for c in _subclasses(Model) if "train" in vars(c))]:
+    for model_class in [Model, *(c for c in assembly.subclasses(Model) if "train" in vars(c))]:
         original = vars(model_class).get("train", torch.nn.Module.train)
         yield _Replacement(model_class, "train", _training_in_fp32(original))
+    yield _Replacement(Model, "save", _saving_what_was_learned(vars(Model)["save"]))
     yield _Replacement(Model, "_apply", _converting_by_the_rule(vars(Model).get("_apply", torch.nn.Module._apply)))
     for owner in (Embeddings, TokenEmbeddings):
         yield _Replacement(owner, "_everything_embedded", _embedding_afresh(vars(owner)["_everything_embedded"]))
@@ -123,120 +121,66 @@ def _other_replacements() -> Iterator[_Replacement]:
         TransformerEmbeddings, "from_params", _rebuilding_adapter(vars(TransformerEmbeddings)["from_params"])
     )
     yield _Replacement(ModelTrainer, "train_custom", _training_guarded(vars(ModelTrainer)["train_custom"]))
+    yield _Replacement(ModelTrainer, "_save_model", _keeping_the_best(vars(ModelTrainer)["_save_model"]))
     yield _Replacement(ModelTrainer, "_load_model", _reloading_in_place(vars(ModelTrainer)["_load_model"]))
 
 
-def _subclasses(root: type[Any]) -> Iterator[type[Any]]:
-    for subclass in root.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
-
 def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[Any, Any, Any]:
-    """Return a ``load`` that prepares what has adapters, calls the original, and aligns the model it returns.
+    """Return a ``load`` that takes what has adapters upon itself and leaves the rest to the original.
 
-    Loads re-enter: an abstract class finds the concrete one, a multitask model loads each task. Only the outermost
-    call prepares and aligns; it sees the whole model.
+    Its keyword arguments are those of :func:`flair_peft.from_pretrained`, and ``peft_config`` for files that lack it.
     """
 
     @functools.wraps(original.__func__)
-    def load(cls: type[Model], model_path: Any, *, peft_config: PeftConfig | None = None) -> Model:
+    def load(cls: type[Model], model_path: Any, *, peft_config: PeftConfig | None = None, **options: Any) -> Model:
         stock_load = original.__get__(None, cls)
-        if not _installed or _is_loading.get():
-            return stock_load(model_path) if peft_config is None else stock_load(model_path, peft_config=peft_config)
-        path = None if isinstance(model_path, dict) else Path(model_path)
-        source = "the given state" if path is None else str(path)
-        state = model_path if path is None else legacy.read_state(path) if path.is_file() else None
-        if state is None or not legacy.has_adapters(state):
-            _refuse_useless_config(peft_config, source, was_read=state is not None)
-            return stock_load(model_path if state is None else state)
-        if path is not None:
+        if not _installed or assembly.is_going_on():
+            given = {} if peft_config is None else {"peft_config": peft_config}
+            return stock_load(model_path, **given, **options)
+        revision = options.pop("revision", None)
+        chosen = LoadOptions(**options)
+        if isinstance(model_path, dict):
+            return _load_state(cls, stock_load, model_path, peft_config, source="the given state", options=chosen)
+        directory = models.find_for_flair(str(model_path), revision=revision, options=chosen)
+        if directory is not None:
+            _refuse_useless_config(peft_config, str(model_path), "it is a checkpoint that holds its config")
+            return models.load_checkpoint(cls, directory, chosen)
+        path = Path(model_path)
+        if not path.is_file():
+            _refuse_useless_config(peft_config, str(path), "there is no such file")
+            return stock_load(model_path)
+        state, chosen = legacy.read_state(path), dataclasses.replace(chosen, directory=path.parent, owns_state=True)
+        if states.has_adapters(state):
             legacy.check_sums(path)
-        state = legacy.with_config(state, peft_config, source=source)
-        _check_class(cls, state, source)
-        with _outermost_load(), _naming_mismatches(source):
-            model = stock_load(state)
-        _share_embeddings_again(model)
-        dtypes.align_head_(model)
-        return model
+        return _load_state(cls, stock_load, state, peft_config, source=str(path), options=chosen)
 
     return classmethod(load)
 
 
-def _check_class(cls: type[Model], state: legacy.State, source: str) -> None:
-    """Say which class a file holds where an abstract class would try all others and print the whole state."""
-    stored = state.get("__cls__")
-    known = {subclass.__name__ for subclass in _subclasses(cls)}
-    if inspect.isabstract(cls) and stored is not None and stored not in known:
-        raise ModelFileError(
-            f"Cannot load '{source}' as a {cls.__name__}: it holds a {stored}. {cls.__name__}.load finds only classes "
-            f"that derive from {cls.__name__}. Use {stored}.load, after importing the module that defines it, or "
-            "flair.nn.Model.load."
+def _load_state(
+    cls: type[Model],
+    stock_load: Callable[[Any], Model],
+    state: states.State,
+    peft_config: PeftConfig | None,
+    *,
+    source: str,
+    options: LoadOptions,
+) -> Model:
+    if not states.has_adapters(state):
+        _refuse_useless_config(peft_config, source, "it holds no adapter, and a new one would be random")
+        return stock_load(state)
+    state = states.with_config(state, peft_config, source=source)
+    assembly.check_class(cls, state.get("__cls__"), source)
+    with loading_with(options):
+        return assembly.assemble(stock_load, state, source=source)
+
+
+def _refuse_useless_config(peft_config: PeftConfig | None, source: str, reason: str) -> None:
+    if peft_config is not None:
+        raise AdapterConfigError(
+            f"Cannot use the peft_config given for '{source}': {reason}. A config is meant for files of stock Flair "
+            "that hold adapter weights without one. Leave out peft_config."
         )
-
-
-def _refuse_useless_config(peft_config: PeftConfig | None, source: str, *, was_read: bool) -> None:
-    if peft_config is None:
-        return
-    if not was_read:
-        raise ModelFileError(
-            f"Cannot load '{source}' with a peft_config: there is no such file. A config can be given for files only. "
-            "Download the file and pass its path."
-        )
-    raise AdapterConfigError(
-        f"Cannot use the peft_config given for '{source}': it holds no adapter weights. A new adapter would predict "
-        "with random weights. Leave out peft_config."
-    )
-
-
-@contextlib.contextmanager
-def _outermost_load() -> Iterator[None]:
-    token = _is_loading.set(True)
-    try:
-        yield
-    finally:
-        _is_loading.reset(token)
-
-
-@contextlib.contextmanager
-def _naming_mismatches(source: str) -> Iterator[None]:
-    """Raise torch's list of keys that do not fit as an error that names the file."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, FlairPeftError) or "loading state_dict" not in str(error):
-            raise
-        listed = re.findall(_LISTED, str(error))
-        found = "; ".join(f"{kind.lower()}: {name_some(re.findall(_QUOTED, names))}" for kind, names in listed)
-        raise StateMismatchError(
-            f"Cannot load '{source}': {found or error}. The tensors in it and the model built from its settings "
-            "differ. Load it with the versions of Flair and PEFT that wrote it, or save the model again."
-        ) from error
-
-
-def _share_embeddings_again(model: Model) -> None:
-    """Make embeddings that several tasks shared one object again; Flair stores and builds them once per task."""
-    if not isinstance(model, MultitaskModel):
-        return
-    first: dict[str, PeftTransformerEmbeddings] = {}
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, PeftTransformerEmbeddings):
-                shared = first.setdefault(child.name, child)
-                if shared is not child and _are_equal(shared.state_dict(), child.state_dict()):
-                    setattr(parent, name, shared)
-                    _replace_in_list(parent, child, shared)
-
-
-def _replace_in_list(parent: torch.nn.Module, child: torch.nn.Module, shared: torch.nn.Module) -> None:
-    """Replace embeddings in the plain list that StackedEmbeddings keeps beside its submodules."""
-    listed = parent.__dict__.get("embeddings")
-    if isinstance(listed, list):
-        listed[:] = [shared if item is child else item for item in listed]
-
-
-def _are_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def _training_in_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -310,10 +254,38 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         arguments = signature.bind(self, *args, **kwargs)
         settings = arguments.arguments
         training.check_training(self.model, reduce_transformer_vocab=settings.get("reduce_transformer_vocab", False))
+        settings.update(resume.prepare_settings({**settings}))
         settings["plugins"] = [*(settings.get("plugins") or []), training.AdapterGuard()]
-        return original(*arguments.args, **arguments.kwargs)
+        _trainers[self.model] = self
+        try:
+            return original(*arguments.args, **arguments.kwargs)
+        finally:
+            _trainers.pop(self.model, None)
 
     return train_custom
+
+
+def _keeping_the_best(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _save_model(self: ModelTrainer, model_file: Any, checkpoint: bool = False) -> None:
+        # Flair counts the best score from zero in each training, one that goes on included.
+        if not _installed or not any(dtypes.adapted_embeddings(self.model)) or resume.may_replace(self, model_file):
+            original(self, model_file, checkpoint)
+
+    return _save_model
+
+
+def _saving_what_was_learned(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def save(self: Model, model_file: str | Path, checkpoint: bool = False, *, save_base: bool | None = None) -> None:
+        if not _installed or not any(isinstance(module, PeftTransformerEmbeddings) for module in self.modules()):
+            return original(self, model_file, checkpoint)
+        trainer = _trainers.get(self) if checkpoint else None
+        state = None if trainer is None else resume.training_state(trainer, self)
+        models.save_file(self, Path(model_file), save_base=save_base, training_state=state)
+        return None
+
+    return save
 
 
 def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:
@@ -321,17 +293,7 @@ def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:
     def _load_model(self: ModelTrainer, model_file: Any) -> None:
         if not _installed or not any(dtypes.adapted_embeddings(self.model)):
             return original(self, model_file)
-        state = legacy.read_state(Path(model_file))
-        with _naming_mismatches(str(model_file)):
-            self.model.load_state_dict(_whole_state_dict(state))
+        models.reload_(self.model, Path(model_file))
         return None
 
     return _load_model
-
-
-def _whole_state_dict(state: legacy.State) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model under the names that its live counterpart gives them."""
-    tensors = dict(state.get("state_dict", {}))
-    for task, task_state in state.get("model_states", {}).items():
-        tensors.update({f"{task}.{name}": tensor for name, tensor in _whole_state_dict(task_state).items()})
-    return tensors

@@ -11,7 +11,7 @@ from flair.trainers.plugins.base import TrainerPlugin
 from peft import PeftConfig, PeftModel, PeftType
 from peft.optimizers import create_loraplus_optimizer
 
-from flair_peft import adapters, dtypes
+from flair_peft import adapters, dtypes, models
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import TrainingSetupError, name_some
 
@@ -41,10 +41,11 @@ class RankAllocationPlugin(TrainerPlugin):
     ) -> None:
         """Start counting steps, and say if the schedule of the config is not that of the training."""
         self._step = 0
-        steps = -(-dataset_size // mini_batch_size) * (max_epochs - epoch)
+        steps = -(-dataset_size // mini_batch_size) * max_epochs
+        those_left = -(-dataset_size // mini_batch_size) * (max_epochs - epoch)
         for config in self._configs():
             planned = getattr(config, "total_step", steps)
-            if planned != steps:
+            if planned not in (steps, those_left):
                 log.warning(
                     "%s plans for total_step=%s optimiser steps, but this training has %s. Its rank budget will follow "
                     "the plan. Pass total_step=%s.",
@@ -134,6 +135,25 @@ class AdapterGuard(TrainerPlugin):
         """Raise if the head could not consume the embeddings."""
         dtypes.restore_head_(self.model)
         dtypes.check_head(self.model)
+
+    @TrainerPlugin.hook("after_setup")
+    def check_storable(self, **_: Any) -> None:
+        """Raise if the model holds what no file can hold: not after the last epoch."""
+        models.check_storable(self.model)
+
+    @TrainerPlugin.hook("after_evaluation")
+    def note_scores(self, epoch: int, validation_scores: tuple[float, ...], **_: Any) -> None:
+        """Keep the scores of the epoch where files hold them: in the model card."""
+        names = ("dev score", "dev loss") if len(validation_scores) > 1 else ("train loss",)
+        scores = {name: float(value) for name, value in zip(names, validation_scores, strict=False)}
+        self.model.model_card["scores"] = {"epoch": epoch, **scores}
+
+    @TrainerPlugin.hook("after_training")
+    def note_test_score(self, **_: Any) -> None:
+        """Keep the score on the test data, if there were any."""
+        if self.trainer.corpus.test and "test_score" in self.trainer.return_values:
+            score = float(self.trainer.return_values["test_score"])
+            self.model.model_card.setdefault("scores", {})["test score"] = score
 
     @TrainerPlugin.hook("before_training_optimizer_step")
     def check_gradients(self, **_: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +13,20 @@ from flair.embeddings.transformer import TransformerBaseEmbeddings
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
-from flair_peft import adapters, keys
+from flair_peft import adapters, fingerprint, keys, proof
 from flair_peft.errors import StateMismatchError, name_some
+from flair_peft.frozen import FrozenBase
+from flair_peft.learned import are_same_bits, planned
+from flair_peft.sources import load_options
+
+log = logging.getLogger("flair_peft")
 
 
 class StoredWeights(TransformerBaseEmbeddings):
     """The part of embeddings that fills them from a state dict.
 
     Embeddings are built from stored parameters first and get their weights later, when Flair loads the whole model.
+    Tensors that a file leaves out are those of the base model, which is in place by then.
     """
 
     name: str
@@ -30,14 +39,44 @@ class StoredWeights(TransformerBaseEmbeddings):
     # An adapter that is computed from the base's weights waits until these are there.
     _pending_config: PeftConfig | None = None
     _pending_state: Mapping[str, torch.Tensor] = {}
+    _pending_probe: Mapping[str, Any] | None = None
+    _pending_untrained: Sequence[str] = ()
+    # Digests of the parameters that were not seen to change since they were made.
+    _start: dict[str, str] = {}  # noqa: RUF012 - replaced, never written to
+    # The base whose storage this model shares with others, if it does.
+    _frozen: FrozenBase | None = None
+    # State-dict keys, in canonical form, that the state to be loaded need not hold.
+    _left_out: frozenset[str] = frozenset()
+    _settled: frozenset[str] = frozenset()
 
-    def _await_weights(self, base: PreTrainedModel, config: PeftConfig) -> None:
-        """Take a base whose weights are not initialised, and an adapter of the shape that the config gives."""
+    def _await_weights(self, base: PreTrainedModel, config: PeftConfig, *, has_weights: bool) -> None:
+        """Take a base and add an adapter of the shape that the config gives, for a state dict to fill.
+
+        Args:
+            base: with its weights, or with memory that was never initialised.
+            config: of the adapter.
+            has_weights: which of the two.
+        """
         self._awaits_weights = True
         if adapters.is_derived_from_base(config):
             self.model, self._pending_config = base, config
         else:
-            self.model = adapters.inject_skeleton(base, config)
+            self.model = adapters.inject_skeleton(base, config, has_weights=has_weights)
+            self._keep_apart()
+
+    def _keep_apart(self) -> None:
+        """Give what this model may write to a storage of its own; merging takes the rest apart first."""
+        if self._frozen is not None:
+            self._frozen.own_(adapters.trainable_parameters(self.model).values())
+            adapters.protect_(self.model, functools.partial(self._frozen.own_all_, self.model))
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Return the weights; while a file is being written, without those that it leaves out."""
+        whole = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        part = planned(self)
+        for key in part.stored.left_out if part is not None else ():
+            whole.pop(f"{prefix}model.{key}", None)
+        return whole
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as torch does; nothing is changed if they do not fit.
@@ -73,32 +112,80 @@ class StoredWeights(TransformerBaseEmbeddings):
         if self._pending_config is not None:
             self._inject_into_stored_base({key: state_dict[stored[key]] for key in stored})
         own = self.model.state_dict()
-        match = keys.match_keys(stored, own)
+        match, settled = self._without_left_out(keys.match_keys(stored, own))
         # A module around the embeddings may load its own tensors alone; torch reports ours as missing if it minds.
         is_left_out = bool(prefix) and not stored and not self._awaits_weights
         if self._is_strict and not is_left_out:
             self._check_match(match, own, {key: state_dict[stored[key]] for key in stored})
         tensors = {key: state_dict.pop(stored[theirs]) for key, theirs in match.renamed.items()}
-        state_dict.update({mine + key: tensor for key, tensor in tensors.items()})
         if self._awaits_weights:
             self._take_dtypes_of(tensors)
             self._awaits_weights = bool(match.missing or match.ambiguous)
+        settled |= self._settle_base_(tensors)
+        self._settled = frozenset(mine + key for key in settled)
+        state_dict.update({mine + key: tensor for key, tensor in tensors.items() if key not in settled})
         torch.nn.Module._load_from_state_dict(
             self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _without_left_out(self, match: keys.KeyMatch) -> tuple[keys.KeyMatch, set[str]]:
+        """Return the match without the keys that the file leaves out on purpose, and these."""
+        settled = {key for key in match.missing if keys.canonical_key(key) in self._left_out}
+        return dataclasses.replace(match, missing=[key for key in match.missing if key not in settled]), settled
+
+    def _settle_base_(self, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+        """Put base weights in place that torch should not copy, and return their keys.
+
+        What is equal to a shared weight already leaves it alone; other values must not be written through it. A file
+        that is being loaded is nobody else's, so that its tensors can be taken as they are.
+        """
+        settled, is_ours = set(), load_options().owns_state and not self._frozen
+        for key, parameter in self.model.named_parameters(remove_duplicate=False):
+            tensor = tensors.get(key)
+            if tensor is None or keys.base_key(key) is None:
+                continue
+            if self._frozen is not None and self._frozen.is_shared(parameter):
+                if are_same_bits(parameter, tensor):
+                    settled.add(key)
+                else:
+                    self._frozen.own_([parameter])
+            elif is_ours and not parameter.requires_grad and tensor.dtype == parameter.dtype:
+                parameter.data = tensor.to(parameter.device)
+                settled.add(key)
+        return settled
 
     def _inject_into_stored_base(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill the base, then add the adapter that is computed from its weights."""
         own = self.base_model.state_dict()
         named = ((keys.base_key(key), tensor) for key, tensor in tensors.items())
         base_tensors = {name: tensor for name, tensor in named if name is not None and name in own}
-        self._check_match(keys.match_keys(base_tensors, own), own, base_tensors)
+        left_out = {keys.base_key(key) for key in self._left_out}
+        match = keys.match_keys(base_tensors, own)
+        match = dataclasses.replace(match, missing=[name for name in match.missing if name not in left_out])
+        self._check_match(match, own, base_tensors)
         self._take_dtypes_of(base_tensors)
-        self.base_model.load_state_dict(base_tensors)
+        self.base_model.load_state_dict(base_tensors, strict=False)  # both lists were read above
         assert self._pending_config is not None
         self.model = adapters.inject(self.base_model, self._pending_config)
         adapters.set_derived_state_(self.model, self._pending_state)
         self._pending_config, self._pending_state = None, {}
+
+    def _after_loading(self, incompatible: Any) -> None:
+        """Say of the keys that are in place without torch that they are, then prove what was loaded."""
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in self._settled]
+        self._settled = frozenset()
+        if self._awaits_weights or self._pending_config is not None:
+            return
+        self._left_out = frozenset()
+        probe, self._pending_probe = self._pending_probe, None
+        if probe is not None and load_options().verify:
+            proof.replay_probe(self, probe)
+        elif probe is not None:
+            log.warning("Not checked for '%s': whether it gives the vectors that it gave when it was saved.", self.name)
+        untrained, self._pending_untrained = self._pending_untrained, ()
+        proof.report_untrained(self, list(untrained))
+        started = dict(self.model.named_parameters())
+        self._start = {name: fingerprint.of_tensor(started[name]) for name in untrained if name in started}
 
     def _check_match(
         self, match: keys.KeyMatch, own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]

@@ -19,7 +19,7 @@ from flair_peft import (
     PeftTransformerEmbeddings,
     PeftTransformerWordEmbeddings,
 )
-from flair_peft.backbone import complete_padding_
+from flair_peft.tokenizer_files import complete_padding_
 from tests import tiny, vectors
 from tests.vectors import is_same
 

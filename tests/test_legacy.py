@@ -13,7 +13,8 @@ from peft import IA3Config, LoraConfig, TaskType
 
 from flair_peft import PeftTransformerWordEmbeddings
 from flair_peft.errors import MissingConfigError, ModelFileError
-from flair_peft.legacy import has_adapters, read_state, with_config
+from flair_peft.legacy import read_state
+from flair_peft.states import has_adapters, with_config
 
 A = "base_model.model.encoder.layer.0.attention.self.query.lora_A.default.weight"
 WORD, DOCUMENT = "TransformerWordEmbeddings", "TransformerDocumentEmbeddings"

@@ -103,12 +103,11 @@ def test_loaded_model_converted_as_a_whole_keeps_predicting(
     """``half()`` and ``bfloat16()`` leave no two parts that cannot be multiplied; heads that need fp32 keep it."""
     _, corpus, entry, directory = trained(name)
     loaded = round_trip.load(directory)
-    before = entry.predict(loaded, corpus)
+    before, loss = entry.predict(loaded, corpus), entry.loss(loaded, corpus)
     (loaded.half if dtype == torch.float16 else loaded.bfloat16)()
-    after = entry.predict(loaded, corpus)
-    assert len(after) == len(before)
-    if dtype == torch.float16:  # bf16 rounds enough to change the best of two labels that are nearly equal
-        assert round_trip.largest_difference(before, after) <= 5e-2
+    assert len(entry.predict(loaded, corpus)) == len(before)
+    # Rounding can change the best of two labels that are nearly equal, but the loss only a little.
+    assert entry.loss(loaded, corpus) == pytest.approx(loss, rel=2e-2 if dtype == torch.float16 else 1e-1)
     assert {embeddings.base_dtype for embeddings in adapted(loaded)} == {dtype}
     outputs = {embeddings.output_dtype for embeddings in adapted(loaded)}
     assert head_dtypes(loaded) <= outputs <= {dtype, torch.float32}

@@ -64,10 +64,10 @@ def make(entry: Entry, base: str, config: PeftConfig | None, *, stock: bool = Fa
     )
 
 
-def save(model: Model, directory: Path) -> Path:
+def save(model: Model, directory: Path, **options: Any) -> Path:
     """Save the model the way Flair does and return the file."""
     path = directory / "model.pt"
-    model.save(path)
+    model.save(path, **options)
     return path
 
 
@@ -507,7 +507,7 @@ def test_file_with_other_key_spellings_predicts_the_same(
     """However a file spells PEFT's names, every tensor finds its place and predictions are equal to the last bit."""
     live = make(CLASSIFIER, base("bert"), lora(), stock=writer == "stock")
     corpus = CLASSIFIER.corpus()
-    loaded = TextClassifier.load(respelled(save(live, tmp_path), SPELLINGS[spelling]))
+    loaded = TextClassifier.load(respelled(save(live, tmp_path, save_base=True), SPELLINGS[spelling]))
     assert CLASSIFIER.predict(loaded, corpus) == CLASSIFIER.predict(live, corpus)
 
 
@@ -575,7 +575,7 @@ def test_file_with_tensors_that_do_not_fit_is_refused_with_their_names(
     damage: Callable[[dict[str, torch.Tensor]], list[str]], base: Base, tmp_path: Path
 ) -> None:
     """Every tensor in a file is used exactly once, or an error says which and names the file or the embeddings."""
-    path = save(make(CLASSIFIER, base("bert"), lora()), tmp_path)
+    path = save(make(CLASSIFIER, base("bert"), lora()), tmp_path, save_base=True)
     state = read(path)
     named = damage(state["state_dict"])
     torch.save(state, path)

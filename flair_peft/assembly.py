@@ -1,0 +1,110 @@
+"""The state of a Flair model → the model: every load of a model with adapters ends here."""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from flair.models import MultitaskModel
+from flair.nn import Model
+
+from flair_peft import dtypes
+from flair_peft.embeddings import PeftTransformerEmbeddings
+from flair_peft.errors import FlairPeftError, ModelFileError, StateMismatchError, name_some
+
+# How torch lists the keys that do not fit.
+_LISTED = r"(Missing|Unexpected) key\(s\) in state_dict: ([^\n]*)"
+_QUOTED = r'"([^"]+)"'
+_is_going_on: contextvars.ContextVar[bool] = contextvars.ContextVar("flair_peft_is_going_on", default=False)
+
+
+def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, source: str) -> Model:
+    """Return the model of a state, with one dtype at the boundary between its embeddings and its head.
+
+    Args:
+        load: Flair's own ``load`` of the class.
+        state: of a Flair model whose embeddings all have their PEFT configs.
+        source: named in errors.
+
+    Raises:
+        StateMismatchError: tensors do not fit the model that the settings describe.
+        ModelFileError: the settings are not those of this class.
+    """
+    token = _is_going_on.set(True)
+    try:
+        with naming_mismatches(source):
+            model = load(state)
+    finally:
+        _is_going_on.reset(token)
+    _share_embeddings_again(model)
+    dtypes.align_head_(model)
+    return model
+
+
+def is_going_on() -> bool:
+    """Whether a load is inside :func:`assemble`: loads re-enter, and only the outermost sees the whole model."""
+    return _is_going_on.get()
+
+
+def subclasses(root: type[Any]) -> Iterator[type[Any]]:
+    """Yield all classes that derive from ``root``, once for each way in which they do."""
+    for subclass in root.__subclasses__():
+        yield subclass
+        yield from subclasses(subclass)
+
+
+def check_class(cls: type[Model], stored: Any, source: str) -> None:
+    """Say which class a file holds where an abstract class would try all others and print the whole state."""
+    known = {subclass.__name__ for subclass in subclasses(cls)}
+    if inspect.isabstract(cls) and stored is not None and stored not in known:
+        raise ModelFileError(
+            f"Cannot load '{source}' as a {cls.__name__}: it holds a {stored}. {cls.__name__}.load finds only classes "
+            f"that derive from {cls.__name__}. Use {stored}.load, after importing the module that defines it, or "
+            "flair.nn.Model.load."
+        )
+
+
+@contextmanager
+def naming_mismatches(source: str) -> Iterator[None]:
+    """Raise torch's list of keys that do not fit as an error that names the file."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, FlairPeftError) or "loading state_dict" not in str(error):
+            raise
+        listed = re.findall(_LISTED, str(error))
+        found = "; ".join(f"{kind.lower()}: {name_some(re.findall(_QUOTED, names))}" for kind, names in listed)
+        raise StateMismatchError(
+            f"Cannot load '{source}': {found or error}. The tensors in it and the model built from its settings "
+            "differ. Load it with the versions of Flair and PEFT that wrote it, or save the model again."
+        ) from error
+
+
+def _share_embeddings_again(model: Model) -> None:
+    """Make embeddings that several tasks shared one object again; Flair stores and builds them once per task."""
+    if not isinstance(model, MultitaskModel):
+        return
+    first: dict[str, PeftTransformerEmbeddings] = {}
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, PeftTransformerEmbeddings):
+                shared = first.setdefault(child.name, child)
+                if shared is not child and _are_equal(shared.state_dict(), child.state_dict()):
+                    setattr(parent, name, shared)
+                    _replace_in_list(parent, child, shared)
+
+
+def _replace_in_list(parent: torch.nn.Module, child: torch.nn.Module, shared: torch.nn.Module) -> None:
+    """Replace embeddings in the plain list that StackedEmbeddings keeps beside its submodules."""
+    listed = parent.__dict__.get("embeddings")
+    if isinstance(listed, list):
+        listed[:] = [shared if item is child else item for item in listed]
+
+
+def _are_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

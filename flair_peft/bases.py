@@ -1,0 +1,137 @@
+"""The base model of new embeddings, and of stored ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flair
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from flair_peft import backbone, frozen, proof
+from flair_peft.dtypes import DtypeLike
+from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFileError
+from flair_peft.frozen import FrozenBase
+from flair_peft.sources import BaseRecord, StoredBase, kept_arguments, load_options
+
+
+def find_new(
+    name: str, *, dtype: DtypeLike | None, config_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]
+) -> FrozenBase:
+    """Return the base model that the user names, on Flair's device.
+
+    Args:
+        name: Hub id or directory.
+        dtype: as for :func:`flair_peft.backbone.find_model`.
+        config_kwargs: for ``AutoConfig.from_pretrained``.
+        model_kwargs: for ``AutoModel.from_pretrained``.
+
+    Raises:
+        BaseModelNotFoundError: there is none.
+    """
+    config = backbone.find_config(name, config_kwargs)
+    record = BaseRecord(
+        name=str(Path(name).absolute()) if Path(name).is_dir() else name,
+        revision=getattr(config, "_commit_hash", None),
+        needs_remote_code=bool(model_kwargs.get("trust_remote_code")),
+        arguments=kept_arguments(model_kwargs),
+    )
+    kwargs = {key: value for key, value in model_kwargs.items() if key != "revision" or record.revision is None}
+    return frozen.find(record, config, dtype=dtype, kwargs=kwargs, device=flair.device)
+
+
+def find_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLike | None, name: str) -> FrozenBase:
+    """Return the base model that a file needs, with the rows that the file adds to it, on Flair's device.
+
+    Args:
+        stored: what the file says of it.
+        config: that of the trained model.
+        dtype: of the trained model's base.
+        name: of the embeddings, for messages.
+
+    Raises:
+        BaseModelNotFoundError: it is neither on this machine nor on the Hub.
+        BaseMismatchError: what was found is another model.
+        ModelFileError: it needs code of its own, and the user has not said that it may run.
+    """
+    assert stored.record is not None
+    options, record = load_options(), stored.record
+    refuse_untrusted_code(record)
+    source, revision = options.source_of(record)
+    wanted = dataclasses.replace(record, name=source, revision=revision)
+    try:
+        found = frozen.find_again(wanted, config, dtype=dtype, kwargs=options.arguments(), device=flair.device)
+    except BaseModelNotFoundError as error:
+        raise _explain(error, wanted, record, name) from error
+    proof.check_base(found, record, name=name)
+    return found if stored.added_rows is None else found.with_rows(stored.added_rows)
+
+
+def refuse_untrusted_code(record: BaseRecord) -> None:
+    """Return if the base needs no code of its own, or the user allows it to run.
+
+    Raises:
+        ModelFileError: the user has not said so; a file cannot.
+    """
+    if record.needs_remote_code and not load_options().trust_remote_code:
+        raise ModelFileError(
+            f"Cannot load the base model '{record.name}': it comes with code of its own, which would run on this "
+            "machine. No file may switch that on. If you trust that code, pass trust_remote_code=True."
+        )
+
+
+def config_class(model_type: str, record: BaseRecord | None) -> type[PretrainedConfig]:
+    """Return the config class of a model type, from the base's own code where transformers has none.
+
+    Raises:
+        ModelFileError: transformers does not know it, and there is no code of its own that may run.
+    """
+    if model_type in CONFIG_MAPPING:
+        return CONFIG_MAPPING[model_type]
+    if record is None or not record.needs_remote_code:
+        raise ModelFileError(
+            f"Cannot rebuild the base model: its model type {model_type!r} is not part of the installed transformers. "
+            "It may be newer, or come with code of its own. Upgrade transformers to the version with which the model "
+            "was trained."
+        )
+    refuse_untrusted_code(record)
+    source, revision = load_options().source_of(record)
+    return type(AutoConfig.from_pretrained(source, revision=revision, **load_options().arguments()))
+
+
+def reference(record: BaseRecord, model: PreTrainedModel, *, dtype: DtypeLike) -> FrozenBase | None:
+    """Return the base as its source has it now, read anew, for a trained model to be compared with.
+
+    Nothing is downloaded. ``None`` if it is gone, or if it is not the one that the model was made from any more.
+    """
+    kwargs: dict[str, Any] = {} if Path(record.name).is_dir() else {"local_files_only": True}
+    if record.needs_remote_code:
+        kwargs["trust_remote_code"] = True  # the code of a model that was made from it runs here already
+    if record.quantization is not None:
+        kwargs["quantization_config"] = record.quantization
+    try:
+        found = frozen.find_again(record, model.config, dtype=dtype, kwargs=kwargs, is_shared=False)
+    except (BaseModelNotFoundError, BaseMismatchError):
+        return None
+    is_same = record.fingerprint in (None, found.fingerprint)
+    return found if is_same else None
+
+
+def _explain(
+    error: BaseModelNotFoundError, wanted: BaseRecord, recorded: BaseRecord, name: str
+) -> BaseModelNotFoundError | BaseMismatchError:
+    if isinstance(error.__cause__, RuntimeError):
+        reason = str(error.__cause__).strip().splitlines()[-1].strip().rstrip(".")
+        return BaseMismatchError(
+            f"Cannot use '{wanted.name}' as base model of '{name}': it has another shape ({reason}). Only the model "
+            f"that the adapter was trained on fits: '{recorded.name}'. Pass base_model= with its directory or Hub id."
+        )
+    revision = f", revision {recorded.revision}" if recorded.revision else ""
+    return BaseModelNotFoundError(
+        f"Cannot load '{name}': its base model '{wanted.name}'{revision} is neither a directory here nor in the local "
+        "cache, and it could not be downloaded. The file holds only what was learned on top of it. Pass base_model= "
+        "with the directory or Hub id of that model."
+    )

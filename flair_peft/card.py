@@ -1,0 +1,133 @@
+"""The model card of a checkpoint: what it predicts, how well it did, what it costs and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flair
+import peft
+import torch
+import transformers
+from flair.data import Dictionary
+from flair.nn import Model
+
+from flair_peft import adapters
+from flair_peft._version import __version__
+from flair_peft.embeddings import PeftTransformerEmbeddings
+
+_SHOWN_LABELS = 50
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries whose behaviour a checkpoint depends on."""
+    return {
+        "flair_peft": __version__,
+        "flair": flair.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def plain(value: Any) -> Any:
+    """Return a value of Flair's model card as files hold it: what is no plain value, such as an optimiser, as text."""
+    if isinstance(value, (str, bool, int, float, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+def write_card(model: Model, embedded: list[PeftTransformerEmbeddings], *, size: int) -> str:
+    """Return the card of a model in Markdown, with the metadata that the Hub reads.
+
+    Args:
+        model: a Flair model.
+        embedded: its embeddings with an adapter.
+        size: bytes of the checkpoint's tensors.
+    """
+    base = embedded[0].base_model_name
+    sections = [
+        _metadata(embedded),
+        f"# {type(model).__name__} with {adapters.describe(embedded[0].adapter_config)} on {_code(base)}",
+        "A [Flair](https://github.com/flairNLP/flair) model whose transformer carries a "
+        "[PEFT](https://github.com/huggingface/peft) adapter. This folder holds what was learned; the base model is "
+        "found where it is named below.",
+        _usage(model),
+        *_labels(model),
+        *_scores(model),
+        _facts(model, embedded, size),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metadata(embedded: list[PeftTransformerEmbeddings]) -> str:
+    is_on_hub = embedded[0].base_revision is not None
+    base = [f"base_model: {embedded[0].base_model_name}"] if is_on_hub else []
+    tags = ["tags:", *(f"- {tag}" for tag in ("flair", "flair_peft", "peft"))]
+    return "\n".join(["---", "library_name: flair", *base, *tags, "---"])
+
+
+def _usage(model: Model) -> str:
+    name = type(model).__name__
+    return "\n".join(
+        [
+            "## Use",
+            "",
+            "```python",
+            "import flair_peft",
+            f"from {type(model).__module__} import {name}",
+            "from flair.data import Sentence",
+            "",
+            f'model = {name}.load("path or Hub id of this folder")',
+            'sentence = Sentence("George Washington went to Washington .")',
+            "model.predict(sentence)",
+            "print(sentence)",
+            "```",
+            "",
+            "PEFT alone loads the adapter too: `PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)`.",
+        ]
+    )
+
+
+def _labels(model: Model) -> Iterator[str]:
+    tasks: Mapping[str, Any] = getattr(model, "tasks", None) or {"": model}
+    for task, part in tasks.items():
+        dictionary = getattr(part, "label_dictionary", None)
+        if isinstance(dictionary, Dictionary):
+            items = dictionary.get_items()
+            shown = ", ".join(_code(item) for item in items[:_SHOWN_LABELS])
+            more = f" and {len(items) - _SHOWN_LABELS} more" if len(items) > _SHOWN_LABELS else ""
+            yield f"## Labels{f' of {task}' if task else ''}\n\n{_code(str(part.label_type))}: {shown}{more}"
+
+
+def _scores(model: Model) -> Iterator[str]:
+    scores = (model.model_card or {}).get("scores")
+    if isinstance(scores, Mapping) and scores:
+        rows = "\n".join(f"| {name} | {round(value, 4)} |" for name, value in scores.items())
+        yield f"## Scores in training\n\n| | |\n|---|---|\n{rows}"
+
+
+def _facts(model: Model, embedded: list[PeftTransformerEmbeddings], size: int) -> str:
+    rows = []
+    for embeddings in embedded:
+        trained = sum(p.numel() for p in adapters.trainable_parameters(embeddings.model).values())
+        total = sum(p.numel() for p in embeddings.model.parameters())
+        revision = f", revision {_code(embeddings.base_revision)}" if embeddings.base_revision else ""
+        rows += [
+            ("base model", f"{_code(embeddings.base_model_name)}{revision}"),
+            ("method", adapters.describe(embeddings.adapter_config)),
+            ("trained in the transformer", f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"),
+            ("precision of the base", _code(str(embeddings.base_dtype).removeprefix("torch."))),
+        ]
+    rows += [("tensors stored", f"{size / 1e6:.2f} MB"), *((f"{k} version", v) for k, v in versions().items())]
+    return "## Facts\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _code(text: str) -> str:
+    """Return text as a literal in a table: labels hold pipes, backticks and line ends."""
+    escaped = text.replace("`", "'").replace("|", "\\|").replace("\n", " ")
+    return f"`{escaped}`"

@@ -1,0 +1,62 @@
+"""Digests of weights: one that is quick to take from mapped files, and one that reads every byte."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+# Of each tensor this many runs of this many elements are read, spread evenly: training changes nearly every element.
+_RUNS, _RUN_LENGTH = 16, 64
+_PIECE = 1 << 24
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def sampled(tensors: Tensors) -> str:
+    """Return a digest of all names, shapes and dtypes, and of a sample of each tensor's elements.
+
+    It reads a few pages of each tensor, so weights mapped from a file stay on disk. It tells re-trained weights, not a
+    single changed one; :func:`full` does.
+    """
+    return _digest(tensors, lambda tensor: [_sample(tensor)])
+
+
+def full(tensors: Tensors) -> str:
+    """Return a digest of all names, shapes, dtypes and elements."""
+    return _digest(tensors, _pieces)
+
+
+def of_tensor(tensor: torch.Tensor) -> str:
+    """Return a digest of shape, dtype and all elements of one tensor."""
+    return full({"": tensor})
+
+
+def _digest(tensors: Tensors, parts: Callable[[torch.Tensor], Iterable[torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        for part in parts(tensor):
+            digest.update(_bytes(part))
+    return digest.hexdigest()
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.reshape(-1)
+    if flat.numel() <= _RUNS * _RUN_LENGTH:
+        return flat
+    step = (flat.numel() - _RUN_LENGTH) // (_RUNS - 1)
+    return flat.as_strided((_RUNS, _RUN_LENGTH), (step, 1), flat.storage_offset()).reshape(-1)
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.numel(), _PIECE):
+        yield flat[start : start + _PIECE]
+
+
+def _bytes(flat: torch.Tensor) -> Any:
+    return flat.contiguous().cpu().view(torch.uint8).numpy().data

@@ -1,0 +1,306 @@
+"""The frozen transformer as its source has it, held by storage by all models of a process that stand on it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import PretrainedConfig, PreTrainedModel
+
+from flair_peft import backbone, fingerprint, rows
+from flair_peft.dtypes import DtypeLike
+from flair_peft.sources import BaseRecord
+
+# Weak: a base lives as long as a model that stands on it.
+_cache: weakref.WeakValueDictionary[tuple[Any, ...], FrozenBase] = weakref.WeakValueDictionary()
+_lock = threading.RLock()
+
+_full_fingerprints: dict[tuple[Any, str], str] = {}
+
+# What a config says of its origin, which does not change the model.
+_NO_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+class FrozenBase:
+    """A base model whose weights nobody changes. Its copies are models of their own that hold the same storage.
+
+    Attributes:
+        record: what files say of it.
+        random_names: weights that the source lacks, and that are random therefore: other copies of it have others.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        record: BaseRecord,
+        random_names: frozenset[str],
+        *,
+        key: tuple[Any, ...] | None = None,
+        parent: FrozenBase | None = None,
+    ) -> None:
+        self._model, self.record, self.random_names = model, record, random_names
+        self._key, self._parent = key, parent
+        self._pointers = {tensor.data_ptr() for tensor in model.parameters()} - {0}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenBase:
+        return self
+
+    def __reduce__(self) -> Any:
+        return (_Unshared, ())
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The config of the model."""
+        return self._model.config
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digest of a sample of the weights that the source has."""
+        return self._parent.fingerprint if self._parent is not None else fingerprint.sampled(self.own_weights())
+
+    @functools.cached_property
+    def full_fingerprint(self) -> str:
+        """Digest of all weights that the source has; read once for each state of the source and dtype."""
+        if self._parent is not None:
+            return self._parent.full_fingerprint
+        key = (_state_of_source(self.record), self.fingerprint)
+        if key[0] is None:
+            return fingerprint.full(self.own_weights())
+        if key not in _full_fingerprints:
+            _full_fingerprints[key] = fingerprint.full(self.own_weights())
+        return _full_fingerprints[key]
+
+    @property
+    def known_record(self) -> BaseRecord:
+        """The record with all that shows from the base itself."""
+        if self._parent is not None:
+            return self._parent.known_record
+        return dataclasses.replace(
+            self.record,
+            fingerprint=self.fingerprint,
+            vocabulary_size=self.own_rows,
+            attention=str(self.config._attn_implementation),
+        )
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of the input embeddings."""
+        return len(self._model.get_input_embeddings().weight)
+
+    def own_weights(self) -> dict[str, torch.Tensor]:
+        """Return name → tensor of all weights that the source has; they must not be written to."""
+        return {name: t for name, t in self._model.state_dict().items() if name not in self.random_names}
+
+    def names_of_input_embeddings(self) -> frozenset[str]:
+        """Return the names under which state dicts hold the input embeddings: several where weights are tied."""
+        matrix = self._model.get_input_embeddings().weight
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        return frozenset(name for name, parameter in parameters if parameter is matrix)
+
+    def copy(self) -> PreTrainedModel:
+        """Return a model with parameters of its own around the same storage, and buffers of its own.
+
+        Parameters of its own matter: converting or moving a shared parameter would convert it in every model. A base
+        that is quantised or spread over devices is not shared: it is returned itself.
+        """
+        if is_placed(self._model):
+            return self._model
+        memo: dict[int, Any] = {}
+        for parameter in self._model.parameters():
+            memo[id(parameter)] = torch.nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+        return copy.deepcopy(self._model, memo)
+
+    def private_copy(self) -> PreTrainedModel:
+        """Return a model with storage of its own."""
+        return copy.deepcopy(self._model)
+
+    def reaching(self, token_id: int) -> FrozenBase:
+        """Return this base with a row for the token: a vocabulary padded beyond its tokenizer has one already."""
+        lacking = token_id + 1 - self.own_rows
+        return self.with_rows(lacking) if lacking > 0 else self
+
+    def with_rows(self, new: torch.Tensor | int) -> FrozenBase:
+        """Return this base with rows appended to its input embeddings: those given, or so many mean rows."""
+        with _lock:
+            if isinstance(new, int):
+                new = self._mean_row.repeat(new, 1)
+            key = None if self._key is None else (*self._key, fingerprint.of_tensor(new))
+            found = _cache.get(key) if key is not None else None
+            return found or _remember(self._extended(new, key))
+
+    @functools.cached_property
+    def _mean_row(self) -> torch.Tensor:
+        return rows.mean_rows(self._model.get_input_embeddings().weight, 1)
+
+    def _extended(self, new: torch.Tensor, key: tuple[Any, ...] | None) -> FrozenBase:
+        longer = self.copy()
+        rows.append_rows_(longer, new, _folder(self.record))
+        return FrozenBase(longer, self.record, self.random_names, key=key, parent=self)
+
+    def is_shared(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is one of this base's, so that writing to it would change other models."""
+        return tensor.data_ptr() in self._pointers
+
+    def own_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Give each of the parameters that shares storage with this base a storage of its own, in place."""
+        for parameter in parameters:
+            if self.is_shared(parameter):
+                parameter.data = parameter.data.clone()
+
+    def own_all_(self, model: torch.nn.Module) -> None:
+        """Give each parameter of the model that shares storage with this base a storage of its own, in place."""
+        self.own_(model.parameters())
+
+
+def find(
+    record: BaseRecord,
+    config: PretrainedConfig,
+    *,
+    dtype: DtypeLike | None,
+    kwargs: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    is_shared: bool = True,
+) -> FrozenBase:
+    """Return the base model, and the very same one as long as it is alive and nothing of its source has changed.
+
+    Args:
+        record: its name and revision.
+        config: shape and settings.
+        dtype: as for :func:`flair_peft.backbone.find_model`.
+        kwargs: for ``AutoModel.from_pretrained``.
+        device: where its weights go, unless quantisation or a device map places them.
+        is_shared: if False, it is read again.
+
+    Raises:
+        BaseModelNotFoundError: there is none.
+    """
+    if not is_shared:
+        return _load(record, config, dtype=dtype, kwargs=kwargs, device=device)
+    with _lock:
+        key = _identity(record, config, dtype, kwargs, device)
+        found = _cache.get(key) if key is not None else None
+        if found is None:
+            found = _load(record, config, dtype=dtype, kwargs=kwargs, device=device)
+            # Asked for by name, the attention implementation that was chosen gives the same model.
+            found._key = None if key is None else _identity(record, found.config, dtype, kwargs, device)
+            _remember(found)
+            if key is not None:
+                _cache[key] = found
+        return found
+
+
+def find_again(
+    record: BaseRecord,
+    config: PretrainedConfig,
+    *,
+    dtype: DtypeLike | None,
+    kwargs: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    is_shared: bool = True,
+) -> FrozenBase:
+    """Return the base model that a checkpoint was trained on, as its source has it.
+
+    Args:
+        record: what the checkpoint says of it.
+        config: that of the trained model, whose vocabulary may be larger than the source's.
+        dtype: of the trained model's base.
+        kwargs: as for :func:`find`.
+        device: as for :func:`find`.
+        is_shared: as for :func:`find`.
+
+    Raises:
+        BaseModelNotFoundError: there is none, or none of this shape.
+    """
+    size = record.vocabulary_size
+    if size is None:
+        size = backbone.find_config(record.name, kwargs).get_text_config().vocab_size
+    shape = copy.deepcopy(config)
+    shape.get_text_config().vocab_size = size
+    shape.output_hidden_states = True
+    return find(record, shape, dtype=dtype, kwargs=kwargs, device=device, is_shared=is_shared)
+
+
+def _load(
+    record: BaseRecord,
+    config: PretrainedConfig,
+    *,
+    dtype: DtypeLike | None,
+    kwargs: Mapping[str, Any],
+    device: torch.device | str,
+) -> FrozenBase:
+    revision = {} if record.revision is None else {"revision": record.revision}
+    arguments = {**revision, **record.arguments, **kwargs}
+    model, random_names = backbone.find_model(record.name, copy.deepcopy(config), dtype=dtype, kwargs=arguments)
+    base = FrozenBase(model, record, random_names)
+    if torch.device(device).type == "cpu" or is_placed(model):
+        return base
+    digest = base.fingerprint  # read from the mapped file, before its weights go elsewhere
+    base = FrozenBase(model.to(device), record, random_names)
+    base.fingerprint = digest
+    return base
+
+
+def is_placed(model: PreTrainedModel) -> bool:
+    """Whether quantisation or a device map says where the weights are, so that nobody may move them."""
+    return bool(getattr(model, "quantization_method", None) or getattr(model, "hf_device_map", None))
+
+
+def _remember(base: FrozenBase) -> FrozenBase:
+    if base._key is not None:
+        _cache[base._key] = base
+    return base
+
+
+def _identity(
+    record: BaseRecord,
+    config: PretrainedConfig,
+    dtype: DtypeLike | None,
+    kwargs: Mapping[str, Any],
+    device: torch.device | str,
+) -> tuple[Any, ...] | None:
+    """Return what two loads must have in common to share storage, or ``None`` if that cannot be told."""
+    source = _state_of_source(record)
+    is_placing = "device_map" in kwargs or "quantization_config" in kwargs
+    if source is None or is_placing or not all(isinstance(value, _PLAIN) for value in kwargs.values()):
+        return None
+    settings = tuple(sorted((name, repr(value)) for name, value in {**record.arguments, **kwargs}.items()))
+    described = {name: value for name, value in config.to_dict().items() if name not in _NO_SETTINGS}
+    # The attention implementation is not part of the config's dictionary.
+    shape = (type(config).__name__, json.dumps(described, sort_keys=True, default=str), config._attn_implementation)
+    return (source, shape, str(torch.get_default_dtype() if dtype is None else dtype), str(device), settings)
+
+
+def _state_of_source(record: BaseRecord) -> tuple[Any, ...] | None:
+    if Path(record.name).is_dir():
+        folder = Path(record.name, record.arguments.get("subfolder", ""))
+        stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+        return (str(folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+    return None if record.revision is None else (record.name, record.revision)
+
+
+def _folder(record: BaseRecord) -> Path | None:
+    """Return the directory that holds the weights, if it is on this machine."""
+    if Path(record.name).is_dir():
+        return Path(record.name, record.arguments.get("subfolder", ""))
+    if record.revision is None:
+        return None
+    found = try_to_load_from_cache(record.name, "config.json", revision=record.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+class _Unshared:
+    """Stands for a shared base where a model was unpickled: its weights are its own."""
+
+    def own_all_(self, model: torch.nn.Module) -> None:
+        """Do nothing: no parameter shares storage."""

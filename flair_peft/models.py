@@ -1,0 +1,349 @@
+"""Whole Flair models ⇄ files, directories and the Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from flair.nn import Model
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from flair_peft import assembly, card, checkpoint, codec, layout, learned, legacy, states
+from flair_peft.embeddings import PeftTransformerEmbeddings
+from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
+from flair_peft.learned import Part
+from flair_peft.sources import LoadOptions, StoredBase, loading_with
+
+log = logging.getLogger("flair_peft")
+
+# Flair's trainer writes these at protocol 4, whose frames torch's restricted unpickler does not read.
+_PICKLE_PROTOCOL = 2
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_FILE_ENDINGS = (".pt", ".bin", ".pth")
+
+_FILES = [checkpoint.DOCUMENT, checkpoint.CARD, "*.safetensors", "*.json", "*tokenizer*/*", "*image_processor/*"]
+
+
+class _StoredState:
+    """The state of a model as it is pickled: one call of one function with a text and tensors."""
+
+    def __init__(self, description: layout.Description) -> None:
+        self.description = description
+
+    def __reduce__(self) -> Any:
+        return codec.restore_state, (json.dumps(self.description.document), dict(self.description.tensors))
+
+
+def save_pretrained(model: Model, directory: str | Path, *, save_base: bool | None = None) -> None:
+    """The directory holds the model: what was learned, as JSON and safetensors, and nothing that runs code.
+
+    ``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's own: PEFT alone can load them onto the base. An
+    earlier checkpoint in the directory is replaced as a whole; other files in it stay.
+
+    Args:
+        model: a Flair model whose embeddings have an adapter.
+        directory: is made where it is missing.
+        save_base: write the base model's weights too; None means what the embeddings were made with.
+
+    Raises:
+        UnsupportedStateError: the model holds an object that files cannot hold; named by field and type.
+        AdapterConfigError: the model has no adapter.
+        SaveError: the directory could not be written; what was there is as it was.
+    """
+    with describing(model, save_base=save_base) as (description, embedded):
+        document, files = layout.to_files(description, embedded)
+        size = sum(t.nbytes for content in files.values() if isinstance(content, dict) for t in content.values())
+        text = card.write_card(model, embedded, size=size)
+        whole = {"class": f"{type(model).__module__}.{type(model).__qualname__}", "versions": card.versions()}
+        checkpoint.write(Path(directory), {**whole, **document}, files, text)
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    base_model: str | Mapping[str, str] | None = None,
+    verify: bool | Literal["full"] = True,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Model:
+    """Return the Flair model that :func:`save_pretrained` wrote.
+
+    Args:
+        source: a directory, or a Hub id, with ``@revision`` behind it if you like.
+        base_model: directory or Hub id of the base model, if it is not where it was; it must be the same model. For a
+            checkpoint with several bases, a dictionary from the recorded names.
+        verify: True checks the base's fingerprint and the vectors of a probe sentence; "full" reads all of the base's
+            weights; False checks neither.
+        trust_remote_code: let the base model run code of its own. No checkpoint can switch that on.
+        revision: branch, tag or commit on the Hub.
+        token: for the Hub.
+        cache_dir: of the Hub.
+        local_files_only: make no network call.
+
+    Raises:
+        ModelFileError: there is no checkpoint, or it is not as it was written.
+        FormatVersionError: it was written by a newer version.
+        BaseModelNotFoundError: the base model is not found.
+        BaseMismatchError: the base model is not the one that the adapter was trained on.
+        StateMismatchError: a tensor is missing or left over, or the model does not give the vectors it gave.
+    """
+    options = LoadOptions(
+        base_model=base_model,
+        verify=verify,
+        trust_remote_code=trust_remote_code,
+        token=token,
+        cache_dir=None if cache_dir is None else str(cache_dir),
+        local_files_only=local_files_only,
+    )
+    return load_checkpoint(Model, find_checkpoint(str(source), revision=revision, options=options), options)
+
+
+def verify(source: str | Path, *, base_model: str | Mapping[str, str] | None = None, **options: Any) -> None:
+    """Return if a checkpoint or ``.pt`` file, and every single weight of its base model, is as it was.
+
+    Args:
+        source: directory, Hub id or file.
+        base_model: as for :func:`from_pretrained`.
+        **options: as for :func:`from_pretrained`.
+
+    Raises:
+        FlairPeftError: it is not; see :func:`from_pretrained`.
+    """
+    if Path(source).is_file():
+        load_file(Model, Path(source), LoadOptions(base_model=base_model, verify="full", **options))
+    else:
+        from_pretrained(source, base_model=base_model, verify="full", **options)
+
+
+def push_to_hub(
+    model: Model,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    save_base: bool | None = None,
+    endpoint: str | None = None,
+) -> str:
+    """Return the address of the commit by which the Hub holds the model; see :func:`save_pretrained`.
+
+    Args:
+        model: a Flair model whose embeddings have an adapter.
+        repo_id: ``user/name``; the repository is made where it is missing.
+        token: of a user who may write there.
+        private: for a new repository.
+        revision: branch; it is made where it is missing.
+        commit_message: of the commit.
+        create_pr: open a pull request.
+        save_base: as for :func:`save_pretrained`.
+        endpoint: of a Hub other than the public one.
+
+    Raises:
+        SaveError: the Hub refused it or could not be reached.
+        UnsupportedStateError: the model holds an object that files cannot hold.
+    """
+    api = HfApi(endpoint=endpoint, token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, Path(folder, "model"), save_base=save_base)
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=Path(folder, "model"),
+                revision=revision,
+                commit_message=commit_message or f"Upload {type(model).__name__}",
+                create_pr=create_pr,
+                # Files of an earlier checkpoint that this one does not have would belong to nobody.
+                delete_patterns=["embeddings-*/*", "tokenizer/*", "image_processor/*", "*.safetensors"],
+            )
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise SaveError(
+                f"Cannot push to '{repo_id}': {type(error).__name__}: {str(error).strip().splitlines()[0]} The Hub "
+                "holds what it held before. Check the name, the token's right to write there, and the network."
+            ) from error
+    return str(commit.commit_url)
+
+
+def save_file(
+    model: Model, path: Path, *, save_base: bool | None = None, training_state: Mapping[str, Any] | None = None
+) -> None:
+    """The file holds the model in the form of Flair's ``.pt`` files, whole, or it holds what it held before.
+
+    ``torch.load(path, weights_only=True)`` reads it if :func:`flair_peft.codec.restore_state` is allowed.
+
+    Args:
+        model: a Flair model whose embeddings have an adapter.
+        path: of the file.
+        save_base: as for :func:`save_pretrained`.
+        training_state: of the trainer, to go on with.
+
+    Raises:
+        UnsupportedStateError: the model holds an object that files cannot hold.
+        SaveError: the file could not be written.
+    """
+    extra = {} if training_state is None else {"training_state": dict(training_state)}
+    with describing(model, save_base=save_base, **extra) as (description, _):
+        tensors = {name: _alone(tensor) for name, tensor in description.tensors.items()}
+        stored = _StoredState(dataclasses.replace(description, tensors=tensors))
+        checkpoint.write_file(path, lambda file: torch.save(stored, file, pickle_protocol=_PICKLE_PROTOCOL))
+
+
+@contextmanager
+def describing(
+    model: Model, *, save_base: bool | None = None, **extra: Any
+) -> Iterator[tuple[layout.Description, list[PeftTransformerEmbeddings]]]:
+    """Yield the model as JSON and tensors, and its embeddings; inside, their state dicts are those of the file."""
+    embedded = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    if not embedded:
+        raise AdapterConfigError(
+            f"Cannot save this {type(model).__name__} as a checkpoint: none of its embeddings has an adapter. The "
+            "format holds what was learned on top of a base model. Use model.save(path)."
+        )
+    parts = {id(e): Part(index, _stored_base(e, save_base)) for index, e in enumerate(embedded)}
+    with learned.storing(parts):
+        state = {**model._get_state_dict(), **extra}
+        if model.model_card is not None:
+            state["model_card"] = card.plain(model.model_card)
+        yield layout.Description(*codec.encode(state)), embedded
+
+
+def check_storable(model: Model) -> None:
+    """Return if files can hold the model; nothing is written and no base is read.
+
+    Raises:
+        UnsupportedStateError: the model holds an object that they cannot hold.
+    """
+    with describing(model, save_base=True):
+        pass
+
+
+def find_checkpoint(source: str, *, revision: str | None, options: LoadOptions) -> Path:
+    """Return the directory of a checkpoint, which is downloaded if it is on the Hub.
+
+    Raises:
+        ModelFileError: there is none.
+    """
+    if Path(source).exists():
+        return Path(source)
+    name, _, behind = source.partition("@")
+    asked: dict[str, Any] = {
+        "token": options.token,
+        "cache_dir": options.cache_dir,
+        "revision": revision or behind or None,
+    }
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=options.local_files_only, **asked))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelFileError(
+            f"Cannot load '{source}': it is neither a directory here nor a repository that could be downloaded "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Check the name, the token and the "
+            "network."
+        ) from error
+
+
+def find_for_flair(source: str, *, revision: str | None, options: LoadOptions) -> Path | None:
+    """Return the directory of the checkpoint that ``Model.load`` was asked for; ``None`` if that is Flair's business.
+
+    Raises:
+        ModelFileError: a directory that holds no checkpoint; Flair loads none either.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or not _HUB_ID.fullmatch(source) or source.endswith(_FILE_ENDINGS):
+        return None
+    name, _, behind = source.partition("@")
+    asked: dict[str, Any] = {"revision": revision or behind or None, "cache_dir": options.cache_dir}
+    known = try_to_load_from_cache(name, checkpoint.DOCUMENT, **asked)
+    if known is None:
+        try:
+            known = hf_hub_download(
+                name, checkpoint.DOCUMENT, token=options.token, local_files_only=options.local_files_only, **asked
+            )
+        except (HfHubHTTPError, HFValidationError, OSError):
+            return None
+    return find_checkpoint(source, revision=revision, options=options) if isinstance(known, str) else None
+
+
+def load_checkpoint(model_class: type[Model], directory: Path, options: LoadOptions) -> Model:
+    """Return the model in a checkpoint directory.
+
+    Args:
+        model_class: the class that it must be of, or derive from.
+        directory: of the checkpoint.
+        options: of the load.
+    """
+    stored = checkpoint.read(directory)
+    found = _find_class(stored.document.get("class"), str(directory))
+    if not issubclass(found, model_class):
+        raise ModelFileError(
+            f"Cannot load '{directory}' as a {model_class.__name__}: it holds a {found.__name__}. Another class would "
+            f"read it as something that it is not. Use {found.__name__}.load or flair_peft.from_pretrained."
+        )
+    state = layout.from_files(stored.document, stored.files, stored.tensors)
+    return _assemble(found, state, source=str(directory), options=dataclasses.replace(options, directory=directory))
+
+
+def load_file(model_class: type[Model], path: Path, options: LoadOptions) -> Model:
+    """Return the model in a ``.pt`` file that this package wrote; see :func:`load_checkpoint`."""
+    legacy.check_sums(path)
+    state = states.with_config(legacy.read_state(path), None, source=str(path))
+    return _assemble(model_class, state, source=str(path), options=dataclasses.replace(options, directory=path.parent))
+
+
+def reload_(model: Model, path: Path) -> None:
+    """The live model holds the weights of a file that was written from it, in the tensors that it had.
+
+    Raises:
+        StateMismatchError: the file was written from another model.
+    """
+    state = legacy.read_state(path)
+    stored = dict(states.stored_bases(state))
+    embedded = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    for index, embeddings in enumerate(embedded):
+        embeddings.expect_without(stored.get(index, StoredBase()))
+    with assembly.naming_mismatches(str(path)):
+        model.load_state_dict(states.tensors_of(state))
+
+
+def _assemble(model_class: type[Model], state: dict[str, Any], *, source: str, options: LoadOptions) -> Model:
+    with loading_with(dataclasses.replace(options, owns_state=True)):
+        return assembly.assemble(model_class.load, state, source=source)
+
+
+def _stored_base(embeddings: PeftTransformerEmbeddings, save_base: bool | None) -> StoredBase:
+    is_whole = embeddings.save_base if save_base is None else save_base
+    return StoredBase(embeddings.base_record) if is_whole else embeddings.compare_with_base()
+
+
+def _find_class(stored: Any, source: str) -> type[Model]:
+    """Return the model class of that name among those that are imported; nothing is imported because of a file."""
+    known = {f"{found.__module__}.{found.__qualname__}": found for found in assembly.subclasses(Model)}
+    if stored not in known:
+        raise ModelFileError(
+            f"Cannot load '{source}': it holds a {stored!r:.100}, and no such model class is imported. Files import "
+            "nothing. Import the module that defines it first."
+        )
+    return known[stored]
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in a storage of just its size: torch writes whole storages, and maps them in whole."""
+    is_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if is_alone else tensor.detach().clone(memory_format=torch.contiguous_format)

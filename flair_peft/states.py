@@ -1,0 +1,156 @@
+"""What the state of a Flair model holds: embeddings and their parameters, adapters and their configs, tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from flair.embeddings.base import EMBEDDING_CLASSES
+from flair.embeddings.transformer import TransformerEmbeddings
+from peft import PeftConfig
+
+from flair_peft import config as configs
+from flair_peft import keys
+from flair_peft.embeddings import PeftTransformerEmbeddings
+from flair_peft.errors import AdapterConfigError, MissingConfigError, name_some
+from flair_peft.sources import StoredBase
+
+State = dict[str, Any]
+
+_LORA_MARK = "lora_A"
+
+
+def has_adapters(state: Any) -> bool:
+    """Whether any part of a Flair model's state holds PEFT tensors or a PEFT config."""
+    if not isinstance(state, Mapping):
+        return False
+    if any(keys.is_adapter_key(key) for key in state.get("state_dict", ())):
+        return True
+    if any("peft_config" in params for _, params in _embedding_params(state)):
+        return True
+    return any(has_adapters(task) for task in state.get("model_states", {}).values())
+
+
+def with_config(state: State, peft_config: PeftConfig | None, *, source: str) -> State:
+    """Return a copy of the state in which all embeddings that have adapter tensors have a PEFT config too.
+
+    Containers are copied, tensors are not; ``state`` stays as it is.
+
+    Args:
+        state: of one Flair model.
+        peft_config: for embeddings whose file does not hold one.
+        source: named in errors.
+
+    Raises:
+        MissingConfigError: there are adapter tensors without a config, and none is given.
+        AdapterConfigError: a config is given for a state that holds all configs itself.
+    """
+    if peft_config is not None and not lacks_config(state):
+        raise AdapterConfigError(
+            f"Cannot use the peft_config given for '{source}': it holds the config that it was trained with. Another "
+            "one would change predictions. Leave out peft_config."
+        )
+    state = _copy_containers(state)
+    if "model_states" in state:
+        tasks = state["model_states"].items()
+        given = {name: peft_config if lacks_config(task) else None for name, task in tasks}
+        return {**state, "model_states": {name: with_config(task, given[name], source=source) for name, task in tasks}}
+    prefixes = keys.find_adapter_prefixes(state.get("state_dict", ()))
+    for prefix, params in _embedding_params(state):
+        if "peft_config" in params or not _is_meant(prefix, prefixes):
+            continue
+        if peft_config is None:
+            raise _missing_config(state["state_dict"], source)
+        params["peft_config"] = configs.own_config(peft_config)
+    return state
+
+
+def lacks_config(state: State) -> bool:
+    """Whether embeddings that have adapter tensors have no PEFT config."""
+    if "model_states" in state:
+        return any(lacks_config(task) for task in state["model_states"].values())
+    prefixes = keys.find_adapter_prefixes(state.get("state_dict", ()))
+    return any("peft_config" not in p and _is_meant(prefix, prefixes) for prefix, p in _embedding_params(state))
+
+
+def tensors_of(state: State) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model under the names that its live counterpart gives them."""
+    tensors = dict(state.get("state_dict", {}))
+    for task, task_state in state.get("model_states", {}).items():
+        tensors.update({f"{task}.{name}": tensor for name, tensor in tensors_of(task_state).items()})
+    return tensors
+
+
+def stored_bases(state: State) -> Iterator[tuple[int, StoredBase]]:
+    """Yield, for each embeddings module with an adapter, its number in the file and how the file stores its base."""
+    for value in state.values():
+        if isinstance(value, torch.nn.Module):  # a decoder with embeddings of its own
+            modules = (module for module in value.modules() if isinstance(module, PeftTransformerEmbeddings))
+            yield from (module.origin for module in modules if module.origin is not None)
+    for _, params in _embedding_params(state):
+        if "part" in params:
+            yield params["part"], StoredBase.from_dict(params.get("stored_base"))
+    for task_state in state.get("model_states", {}).values():
+        yield from stored_bases(task_state)
+
+
+def _embedding_params(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield module prefix and stored parameters of each transformer embedding in a Flair model's state."""
+    for name, value in state.items():
+        if name != "state_dict":
+            yield from _walk_params(value, f"{name}.")
+
+
+def _walk_params(value: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not isinstance(value, dict) or "__cls__" not in value:
+        return
+    embedding_class = EMBEDDING_CLASSES.get(value["__cls__"])
+    if isinstance(embedding_class, type) and issubclass(embedding_class, TransformerEmbeddings):
+        yield prefix, value
+    for nested in value.values():
+        if isinstance(nested, list):
+            for index, params in enumerate(nested):
+                yield from _walk_params(params, f"{prefix}list_embedding_{index}.")
+        else:
+            yield from _walk_params(nested, prefix)
+
+
+def _is_meant(prefix: str, adapter_prefixes: list[str]) -> bool:
+    """Whether one of the prefixes that hold adapters is that of these embeddings.
+
+    Flair stores parameters under other names than the modules have ("document_embeddings" for ``embeddings``), but a
+    Flair model has one tree of embeddings, and the positions in its stacks are the same in both.
+    """
+    return any(_positions(found) == _positions(prefix) for found in adapter_prefixes)
+
+
+def _positions(prefix: str) -> list[str]:
+    return [segment for segment in prefix.split(".") if segment.startswith("list_embedding_")]
+
+
+def _copy_containers(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _copy_containers(item) for key, item in value.items()}
+    if type(value) is list:
+        return [_copy_containers(item) for item in value]
+    return copy.copy(value) if isinstance(value, Mapping) else value
+
+
+def _missing_config(state_dict: Mapping[str, Any], source: str) -> MissingConfigError:
+    lora = {key: tensor for key, tensor in state_dict.items() if f".{_LORA_MARK}." in key}
+    ranks = sorted({int(tensor.shape[0]) for tensor in lora.values()})
+    targets = {key.split(f".{_LORA_MARK}.")[0].rpartition(".")[2] for key in lora}
+    adapters = sorted(key for key in state_dict if keys.is_adapter_key(key))
+    if ranks:
+        what = f"LoRA weights (rank {', '.join(map(str, ranks))} from their shapes, on {name_some(targets)})"
+        lost = "the lora_alpha that scales them"
+        config = f"LoraConfig(r={ranks[-1]}, lora_alpha=…, target_modules={sorted(targets)})"
+    else:
+        what, lost, config = f"adapter weights ({name_some(adapters, 2)})", "the PEFT config that shapes them", "…"
+    return MissingConfigError(
+        f"Cannot load '{source}': it holds {what} but not {lost}. Stock Flair does not store the PEFT config, and a "
+        f"wrong one changes predictions silently. Pass the config used in training: load('{source}', "
+        f"peft_config={config})."
+    )

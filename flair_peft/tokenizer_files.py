@@ -1,0 +1,126 @@
+"""Tokenizers and image preprocessing: find, unpack, pack."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoTokenizer,
+    FeatureExtractionMixin,
+    LlamaTokenizerFast,
+    PreTrainedTokenizerBase,
+    T5TokenizerFast,
+)
+
+from flair_peft.backbone import not_found
+from flair_peft.errors import ModelFileError
+from flair_peft.sources import load_options
+
+KeywordArguments = Mapping[str, Any]
+
+# Tried in this order for a tokenizer without a padding token; padding is masked, so any token will do.
+_PADDING_CANDIDATES = ("eos_token", "unk_token", "bos_token", "cls_token", "sep_token")
+
+
+def find_tokenizer(source: str, kwargs: KeywordArguments) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the base model.
+
+    Raises:
+        BaseModelNotFoundError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, add_prefix_space=True, **kwargs)
+    except (OSError, HFValidationError, ValueError, TypeError) as error:
+        raise not_found(source, error) from error
+
+
+def find_feature_extractor(source: str, kwargs: KeywordArguments) -> FeatureExtractionMixin | None:
+    """Return the image preprocessing of the base model, or ``None`` where it has none."""
+    try:
+        return AutoFeatureExtractor.from_pretrained(source, apply_ocr=False, **kwargs)
+    except OSError:
+        return None
+
+
+def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTokenizerBase:
+    """Return the tokenizer from the zip file of :func:`portable_tokenizer_files`.
+
+    Nothing in the file makes code run: neither a setting of the tokenizer nor, in ``kwargs``, one of the embeddings.
+
+    Raises:
+        ModelFileError: the files are damaged, or need code of their own that the user has not allowed to run.
+    """
+    settings = {"use_fast": kwargs["use_fast"]} if isinstance(kwargs.get("use_fast"), bool) else {}
+    try:
+        with _unpacked(stored) as directory:
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=_may_run_code(), **settings)
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ModelFileError(
+            f"Cannot read the stored tokenizer: {type(error).__name__}: {error}. The file is damaged. Copy or save it "
+            "again."
+        ) from error
+
+
+def unpack_feature_extractor(stored: BytesIO | None) -> FeatureExtractionMixin | None:
+    """Return the image preprocessing from the zip file that Flair wrote, or ``None`` where there is none."""
+    if stored is None:
+        return None
+    with _unpacked(stored) as directory:
+        try:
+            return AutoFeatureExtractor.from_pretrained(directory, apply_ocr=False, trust_remote_code=_may_run_code())
+        except ValueError:
+            # Image processors are stored under a name of their own, which AutoFeatureExtractor does not read.
+            return AutoImageProcessor.from_pretrained(directory, apply_ocr=False, trust_remote_code=_may_run_code())
+
+
+def complete_padding_(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the tokenizer pad batches on the right, in place, also where it has no padding token of its own.
+
+    With padding on the right, and masked, a sentence in a batch has the positions that it has alone.
+    """
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        candidates = (getattr(tokenizer, name, None) for name in _PADDING_CANDIDATES)
+        tokenizer.pad_token = next(token for token in candidates if token is not None)
+
+
+def portable_tokenizer_files(stored: BytesIO, tokenizer: PreTrainedTokenizerBase) -> BytesIO:
+    """Return the zip file of a tokenizer without the setting that makes transformers build it from other files.
+
+    Given ``add_prefix_space``, which Flair always gives, the fast tokenizers of Llama and T5 are built from the slow
+    one, whose files Flair drops or which are gone after a load. What was built from it is in ``tokenizer.json``.
+    """
+    if not isinstance(tokenizer, (LlamaTokenizerFast, T5TokenizerFast)):
+        return stored
+    completed = BytesIO()
+    with zipfile.ZipFile(stored) as files, zipfile.ZipFile(completed, "w") as kept:
+        for name in files.namelist():
+            content = files.read(name)
+            if name == "tokenizer_config.json":
+                settings = json.loads(content)
+                settings.pop("add_prefix_space", None)
+                content = json.dumps(settings).encode()
+            kept.writestr(name, content)
+    completed.seek(0)
+    return completed
+
+
+@contextlib.contextmanager
+def _unpacked(stored: BytesIO) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(stored) as files:
+        files.extractall(directory)
+        yield directory
+
+
+def _may_run_code() -> bool:
+    # Said explicitly: left open, transformers asks at the terminal.
+    return load_options().trust_remote_code

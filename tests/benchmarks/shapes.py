@@ -1,0 +1,90 @@
+"""Base models in the shapes of real ones, with random weights and tokenizers of the real size, built offline."""
+
+from __future__ import annotations
+
+import itertools
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    PreTrainedTokenizerBase,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+    XLMRobertaTokenizerFast,
+)
+from transformers.modeling_utils import no_init_weights
+
+
+def bert_base(directory: Path) -> Path:
+    """Write a model of BERT-base's shape, 110 M parameters in fp32, with a vocabulary of 30,522 word pieces."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters)]
+    pieces += itertools.islice(_words(4), 30_522 - len(pieces))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    return _save(BertTokenizerFast(str(directory / "vocab.txt"), model_max_length=512), _bert, directory)
+
+
+def xlm_roberta_large(directory: Path) -> Path:
+    """Write a model of XLM-R-large's shape, 560 M parameters in fp32, with a vocabulary of 250,002 pieces."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    letters = [f"{space}{letter}" for letter in string.ascii_letters + string.punctuation for space in ("", "▁")]
+    pieces = [*special, *letters]
+    pieces += itertools.islice((f"▁{word}" for word in _words(4)), 250_001 - len(pieces))
+    vocabulary = [(piece, -float(index) / 1e5) for index, piece in enumerate(pieces)] + [("<mask>", 0.0)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return _save(XLMRobertaTokenizerFast(tokenizer_object=tokenizer, model_max_length=512), _xlm_roberta, directory)
+
+
+SHAPES: dict[str, Callable[[Path], Path]] = {"bert-base": bert_base, "xlm-roberta-large": xlm_roberta_large}
+
+
+def _bert() -> BertModel:
+    return BertModel(BertConfig())
+
+
+def _xlm_roberta() -> XLMRobertaModel:
+    return XLMRobertaModel(
+        XLMRobertaConfig(
+            vocab_size=250_002,
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            intermediate_size=4096,
+            max_position_embeddings=514,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
+        )
+    )
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, build: Callable[[], torch.nn.Module], directory: Path) -> Path:
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    with no_init_weights():
+        model = build()
+    for name, parameter in model.named_parameters():
+        if "LayerNorm.weight" in name:
+            torch.nn.init.ones_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(directory)
+    return directory
+
+
+def _words(length: int) -> itertools.chain[str]:
+    return itertools.chain.from_iterable(
+        ("".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=count))
+        for count in range(2, length + 1)
+    )
