@@ -5,29 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flair
-import peft
-import torch
-import transformers
 from flair.data import Dictionary
 from flair.nn import Model
 
 from flair_peft import adapters
-from flair_peft._version import __version__
+from flair_peft.compat import versions
 from flair_peft.embeddings import PeftTransformerEmbeddings
 
 _SHOWN_LABELS = 50
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries whose behaviour a checkpoint depends on."""
-    return {
-        "flair_peft": __version__,
-        "flair": flair.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
 
 
 def plain(value: Any) -> Any:

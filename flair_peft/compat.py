@@ -6,10 +6,14 @@ import inspect
 from typing import Any
 
 import flair
+import peft
+import torch
+import transformers
 from flair.nn import Model
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from flair_peft._version import __version__
 from flair_peft.errors import FormatVersionError, UnsupportedHostError
 
 FLAIR_VERSIONS = SpecifierSet(">=0.15.1,<0.16", prereleases=True)
@@ -62,3 +66,14 @@ def check_host() -> None:
                 f"flair_peft cannot hook into flair.nn.Model.{name}: it takes {found}, not {expected}. Another package "
                 "may have replaced it. Import flair_peft first."
             )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries whose behaviour a checkpoint depends on."""
+    return {
+        "flair_peft": __version__,
+        "flair": flair.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }

@@ -407,6 +407,8 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
                 f"{name_some(lacking)}. They are damaged or were not written by flair_peft. Save the model again."
             )
         params["peft_config"] = configs.decode_config(params["peft_config"])
+        # PEFT warns of another path; whether the base is the right one is checked by its weights.
+        params["peft_config"].base_model_name_or_path = None
         params["use_context"] = params.pop("context_length", 0)
         for derived in ("truncate", "stride", "embedding_length", "use_lang_emb"):
             params.pop(derived, None)

@@ -162,8 +162,9 @@ _WITHHELD = ("torch.optim.", "flair.optim.", "flair.samplers.", "flair.trainers.
 # What copies tensors while it is rebuilt. In old-style files these have no content yet at that moment.
 _READ_AT_ONCE = {"flair_peft.codec.restore_state", *(name for name in _MODULES if name.startswith("flair_peft."))}
 
-# What becomes part of the live model, and with it the memory of its tensors.
-_KEPT_ALIVE = _MODULES | _READ_AT_ONCE
+# What becomes part of the live model, and with it the memory of its tensors. The weights of a base that a file holds do
+# so too, on purpose: they stay in the file, which this package replaces and never writes to.
+_KEPT_ALIVE = _MODULES
 
 _EMBEDDINGS_STATE = "flair_peft_params"
 

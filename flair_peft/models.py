@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from flair.nn import Model
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from flair_peft import assembly, card, checkpoint, codec, layout, learned, legacy, states
+from flair_peft import assembly, card, checkpoint, codec, layout, learned, legacy, manifest, states
+from flair_peft.compat import versions
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
 from flair_peft.learned import Part
@@ -31,7 +33,8 @@ _PICKLE_PROTOCOL = 2
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _FILE_ENDINGS = (".pt", ".bin", ".pth")
 
-_FILES = [checkpoint.DOCUMENT, checkpoint.CARD, "*.safetensors", "*.json", "*tokenizer*/*", "*image_processor/*"]
+_COMMIT = re.compile("[0-9a-f]{40}")
+_FROM_THE_HUB = (HfHubHTTPError, HFValidationError, OSError)
 
 
 class _StoredState:
@@ -64,8 +67,8 @@ def save_pretrained(model: Model, directory: str | Path, *, save_base: bool | No
         document, files = layout.to_files(description, embedded)
         size = sum(t.nbytes for content in files.values() if isinstance(content, dict) for t in content.values())
         text = card.write_card(model, embedded, size=size)
-        whole = {"class": f"{type(model).__module__}.{type(model).__qualname__}", "versions": card.versions()}
-        checkpoint.write(Path(directory), {**whole, **document}, files, text)
+        name = f"{type(model).__module__}.{type(model).__qualname__}"
+        checkpoint.write(Path(directory), {"class": name, **document}, files, text)
 
 
 def from_pretrained(
@@ -164,19 +167,22 @@ def push_to_hub(
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
+            earlier, has_own_card = _standing_in(api, repo_id, revision=revision)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=Path(folder, "model"),
                 revision=revision,
                 commit_message=commit_message or f"Upload {type(model).__name__}",
                 create_pr=create_pr,
-                # Files of an earlier checkpoint that this one does not have would belong to nobody.
-                delete_patterns=["embeddings-*/*", "tokenizer/*", "image_processor/*", "*.safetensors"],
+                ignore_patterns=[checkpoint.CARD] if has_own_card else None,
+                delete_patterns=earlier or None,
             )
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
+        except (*_FROM_THE_HUB, RuntimeError, ValueError) as error:
+            # A RuntimeError only names the file that was not taken.
+            cause = error.__cause__ if isinstance(error, RuntimeError) else None
             raise SaveError(
-                f"Cannot push to '{repo_id}': {type(error).__name__}: {str(error).strip().splitlines()[0]} The Hub "
-                "holds what it held before. Check the name, the token's right to write there, and the network."
+                f"Cannot push to '{repo_id}': {_reason(cause or error)}. No file there was changed. Check "
+                "the name, the token's right to write there, and the network."
             ) from error
     return str(commit.commit_url)
 
@@ -218,7 +224,7 @@ def describing(
         )
     parts = {id(e): Part(index, _stored_base(e, save_base)) for index, e in enumerate(embedded)}
     with learned.storing(parts):
-        state = {**model._get_state_dict(), **extra}
+        state = {**model._get_state_dict(), "versions": versions(), **extra}
         if model.model_card is not None:
             state["model_card"] = card.plain(model.model_card)
         yield layout.Description(*codec.encode(state)), embedded
@@ -242,20 +248,25 @@ def find_checkpoint(source: str, *, revision: str | None, options: LoadOptions) 
     """
     if Path(source).exists():
         return Path(source)
-    name, _, behind = source.partition("@")
-    asked: dict[str, Any] = {
-        "token": options.token,
-        "cache_dir": options.cache_dir,
-        "revision": revision or behind or None,
-    }
+    if source.endswith(_FILE_ENDINGS):
+        raise ModelFileError(
+            f"Cannot load '{source}': there is no such file or directory. By its ending it is not meant to be on the "
+            "Hub. Check the path."
+        )
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=options.local_files_only, **asked))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        found = _download(source, revision=revision, options=options)
+    except _FROM_THE_HUB as error:
         raise ModelFileError(
             f"Cannot load '{source}': it is neither a directory here nor a repository that could be downloaded "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Check the name, the token and the "
-            "network."
+            f"({_reason(error)}). Check the name, the revision, the token and the network."
         ) from error
+    if found is None:
+        raise ModelFileError(
+            f"Cannot load '{source}': the repository, or what the local cache has of it, holds no "
+            f"{checkpoint.DOCUMENT}, so it is no checkpoint of flair_peft. Models of stock Flair are loaded with "
+            "Model.load. Check the name and the revision."
+        )
+    return found
 
 
 def find_for_flair(source: str, *, revision: str | None, options: LoadOptions) -> Path | None:
@@ -268,17 +279,13 @@ def find_for_flair(source: str, *, revision: str | None, options: LoadOptions) -
         return Path(source)
     if Path(source).exists() or not _HUB_ID.fullmatch(source) or source.endswith(_FILE_ENDINGS):
         return None
-    name, _, behind = source.partition("@")
-    asked: dict[str, Any] = {"revision": revision or behind or None, "cache_dir": options.cache_dir}
-    known = try_to_load_from_cache(name, checkpoint.DOCUMENT, **asked)
-    if known is None:
-        try:
-            known = hf_hub_download(
-                name, checkpoint.DOCUMENT, token=options.token, local_files_only=options.local_files_only, **asked
-            )
-        except (HfHubHTTPError, HFValidationError, OSError):
-            return None
-    return find_checkpoint(source, revision=revision, options=options) if isinstance(known, str) else None
+    try:
+        return _download(source, revision=revision, options=options)
+    except _FROM_THE_HUB as error:
+        log.warning(
+            "Not searched for a checkpoint: '%s' (%s). Flair looks for a model of its own.", source, _reason(error)
+        )
+        return None
 
 
 def load_checkpoint(model_class: type[Model], directory: Path, options: LoadOptions) -> Model:
@@ -325,6 +332,51 @@ def reload_(model: Model, path: Path) -> None:
 def _assemble(model_class: type[Model], state: dict[str, Any], *, source: str, options: LoadOptions) -> Model:
     with loading_with(dataclasses.replace(options, owns_state=True)):
         return assembly.assemble(model_class.load, state, source=source)
+
+
+def _download(source: str, *, revision: str | None, options: LoadOptions) -> Path | None:
+    """Return the directory in the Hub's cache with all files of a checkpoint; ``None`` if the repository has none.
+
+    All files are of one commit. The Hub is asked once which that is, or not at all if the commit is given and cached.
+    """
+    name, _, behind = source.partition("@")
+    commit, known = revision or behind or None, None
+    download = functools.partial(
+        snapshot_download,
+        name,
+        token=options.token,
+        cache_dir=options.cache_dir,
+        local_files_only=options.local_files_only,
+    )
+    if _COMMIT.fullmatch(commit or ""):
+        known = try_to_load_from_cache(name, checkpoint.DOCUMENT, cache_dir=options.cache_dir, revision=commit)
+    if not isinstance(known, str):
+        known = Path(download(revision=commit, allow_patterns=[checkpoint.DOCUMENT]), checkpoint.DOCUMENT)
+    document, folder = Path(known), Path(known).parent
+    if not document.is_file():
+        return None
+    lacking = [file for file in manifest.parse(document.read_bytes(), document).files if not (folder / file).is_file()]
+    if lacking:
+        download(revision=folder.name, allow_patterns=lacking)
+    return folder
+
+
+def _standing_in(api: HfApi, repo_id: str, *, revision: str | None) -> tuple[list[str], bool]:
+    """Return the files of the checkpoint that a repository holds, and whether its card was written by somebody."""
+    with tempfile.TemporaryDirectory() as cache:
+        wanted = [checkpoint.DOCUMENT, checkpoint.CARD]
+        folder = Path(api.snapshot_download(repo_id, revision=revision, allow_patterns=wanted, cache_dir=cache))
+        has_card, document = (folder / checkpoint.CARD).is_file(), manifest.Document({}, {}, card="")
+        # What cannot be known to be a checkpoint's stays.
+        with suppress(FileNotFoundError, ModelFileError):
+            document = manifest.parse((folder / checkpoint.DOCUMENT).read_bytes(), folder / checkpoint.DOCUMENT)
+        is_ours = has_card and manifest.entry_of((folder / checkpoint.CARD).read_bytes()).sha256 == document.card
+        return sorted(document.files), has_card and not is_ours
+
+
+def _reason(error: BaseException) -> str:
+    """Return type and message of an error in one line: the Hub's own words stand in later lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".: ")
 
 
 def _stored_base(embeddings: PeftTransformerEmbeddings, save_base: bool | None) -> StoredBase:

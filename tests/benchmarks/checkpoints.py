@@ -1,0 +1,246 @@
+"""Sizes, times and memory of checkpoints, against what is the least that anybody must do.
+
+``python -m tests.benchmarks.checkpoints`` builds base models in the shapes of BERT-base and XLM-R-large with random
+weights, writes the same classifier in every form, loads each in processes of its own, compares what they give, and
+writes the figures to ``resources/benchmarks``. Pairs are interleaved, since other work on the machine hits both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from flair.data import Dictionary
+from flair.embeddings import TransformerDocumentEmbeddings
+from flair.models import TextClassifier
+from peft import LoraConfig
+
+import flair_peft
+from flair_peft.compat import versions
+from tests.benchmarks.shapes import SHAPES
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "resources" / "benchmarks"
+TOLERANCE = 1e-4
+
+# Way → the way that it is measured against, and the largest ratio of their times that we want.
+TIMES = {
+    "load_directory": ("load_with_peft", 1.2),
+    "load_slim_file": ("load_with_peft", 1.2),
+    "load_directory_and_prove": ("load_with_peft", None),
+    "only_load_whole_file": ("read_whole_file", 1.3),
+}
+MEMORY = {"load_directory": ("load_with_peft", 1.1), "load_slim_file": ("load_with_peft", 1.1)}
+FASTER_THAN_STOCK = {"bert-base": 10.0, "xlm-roberta-large": 30.0}
+SIZE = 1.05
+IMPORT_SECONDS = 0.3
+
+
+def write_files(folder: Path) -> dict[str, float]:
+    """Write one classifier in every form, and return the seconds that each took."""
+    labels = Dictionary(add_unk=False)
+    for label in ("good", "bad"):
+        labels.add_item(label)
+    settings: dict[str, Any] = {"label_dictionary": labels, "label_type": "sentiment"}
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=32, init_lora_weights=False)
+    base = str(folder / "base")
+    model = TextClassifier(flair_peft.PeftTransformerDocumentEmbeddings(base, peft_config=config), **settings)
+    stock = TextClassifier(TransformerDocumentEmbeddings(base, use_context_separator=False), **settings)
+    model.save(folder / "slim.pt")  # the first save reads all of the base once
+    return {
+        "slim.pt": timed(lambda: model.save(folder / "slim.pt")),
+        "checkpoint": timed(lambda: flair_peft.save_pretrained(model, folder / "checkpoint")),
+        "whole.pt": timed(lambda: model.save(folder / "whole.pt", save_base=True)),
+        "stock.pt": timed(lambda: stock.save(folder / "stock.pt")),
+    }
+
+
+def timed(action: Any) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each form, and of what it has to hold: learned tensors and tokenizer files."""
+    checkpoint = folder / "checkpoint"
+    tokenizer = sum(path.stat().st_size for path in (checkpoint / "tokenizer").iterdir())
+    model = TextClassifier.load(folder / "slim.pt", verify=False)
+    learned = [p for p in model.parameters() if p.requires_grad or (p.shape[-1] != p.numel() and p.numel() < 4096)]
+    held = sum(p.nbytes for p in {id(p): p for p in learned}.values())
+    return {
+        "learned tensors and tokenizer": held + tokenizer,
+        "checkpoint": sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()),
+        "slim.pt": (folder / "slim.pt").stat().st_size,
+        "whole.pt": (folder / "whole.pt").stat().st_size,
+        "stock.pt": (folder / "stock.pt").stat().st_size,
+    }
+
+
+def run(way: str, folder: Path) -> dict[str, Any]:
+    """Return what one load in a new process measured."""
+    command = [sys.executable, "-m", "tests.benchmarks.loads", way, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(folder: Path, *, pairs: int, stock_pairs: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the runs of each way, interleaved; the files are in the page cache for all of them."""
+    ways = list(dict.fromkeys([*TIMES, *(other for other, _ in TIMES.values())]))
+    for way in ways:
+        run(way, folder)
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in [*ways, "load_stock_file"]}
+    for number in range(pairs):
+        for way in ways:
+            found[way].append(run(way, folder))
+        if number < stock_pairs:
+            found["load_stock_file"].append(run("load_stock_file", folder))
+    return found
+
+
+def check(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise unless all ways that have an adapter give the vector that PEFT gives."""
+    expected = torch.tensor(runs["load_with_peft"][0]["vector"])
+    for way, results in runs.items():
+        for result in results:
+            vector = torch.tensor(result["vector"])
+            if way != "load_stock_file" and vector.numel():
+                torch.testing.assert_close(vector, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def ratio(these: Sequence[float], those: Sequence[float]) -> dict[str, float]:
+    """Return the median of the paired ratios with the 95 % interval of 2,000 bootstrap samples."""
+    pairs = [a / b for a, b in zip(these, those, strict=False)]
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(pairs, k=len(pairs))) for _ in range(2000))
+    return {"median": statistics.median(pairs), "low": medians[50], "high": medians[1949]}
+
+
+def import_seconds(statement: str) -> float:
+    code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
+
+
+def evaluate(shape: str, folder: Path, *, pairs: int, stock_pairs: int) -> list[dict[str, Any]]:
+    """Return the rows of one shape: what was measured, against what, and what we want."""
+    saves = write_files(folder)
+    runs = measure(folder, pairs=pairs, stock_pairs=stock_pairs)
+    check(runs)
+    rows = []
+    for way, (other, wanted) in TIMES.items():
+        found = ratio([r["seconds"] for r in runs[way]], [r["seconds"] for r in runs[other]])
+        rows.append({"what": f"time of {way} / {other}", **found, "wanted": wanted and f"≤ {wanted}"})
+    for way, (other, wanted) in MEMORY.items():
+        found = ratio([r["bytes"] for r in runs[way]], [r["bytes"] for r in runs[other]])
+        rows.append({"what": f"peak memory of {way} / {other}", **found, "wanted": f"≤ {wanted}"})
+    if runs["load_stock_file"]:
+        found = ratio([r["seconds"] for r in runs["load_stock_file"]], [r["seconds"] for r in runs["load_directory"]])
+        rows.append(
+            {"what": "time of load_stock_file / load_directory", **found, "wanted": f"≥ {FASTER_THAN_STOCK[shape]}"}
+        )
+    held = sizes(folder)
+    for name in ("checkpoint", "slim.pt"):
+        share = held[name] / held["learned tensors and tokenizer"]
+        rows.append(
+            {"what": f"bytes of {name} / what it has to hold", "median": share, "low": share, "high": share}
+            | {"wanted": f"≤ {SIZE}"}
+        )
+    figures = {
+        "seconds": {way: statistics.median(r["seconds"] for r in results) for way, results in runs.items() if results},
+        "bytes of memory": {way: statistics.median(r["bytes"] for r in rs) for way, rs in runs.items() if rs},
+        "bytes of files": held,
+        "seconds to save": saves,
+    }
+    return [{"shape": shape, **row} for row in rows] + [{"shape": shape, "figures": figures}]
+
+
+def evaluate_imports(pairs: int) -> dict[str, Any]:
+    """Return what importing the package adds to importing what it stands on."""
+    both = [
+        (import_seconds("import flair, peft, flair_peft"), import_seconds("import flair, peft")) for _ in range(pairs)
+    ]
+    added = sorted(a - b for a, b in both)
+    median = statistics.median(added)
+    row = {"shape": "", "what": "seconds that `import flair_peft` adds to `import flair, peft`", "median": median}
+    return {
+        **row,
+        "low": added[len(added) // 20],
+        "high": added[-1 - len(added) // 20],
+        "wanted": f"≤ {IMPORT_SECONDS}",
+    }
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """Return the report as a page."""
+    lines = [
+        "# Checkpoints: size, time and memory",
+        "",
+        f"`python -m tests.benchmarks.checkpoints`, {report['date']}, {report['machine']}, {report['versions']}.",
+        f"Ratios are medians of {report['pairs']} interleaved pairs of processes, with 95 % bootstrap intervals; every",
+        "load gave PEFT's vector.",
+        "",
+        "| shape | what | median | 95 % | wanted |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        if "what" in row:
+            interval = f"{row['low']:.2f} to {row['high']:.2f}"
+            lines.append(
+                f"| {row['shape']} | {row['what']} | {row['median']:.2f} | {interval} | {row['wanted'] or ''} |"
+            )
+    for row in report["rows"]:
+        if "figures" in row:
+            lines += ["", f"## {row['shape']}", ""]
+            for kind, values in row["figures"].items():
+                scale, unit = (1e6, "MB") if kind.startswith("bytes") else (1, "s")
+                found = ", ".join(f"{name} {value / scale:.3g} {unit}" for name, value in values.items())
+                lines.append(f"- {kind.split(' of ')[-1] if 'bytes' in kind else kind}: {found}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=21)
+    parser.add_argument("--stock-pairs", type=int, default=3)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--folder", type=Path, help="where the models are made and kept; a temporary one if left out")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    rows: list[dict[str, Any]] = [evaluate_imports(options.pairs)]
+    with tempfile.TemporaryDirectory() as temporary:
+        for shape in options.shapes:
+            folder = (options.folder or Path(temporary)) / shape
+            if not (folder / "base").exists():
+                SHAPES[shape](folder / "base")
+            rows += evaluate(shape, folder, pairs=options.pairs, stock_pairs=options.stock_pairs)
+    report = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU used",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "pairs": options.pairs,
+        "rows": rows,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "checkpoints.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (options.out / "checkpoints.md").write_text(to_markdown(report), encoding="utf-8")
+    print(to_markdown(report))
+
+
+if __name__ == "__main__":
+    main()
