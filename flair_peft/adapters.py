@@ -324,6 +324,7 @@ def _without_costly_init(config: PeftConfig) -> PeftConfig:
     """Return a copy whose initialisation neither reads base weights nor data; tensors have the same shapes."""
     fields = {field.name for field in dataclasses.fields(config)}
     skeleton = copy.deepcopy(config)
+    skeleton.base_model_name_or_path = None  # PEFT warns of a base under another name; loads compare its weights
     if isinstance(getattr(config, "init_lora_weights", None), str):
         skeleton.init_lora_weights = True
     if config.peft_type == PeftType.ADALORA:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +13,17 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, T5EncoderModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, T5EncoderModel
 from transformers.modeling_utils import no_init_weights
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_offline_mode
 
 from flair_peft.dtypes import DtypeLike
 from flair_peft.errors import BaseModelNotFoundError
 
 _building = threading.Lock()
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 log = logging.getLogger("flair_peft")
 
@@ -61,14 +66,37 @@ def find_model(
         BaseModelNotFoundError: there are no such weights, or none of this shape.
     """
     wanted = {} if dtype is None else {"dtype": dtype}
-    model_class = T5EncoderModel if config.model_type in _ENCODER_OF_T5 else AutoModel
+    if _is_pinned(source, kwargs):
+        # What a commit holds never changes: where the cache has it, the Hub is not asked.
+        with contextlib.suppress(BaseModelNotFoundError):
+            return find_model(source, copy.deepcopy(config), dtype=dtype, kwargs={**kwargs, "local_files_only": True})
+    model_class = _model_class(config, kwargs)
     try:
         model, found = model_class.from_pretrained(source, config=config, output_loading_info=True, **wanted, **kwargs)
+    except AttributeError as error:
+        # So transformers fails where the cache has no weights and it may not download them.
+        if Path(source).is_dir() or not (kwargs.get("local_files_only") or is_offline_mode()):
+            raise
+        raise not_found(source, FileNotFoundError("no weights")) from error
     except (OSError, HFValidationError, ValueError, SafetensorError, RuntimeError) as error:
         raise not_found(source, error) from error
     if dtype is not None and not getattr(model, "quantization_method", None):
         _cast_left_overs_(model)
     return model.eval(), frozenset(found["missing_keys"])
+
+
+def _is_pinned(source: str, kwargs: KeywordArguments) -> bool:
+    """Whether the base is a commit on the Hub that may be downloaded."""
+    is_commit = _COMMIT.fullmatch(str(kwargs.get("revision"))) is not None
+    return is_commit and not Path(source).is_dir() and not kwargs.get("local_files_only")
+
+
+def _model_class(config: PretrainedConfig, kwargs: KeywordArguments) -> Any:
+    if config.model_type in _ENCODER_OF_T5:
+        return T5EncoderModel
+    # AutoModel looks for an adapter beside the weights, and asks the Hub for it even with local_files_only.
+    found = None if kwargs.get("trust_remote_code") else MODEL_MAPPING.get(type(config), None)
+    return found if getattr(found, "config_class", None) is type(config) else AutoModel
 
 
 def build_model(

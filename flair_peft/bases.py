@@ -102,12 +102,14 @@ def config_class(model_type: str, record: BaseRecord | None) -> type[PretrainedC
     return type(AutoConfig.from_pretrained(source, revision=revision, **load_options().arguments()))
 
 
-def reference(record: BaseRecord, model: PreTrainedModel, *, dtype: DtypeLike) -> FrozenBase | None:
+def reference(
+    record: BaseRecord, model: PreTrainedModel, *, dtype: DtypeLike, cache_dir: str | None
+) -> FrozenBase | None:
     """Return the base as its source has it now, read anew, for a trained model to be compared with.
 
     Nothing is downloaded. ``None`` if it is gone, or if it is not the one that the model was made from any more.
     """
-    kwargs: dict[str, Any] = {} if Path(record.name).is_dir() else {"local_files_only": True}
+    kwargs: dict[str, Any] = {} if Path(record.name).is_dir() else {"local_files_only": True, "cache_dir": cache_dir}
     if record.needs_remote_code:
         kwargs["trust_remote_code"] = True  # the code of a model that was made from it runs here already
     if record.quantization is not None:

@@ -28,7 +28,7 @@ from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_versio
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
 from flair_peft.frozen import FrozenBase
 from flair_peft.learned import Part, planned
-from flair_peft.sources import BaseRecord, StoredBase
+from flair_peft.sources import BaseRecord, StoredBase, load_options
 from flair_peft.weights import StoredWeights
 
 log = logging.getLogger("flair_peft")
@@ -199,6 +199,7 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         self._frozen = shared
         self._record = found.known_record if found is not None else stored.record
         self._start: dict[str, str] = {}
+        self._cache_dir = model_kwargs.get("cache_dir") or load_options().cache_dir
         if is_new:
             base = _prepare_if_quantised(base, peft_gradient_checkpointing_kwargs)
             self.model = adapters.inject(base, own_config)
@@ -365,7 +366,7 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         """
         found = None
         if self._record is not None:
-            found = bases.reference(self._record, self.base_model, dtype=self.base_dtype)
+            found = bases.reference(self._record, self.base_model, dtype=self.base_dtype, cache_dir=self._cache_dir)
         if found is None:
             log.warning(
                 "The base model '%s' is not found any more, as it was: the file will hold all its weights.",
@@ -383,7 +384,7 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         self._left_out = frozenset(map(keys.canonical_key, stored.left_out))
         found = None
         if stored.record is not None and stored.is_needed:
-            found = bases.reference(stored.record, self.base_model, dtype=self.base_dtype)
+            found = bases.reference(stored.record, self.base_model, dtype=self.base_dtype, cache_dir=self._cache_dir)
         if found is not None:
             learned.restore_(self.model, stored.left_out, found)
 

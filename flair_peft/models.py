@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from flair.nn import Model
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from flair_peft import assembly, card, checkpoint, codec, layout, learned, legacy, manifest, states
+from flair_peft import assembly, card, checkpoint, codec, hub, layout, learned, legacy, states
 from flair_peft.compat import versions
 from flair_peft.embeddings import PeftTransformerEmbeddings
-from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
+from flair_peft.errors import AdapterConfigError, ModelFileError
 from flair_peft.learned import Part
 from flair_peft.sources import LoadOptions, StoredBase, loading_with
 
@@ -29,12 +25,6 @@ log = logging.getLogger("flair_peft")
 
 # Flair's trainer writes these at protocol 4, whose frames torch's restricted unpickler does not read.
 _PICKLE_PROTOCOL = 2
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_FILE_ENDINGS = (".pt", ".bin", ".pth")
-
-_COMMIT = re.compile("[0-9a-f]{40}")
-_FROM_THE_HUB = (HfHubHTTPError, HFValidationError, OSError)
 
 
 class _StoredState:
@@ -103,7 +93,28 @@ def from_pretrained(
         BaseMismatchError: the base model is not the one that the adapter was trained on.
         StateMismatchError: a tensor is missing or left over, or the model does not give the vectors it gave.
     """
-    options = LoadOptions(
+    options = choose(
+        base_model=base_model,
+        verify=verify,
+        trust_remote_code=trust_remote_code,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    return load_checkpoint(Model, hub.find_checkpoint(str(source), revision=revision, options=options), options)
+
+
+def choose(
+    *,
+    base_model: str | Mapping[str, str] | None = None,
+    verify: bool | Literal["full"] = True,
+    trust_remote_code: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> LoadOptions:
+    """Return the options of a load; see :func:`from_pretrained`."""
+    return LoadOptions(
         base_model=base_model,
         verify=verify,
         trust_remote_code=trust_remote_code,
@@ -111,7 +122,6 @@ def from_pretrained(
         cache_dir=None if cache_dir is None else str(cache_dir),
         local_files_only=local_files_only,
     )
-    return load_checkpoint(Model, find_checkpoint(str(source), revision=revision, options=options), options)
 
 
 def verify(source: str | Path, *, base_model: str | Mapping[str, str] | None = None, **options: Any) -> None:
@@ -126,7 +136,7 @@ def verify(source: str | Path, *, base_model: str | Mapping[str, str] | None = N
         FlairPeftError: it is not; see :func:`from_pretrained`.
     """
     if Path(source).is_file():
-        load_file(Model, Path(source), LoadOptions(base_model=base_model, verify="full", **options))
+        load_file(Model, Path(source), choose(base_model=base_model, verify="full", **options))
     else:
         from_pretrained(source, base_model=base_model, verify="full", **options)
 
@@ -160,31 +170,18 @@ def push_to_hub(
         SaveError: the Hub refused it or could not be reached.
         UnsupportedStateError: the model holds an object that files cannot hold.
     """
-    api = HfApi(endpoint=endpoint, token=token)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, Path(folder, "model"), save_base=save_base)
-        try:
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not create_pr:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            earlier, has_own_card = _standing_in(api, repo_id, revision=revision)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=Path(folder, "model"),
-                revision=revision,
-                commit_message=commit_message or f"Upload {type(model).__name__}",
-                create_pr=create_pr,
-                ignore_patterns=[checkpoint.CARD] if has_own_card else None,
-                delete_patterns=earlier or None,
-            )
-        except (*_FROM_THE_HUB, RuntimeError, ValueError) as error:
-            # A RuntimeError only names the file that was not taken.
-            cause = error.__cause__ if isinstance(error, RuntimeError) else None
-            raise SaveError(
-                f"Cannot push to '{repo_id}': {_reason(cause or error)}. No file there was changed. Check "
-                "the name, the token's right to write there, and the network."
-            ) from error
-    return str(commit.commit_url)
+        return hub.upload(
+            Path(folder, "model"),
+            repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message or f"Upload {type(model).__name__}",
+            create_pr=create_pr,
+            endpoint=endpoint,
+        )
 
 
 def save_file(
@@ -240,54 +237,6 @@ def check_storable(model: Model) -> None:
         pass
 
 
-def find_checkpoint(source: str, *, revision: str | None, options: LoadOptions) -> Path:
-    """Return the directory of a checkpoint, which is downloaded if it is on the Hub.
-
-    Raises:
-        ModelFileError: there is none.
-    """
-    if Path(source).exists():
-        return Path(source)
-    if source.endswith(_FILE_ENDINGS):
-        raise ModelFileError(
-            f"Cannot load '{source}': there is no such file or directory. By its ending it is not meant to be on the "
-            "Hub. Check the path."
-        )
-    try:
-        found = _download(source, revision=revision, options=options)
-    except _FROM_THE_HUB as error:
-        raise ModelFileError(
-            f"Cannot load '{source}': it is neither a directory here nor a repository that could be downloaded "
-            f"({_reason(error)}). Check the name, the revision, the token and the network."
-        ) from error
-    if found is None:
-        raise ModelFileError(
-            f"Cannot load '{source}': the repository, or what the local cache has of it, holds no "
-            f"{checkpoint.DOCUMENT}, so it is no checkpoint of flair_peft. Models of stock Flair are loaded with "
-            "Model.load. Check the name and the revision."
-        )
-    return found
-
-
-def find_for_flair(source: str, *, revision: str | None, options: LoadOptions) -> Path | None:
-    """Return the directory of the checkpoint that ``Model.load`` was asked for; ``None`` if that is Flair's business.
-
-    Raises:
-        ModelFileError: a directory that holds no checkpoint; Flair loads none either.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).exists() or not _HUB_ID.fullmatch(source) or source.endswith(_FILE_ENDINGS):
-        return None
-    try:
-        return _download(source, revision=revision, options=options)
-    except _FROM_THE_HUB as error:
-        log.warning(
-            "Not searched for a checkpoint: '%s' (%s). Flair looks for a model of its own.", source, _reason(error)
-        )
-        return None
-
-
 def load_checkpoint(model_class: type[Model], directory: Path, options: LoadOptions) -> Model:
     """Return the model in a checkpoint directory.
 
@@ -332,51 +281,6 @@ def reload_(model: Model, path: Path) -> None:
 def _assemble(model_class: type[Model], state: dict[str, Any], *, source: str, options: LoadOptions) -> Model:
     with loading_with(dataclasses.replace(options, owns_state=True)):
         return assembly.assemble(model_class.load, state, source=source)
-
-
-def _download(source: str, *, revision: str | None, options: LoadOptions) -> Path | None:
-    """Return the directory in the Hub's cache with all files of a checkpoint; ``None`` if the repository has none.
-
-    All files are of one commit. The Hub is asked once which that is, or not at all if the commit is given and cached.
-    """
-    name, _, behind = source.partition("@")
-    commit, known = revision or behind or None, None
-    download = functools.partial(
-        snapshot_download,
-        name,
-        token=options.token,
-        cache_dir=options.cache_dir,
-        local_files_only=options.local_files_only,
-    )
-    if _COMMIT.fullmatch(commit or ""):
-        known = try_to_load_from_cache(name, checkpoint.DOCUMENT, cache_dir=options.cache_dir, revision=commit)
-    if not isinstance(known, str):
-        known = Path(download(revision=commit, allow_patterns=[checkpoint.DOCUMENT]), checkpoint.DOCUMENT)
-    document, folder = Path(known), Path(known).parent
-    if not document.is_file():
-        return None
-    lacking = [file for file in manifest.parse(document.read_bytes(), document).files if not (folder / file).is_file()]
-    if lacking:
-        download(revision=folder.name, allow_patterns=lacking)
-    return folder
-
-
-def _standing_in(api: HfApi, repo_id: str, *, revision: str | None) -> tuple[list[str], bool]:
-    """Return the files of the checkpoint that a repository holds, and whether its card was written by somebody."""
-    with tempfile.TemporaryDirectory() as cache:
-        wanted = [checkpoint.DOCUMENT, checkpoint.CARD]
-        folder = Path(api.snapshot_download(repo_id, revision=revision, allow_patterns=wanted, cache_dir=cache))
-        has_card, document = (folder / checkpoint.CARD).is_file(), manifest.Document({}, {}, card="")
-        # What cannot be known to be a checkpoint's stays.
-        with suppress(FileNotFoundError, ModelFileError):
-            document = manifest.parse((folder / checkpoint.DOCUMENT).read_bytes(), folder / checkpoint.DOCUMENT)
-        is_ours = has_card and manifest.entry_of((folder / checkpoint.CARD).read_bytes()).sha256 == document.card
-        return sorted(document.files), has_card and not is_ours
-
-
-def _reason(error: BaseException) -> str:
-    """Return type and message of an error in one line: the Hub's own words stand in later lines."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".: ")
 
 
 def _stored_base(embeddings: PeftTransformerEmbeddings, save_base: bool | None) -> StoredBase:

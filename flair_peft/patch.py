@@ -18,13 +18,14 @@ These attributes of Flair are replaced, each by a function that calls the origin
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from flair.nn import Model
 from flair.trainers import ModelTrainer
 from peft import PeftConfig, PeftModel
 
-from flair_peft import adapters, assembly, compat, dtypes, legacy, models, resume, states, training
+from flair_peft import adapters, assembly, compat, dtypes, hub, legacy, models, resume, states, training
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
 from flair_peft.errors import AdapterConfigError
@@ -47,6 +48,7 @@ _MISSING = object()
 _lock = threading.RLock()
 _trainers: weakref.WeakKeyDictionary[Model, ModelTrainer] = weakref.WeakKeyDictionary()
 _installed: list[_Replacement] = []
+_left_to_flair: contextvars.ContextVar[str | None] = contextvars.ContextVar("flair_peft_left_to_flair", default=None)
 
 
 class _Replacement:
@@ -134,25 +136,26 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
     @functools.wraps(original.__func__)
     def load(cls: type[Model], model_path: Any, *, peft_config: PeftConfig | None = None, **options: Any) -> Model:
         stock_load = original.__get__(None, cls)
-        if not _installed or assembly.is_going_on():
+        if not _installed or assembly.is_going_on() or _left_to_flair.get() == str(model_path):
             given = {} if peft_config is None else {"peft_config": peft_config}
             return stock_load(model_path, **given, **options)
         revision = options.pop("revision", None)
-        chosen = LoadOptions(**options)
+        chosen = models.choose(**options)
+        options = {**options, **({} if peft_config is None else {"peft_config": peft_config})}
         if isinstance(model_path, dict):
-            return _load_state(cls, stock_load, model_path, peft_config, source="the given state", options=chosen)
-        directory = models.find_for_flair(str(model_path), revision=revision, options=chosen)
+            return _load_state(cls, stock_load, model_path, options, source="the given state", chosen=chosen)
+        directory = hub.find_for_flair(str(model_path), revision=revision, options=chosen)
         if directory is not None:
-            _refuse_useless_config(peft_config, str(model_path), "it is a checkpoint that holds its config")
+            _refuse_useless(options, ("peft_config",), str(model_path), "it is a checkpoint that holds its config")
             return models.load_checkpoint(cls, directory, chosen)
         path = Path(model_path)
         if not path.is_file():
-            _refuse_useless_config(peft_config, str(path), "there is no such file")
-            return stock_load(model_path)
+            _refuse_useless(options, options, str(path), "there is no such file, and no such checkpoint on the Hub")
+            return _leave_to_flair(stock_load, model_path if revision is None else f"{model_path}@{revision}")
         state, chosen = legacy.read_state(path), dataclasses.replace(chosen, directory=path.parent, owns_state=True)
         if states.has_adapters(state):
             legacy.check_sums(path)
-        return _load_state(cls, stock_load, state, peft_config, source=str(path), options=chosen)
+        return _load_state(cls, stock_load, state, options, source=str(path), chosen=chosen)
 
     return classmethod(load)
 
@@ -161,25 +164,36 @@ def _load_state(
     cls: type[Model],
     stock_load: Callable[[Any], Model],
     state: states.State,
-    peft_config: PeftConfig | None,
+    options: Mapping[str, Any],
     *,
     source: str,
-    options: LoadOptions,
+    chosen: LoadOptions,
 ) -> Model:
     if not states.has_adapters(state):
-        _refuse_useless_config(peft_config, source, "it holds no adapter, and a new one would be random")
+        _refuse_useless(options, options, source, "it holds no adapter")
         return stock_load(state)
-    state = states.with_config(state, peft_config, source=source)
+    state = states.with_config(state, options.get("peft_config"), source=source)
     assembly.check_class(cls, state.get("__cls__"), source)
-    with loading_with(options):
+    with loading_with(chosen):
         return assembly.assemble(stock_load, state, source=source)
 
 
-def _refuse_useless_config(peft_config: PeftConfig | None, source: str, reason: str) -> None:
-    if peft_config is not None:
+def _leave_to_flair(stock_load: Callable[[Any], Model], name: Any) -> Model:
+    # Flair's own classes call one another's load with the same name: it is looked up once.
+    token = _left_to_flair.set(str(name))
+    try:
+        return stock_load(name)
+    finally:
+        _left_to_flair.reset(token)
+
+
+def _refuse_useless(options: Mapping[str, Any], names: Collection[str], source: str, reason: str) -> None:
+    """Raise if an option is given that this load could only ignore."""
+    given = sorted(name for name in names if name in options)
+    if given:
         raise AdapterConfigError(
-            f"Cannot use the peft_config given for '{source}': {reason}. A config is meant for files of stock Flair "
-            "that hold adapter weights without one. Leave out peft_config."
+            f"Cannot use the {', '.join(given)} given for '{source}': {reason}. These options are meant for models "
+            f"with an adapter, and peft_config for files of stock Flair that lack it. Leave out {', '.join(given)}."
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from flair.data import Sentence
 from peft import LoftQConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
+import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings
 from tests import round_trip, tiny
 from tests.zoo import ZOO
@@ -45,6 +46,25 @@ def test_model_trained_on_a_gpu_predicts_the_same_after_loading(
     assert {p.device.type for p in loaded.parameters()} == {"cuda"}
     difference = round_trip.largest_difference(entry.predict(model, corpus), entry.predict(loaded, corpus))
     assert difference <= max(round_trip.SCORE_TOLERANCE[dtype], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_checkpoint_directory_comes_back_on_a_gpu(
+    dtype: torch.dtype, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A directory written on a GPU loads there and on a CPU, its probe included, and shares the base on the GPU."""
+    factories = round_trip.Factories(base("bert"), LORA, dtype=dtype)
+    model, corpus, entry = round_trip.train_and_save("text-classifier", factories, tmp_path)
+    flair_peft.save_pretrained(model, tmp_path / "checkpoint")
+    expected = entry.predict(model, corpus)
+    first, second = (flair_peft.from_pretrained(tmp_path / "checkpoint") for _ in range(2))
+    tolerance = max(round_trip.SCORE_TOLERANCE[dtype], 1e-5)
+    assert round_trip.largest_difference(expected, entry.predict(second, corpus)) <= tolerance
+    places = [{p.data_ptr() for p in m.parameters() if not p.requires_grad} for m in (first, second)]
+    assert places[0] == places[1]
+    flair.device = torch.device("cpu")
+    on_cpu = flair_peft.from_pretrained(tmp_path / "checkpoint")
+    assert {p.device.type for p in on_cpu.parameters()} == {"cpu"}
 
 
 # In bf16 a GPU and a CPU round differently enough to change the best of two labels that are nearly equal.

@@ -49,6 +49,7 @@ FLOORS = (
     "layout",
     "card",
     "assembly",
+    "hub",
     "models",
     "training",
     "trainer_state",
