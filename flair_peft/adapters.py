@@ -97,6 +97,7 @@ def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: 
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
     peft_model = inject(model, _without_costly_init(config))
+    config.base_model_name_or_path = peft_model.peft_config[ADAPTER_NAME].base_model_name_or_path
     peft_model.peft_config[ADAPTER_NAME] = config
     return peft_model
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
 import os
 import time
@@ -22,23 +20,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
-from flair_peft import adapters, backbone, bases, dtypes, frozen, keys, learned, proof, tokenizer_files
+from flair_peft import adapters, backbone, bases, dtypes, frozen, keys, proof, tokenizer_files
 from flair_peft import config as configs
-from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_version
-from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
+from flair_peft.errors import AdapterConfigError, ModelFileError
 from flair_peft.frozen import FrozenBase
-from flair_peft.learned import Part, planned
-from flair_peft.sources import BaseRecord, StoredBase, load_options
-from flair_peft.weights import StoredWeights
+from flair_peft.sources import StoredBase, load_options
+from flair_peft.storable import Storable
 
 log = logging.getLogger("flair_peft")
 
 _OUTPUT_DTYPE_MARK = "_output_dtype_mark"
-_STATE_KEY = "flair_peft_params"
 
 
 @register_embeddings
-class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
+class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
     """Transformer embeddings whose frozen transformer carries a PEFT adapter.
 
     Takes every keyword of :class:`flair.embeddings.TransformerEmbeddings`, with the same meaning. With the adapter
@@ -214,9 +209,6 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
             self._try_out()
             self._report()
 
-    # Number and base of these embeddings in the file that they come from.
-    origin: tuple[int, StoredBase] | None = None
-
     @property
     def adapter_config(self) -> PeftConfig:
         """The config of the adapter, as it was trained."""
@@ -226,16 +218,6 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
     def base_model(self) -> PreTrainedModel:
         """The frozen transformer, without the PEFT model around it."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-
-    @property
-    def base_record(self) -> BaseRecord | None:
-        """Where the base model comes from, as files say it; ``None`` where that was never known."""
-        return self._record
-
-    @property
-    def base_revision(self) -> str | None:
-        """Commit of the base model on the Hub; ``None`` if it comes from a directory."""
-        return None if self._record is None else self._record.revision
 
     @property
     def is_quantised(self) -> bool:
@@ -315,152 +297,9 @@ class PeftTransformerEmbeddings(StoredWeights, TransformerEmbeddings):
         first = 0 if self.keep_virtual_rows else adapters.virtual_rows(self.model)
         return tuple(states[index][:, first:] for index in self.layer_indexes)
 
-    def to_params(self) -> dict[str, Any]:
-        """Return the constructor parameters as plain values, the PEFT config and the dtypes among them.
-
-        Raises:
-            AdapterConfigError: the base is quantised, which files cannot hold yet.
-        """
-        if self.is_quantised:
-            raise AdapterConfigError(
-                f"Cannot store '{self.name}': its base is quantised, and this version stores whole weights only. "
-                "Train on a base in bfloat16, with dtype='bfloat16', to be able to save."
-            )
-        params, config = super().to_params(), self.adapter_config
-        params = {
-            **params,
-            "tokenizer_data": tokenizer_files.portable_tokenizer_files(params["tokenizer_data"], self.tokenizer),
-            "format_version": FormatVersion(FORMAT_VERSION),
-            "peft_config": configs.encode_config(config),
-            "dtype": dtypes.dtype_name(self.base_dtype),
-            "head_dtype": dtypes.dtype_name(self.head_dtype),
-            "keep_virtual_rows": self.keep_virtual_rows,
-            "save_base": self.save_base,
-            # Without this, transformers makes a fast tokenizer of the files of a slow one.
-            "transformers_tokenizer_kwargs": {} if self.tokenizer.is_fast else {"use_fast": False},
-            "derived_state": adapters.derived_state(self.model) if adapters.is_derived_from_base(config) else {},
-        }
-        part = planned(self)
-        return params if part is None else {**params, **self._proof_params(part)}
-
-    def _proof_params(self, part: Part) -> dict[str, Any]:
-        """Return what a load needs to find the base and to prove itself."""
-        untrained = proof.reachable(self, proof.never_left(self.model, self._start))
-        return {
-            "part": part.index,
-            "stored_base": part.stored.to_dict(),
-            "probe": proof.take_probe(self),
-            "untrained": untrained,
-        }
-
-    @property
-    def is_stored_whole(self) -> bool:
-        """Whether the file that is being written holds all weights of the base."""
-        part = planned(self)
-        return part is None or not part.stored.is_needed
-
-    def compare_with_base(self) -> StoredBase:
-        """Return which of the weights are the base's own, bit by bit, and need not be stored.
-
-        The base is read anew from its source. Where that is gone, everything has to be stored.
-        """
-        found = None
-        if self._record is not None:
-            found = bases.reference(self._record, self.base_model, dtype=self.base_dtype, cache_dir=self._cache_dir)
-        if found is None:
-            log.warning(
-                "The base model '%s' is not found any more, as it was: the file will hold all its weights.",
-                self.base_model_name,
-            )
-            return StoredBase(self._record)
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        return learned.compare(self.model.state_dict(), trained, found)
-
-    def expect_without(self, stored: StoredBase) -> None:
-        """Let the next state dict be without what the file leaves out; that is the base's own here, too.
-
-        Weights that were the base's own when the file was written and were changed since get their values back.
-        """
-        self._left_out = frozenset(map(keys.canonical_key, stored.left_out))
-        found = None
-        if stored.record is not None and stored.is_needed:
-            found = bases.reference(stored.record, self.base_model, dtype=self.base_dtype, cache_dir=self._cache_dir)
-        if found is not None:
-            learned.restore_(self.model, stored.left_out, found)
-
-    @classmethod
-    def from_params(cls, params: Mapping[str, Any]) -> PeftTransformerEmbeddings:
-        """Return embeddings of the stored shape; a state dict must fill them before they can embed.
-
-        ``params`` is not modified. Parameters of the stock classes are read too, if they hold a PEFT config.
-
-        Raises:
-            FormatVersionError: the parameters were written by a newer version.
-            ModelFileError: the architecture is not one that transformers knows.
-        """
-        params = dict(params)
-        stock_format = params.pop("flair_peft_format", FORMAT_VERSION)
-        check_format_version(params.pop("format_version", stock_format))
-        lacking = {name for name in ("peft_config", "config_state_dict") if params.get(name) is None}
-        if lacking:
-            raise ModelFileError(
-                f"Cannot rebuild the embeddings of '{params.get('model')}': their parameters lack "
-                f"{name_some(lacking)}. They are damaged or were not written by flair_peft. Save the model again."
-            )
-        params["peft_config"] = configs.decode_config(params["peft_config"])
-        # PEFT warns of another path; whether the base is the right one is checked by its weights.
-        params["peft_config"].base_model_name_or_path = None
-        params["use_context"] = params.pop("context_length", 0)
-        for derived in ("truncate", "stride", "embedding_length", "use_lang_emb"):
-            params.pop(derived, None)
-        _refuse_unknown(params)
-        shape = dict(params.pop("config_state_dict"))
-        shape.pop("auto_map", None)  # names code
-        stored = StoredBase.from_dict(params.get("stored_base"))
-        config_class = bases.config_class(str(shape.get("model_type")), stored.record)
-        # from_dict reads the attention implementation from its keyword arguments only.
-        attention = backbone.available_attention(shape.pop("attn_implementation", None))
-        saved_config = config_class.from_dict(shape, attn_implementation=attention)
-        pending_state, probe = params.pop("derived_state", {}), params.pop("probe", None)
-        untrained, index = params.pop("untrained", []), params.pop("part", None)
-        embeddings = cls.create_from_state(saved_config=saved_config, **params)
-        embeddings._pending_state, embeddings._pending_probe = pending_state, probe
-        embeddings._pending_untrained = untrained
-        embeddings.origin = None if index is None else (index, stored)
-        return embeddings
-
     def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
         """Whether stored vectors can be reused: never while the weights that they depend on can change."""
         return not self.fine_tune and super()._everything_embedded(data_points)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PeftTransformerEmbeddings:
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        if isinstance(self.model, PeftModel) and adapters.keeps_graph(self.adapter_config):
-            clone.__setstate__(self.__getstate__())
-            return clone
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        if isinstance(clone.model, PeftModel):
-            adapters.repair_(clone.model)
-        return clone
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            _STATE_KEY: self.to_params(),
-            "state_dict": self.state_dict(),
-            "output_dtype": self.output_dtype,
-            "training": self.training,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if _STATE_KEY not in state:
-            super().__setstate__(state)
-            return
-        loaded = self.from_params(state[_STATE_KEY])
-        loaded.load_state_dict(state["state_dict"])
-        loaded.output_dtype = state["output_dtype"]
-        loaded.train(state["training"])
-        self.__dict__.update(loaded.__dict__)
 
     def _set_tokenizer(
         self,
@@ -601,27 +440,6 @@ class _PoolingView:
         states = self._embeddings.hidden_states(input_ids, **tensors)
         wide = torch.promote_types(states[0].dtype, torch.float32)
         return (tuple(state.to(device=flair.device, dtype=wide) for state in states),)
-
-
-# What files may say beside the arguments of the constructor, and which of these only a user may give.
-_STORED_BESIDE = frozenset({"config_state_dict", "derived_state", "probe", "untrained", "part"})
-_ONLY_FROM_USERS = frozenset(
-    {"transformers_config_kwargs", "transformers_model_kwargs", "peft_gradient_checkpointing_kwargs", "saved_config"}
-)
-
-
-def _refuse_unknown(params: Mapping[str, Any]) -> None:
-    """Return if stored parameters are those that embeddings have: others would reach transformers as they are."""
-    allowed = (
-        {*inspect.signature(PeftTransformerEmbeddings.__init__).parameters} - _ONLY_FROM_USERS - {"self", "kwargs"}
-    )
-    unknown = set(params) - allowed - _STORED_BESIDE
-    if unknown:
-        raise ModelFileError(
-            f"Cannot rebuild the embeddings of '{params.get('model')}': their parameters hold {name_some(unknown)}, "
-            "which no embeddings have. They are damaged or were not written by Flair or flair_peft. Save the model "
-            "again."
-        )
 
 
 def counterpart(stock_class: type[TransformerEmbeddings]) -> type[PeftTransformerEmbeddings]:

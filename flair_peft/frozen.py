@@ -91,6 +91,7 @@ class FrozenBase:
             fingerprint=self.fingerprint,
             vocabulary_size=self.own_rows,
             attention=str(self.config._attn_implementation),
+            quantization=_quantization(self.config),
         )
 
     @property
@@ -249,6 +250,16 @@ def _load(
     base = FrozenBase(model.to(device), record, random_names)
     base.fingerprint = digest
     return base
+
+
+def _quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    """Return the settings by which transformers quantised the weights, as plain values."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    described = settings if isinstance(settings, dict) else settings.to_dict()
+    plain = json.loads(json.dumps(described, default=str))
+    return {name: value for name, value in plain.items() if not name.startswith("_")}
 
 
 def is_placed(model: PreTrainedModel) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -201,7 +201,7 @@ def save_file(
         UnsupportedStateError: the model holds an object that files cannot hold.
         SaveError: the file could not be written.
     """
-    extra = {} if training_state is None else {"training_state": dict(training_state)}
+    extra: dict[str, Any] = {} if training_state is None else {"training_state": dict(training_state)}
     with describing(model, save_base=save_base, **extra) as (description, _):
         tensors = {name: _alone(tensor) for name, tensor in description.tensors.items()}
         stored = _StoredState(dataclasses.replace(description, tensors=tensors))
@@ -210,7 +210,11 @@ def save_file(
 
 @contextmanager
 def describing(
-    model: Model, *, save_base: bool | None = None, **extra: Any
+    model: Model,
+    *,
+    save_base: bool | None = None,
+    plan: Callable[[PeftTransformerEmbeddings], StoredBase] | None = None,
+    **extra: Any,
 ) -> Iterator[tuple[layout.Description, list[PeftTransformerEmbeddings]]]:
     """Yield the model as JSON and tensors, and its embeddings; inside, their state dicts are those of the file."""
     embedded = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
@@ -219,7 +223,8 @@ def describing(
             f"Cannot save this {type(model).__name__} as a checkpoint: none of its embeddings has an adapter. The "
             "format holds what was learned on top of a base model. Use model.save(path)."
         )
-    parts = {id(e): Part(index, _stored_base(e, save_base)) for index, e in enumerate(embedded)}
+    stored = (_stored_base(embeddings, save_base) if plan is None else plan(embeddings) for embeddings in embedded)
+    parts = {id(embeddings): Part(i, base) for i, (embeddings, base) in enumerate(zip(embedded, stored, strict=True))}
     with learned.storing(parts):
         state = {**model._get_state_dict(), "versions": versions(), **extra}
         if model.model_card is not None:
@@ -233,7 +238,7 @@ def check_storable(model: Model) -> None:
     Raises:
         UnsupportedStateError: the model holds an object that they cannot hold.
     """
-    with describing(model, save_base=True):
+    with describing(model, plan=lambda embeddings: embeddings.without_frozen_weights()):
         pass
 
 

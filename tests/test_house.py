@@ -43,6 +43,7 @@ FLOORS = (
     "manifest",
     "checkpoint",
     "weights",
+    "storable",
     "embeddings",
     "states",
     "legacy",
