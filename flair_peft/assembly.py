@@ -13,9 +13,9 @@ import torch
 from flair.models import MultitaskModel
 from flair.nn import Model
 
-from flair_peft import dtypes
+from flair_peft import dtypes, flair_objects, states
 from flair_peft.embeddings import PeftTransformerEmbeddings
-from flair_peft.errors import FlairPeftError, ModelFileError, StateMismatchError, name_some
+from flair_peft.errors import FlairPeftError, ModelFileError, StateMismatchError, UnsafeFileError, name_some
 
 # How torch lists the keys that do not fit.
 _LISTED = r"(Missing|Unexpected) key\(s\) in state_dict: ([^\n]*)"
@@ -38,12 +38,37 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
     token = _is_going_on.set(True)
     try:
         with naming_mismatches(source):
+            _refuse_unsafe(state, source)
             model = load(state)
     finally:
         _is_going_on.reset(token)
+    _check_numbers(model, state, source)
     _share_embeddings_again(model)
     dtypes.align_head_(model)
     return model
+
+
+def _refuse_unsafe(value: Any, source: str) -> None:
+    """Return if nothing in a state would have Flair run code or unpickle when it builds the model."""
+    danger = flair_objects.unsafe_part(value) if isinstance(value, dict) else None
+    if danger:
+        raise UnsafeFileError(
+            f"Cannot load '{source}': there are embeddings that need {danger}. No file may do that. Save the model "
+            "without them."
+        )
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        _refuse_unsafe(inner, source)
+
+
+def _check_numbers(model: Model, state: dict[str, Any], source: str) -> None:
+    """Return if no whole numbers were stored for a weight: torch would read them as floating-point ones."""
+    own, stored = model.state_dict(), states.tensors_of(state)
+    odd = {n for n, tensor in stored.items() if n in own and tensor.is_floating_point() != own[n].is_floating_point()}
+    if odd:
+        raise StateMismatchError(
+            f"Cannot load '{source}': {name_some(odd)} in it are not of the kind of number that the model computes "
+            "with. It would predict something else. Copy or save it again."
+        )
 
 
 def is_going_on() -> bool:
@@ -74,9 +99,16 @@ def naming_mismatches(source: str) -> Iterator[None]:
     """Raise torch's list of keys that do not fit as an error that names the file."""
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, FlairPeftError) or "loading state_dict" not in str(error):
-            raise
+    except (FlairPeftError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Flair, PEFT and transformers raise what they like when a file gives them nonsense.
+        if "loading state_dict" not in str(error):
+            raise ModelFileError(
+                f"Cannot build the model in '{source}': {type(error).__name__}: {str(error)[:200]}. Its settings are "
+                "not those that this model class has: the file is damaged, or was written by another version. Copy "
+                "or save it again."
+            ) from error
         listed = re.findall(_LISTED, str(error))
         found = "; ".join(f"{kind.lower()}: {name_some(re.findall(_QUOTED, names))}" for kind, names in listed)
         raise StateMismatchError(

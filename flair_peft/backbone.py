@@ -129,7 +129,11 @@ def has_transposed_weights(model: PreTrainedModel) -> bool:
 
 
 def available_attention(implementation: str | None) -> str | None:
-    """Return the attention implementation, or ``None`` for the default where this machine lacks FlashAttention."""
+    """Return the attention implementation, or ``None`` for the default where it is not part of transformers here."""
+    if implementation is not None and "/" in implementation:
+        # So transformers calls kernels on the Hub, which are code. No file may have one fetched.
+        log.warning("The attention '%s' is not fetched: the default is used, which rounds differently.", implementation)
+        return None
     if implementation == "flash_attention_2" and not is_flash_attn_2_available():
         log.warning("FlashAttention 2 is not available here: the default attention is used, which rounds differently.")
         return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import flair
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flair_peft import backbone, frozen, proof
@@ -59,15 +60,57 @@ def find_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLik
     """
     assert stored.record is not None
     options, record = load_options(), stored.record
+    _check_rows(stored, config, name)
     refuse_untrusted_code(record)
     source, revision = options.source_of(record)
     wanted = dataclasses.replace(record, name=source, revision=revision)
     try:
+        if record.needs_remote_code:
+            config = _naming_code(config, source, revision)
         found = frozen.find_again(wanted, config, dtype=dtype, kwargs=options.arguments(), device=flair.device)
     except BaseModelNotFoundError as error:
         raise _explain(error, wanted, record, name) from error
     proof.check_base(found, record, name=name)
     return found if stored.added_rows is None else found.with_rows(stored.added_rows)
+
+
+def _check_rows(stored: StoredBase, config: PretrainedConfig, name: str) -> None:
+    rows = 0 if stored.added_rows is None else len(stored.added_rows)
+    size = None if stored.record is None else stored.record.vocabulary_size
+    wanted = getattr(config.get_text_config(), "vocab_size", None)
+    if rows and size is not None and size + rows != wanted:
+        raise ModelFileError(
+            f"Cannot load '{name}': it adds {rows} rows to a vocabulary of {size}, and its model has {wanted}. The "
+            "file is damaged. Copy or save it again."
+        )
+
+
+def _naming_code(config: PretrainedConfig, source: str, revision: str | None) -> PretrainedConfig:
+    """Return a copy of the config that names the code of the base found, and none that a file names."""
+    named = copy.deepcopy(config)
+    named.auto_map = getattr(_find_config(source, revision), "auto_map", None)
+    named._name_or_path = source
+    return named
+
+
+def build_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLike | None) -> PreTrainedModel:
+    """Return a base model for a file that holds all its weights to fill; its code, if it has some, is in no file.
+
+    Raises:
+        BaseModelNotFoundError: it needs code of its own, and the base model that comes with it is not found.
+    """
+    record = stored.record
+    if record is None or not record.needs_remote_code:
+        return backbone.build_model(config, dtype=dtype, model_kwargs={})
+    refuse_untrusted_code(record)
+    source, revision = load_options().source_of(record)
+    kwargs = {"trust_remote_code": True, "code_revision": revision}
+    return backbone.build_model(_naming_code(config, source, revision), dtype=dtype, model_kwargs=kwargs)
+
+
+def _find_config(source: str, revision: str | None) -> PretrainedConfig:
+    pinned = {} if revision is None else {"revision": revision}
+    return backbone.find_config(source, {**load_options().arguments(), **pinned})
 
 
 def refuse_untrusted_code(record: BaseRecord) -> None:
@@ -99,7 +142,7 @@ def config_class(model_type: str, record: BaseRecord | None) -> type[PretrainedC
         )
     refuse_untrusted_code(record)
     source, revision = load_options().source_of(record)
-    return type(AutoConfig.from_pretrained(source, revision=revision, **load_options().arguments()))
+    return type(_find_config(source, revision))
 
 
 def reference(

@@ -145,7 +145,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
                 found = found.reaching(self.tokenizer.convert_tokens_to_ids(SENTENCE_BOUNDARY_TAG))
         elif stored.is_needed:
             found = bases.find_stored(stored, saved_config, dtype=asked_dtype, name=name or model)
-        base = found.copy() if found else backbone.build_model(saved_config, dtype=asked_dtype, model_kwargs={})
+        base = found.copy() if found else bases.build_stored(stored, saved_config, dtype=asked_dtype)
         own_config = given_config or configs.own_config(_default_config(base))
         adapters.refuse_unsupported(base, own_config)
         configs.encode_config(own_config)  # a config that no file can hold is refused now, not after the training

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from flair.data import Dictionary, Sentence
-from flair.embeddings import FastTextEmbeddings
+from flair.embeddings import CharacterEmbeddings, FastTextEmbeddings
 from flair.embeddings.base import EMBEDDING_CLASSES, Embeddings, load_embeddings
 from flair.embeddings.transformer import TransformerJitEmbeddings
 from flair.models.entity_linker_model import CandidateGenerator
@@ -143,6 +143,8 @@ def unsafe_part(params: Mapping[Any, Any]) -> str | None:
         return None
     if issubclass(embeddings_class, FastTextEmbeddings):
         return "FastTextEmbeddings, which Flair stores as a pickle of gensim's"
+    if issubclass(embeddings_class, CharacterEmbeddings) and type(params.get("path_to_char_dict")) is not Dictionary:
+        return "a dictionary of characters from a file that Flair unpickles"
     if issubclass(embeddings_class, TransformerJitEmbeddings):
         return f"{name}, which are a TorchScript program"
     return "trust_remote_code, with which transformers runs code from the Hub" if _trusts_code(params) else None

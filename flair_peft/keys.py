@@ -91,7 +91,9 @@ def canonical_key(key: str) -> str:
 
 def base_key(key: str) -> str | None:
     """Return the name that a tensor has in the bare base model, or ``None`` if PEFT added the tensor."""
-    segments = [segment for segment in canonical_key(key).split(".") if segment not in _WRAPPING_SEGMENTS]
+    # Adaption prompts wrap the attention modules of decoders, which they keep in an attribute called ``model``.
+    key = re.sub(r"(^|\.)((?:self_)?attn)\.model\.", r"\1\2.", canonical_key(key))
+    segments = [segment for segment in key.split(".") if segment not in _WRAPPING_SEGMENTS]
     return None if any(_is_container(segment) for segment in segments) else ".".join(segments)
 
 

@@ -145,11 +145,16 @@ def _take_weights(embeddings: PeftTransformerEmbeddings, tensors: Tensors) -> tu
     anchor = next(key for key, value in own.items() if value.numel())
     for name in list(tensors):
         prefix = name.removesuffix(anchor)
-        if prefix != name and prefix.endswith("model.") and _is_same(tensors[name], own[anchor]):
+        if prefix != name and prefix.endswith("model.") and _holds(tensors, prefix, own):
             prefixes.append(prefix)
             for key in own:
                 tensors.pop(prefix + key)
     return prefixes, own
+
+
+def _holds(tensors: Tensors, prefix: str, own: Tensors) -> bool:
+    """Whether the tensors under a prefix are these: other embeddings on the same base share some of them."""
+    return all(prefix + key in tensors and _is_same(tensors[prefix + key], value) for key, value in own.items())
 
 
 def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,11 +69,26 @@ def compare(state: Mapping[str, torch.Tensor], trained: set[str], base: FrozenBa
                 added_rows = tensor[len(own[name]) :]
         elif name in own and are_same_bits(tensor, own[name]):
             left_out.add(key)
+    left_out |= _aliases(state, left_out, own)
     if added_rows is None:
         added_rows = _rows_beyond(state, own, matrices)
     record = dataclasses.replace(base.known_record, full_fingerprint=base.full_fingerprint)
     rows = None if added_rows is None else added_rows.detach().cpu().clone()
     return StoredBase(record, frozenset(left_out), rows)
+
+
+def _aliases(state: Mapping[str, torch.Tensor], left_out: set[str], own: Mapping[str, torch.Tensor]) -> set[str]:
+    """Return keys that the base does not know and under which PEFT holds a tensor that is left out, once more.
+
+    Prompt methods register the input embeddings a second time, and replicated layers are held under several numbers.
+    """
+    held = {_place(state[key]) for key in left_out if state[key].numel()}
+    names = {key: keys.base_key(key) for key in state}
+    return {key for key, name in names.items() if name is not None and name not in own and _place(state[key]) in held}
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def restore_(model: torch.nn.Module, left_out: Iterable[str], base: FrozenBase) -> None:

@@ -296,7 +296,7 @@ def _stored_base(embeddings: PeftTransformerEmbeddings, save_base: bool | None) 
 def _find_class(stored: Any, source: str) -> type[Model]:
     """Return the model class of that name among those that are imported; nothing is imported because of a file."""
     known = {f"{found.__module__}.{found.__qualname__}": found for found in assembly.subclasses(Model)}
-    if stored not in known:
+    if not isinstance(stored, str) or stored not in known:
         raise ModelFileError(
             f"Cannot load '{source}': it holds a {stored!r:.100}, and no such model class is imported. Files import "
             "nothing. Import the module that defines it first."

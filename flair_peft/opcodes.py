@@ -58,6 +58,10 @@ _STOP, _PROTO, _MEMOIZE, _STACK_GLOBAL = (_CODES[name] for name in ("STOP", "PRO
 _UNICODE = _codes("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
 _OLD_STRINGS = _codes("UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING")
 _STRINGS = _UNICODE | _OLD_STRINGS
+
+# Whoever names something of this package wrote a model with an adapter, whatever its tensors are called.
+_OWN = b"flair_peft."
+_MARKING = _STRINGS | _codes("GLOBAL", "INST")
 _NAMES_IN_PLACE = _codes("GLOBAL", "INST")
 _EXTENSIONS = _codes("EXT1", "EXT2", "EXT4")
 _GETS = _codes("GET", "BINGET", "LONG_BINGET")
@@ -101,7 +105,7 @@ def read_contents(path: Path) -> PickleContents | None:
 
 
 def holds_adapters(path: Path) -> bool:
-    """Whether a pickle of the file holds the key of an adapter tensor or of a PEFT config.
+    """Whether a pickle of the file holds the key of an adapter tensor or of a PEFT config, or names this package.
 
     This takes no memory beyond that of the pickle, and no longer than Python needs to unpickle it.
 
@@ -114,7 +118,7 @@ def holds_adapters(path: Path) -> bool:
             for buffer in buffers
             for operations in _pickles_in(buffer)
             for code, start, stop in operations
-            if code in _STRINGS and stop - start <= _LONGEST_NAME
+            if code in _MARKING and stop - start <= _LONGEST_NAME
         )
 
 
@@ -280,7 +284,7 @@ def _is_mark(raw: bytes, code: int) -> bool:
         raw = _text(raw, code).encode("utf-8", "replace")
     if b"." not in raw:  # of the million words of a vocabulary, nearly all
         return raw == b"peft_config"
-    return keys.is_adapter_key(raw.decode("utf-8", "replace"))
+    return raw.startswith(_OWN) or keys.is_adapter_key(raw.decode("utf-8", "replace"))
 
 
 def _text(raw: bytes, code: int) -> str:

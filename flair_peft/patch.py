@@ -39,7 +39,7 @@ from peft import PeftConfig, PeftModel
 from flair_peft import adapters, assembly, compat, dtypes, hub, legacy, models, resume, states, training
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
-from flair_peft.errors import AdapterConfigError
+from flair_peft.errors import AdapterConfigError, ModelFileError
 from flair_peft.sources import LoadOptions, loading_with
 
 log = logging.getLogger("flair_peft")
@@ -149,6 +149,10 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
             _refuse_useless(options, ("peft_config",), str(model_path), "it is a checkpoint that holds its config")
             return models.load_checkpoint(cls, directory, chosen)
         path = Path(model_path)
+        if path.exists() and not path.is_file():
+            raise ModelFileError(
+                f"Cannot load '{path}': it is a pipe or a device. Reading it may never end. Pass a regular file."
+            )
         if not path.is_file():
             _refuse_useless(options, options, str(path), "there is no such file, and no such checkpoint on the Hub")
             return _leave_to_flair(stock_load, model_path if revision is None else f"{model_path}@{revision}")

@@ -112,6 +112,8 @@ def find_directory(path: Path, *, names_of: NamesOf) -> Path:
         names_of: of the content in a folder.
     """
     target = Path(os.path.realpath(path))
+    if not target.name:  # the root, beside which nothing can lie
+        return path
     backup = backup_of(target)
     if not _is_folder(backup) or names_of(target) or not names_of(backup):
         return path

@@ -104,7 +104,7 @@ def _embedding_params(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
 
 
 def _walk_params(value: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not isinstance(value, dict) or "__cls__" not in value:
+    if not isinstance(value, dict) or not isinstance(value.get("__cls__"), str):
         return
     embedding_class = EMBEDDING_CLASSES.get(value["__cls__"])
     if isinstance(embedding_class, type) and issubclass(embedding_class, TransformerEmbeddings):

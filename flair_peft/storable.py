@@ -168,6 +168,7 @@ class Storable(StoredWeights):
         _refuse_unknown(cls, params)
         shape = dict(params.pop("config_state_dict"))
         shape.pop("auto_map", None)  # names code
+        shape.pop("_attn_implementation", None)  # likewise: transformers fetches what is called "owner/kernel"
         stored = StoredBase.from_dict(params.get("stored_base"))
         config_class = bases.config_class(str(shape.get("model_type")), stored.record)
         # from_dict reads the attention implementation from its keyword arguments only.
@@ -198,6 +199,8 @@ class Storable(StoredWeights):
             "state_dict": self.state_dict(),
             "output_dtype": self.output_dtype,
             "training": self.training,
+            "base": StoredBase(self._record).to_dict(),
+            "start": dict(self._start),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -207,6 +210,9 @@ class Storable(StoredWeights):
         loaded = self.from_params(state[_STATE_KEY])
         loaded.load_state_dict(state["state_dict"])
         loaded.output_dtype = state["output_dtype"]
+        # Files of 0.1.0 hold neither of these.
+        loaded._record = StoredBase.from_dict(state.get("base")).record
+        loaded._start = dict(state.get("start", {}))
         loaded.train(state["training"])
         self.__dict__.update(loaded.__dict__)
 

@@ -23,7 +23,6 @@ from transformers import (
 
 from flair_peft.backbone import not_found
 from flair_peft.errors import ModelFileError
-from flair_peft.sources import load_options
 
 KeywordArguments = Mapping[str, Any]
 
@@ -54,15 +53,16 @@ def find_feature_extractor(source: str, kwargs: KeywordArguments) -> FeatureExtr
 def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTokenizerBase:
     """Return the tokenizer from the zip file of :func:`portable_tokenizer_files`.
 
-    Nothing in the file makes code run: neither a setting of the tokenizer nor, in ``kwargs``, one of the embeddings.
+    Nothing in the file makes code run: neither a setting of the tokenizer nor, in ``kwargs``, one of the embeddings. A
+    user who trusts a base trusts its code, not that of whoever wrote the file.
 
     Raises:
-        ModelFileError: the files are damaged, or need code of their own that the user has not allowed to run.
+        ModelFileError: the files are damaged, or need code of their own.
     """
     settings = {"use_fast": kwargs["use_fast"]} if isinstance(kwargs.get("use_fast"), bool) else {}
     try:
         with _unpacked(stored) as directory:
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=_may_run_code(), **settings)
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **settings)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ModelFileError(
             f"Cannot read the stored tokenizer: {type(error).__name__}: {error}. The file is damaged. Copy or save it "
@@ -76,10 +76,10 @@ def unpack_feature_extractor(stored: BytesIO | None) -> FeatureExtractionMixin |
         return None
     with _unpacked(stored) as directory:
         try:
-            return AutoFeatureExtractor.from_pretrained(directory, apply_ocr=False, trust_remote_code=_may_run_code())
+            return AutoFeatureExtractor.from_pretrained(directory, apply_ocr=False, trust_remote_code=False)
         except ValueError:
             # Image processors are stored under a name of their own, which AutoFeatureExtractor does not read.
-            return AutoImageProcessor.from_pretrained(directory, apply_ocr=False, trust_remote_code=_may_run_code())
+            return AutoImageProcessor.from_pretrained(directory, apply_ocr=False, trust_remote_code=False)
 
 
 def complete_padding_(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,8 +119,3 @@ def _unpacked(stored: BytesIO) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(stored) as files:
         files.extractall(directory)
         yield directory
-
-
-def _may_run_code() -> bool:
-    # Said explicitly: left open, transformers asks at the terminal.
-    return load_options().trust_remote_code

@@ -200,6 +200,9 @@ class StoredWeights(TransformerBaseEmbeddings):
             "not known to the model": match.unexpected,
             "meaning the same tensor": match.ambiguous,
             "of another shape": shapes,
+            "of another kind of number": [
+                key for key, theirs in match.renamed.items() if _are_other_numbers(stored[theirs], own[key])
+            ],
         }
         found = "; ".join(f"{what}: {name_some(names)}" for what, names in problems.items() if names)
         if found:
@@ -219,3 +222,7 @@ class StoredWeights(TransformerBaseEmbeddings):
 
 def _shape(value: Any) -> tuple[int, ...] | str:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _are_other_numbers(value: Any, own: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() != own.is_floating_point()
