@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
+from packaging.version import Version
 
 from flair_peft import checkpoint, manifest, replacement, siblings
 from flair_peft.checkpoint import CARD, DOCUMENT, is_checkpoint, read, write, write_file
@@ -97,8 +99,12 @@ def test_checkpoint_read_is_what_was_written(place: Path) -> None:
     assert [path.name for path in place.parent.iterdir()] == ["model"]
 
 
+# safetensors stores complex numbers since 0.6; before, they are refused when a checkpoint is written.
+COMPLEX = ["complex64"] if Version(safetensors.__version__) >= Version("0.6") else []
+
+
 @pytest.mark.parametrize(
-    "dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int8", "uint8", "bool", "complex64"]
+    "dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int8", "uint8", "bool", *COMPLEX]
 )
 def test_checkpoint_tensors_come_back_bit_equal_in_every_dtype(tmp_path: Path, dtype: str) -> None:
     """The dtype and every bit are kept."""
@@ -118,7 +124,7 @@ def test_checkpoint_tensors_that_share_memory_come_back_each_by_itself(tmp_path:
         "row": base[2],
         "transposed": base.t(),
         "expanded": base[:1].expand(3, 4),
-        "conjugated": torch.randn(2, dtype=torch.complex64).conj(),
+        **({"conjugated": torch.randn(2, dtype=torch.complex64).conj()} if COMPLEX else {}),
         "empty": base[:0],
     }
     write(tmp_path / "x", {}, {ADAPTER: tensors}, "")

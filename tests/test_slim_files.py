@@ -28,7 +28,7 @@ from peft import LoraConfig, PeftConfig
 from transformers import AutoModel
 
 import flair_peft
-from flair_peft import codec, compat, frozen, legacy, models
+from flair_peft import PeftTransformerDocumentEmbeddings, codec, compat, frozen, legacy, models
 from flair_peft.errors import SaveError
 from tests import tiny
 from tests.methods import METHODS, Method, perturb_
@@ -501,3 +501,15 @@ def test_model_that_was_pickled_saves_slim_too(
     clone.save(tmp_path / "model.pt")
     assert predict(load(tmp_path / "model.pt")) == predict(model)
     assert base_weights_in(tmp_path / "model.pt", base(architecture)) == []
+
+
+def test_saving_draws_no_random_numbers(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A training with saves goes on as one without, also where the base has weights that are random in each load."""
+    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False)
+    model = ZOO["text-classifier"].build(
+        None, lambda **kwargs: PeftTransformerDocumentEmbeddings(base("bert-mlm"), peft_config=config, **kwargs)
+    )
+    state = torch.get_rng_state()
+    model.save(tmp_path / "model.pt")
+    flair_peft.save_pretrained(model, tmp_path / "checkpoint")
+    assert torch.equal(torch.get_rng_state(), state)
