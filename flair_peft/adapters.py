@@ -132,6 +132,28 @@ def _merge_apart(tuner: torch.nn.Module, name: str, before_merge: Callable[[], N
     return getattr(type(tuner), name)(tuner, *args, **kwargs)
 
 
+def refuse_unstorable(model: PeftModel) -> None:
+    """Return if a file that holds the adapter and not the base would give the model back as it is now.
+
+    Raises:
+        AdapterConfigError: the adapter is merged or switched off, or there are several.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    others = sorted(set(model.peft_config) - {ADAPTER_NAME})
+    if others:
+        reason, remedy = f"is one of several, beside {name_some(others)}, and files hold one", "delete_adapter(name)"
+    elif any(layer.merged for layer in layers):
+        reason, remedy = "is merged into the base, onto which a load would add it once more", "unmerge_adapter()"
+    elif model._adapters_disabled or any(layer.disable_adapters for layer in layers):
+        reason, remedy = "is switched off, and a load would switch it on", "leave disable_adapter() first"
+    else:
+        return
+    raise AdapterConfigError(
+        f"Cannot store the {describe(model.peft_config[ADAPTER_NAME])} adapter as it is: it {reason}. The model would "
+        f"predict something else after loading. Undo that on embeddings.model, here by {remedy}."
+    )
+
+
 def derived_state(model: PeftModel) -> dict[str, torch.Tensor]:
     """Return name → tensor of what the method computed from the base's weights and no state dict holds.
 

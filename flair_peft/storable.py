@@ -92,6 +92,7 @@ class Storable(StoredWeights):
 
     def _proof_params(self, part: Part) -> dict[str, Any]:
         """Return what a load needs to find the base and to prove itself."""
+        adapters.refuse_unstorable(self.model)
         untrained = proof.reachable(self, proof.never_left(self.model, self._start))
         return {
             "part": part.index,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -29,7 +30,7 @@ from transformers import AutoModel
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, codec, compat, frozen, legacy, models
-from flair_peft.errors import SaveError
+from flair_peft.errors import AdapterConfigError, SaveError
 from tests import tiny
 from tests.methods import METHODS, Method, perturb_
 from tests.round_trip import SCORE_TOLERANCE, Factories, largest_difference
@@ -513,3 +514,29 @@ def test_saving_draws_no_random_numbers(base: Callable[[str], str], tmp_path: Pa
     model.save(tmp_path / "model.pt")
     flair_peft.save_pretrained(model, tmp_path / "checkpoint")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("state", ["merged", "disabled", "several"])
+def test_adapter_in_a_state_that_no_file_gives_back_is_refused(
+    state: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """What would predict something else after loading is refused when it is saved, with the way out."""
+    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=["query"])
+    model = ZOO["text-classifier"].build(
+        None, lambda **kwargs: PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config, **kwargs)
+    )
+    peft_model = model.embeddings.model
+    if state == "merged":
+        peft_model.merge_adapter()
+    elif state == "several":
+        peft_model.add_adapter("second", config)
+    switched = peft_model.disable_adapter() if state == "disabled" else contextlib.nullcontext()
+    with switched, pytest.raises(AdapterConfigError, match="Undo that on embeddings"):
+        model.save(tmp_path / "model.pt")
+    assert not (tmp_path / "model.pt").exists()
+    if state == "merged":
+        peft_model.unmerge_adapter()
+    elif state == "several":
+        peft_model.delete_adapter("second")
+    model.save(tmp_path / "model.pt")
+    Model.load(tmp_path / "model.pt")
