@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,10 @@ from transformers import PreTrainedModel
 from flair_peft.errors import AdapterConfigError, FlairPeftError, UnsupportedMethodError, name_some
 
 ADAPTER_NAME = "default"
+
+# transformers builds models on the meta device, or without initialising them, by switches for the whole process: one
+# thread at a time makes modules, or those of another would be empty.
+building = threading.RLock()
 
 # Methods that put rows of their own in front of the sentence's rows.
 _PREPENDING = frozenset({"PROMPT_TUNING", "P_TUNING"})
@@ -73,7 +78,8 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     _spell_out_layers_(model, config)
     _fill_in_sizes_(model, config)
     try:
-        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+        with building:
+            peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise _explain_injection(model, config, error) from error
     if not trainable_parameters(peft_model):
@@ -115,7 +121,7 @@ def rewrites_base(config: PeftConfig) -> bool:
         init not in _INITS_BESIDE_BASE
         or bool(getattr(config, "kasa_config", None))
         or bool(getattr(config, "layer_replication", None))
-        or method_name(config) in _DERIVED_FROM_BASE
+        or is_derived_from_base(config)
     )
 
 
@@ -140,6 +146,11 @@ def refuse_unstorable(model: PeftModel) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     others = sorted(set(model.peft_config) - {ADAPTER_NAME})
+    if ADAPTER_NAME not in model.peft_config:
+        raise AdapterConfigError(
+            f"Cannot store the adapter: it is called {name_some(others) or 'nothing'}, and files hold the one called "
+            f"'{ADAPTER_NAME}', which was deleted. Make embeddings with the adapter that you want to store."
+        )
     if others:
         reason, remedy = f"is one of several, beside {name_some(others)}, and files hold one", "delete_adapter(name)"
     elif any(layer.merged for layer in layers):

@@ -106,8 +106,8 @@ def naming_mismatches(source: str) -> Iterator[None]:
         if "loading state_dict" not in str(error):
             raise ModelFileError(
                 f"Cannot build the model in '{source}': {type(error).__name__}: {str(error)[:200]}. Its settings are "
-                "not those that this model class has: the file is damaged, or was written by another version. Copy "
-                "or save it again."
+                "not those that this model class has, or this process could not build it. If the file was not copied "
+                "whole, or comes from another version, copy or save it again."
             ) from error
         listed = re.findall(_LISTED, str(error))
         found = "; ".join(f"{kind.lower()}: {name_some(re.findall(_QUOTED, names))}" for kind, names in listed)
@@ -118,14 +118,14 @@ def naming_mismatches(source: str) -> Iterator[None]:
 
 
 def _share_embeddings_again(model: Model) -> None:
-    """Make embeddings that several tasks shared one object again; Flair stores and builds them once per task."""
-    if not isinstance(model, MultitaskModel):
-        return
-    first: dict[str, PeftTransformerEmbeddings] = {}
+    """Make embeddings that were one object one again; Flair stores and builds them once for each place they have."""
+    first: dict[Any, PeftTransformerEmbeddings] = {}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, PeftTransformerEmbeddings):
-                shared = first.setdefault(child.name, child)
+            # Files of 0.1.0 do not number embeddings; the tasks of a multitask model may share theirs.
+            is_numbered = isinstance(child, PeftTransformerEmbeddings) and child.origin is not None
+            if is_numbered or (isinstance(child, PeftTransformerEmbeddings) and isinstance(model, MultitaskModel)):
+                shared = first.setdefault(child.origin[0] if is_numbered else child.name, child)
                 if shared is not child and _are_equal(shared.state_dict(), child.state_dict()):
                     setattr(parent, name, shared)
                     _replace_in_list(parent, child, shared)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import logging
 import re
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from transformers.modeling_utils import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available, is_offline_mode
 
+from flair_peft import adapters
 from flair_peft.dtypes import DtypeLike
-from flair_peft.errors import BaseModelNotFoundError
-
-_building = threading.Lock()
+from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -72,7 +70,10 @@ def find_model(
             return find_model(source, copy.deepcopy(config), dtype=dtype, kwargs={**kwargs, "local_files_only": True})
     model_class = _model_class(config, kwargs)
     try:
-        model, found = model_class.from_pretrained(source, config=config, output_loading_info=True, **wanted, **kwargs)
+        with adapters.building:
+            model, found = model_class.from_pretrained(
+                source, config=config, output_loading_info=True, **wanted, **kwargs
+            )
     except AttributeError as error:
         # So transformers fails where the cache has no weights and it may not download them.
         if Path(source).is_dir() or not (kwargs.get("local_files_only") or is_offline_mode()):
@@ -80,6 +81,12 @@ def find_model(
         raise not_found(source, FileNotFoundError("no weights")) from error
     except (OSError, HFValidationError, ValueError, SafetensorError, RuntimeError) as error:
         raise not_found(source, error) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise AdapterConfigError(
+            f"Cannot use '{source}' as a base model: an adapter lies beside its weights, and transformers adds it to "
+            "them without a word. A second one on top would be trained on something else than the base. Pass the base "
+            "model alone."
+        )
     if dtype is not None and not getattr(model, "quantization_method", None):
         _cast_left_overs_(model)
     return model.eval(), frozenset(found["missing_keys"])
@@ -107,8 +114,7 @@ def build_model(
     Buffers that are not stored, such as rotary frequencies, hold their values.
     """
     wanted = {**model_kwargs} if dtype in (None, "auto") else {"dtype": dtype, **model_kwargs}
-    # transformers switches initialisation off for the whole process; overlapping threads would leave it off.
-    with _building, no_init_weights():
+    with adapters.building, no_init_weights():
         if config.model_type in _ENCODER_OF_T5:
             model = T5EncoderModel._from_config(config, **wanted)
         else:

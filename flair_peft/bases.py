@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flair_peft import backbone, frozen, proof
-from flair_peft.dtypes import DtypeLike
+from flair_peft.dtypes import DtypeLike, dtype_name
 from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFileError
 from flair_peft.frozen import FrozenBase
 from flair_peft.sources import BaseRecord, StoredBase, kept_arguments, load_options
@@ -147,7 +147,7 @@ def config_class(model_type: str, record: BaseRecord | None) -> type[PretrainedC
 
 
 def reference(
-    record: BaseRecord, model: PreTrainedModel, *, dtype: DtypeLike, cache_dir: str | None
+    record: BaseRecord, model: PreTrainedModel, *, dtype: torch.dtype, cache_dir: str | None
 ) -> FrozenBase | None:
     """Return the base as its source has it now, read anew, for a trained model to be compared with.
 
@@ -158,14 +158,19 @@ def reference(
         kwargs["trust_remote_code"] = True  # the code of a model that was made from it runs here already
     if record.quantization is not None:
         kwargs["quantization_config"] = record.quantization
-    try:
+
+    def read(wanted: DtypeLike) -> FrozenBase:
         # Weights that the source lacks are drawn at random; a training goes on as if nothing had been saved.
         with torch.random.fork_rng(devices=[]):
-            found = frozen.find_again(record, model.config, dtype=dtype, kwargs=kwargs, is_shared=False)
+            return frozen.find_again(record, model.config, dtype=wanted, kwargs=kwargs, is_shared=False)
+
+    try:
+        found = read(record.dtype or dtype)
+        is_same = record.fingerprint in (None, found.fingerprint)
+        # The model may have been converted since it was made from its source.
+        return None if not is_same else found if record.dtype in (None, dtype_name(dtype)) else read(dtype)
     except (BaseModelNotFoundError, BaseMismatchError):
         return None
-    is_same = record.fingerprint in (None, found.fingerprint)
-    return found if is_same else None
 
 
 def _explain(

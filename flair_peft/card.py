@@ -92,7 +92,9 @@ def _labels(model: Model) -> Iterator[str]:
 def _scores(model: Model) -> Iterator[str]:
     scores = (model.model_card or {}).get("scores")
     if isinstance(scores, Mapping) and scores:
-        rows = "\n".join(f"| {name} | {round(value, 4)} |" for name, value in scores.items())
+        rows = "\n".join(
+            f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in scores.items()
+        )
         yield f"## Scores in training\n\n| | |\n|---|---|\n{rows}"
 
 

@@ -192,7 +192,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         self.register_buffer(_OUTPUT_DTYPE_MARK, torch.empty(0, dtype=torch.float32), persistent=False)
         self.register_load_state_dict_post_hook(type(self)._after_loading)
         self._frozen = shared
-        self._record = found.known_record if found is not None else stored.record
+        self._record = stored.record if found is None else found.known_record if is_new else found.expected_record
         self._start: dict[str, str] = {}
         self._cache_dir = model_kwargs.get("cache_dir") or load_options().cache_dir
         if is_new:

@@ -29,6 +29,9 @@ _full_fingerprints: dict[tuple[Any, str], str] = {}
 # What a config says of its origin, which does not change the model.
 _NO_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
 
+# How the source is reached, which does not change what is in it.
+_ACCESS = frozenset({"cache_dir", "force_download", "local_files_only", "proxies", "token"})
+
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -51,7 +54,7 @@ class FrozenBase:
     ) -> None:
         self._model, self.record, self.random_names = model, record, random_names
         self._key, self._parent = key, parent
-        self._pointers = {tensor.data_ptr() for tensor in model.parameters()} - {0}
+        self._storages = {_storage(parameter) for parameter in model.parameters()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenBase:
         return self
@@ -81,7 +84,7 @@ class FrozenBase:
             _full_fingerprints[key] = fingerprint.full(self.own_weights())
         return _full_fingerprints[key]
 
-    @property
+    @functools.cached_property
     def known_record(self) -> BaseRecord:
         """The record with all that shows from the base itself."""
         if self._parent is not None:
@@ -90,9 +93,18 @@ class FrozenBase:
             self.record,
             fingerprint=self.fingerprint,
             vocabulary_size=self.own_rows,
+            dtype=str(self._model.get_input_embeddings().weight.dtype).removeprefix("torch."),
             attention=str(self.config._attn_implementation),
             quantization=_quantization(self.config),
         )
+
+    @property
+    def expected_record(self) -> BaseRecord:
+        """The record of a base that was found for a file: with the fingerprint if it was compared with that."""
+        if self._parent is not None:
+            return self._parent.expected_record
+        is_known = "fingerprint" in vars(self)
+        return self.known_record if is_known else dataclasses.replace(self.record, fingerprint=None)
 
     @property
     def own_rows(self) -> int:
@@ -145,13 +157,15 @@ class FrozenBase:
         return rows.mean_rows(self._model.get_input_embeddings().weight, 1)
 
     def _extended(self, new: torch.Tensor, key: tuple[Any, ...] | None) -> FrozenBase:
+        if is_placed(self._model):
+            _ = self.known_record  # as it is without the rows: a base that cannot be shared gets them itself
         longer = self.copy()
         rows.append_rows_(longer, new, _folder(self.record))
         return FrozenBase(longer, self.record, self.random_names, key=key, parent=self)
 
     def is_shared(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is one of this base's, so that writing to it would change other models."""
-        return tensor.data_ptr() in self._pointers
+        return _storage(tensor) in self._storages
 
     def own_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Give each of the parameters that shares storage with this base a storage of its own, in place."""
@@ -285,7 +299,8 @@ def _identity(
     is_placing = "device_map" in kwargs or "quantization_config" in kwargs
     if source is None or is_placing or not all(isinstance(value, _PLAIN) for value in kwargs.values()):
         return None
-    settings = tuple(sorted((name, repr(value)) for name, value in {**record.arguments, **kwargs}.items()))
+    named = {name: value for name, value in {**record.arguments, **kwargs}.items() if name not in _ACCESS}
+    settings = tuple(sorted((name, repr(value)) for name, value in named.items()))
     described = {name: value for name, value in config.to_dict().items() if name not in _NO_SETTINGS}
     # The attention implementation is not part of the config's dictionary.
     shape = (type(config).__name__, json.dumps(described, sort_keys=True, default=str), config._attn_implementation)
@@ -308,6 +323,11 @@ def _folder(record: BaseRecord) -> Path | None:
         return None
     found = try_to_load_from_cache(record.name, "config.json", revision=record.revision)
     return Path(found).parent if isinstance(found, str) else None
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    # Of the storage object, not of its memory: sharing a model between processes moves that.
+    return int(tensor.untyped_storage()._cdata)
 
 
 class _Unshared:

@@ -32,6 +32,7 @@ def find_checkpoint(source: str, *, revision: str | None, options: LoadOptions) 
         ModelFileError: there is none.
     """
     if Path(source).exists():
+        refuse_revision(source, revision)
         return Path(source)
     if source.endswith(_FILE_ENDINGS):
         raise ModelFileError(
@@ -54,12 +55,27 @@ def find_checkpoint(source: str, *, revision: str | None, options: LoadOptions) 
     return found
 
 
+def refuse_revision(source: str, revision: str | None) -> None:
+    """Return unless a revision is asked for of something that has none.
+
+    Raises:
+        ModelFileError: it is.
+    """
+    if revision is not None:
+        raise ModelFileError(
+            f"Cannot load revision '{revision}' of '{source}': that is on this machine, and only repositories on the "
+            "Hub have revisions. Leave out revision, or pass the Hub id."
+        )
+
+
 def find_for_flair(source: str, *, revision: str | None, options: LoadOptions) -> Path | None:
     """Return the directory of the checkpoint that ``Model.load`` was asked for; ``None`` if that is Flair's business.
 
     Raises:
         ModelFileError: a directory that holds no checkpoint; Flair loads none either.
     """
+    if Path(source).exists():
+        refuse_revision(source, revision)
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists() or not _HUB_ID.fullmatch(source) or source.endswith(_FILE_ENDINGS):

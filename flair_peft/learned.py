@@ -63,7 +63,7 @@ def compare(state: Mapping[str, torch.Tensor], trained: set[str], base: FrozenBa
         if name in base.random_names:
             if is_unread(name):
                 left_out.add(key)
-        elif name in matrices and len(tensor) > len(own[name]):
+        elif name in matrices and name in own and len(tensor) > len(own[name]):
             if are_same_bits(tensor[: len(own[name])], own[name]):
                 left_out.add(key)
                 added_rows = tensor[len(own[name]) :]
@@ -127,6 +127,6 @@ def _rows_beyond(
     """Return the added rows of a matrix that is stored whole: the model must have them before it is filled."""
     for key, tensor in state.items():
         name = keys.base_key(key)
-        if name in matrices and len(tensor) > len(own[name]):
+        if name in matrices and name in own and len(tensor) > len(own[name]):
             return tensor[len(own[name]) :]
     return None

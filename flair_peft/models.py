@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any, Literal
 import torch
 from flair.nn import Model
 
-from flair_peft import assembly, card, checkpoint, codec, hub, layout, learned, legacy, states
+from flair_peft import adapters, assembly, card, checkpoint, codec, hub, layout, learned, legacy, states
 from flair_peft.compat import versions
 from flair_peft.embeddings import PeftTransformerEmbeddings
-from flair_peft.errors import AdapterConfigError, ModelFileError
+from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
 from flair_peft.learned import Part
 from flair_peft.sources import LoadOptions, StoredBase, loading_with
 
@@ -25,6 +26,8 @@ log = logging.getLogger("flair_peft")
 
 # Flair's trainer writes these at protocol 4, whose frames torch's restricted unpickler does not read.
 _PICKLE_PROTOCOL = 2
+
+_describing = threading.RLock()
 
 
 class _StoredState:
@@ -53,6 +56,7 @@ def save_pretrained(model: Model, directory: str | Path, *, save_base: bool | No
         AdapterConfigError: the model has no adapter.
         SaveError: the directory could not be written; what was there is as it was.
     """
+    _refuse_base_directory(Path(directory))
     with describing(model, save_base=save_base) as (description, embedded):
         document, files = layout.to_files(description, embedded)
         size = sum(t.nbytes for content in files.values() if isinstance(content, dict) for t in content.values())
@@ -75,7 +79,7 @@ def from_pretrained(
     """Return the Flair model that :func:`save_pretrained` wrote.
 
     Args:
-        source: a directory, or a Hub id, with ``@revision`` behind it if you like.
+        source: a directory, a ``.pt`` file, or a Hub id, with ``@revision`` behind it if you like.
         base_model: directory or Hub id of the base model, if it is not where it was; it must be the same model. For a
             checkpoint with several bases, a dictionary from the recorded names.
         verify: True checks the base's fingerprint and the vectors of a probe sentence; "full" reads all of the base's
@@ -101,6 +105,9 @@ def from_pretrained(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+    if Path(source).is_file():
+        hub.refuse_revision(str(source), revision)
+        return load_file(Model, Path(source), options)
     return load_checkpoint(Model, hub.find_checkpoint(str(source), revision=revision, options=options), options)
 
 
@@ -172,6 +179,13 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, Path(folder, "model"), save_base=save_base)
+        for embeddings in (module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)):
+            if embeddings.base_record is None or Path(embeddings.base_record.name).is_dir():
+                log.warning(
+                    "The base model is the directory '%s', which others do not have; its path is published. Train on "
+                    "a base from the Hub, so that a checkpoint there names it.",
+                    embeddings.base_model_name,
+                )
         return hub.upload(
             Path(folder, "model"),
             repo_id,
@@ -223,9 +237,12 @@ def describing(
             f"Cannot save this {type(model).__name__} as a checkpoint: none of its embeddings has an adapter. The "
             "format holds what was learned on top of a base model. Use model.save(path)."
         )
+    for embeddings in embedded:
+        adapters.refuse_unstorable(embeddings.model)
     stored = (_stored_base(embeddings, save_base) if plan is None else plan(embeddings) for embeddings in embedded)
     parts = {id(embeddings): Part(i, base) for i, (embeddings, base) in enumerate(zip(embedded, stored, strict=True))}
-    with learned.storing(parts):
+    # The probe switches dropout off for a moment, which no other save may see.
+    with _describing, learned.storing(parts):
         state = {**model._get_state_dict(), "versions": versions(), **extra}
         if model.model_card is not None:
             state["model_card"] = card.plain(model.model_card)
@@ -279,13 +296,27 @@ def reload_(model: Model, path: Path) -> None:
     embedded = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
     for index, embeddings in enumerate(embedded):
         embeddings.expect_without(stored.get(index, StoredBase()))
-    with assembly.naming_mismatches(str(path)):
-        model.load_state_dict(states.tensors_of(state))
+    try:
+        with assembly.naming_mismatches(str(path)):
+            model.load_state_dict(states.tensors_of(state))
+    finally:
+        for embeddings in embedded:
+            embeddings.expect_whole()
 
 
 def _assemble(model_class: type[Model], state: dict[str, Any], *, source: str, options: LoadOptions) -> Model:
     with loading_with(dataclasses.replace(options, owns_state=True)):
         return assembly.assemble(model_class.load, state, source=source)
+
+
+def _refuse_base_directory(directory: Path) -> None:
+    """Return unless a transformers model lies there: it would load the adapter of the checkpoint as its own."""
+    weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    if (directory / "config.json").exists() and any((directory / name).exists() for name in weights):
+        raise SaveError(
+            f"Cannot save to '{directory}': a transformers model is there. It would load the adapter beside it as its "
+            "own from then on. Choose another directory."
+        )
 
 
 def _stored_base(embeddings: PeftTransformerEmbeddings, save_base: bool | None) -> StoredBase:

@@ -73,7 +73,7 @@ def replay_probe(embeddings: Any, stored: Mapping[str, Any]) -> None:
     found = _vectors(embeddings, ids)
     distance = _distance(found, expected)
     stored_dtype = getattr(torch, str(stored.get("dtype")), torch.float32)
-    allowed = max(_TOLERANCE.get(stored_dtype, 0.0), _TOLERANCE[embeddings.base_dtype])
+    allowed = max(_TOLERANCE.get(stored_dtype, 0.0), _TOLERANCE.get(embeddings.base_dtype, 0.0))
     if not distance <= allowed:
         raise StateMismatchError(
             f"Cannot trust the loaded '{embeddings.name}': its vectors of a probe sentence are {distance:.2g} of their "
@@ -101,7 +101,7 @@ def reachable(embeddings: Any, names: list[str]) -> list[str]:
     wanted = [name for name in names if parameters[name].requires_grad]
     if not wanted:
         return []
-    with _evaluating(embeddings), torch.enable_grad():
+    with torch.inference_mode(False), _evaluating(embeddings), torch.enable_grad():
         loss = torch.stack([state.float().sum() for state in _states(embeddings, _ids(embeddings))]).sum()
         if not loss.requires_grad:
             return []
@@ -141,7 +141,9 @@ def _ids(embeddings: Any) -> list[int]:
 
 def _states(embeddings: Any, ids: list[int]) -> tuple[torch.Tensor, ...]:
     batch = torch.tensor([ids])
-    return embeddings.hidden_states(batch, attention_mask=torch.ones_like(batch))
+    # In mixed precision the vectors would be others than those of a load outside of it.
+    with torch.autocast(embeddings.base_model.device.type, enabled=False):
+        return embeddings.hidden_states(batch, attention_mask=torch.ones_like(batch))
 
 
 def _vectors(embeddings: Any, ids: list[int]) -> torch.Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from flair_peft import fingerprint
+
+log = logging.getLogger("flair_peft")
 
 _HEADER_LENGTH = struct.Struct("<Q")
 
@@ -40,7 +43,10 @@ def append_rows_(model: PreTrainedModel, rows: torch.Tensor, folder: Path | None
         model.resize_token_embeddings(len(old) + len(rows), mean_resizing=False)
         model.get_input_embeddings().weight.data[len(old) :] = rows
         return
-    new = torch.nn.Parameter(_extended(old.detach(), rows, folder), requires_grad=old.requires_grad)
+    names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is old]
+    mapped = _mapped(folder, names, old.detach(), rows) if folder is not None and old.device.type == "cpu" else None
+    longer = torch.cat([old.detach(), rows.to(old.device, old.dtype)]) if mapped is None else mapped
+    new = torch.nn.Parameter(longer, requires_grad=old.requires_grad)
     for module in holders:
         module.weight, module.num_embeddings = new, len(new)
     model.config.get_text_config().vocab_size = len(new)
@@ -48,28 +54,48 @@ def append_rows_(model: PreTrainedModel, rows: torch.Tensor, folder: Path | None
         model.vocab_size = len(new)
 
 
-def _extended(matrix: torch.Tensor, rows: torch.Tensor, folder: Path | None) -> torch.Tensor:
-    for path in sorted(folder.glob("*.safetensors")) if folder is not None and matrix.device.type == "cpu" else ():
-        for offset in _offsets(path, matrix):
-            mapped = _map(path, offset, matrix, len(rows))
-            if mapped is not None and fingerprint.sampled({"": mapped[: len(matrix)]}) == fingerprint.sampled(
-                {"": matrix}
-            ):
-                mapped[len(matrix) :] = rows
-                return mapped
-    return torch.cat([matrix, rows.to(matrix.device, matrix.dtype)])
+def _mapped(folder: Path, names: list[str], matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+    """Return the matrix with the rows, mapped from the file that it was read from, or ``None`` if that is not sure."""
+    for path in _weight_files(folder):
+        try:
+            for offset in _offsets(path, names, matrix):
+                mapped = _map(path, offset, matrix, len(rows))
+                if mapped is not None and _is_same(mapped[: len(matrix)], matrix):
+                    mapped[len(matrix) :] = rows
+                    return mapped
+        except (OSError, ValueError, LookupError, TypeError, struct.error) as error:
+            log.debug("Not mapped from '%s': %s", path, error)  # a copy serves as well
+    return None
 
 
-def _offsets(path: Path, matrix: torch.Tensor) -> Iterator[int]:
-    """Yield where in a safetensors file there are tensors of the shape and size of the matrix."""
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads the weights from, if these are safetensors."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return []
+    return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+
+
+def _offsets(path: Path, names: list[str], matrix: torch.Tensor) -> Iterator[int]:
+    """Yield where in a safetensors file the matrix stands, under one of its names or one behind a prefix."""
     with path.open("rb") as file:
         (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
+        if length > path.stat().st_size:
+            return
         entries = json.loads(file.read(length))
-    for name, entry in entries.items():
-        if name != "__metadata__" and entry["shape"] == list(matrix.shape):
+    for found, entry in entries.items():
+        is_meant = any(found == name or found.endswith(f".{name}") for name in names)
+        if is_meant and entry["shape"] == list(matrix.shape):
             start, end = entry["data_offsets"]
             if end - start == matrix.nbytes:
                 yield _HEADER_LENGTH.size + length + start
+
+
+def _is_same(mapped: torch.Tensor, matrix: torch.Tensor) -> bool:
+    # The file and the name are right; a sample shows whether the dtype is, without reading a gigabyte.
+    return fingerprint.sampled({"": mapped}) == fingerprint.sampled({"": matrix})
 
 
 def _map(path: Path, offset: int, matrix: torch.Tensor, count: int) -> torch.Tensor | None:
@@ -79,9 +105,8 @@ def _map(path: Path, offset: int, matrix: torch.Tensor, count: int) -> torch.Ten
     changes neither the file nor the other tensors, which were mapped apart.
     """
     rows, length = matrix.shape[0] + count, matrix.shape[1]
-    size = path.stat().st_size
-    if offset % matrix.itemsize or offset + rows * length * matrix.itemsize > size:
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if offset % matrix.itemsize or offset + rows * length * matrix.itemsize > len(mapped):
         return None
-    storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-    tensor = torch.empty(0, dtype=matrix.dtype)
-    return tensor.set_(storage, offset // matrix.itemsize, (rows, length), (length, 1))
+    return torch.frombuffer(mapped, dtype=matrix.dtype, count=rows * length, offset=offset).view(rows, length)

@@ -30,6 +30,7 @@ class BaseRecord:
         vocabulary_size: rows of the input embeddings in the source, without rows that were added.
         fingerprint: digest of a sample of all weights, see :func:`flair_peft.fingerprint.sampled`.
         full_fingerprint: digest of all weights.
+        dtype: of the weights that the fingerprints are of, such as ``"float32"``.
         quantization: settings that transformers quantised the weights with, or ``None``.
         attention: the attention implementation, such as ``"sdpa"``.
         needs_remote_code: whether the model comes with code of its own, which no file switches on.
@@ -41,6 +42,7 @@ class BaseRecord:
     vocabulary_size: int | None = None
     fingerprint: str | None = None
     full_fingerprint: str | None = None
+    dtype: str | None = None
     quantization: dict[str, Any] | None = None
     attention: str | None = None
     needs_remote_code: bool = False
@@ -182,7 +184,7 @@ def _damaged(stored: Any) -> ModelFileError:
 
 
 def _is_sound(stored: Mapping[str, Any]) -> bool:
-    texts = ("revision", "fingerprint", "full_fingerprint", "attention")
+    texts = ("revision", "fingerprint", "full_fingerprint", "dtype", "attention")
     arguments, size = stored.get("arguments", {}), stored.get("vocabulary_size")
     return (
         isinstance(stored.get("name"), str)

@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -92,14 +92,20 @@ class Storable(StoredWeights):
 
     def _proof_params(self, part: Part) -> dict[str, Any]:
         """Return what a load needs to find the base and to prove itself."""
-        adapters.refuse_unstorable(self.model)
         untrained = proof.reachable(self, proof.never_left(self.model, self._start))
         return {
             "part": part.index,
             "stored_base": part.stored.to_dict(),
             "probe": proof.take_probe(self),
             "untrained": untrained,
+            "trained_base": sorted(set(self._trained_base())),
         }
+
+    def _trained_base(self) -> Iterator[str]:
+        """Yield the names of the base's own weights that are trained: a user may have unfrozen some."""
+        for name in adapters.trainable_parameters(self.model):
+            if keys.base_key(name) is not None:
+                yield name
 
     @property
     def is_stored_whole(self) -> bool:
@@ -121,8 +127,13 @@ class Storable(StoredWeights):
                 self.base_model_name,
             )
             return StoredBase(self._record)
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        named = self.model.named_parameters(remove_duplicate=False)
+        trained = {name for name, parameter in named if parameter.requires_grad}
         return learned.compare(self.model.state_dict(), trained, found)
+
+    def expect_whole(self) -> None:
+        """Let the next state dict hold every weight again."""
+        self._left_out = frozenset()
 
     def without_frozen_weights(self) -> StoredBase:
         """Return what a file would leave out if all that is frozen were the base's own; the base is not read."""
@@ -177,9 +188,10 @@ class Storable(StoredWeights):
         saved_config = config_class.from_dict(shape, attn_implementation=attention)
         pending_state, probe = params.pop("derived_state", {}), params.pop("probe", None)
         untrained, index = params.pop("untrained", []), params.pop("part", None)
+        trained = params.pop("trained_base", [])
         embeddings = cls.create_from_state(saved_config=saved_config, **params)
         embeddings._pending_state, embeddings._pending_probe = pending_state, probe
-        embeddings._pending_untrained = untrained
+        embeddings._pending_untrained, embeddings._pending_trained = untrained, trained
         embeddings.origin = None if index is None else (index, stored)
         return embeddings
 
@@ -219,7 +231,7 @@ class Storable(StoredWeights):
 
 
 # What files may say beside the arguments of the constructor, and which of these only a user may give.
-_STORED_BESIDE = frozenset({"config_state_dict", "derived_state", "probe", "untrained", "part"})
+_STORED_BESIDE = frozenset({"config_state_dict", "derived_state", "probe", "untrained", "part", "trained_base"})
 _ONLY_FROM_USERS = frozenset(
     {"transformers_config_kwargs", "transformers_model_kwargs", "peft_gradient_checkpointing_kwargs", "saved_config"}
 )

@@ -35,12 +35,14 @@ class StoredWeights(TransformerBaseEmbeddings):
     adapter_config: PeftConfig
 
     _awaits_weights = False
+    _is_first_load = False
     _is_strict = True
     # An adapter that is computed from the base's weights waits until these are there.
     _pending_config: PeftConfig | None = None
     _pending_state: Mapping[str, torch.Tensor] = {}
     _pending_probe: Mapping[str, Any] | None = None
     _pending_untrained: Sequence[str] = ()
+    _pending_trained: Sequence[str] = ()
     # Digests of the parameters that were not seen to change since they were made.
     _start: dict[str, str] = {}  # noqa: RUF012 - replaced, never written to
     # The base whose storage this model shares with others, if it does.
@@ -109,6 +111,7 @@ class StoredWeights(TransformerBaseEmbeddings):
         state_dict.pop(f"{prefix}model.embeddings.position_ids", None)  # written by transformers before 4.31
         mine = f"{prefix}model."
         stored = {key.removeprefix(mine): key for key in state_dict if key.startswith(mine)}
+        self._is_first_load = self._awaits_weights
         if self._pending_config is not None:
             self._inject_into_stored_base({key: state_dict[stored[key]] for key in stored})
         own = self.model.state_dict()
@@ -177,6 +180,9 @@ class StoredWeights(TransformerBaseEmbeddings):
         if self._awaits_weights or self._pending_config is not None:
             return
         self._left_out = frozenset()
+        if not self._is_first_load:
+            return
+        self._train_base_again()
         probe, self._pending_probe = self._pending_probe, None
         if probe is not None and load_options().verify:
             proof.replay_probe(self, probe)
@@ -186,6 +192,15 @@ class StoredWeights(TransformerBaseEmbeddings):
         proof.report_untrained(self, list(untrained))
         started = dict(self.model.named_parameters())
         self._start = {name: fingerprint.of_tensor(started[name]) for name in untrained if name in started}
+
+    def _train_base_again(self) -> None:
+        """Let those weights of the base require a gradient that did so when the file was written."""
+        parameters = dict(self.model.named_parameters())
+        trained = [parameters[name] for name in self._pending_trained if name in parameters]
+        if self._frozen is not None:
+            self._frozen.own_(trained)
+        for parameter in trained:
+            parameter.requires_grad_(parameter.is_floating_point())
 
     def _check_match(
         self, match: keys.KeyMatch, own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]

@@ -17,6 +17,7 @@ from flair.data import Sentence
 from peft import LNTuningConfig, LoraConfig
 from transformers import AutoConfig
 
+import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, frozen
 from flair_peft.adapters import REFUSED_METHODS
 from flair_peft.embeddings import PeftTransformerEmbeddings
@@ -24,6 +25,7 @@ from flair_peft.frozen import FrozenBase
 from flair_peft.sources import BaseRecord
 from tests import methods
 from tests.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS
+from tests.zoo import ZOO
 
 
 def make(base: str, config: Any = None, **options: Any) -> PeftTransformerDocumentEmbeddings:
@@ -237,6 +239,15 @@ def test_rows_are_appended_as_transformers_would(base: Callable[[str], str], arc
     assert torch.equal(longer(ids)[0], resized(ids)[0])
 
 
+def is_mapped(tensor: torch.Tensor, path: Path) -> bool:
+    """Whether the memory of a tensor is that of a file, as Linux tells."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(address, 16) for address in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < stop:
+            return line.endswith(str(path.resolve()))
+    return False
+
+
 def test_appended_rows_leave_the_matrix_in_its_file(base: Callable[[str], str]) -> None:
     """The longer matrix is mapped from the file, writing to it changes neither the file nor the other tensors."""
     content = (Path(base("bert")) / "model.safetensors").read_bytes()
@@ -244,7 +255,7 @@ def test_appended_rows_leave_the_matrix_in_its_file(base: Callable[[str], str]) 
     before = {name: tensor.clone() for name, tensor in plain.own_weights().items()}
     longer = plain.with_rows(torch.full((2, 32), 7.0))
     matrix = longer._model.get_input_embeddings().weight
-    assert matrix.untyped_storage().nbytes() == len(content)
+    assert is_mapped(matrix, Path(base("bert")) / "model.safetensors")
     matrix.data.add_(1)
     assert (Path(base("bert")) / "model.safetensors").read_bytes() == content
     assert all(torch.equal(tensor, before[name]) for name, tensor in plain.own_weights().items())
@@ -253,3 +264,87 @@ def test_appended_rows_leave_the_matrix_in_its_file(base: Callable[[str], str]) 
 def test_names_of_input_embeddings_are_all_that_are_tied(base: Callable[[str], str]) -> None:
     """A matrix that a model holds under two names is one matrix."""
     assert found(base("t5")).names_of_input_embeddings() == {"shared.weight", "encoder.embed_tokens.weight"}
+
+
+def damage_other_file(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "adapted.safetensors")
+    content = bytearray((folder / "adapted.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "adapted.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs", None], ids=["empty", "pointer", "other weights"])
+def test_rows_are_appended_to_the_matrix_that_was_loaded_whatever_else_lies_there(
+    content: bytes | None, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Files that transformers does not read the weights from are not read for them here either."""
+    folder = Path(shutil.copytree(base("bert"), tmp_path / "copy"))
+    if content is None:
+        damage_other_file(folder)
+    else:
+        (folder / "adapter_model.safetensors").write_bytes(content)
+    embeddings = make(str(folder))
+    own = found(base("bert"))._model.get_input_embeddings().weight
+    assert torch.equal(embeddings.base_model.get_input_embeddings().weight[: len(own)], own)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_load_of_trained_tokens_and_biases_never_reaches_another_model(
+    bias: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A method that is computed from the base, filled and merged after loading, leaves the shared base alone."""
+    config = LoraConfig(r=2, target_modules=["query"], trainable_token_indices=[5, 6], bias=bias)
+    saved = make(base("bert"), config)
+    methods.perturb_(saved.model, seed=1, scale=1.0)
+    state, params = copy.deepcopy(saved.state_dict()), saved.to_params()
+    witness = make(base("bert"))
+    before = vector(witness)
+    loaded = PeftTransformerDocumentEmbeddings.from_params(params)
+    loaded.load_state_dict(state)
+    loaded.model.merge_adapter()
+    assert torch.equal(vector(witness), before)
+
+
+def test_storage_moved_to_shared_memory_is_still_known_as_shared(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A model sent to another process takes its base with it; what is trained on that base is copied all the same."""
+    moved = str(shutil.copytree(base("bert"), tmp_path / "copy"))
+    first = make(moved)
+    first.share_memory()
+    second = make(moved, LoraConfig(r=2, bias="all", target_modules=["query"]))
+    shared = {p.data_ptr() for p in first.model.parameters() if not p.requires_grad}
+    assert not {p.data_ptr() for p in second.model.parameters() if p.requires_grad} & shared
+
+
+def test_threads_that_save_and_load_at_once_disturb_nobody(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Saving reads the base anew, under switches of transformers that hold for the whole process."""
+    model = ZOO["text-classifier"].build(None, lambda **kwargs: make(base("bert"), **kwargs))
+    flair_peft.save_pretrained(model, tmp_path / "0")
+    failures: list[Exception] = []
+
+    def work(number: int) -> None:
+        try:
+            flair_peft.save_pretrained(model, tmp_path / str(number))
+            flair_peft.from_pretrained(tmp_path / "0")
+        except Exception as error:  # whatever it is, it must not be
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+    for number in range(1, 7):
+        flair_peft.from_pretrained(tmp_path / str(number))
+
+
+@pytest.mark.parametrize("options", [{"local_files_only": True}, {"cache_dir": "elsewhere"}], ids=str)
+def test_way_to_a_source_is_no_reason_to_share_less(
+    options: dict[str, Any], base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """How a source is reached does not change what is in it."""
+    model = ZOO["text-classifier"].build(None, lambda **kwargs: make(base("bert"), **kwargs))
+    flair_peft.save_pretrained(model, tmp_path / "x")
+    loaded = flair_peft.from_pretrained(tmp_path / "x", **options)
+    assert set(pointers(loaded.embeddings).values()) == set(pointers(model.embeddings).values())

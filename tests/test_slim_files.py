@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from flair.embeddings import StackedEmbeddings
 from flair.models import TextClassifier
 from flair.nn import Classifier, Model
 from flair.trainers import ModelTrainer
@@ -29,8 +30,16 @@ from peft import LoraConfig, PeftConfig
 from transformers import AutoModel
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, codec, compat, frozen, legacy, models
-from flair_peft.errors import AdapterConfigError, SaveError
+from flair_peft import (
+    PeftTransformerDocumentEmbeddings,
+    PeftTransformerWordEmbeddings,
+    codec,
+    compat,
+    frozen,
+    legacy,
+    models,
+)
+from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
 from tests import tiny
 from tests.methods import METHODS, Method, perturb_
 from tests.round_trip import SCORE_TOLERANCE, Factories, largest_difference
@@ -540,3 +549,93 @@ def test_adapter_in_a_state_that_no_file_gives_back_is_refused(
         peft_model.delete_adapter("second")
     model.save(tmp_path / "model.pt")
     Model.load(tmp_path / "model.pt")
+
+
+def query_classifier(base: str, **options: Any) -> TextClassifier:
+    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=["query"])
+    return ZOO["text-classifier"].build(
+        None, lambda **kwargs: PeftTransformerDocumentEmbeddings(base, peft_config=config, **{**options, **kwargs})
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_model_that_was_converted_is_stored_slim(
+    dtype: torch.dtype, base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The base in another dtype is the base all the same."""
+    model = query_classifier(base("bert"))
+    model.to(dtype)
+    model.save(tmp_path / "model.pt")
+    assert "not found any more" not in caplog.text
+    assert not [key for key in legacy.read_state(tmp_path / "model.pt")["state_dict"] if "base_layer" in key]
+    corpus = ZOO["text-classifier"].corpus()
+    expected, found = (ZOO["text-classifier"].predict(m, corpus) for m in (model, Model.load(tmp_path / "model.pt")))
+    assert largest_difference(expected, found) <= SCORE_TOLERANCE[dtype]
+
+
+def test_base_on_a_device_map_is_stored_slim(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A base that transformers placed is known by the weights that it had before rows were added."""
+    model = query_classifier(base("bert"), transformers_model_kwargs={"device_map": "cpu"})
+    model.save(tmp_path / "model.pt")
+    assert not [key for key in legacy.read_state(tmp_path / "model.pt")["state_dict"] if "base_layer" in key]
+    Model.load(tmp_path / "model.pt")
+
+
+def test_saving_under_autocast_gives_a_file_that_loads(base: Callable[[str], str], tmp_path: Path) -> None:
+    """The probe is that of the model, not of the precision in which it happens to run."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        query_classifier(base("bert")).save(tmp_path / "model.pt")
+    Model.load(tmp_path / "model.pt")
+
+
+def test_checkpoint_is_not_put_beside_the_weights_of_a_base(base: Callable[[str], str], tmp_path: Path) -> None:
+    """transformers would load the adapter as part of the base from then on."""
+    folder = Path(shutil.copytree(base("bert"), tmp_path / "base"))
+    model = query_classifier(str(folder))
+    with pytest.raises(SaveError, match="Choose another directory"):
+        flair_peft.save_pretrained(model, folder)
+    assert not (folder / "adapter_config.json").exists()
+    flair_peft.save_pretrained(model, tmp_path / "checkpoint")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "checkpoint" / name, folder)
+    with pytest.raises(AdapterConfigError, match="Pass the base model alone"):
+        query_classifier(str(folder))
+
+
+def test_unfrozen_weights_of_the_base_are_trained_on_after_loading(base: Callable[[str], str], tmp_path: Path) -> None:
+    """What the user chose to train goes on being trained."""
+    model = query_classifier(base("bert"))
+    layer = model.embeddings.base_model.encoder.layer[1]
+    layer.requires_grad_(True)
+    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.save(tmp_path / "model.pt")
+    loaded = Model.load(tmp_path / "model.pt")
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == expected
+
+
+def test_embeddings_used_twice_come_back_as_one(base: Callable[[str], str], tmp_path: Path) -> None:
+    """They would train apart otherwise."""
+    words = PeftTransformerWordEmbeddings(base("bert"), peft_config=LoraConfig(r=2, init_lora_weights=False))
+    model = ZOO["sequence-tagger"].build(lambda **_: StackedEmbeddings([words, words]), None)
+    model.save(tmp_path / "model.pt")
+    loaded = Model.load(tmp_path / "model.pt").embeddings
+    assert loaded.list_embedding_0 is loaded.list_embedding_1 is loaded.embeddings[0] is loaded.embeddings[1]
+
+
+def test_adapter_that_never_learned_is_reported_after_a_training_too(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """The trainer reloads its best model, which says nothing about what was learned."""
+    entry = ZOO["text-classifier"]
+    model = query_classifier(base("bert"), fine_tune=False)
+    entry.train(model, entry.corpus(), tmp_path, use_final_model_for_eval=False)
+    assert model.embeddings._start
+
+
+def test_revision_of_what_is_here_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
+    """An option that could only be ignored is refused."""
+    query_classifier(base("bert")).save(tmp_path / "model.pt")
+    for load in (flair_peft.from_pretrained, TextClassifier.load):
+        with pytest.raises(ModelFileError, match="Leave out revision"):
+            load(tmp_path / "model.pt", revision="v1")
+    assert isinstance(flair_peft.from_pretrained(tmp_path / "model.pt"), TextClassifier)
