@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -62,12 +63,28 @@ def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTok
     settings = {"use_fast": kwargs["use_fast"]} if isinstance(kwargs.get("use_fast"), bool) else {}
     try:
         with _unpacked(stored) as directory:
+            _check_class_is_named(Path(directory))
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **settings)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ModelFileError(
             f"Cannot read the stored tokenizer: {type(error).__name__}: {error}. The file is damaged. Copy or save it "
             "again."
         ) from error
+
+
+def _check_class_is_named(directory: Path) -> None:
+    """Return if the files say which class reads them: transformers guesses it from the directory's name otherwise.
+
+    Raises:
+        ModelFileError: they do not.
+    """
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or not isinstance(settings.get("tokenizer_class"), str):
+        raise ModelFileError(
+            f"Cannot read the stored tokenizer: its {path.name} names no tokenizer_class. transformers would guess one. "
+            "Copy or save the file again."
+        )
 
 
 def unpack_feature_extractor(stored: BytesIO | None) -> FeatureExtractionMixin | None:

@@ -27,8 +27,8 @@ from flair.nn import Classifier, Model
 from transformers import AutoModel
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, manifest, models
-from flair_peft.errors import FlairPeftError
+from flair_peft import PeftTransformerDocumentEmbeddings, manifest, models, tokenizer_files
+from flair_peft.errors import FlairPeftError, ModelFileError
 from tests.hostile.test_mutations import lora, resign, write_text
 from tests.zoo import ZOO
 
@@ -635,3 +635,13 @@ def test_tokenizer_archive_of_a_file_runs_and_writes_nothing(
     attempt(tmp_path / "x.pt")
     assert not Path("/tmp/flair_peft_escaped").exists()
     assert not list(tmp_path.rglob("escaped"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"tokenizer_class": None}, {"tokenizer_class": 3}, []], ids=str)
+def test_tokenizer_that_names_no_class_is_not_guessed_from_a_directory_name(settings: Any) -> None:
+    """transformers looks for the names of architectures in that of the directory, which is a random one here."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("tokenizer_config.json", json.dumps(settings))
+    with pytest.raises(ModelFileError, match="tokenizer_class"):
+        tokenizer_files.unpack_tokenizer(packed, {})
