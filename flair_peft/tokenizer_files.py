@@ -82,8 +82,8 @@ def _check_class_is_named(directory: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or not isinstance(settings.get("tokenizer_class"), str):
         raise ModelFileError(
-            f"Cannot read the stored tokenizer: its {path.name} names no tokenizer_class. transformers would guess one. "
-            "Copy or save the file again."
+            f"Cannot read the stored tokenizer: its {path.name} names no tokenizer_class. transformers would guess "
+            "one. Copy or save the file again."
         )
 
 
