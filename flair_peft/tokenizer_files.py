@@ -111,24 +111,25 @@ def complete_padding_(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def portable_tokenizer_files(stored: BytesIO, tokenizer: PreTrainedTokenizerBase) -> BytesIO:
-    """Return the zip file of a tokenizer without the setting that makes transformers build it from other files.
+    """Return the zip file of a tokenizer in a form that depends on the tokenizer alone.
 
-    Given ``add_prefix_space``, which Flair always gives, the fast tokenizers of Llama and T5 are built from the slow
-    one, whose files Flair drops or which are gone after a load. What was built from it is in ``tokenizer.json``.
+    Without the times of writing, equal tokenizers have equal bytes, and a file holds them once. Without the setting
+    ``add_prefix_space``, which Flair always gives, transformers reads the fast tokenizers of Llama and T5 from
+    ``tokenizer.json``: with it, they are built from the slow one, whose files Flair drops or which are gone after a
+    load.
     """
-    if not isinstance(tokenizer, (LlamaTokenizerFast, T5TokenizerFast)):
-        return stored
-    completed = BytesIO()
-    with zipfile.ZipFile(stored) as files, zipfile.ZipFile(completed, "w") as kept:
-        for name in files.namelist():
+    built_from_slow = isinstance(tokenizer, (LlamaTokenizerFast, T5TokenizerFast))
+    portable = BytesIO()
+    with zipfile.ZipFile(stored) as files, zipfile.ZipFile(portable, "w") as kept:
+        for name in sorted(files.namelist()):
             content = files.read(name)
-            if name == "tokenizer_config.json":
+            if name == "tokenizer_config.json" and built_from_slow:
                 settings = json.loads(content)
                 settings.pop("add_prefix_space", None)
                 content = json.dumps(settings).encode()
-            kept.writestr(name, content)
-    completed.seek(0)
-    return completed
+            kept.writestr(zipfile.ZipInfo(name), content)
+    portable.seek(0)
+    return portable
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import itertools
 import json
 import logging
@@ -27,7 +28,7 @@ from flair.nn import Classifier, Model
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins import TrainerPlugin
 from peft import LoraConfig, PeftConfig
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 import flair_peft
 from flair_peft import (
@@ -38,6 +39,7 @@ from flair_peft import (
     frozen,
     legacy,
     models,
+    tokenizer_files,
 )
 from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
 from tests import tiny
@@ -458,6 +460,24 @@ def test_loaded_model_saved_twice_more_is_the_same(
     assert [base_weights_in(path, base("bert")) for path in paths] == [[], [], []]
     sizes = [path.stat().st_size for path in paths]
     assert max(sizes) - min(sizes) < 1024
+
+
+def test_stored_tokenizer_does_not_depend_on_the_time(base: Base) -> None:
+    """Tasks that share a tokenizer find equal bytes, also when a second passes between them."""
+    tokenizer = AutoTokenizer.from_pretrained(base("bert"))
+    zips = []
+    for year, order in ((1999, 1), (2024, -1)):
+        stored = io.BytesIO()
+        with zipfile.ZipFile(stored, "w") as files:
+            for name in ["tokenizer.json", "tokenizer_config.json"][::order]:
+                info = zipfile.ZipInfo(name, (year, 1, 1, 0, 0, 0))
+                files.writestr(info, (Path(base("bert")) / name).read_bytes())
+        zips.append(stored)
+    first, second = (tokenizer_files.portable_tokenizer_files(stored, tokenizer) for stored in zips)
+    assert zips[0].getvalue() != zips[1].getvalue()
+    assert first.getvalue() == second.getvalue()
+    kwargs = {"use_fast": True}
+    assert tokenizer_files.unpack_tokenizer(first, kwargs).get_vocab() == tokenizer.get_vocab()
 
 
 def test_loaded_model_trains_on_and_its_copies_are_its_own(base: Base, tmp_path: Path, load: Load) -> None:
