@@ -56,6 +56,10 @@ _NEEDS_DATA_FIRST = ("corda", "lora_ga")
 _WANTS_DATA = "must see data before the adapter is added, and Flair's embeddings embed only afterwards"
 
 
+# What PEFT raises where a method does not fit; AssertionError comes from torch without CUDA.
+_INJECTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError)
+
+
 def method_name(config: PeftConfig) -> str:
     """Return PEFT's name of the method, such as ``"LORA"``."""
     return str(getattr(config.peft_type, "value", config.peft_type))
@@ -80,7 +84,7 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     try:
         with building:
             peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
-    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError) as error:
+    except _INJECTION_ERRORS as error:
         raise _explain_injection(model, config, error) from error
     if not trainable_parameters(peft_model):
         raise _unsupported(model, config, "it finds nothing to train in this model")

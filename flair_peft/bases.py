@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flair_peft import backbone, frozen, proof
+from flair_peft import backbone, frozen, proof, quantised
 from flair_peft.dtypes import DtypeLike, dtype_name
 from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFileError
 from flair_peft.frozen import FrozenBase
@@ -42,7 +42,10 @@ def find_new(
         arguments=kept_arguments(model_kwargs),
     )
     kwargs = {key: value for key, value in model_kwargs.items() if key != "revision" or record.revision is None}
-    return frozen.find(record, config, dtype=dtype, kwargs=kwargs, device=flair.device)
+    found = frozen.find(record, config, dtype=dtype, kwargs=kwargs, device=flair.device)
+    if found.is_placed:
+        _ = found.known_record  # before an adapter is added to the very model, or a forward pass casts its biases
+    return found
 
 
 def find_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLike | None, name: str) -> FrozenBase:
@@ -68,11 +71,41 @@ def find_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLik
     try:
         if record.needs_remote_code:
             config = _naming_code(config, source, revision)
-        found = frozen.find_again(wanted, config, dtype=dtype, kwargs=options.arguments(), device=flair.device)
+        kwargs = options.arguments()
+        if record.quantization is not None:
+            config, kwargs = _quantising(wanted, config, kwargs)
+        found = frozen.find_again(wanted, config, dtype=dtype, kwargs=kwargs, device=flair.device)
     except BaseModelNotFoundError as error:
         raise _explain(error, wanted, record, name) from error
     proof.check_base(found, record, name=name)
     return found if stored.added_rows is None else found.with_rows(stored.added_rows)
+
+
+def _quantising(
+    record: BaseRecord, config: PretrainedConfig, kwargs: dict[str, Any]
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Return config and arguments by which the base is quantised as the file says, or as its source is already."""
+    settings = quantised.read_settings(record.quantization or {})
+    before = getattr(_find_config(record.name, record.revision), "quantization_config", None)
+    if before is None:
+        return config, {**kwargs, "quantization_config": settings}
+    config = copy.deepcopy(config)
+    config.quantization_config = before
+    return config, kwargs
+
+
+def source_of_quantised(record: BaseRecord, model: PreTrainedModel, *, cache_dir: str | None) -> BaseRecord:
+    """Return the record of a quantised base with the digest of all weights of its source, if that is there still."""
+    kwargs: dict[str, Any] = {} if Path(record.name).is_dir() else {"local_files_only": True, "cache_dir": cache_dir}
+    if record.needs_remote_code:
+        kwargs["trust_remote_code"] = True  # the code of a model that was made from it runs here already
+    try:
+        with torch.random.fork_rng(devices=[]):
+            found = frozen.find_source(record, model.config, kwargs)
+    except (BaseModelNotFoundError, BaseMismatchError):
+        return record
+    is_same = record.fingerprint == found.fingerprint
+    return dataclasses.replace(record, full_fingerprint=found.full_fingerprint) if is_same else record
 
 
 def _check_rows(stored: StoredBase, config: PretrainedConfig, name: str) -> None:
@@ -156,8 +189,6 @@ def reference(
     kwargs: dict[str, Any] = {} if Path(record.name).is_dir() else {"local_files_only": True, "cache_dir": cache_dir}
     if record.needs_remote_code:
         kwargs["trust_remote_code"] = True  # the code of a model that was made from it runs here already
-    if record.quantization is not None:
-        kwargs["quantization_config"] = record.quantization
 
     def read(wanted: DtypeLike) -> FrozenBase:
         # Weights that the source lacks are drawn at random; a training goes on as if nothing had been saved.

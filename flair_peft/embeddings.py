@@ -20,10 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
-from flair_peft import adapters, backbone, bases, dtypes, frozen, keys, proof, tokenizer_files
+from flair_peft import adapters, backbone, bases, dtypes, frozen, keys, proof, quantised, tokenizer_files
 from flair_peft import config as configs
 from flair_peft.errors import AdapterConfigError, ModelFileError
 from flair_peft.frozen import FrozenBase
+from flair_peft.learned import QuantisedStart
 from flair_peft.sources import StoredBase, load_options
 from flair_peft.storable import Storable
 
@@ -146,11 +147,15 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         elif stored.is_needed:
             found = bases.find_stored(stored, saved_config, dtype=asked_dtype, name=name or model)
         base = found.copy() if found else bases.build_stored(stored, saved_config, dtype=asked_dtype)
+        read_dtype = base.get_input_embeddings().weight.dtype
+        base = quantised.prepare_(base, peft_gradient_checkpointing_kwargs)
         own_config = given_config or configs.own_config(_default_config(base))
         adapters.refuse_unsupported(base, own_config)
         configs.encode_config(own_config)  # a config that no file can hold is refused now, not after the training
         shared = found
-        if found is not None and adapters.rewrites_base(own_config) and not frozen.is_placed(base):
+        if frozen.is_placed(base):
+            shared = None
+        elif found is not None and adapters.rewrites_base(own_config):
             shared, base = None, found.private_copy()
 
         # From here on, attributes with the names and meanings that the stock constructor gives them.
@@ -195,8 +200,10 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         self._record = stored.record if found is None else found.known_record if is_new else found.expected_record
         self._start: dict[str, str] = {}
         self._cache_dir = model_kwargs.get("cache_dir") or load_options().cache_dir
+        self._preparing = quantised.stored_preparation(peft_gradient_checkpointing_kwargs)
+        if found is not None and quantised.engine(base) is not None:
+            self._quantised_start = QuantisedStart.of(base, dtype=read_dtype, random_names=found.random_names)
         if is_new:
-            base = _prepare_if_quantised(base, peft_gradient_checkpointing_kwargs)
             self.model = adapters.inject(base, own_config)
             self._keep_apart()
         else:
@@ -222,7 +229,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
     @property
     def is_quantised(self) -> bool:
         """Whether the base's weights are quantised, by bitsandbytes for example."""
-        return getattr(self.base_model, "quantization_method", None) is not None
+        return quantised.engine(self.base_model) is not None
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -479,11 +486,3 @@ def _count_hidden_states(base: PreTrainedModel) -> int:
         output = base(torch.tensor([[1]], device=base.device), output_hidden_states=True, return_dict=True)
     states = output.get("hidden_states")
     return len(output["encoder_hidden_states"] if states is None else states)
-
-
-def _prepare_if_quantised(base: PreTrainedModel, kwargs: Mapping[str, Any] | None) -> PreTrainedModel:
-    if not getattr(base, "quantization_method", None):
-        return base
-    from peft import prepare_model_for_kbit_training
-
-    return prepare_model_for_kbit_training(base, **(kwargs or {}))

@@ -8,7 +8,7 @@ import functools
 import json
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flair_peft import backbone, fingerprint, rows
+from flair_peft import backbone, fingerprint, quantised, rows
 from flair_peft.dtypes import DtypeLike
 from flair_peft.sources import BaseRecord
 
@@ -28,6 +28,10 @@ _full_fingerprints: dict[tuple[Any, str], str] = {}
 
 # What a config says of its origin, which does not change the model.
 _NO_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
+
+# What says how the weights are quantised, and where they go.
+_QUANTISING = frozenset({"load_in_4bit", "load_in_8bit", "quantization_config"})
+_PLACING = _QUANTISING | {"device_map", "max_memory", "offload_folder"}
 
 # How the source is reached, which does not change what is in it.
 _ACCESS = frozenset({"cache_dir", "force_download", "local_files_only", "proxies", "token"})
@@ -95,7 +99,7 @@ class FrozenBase:
             vocabulary_size=self.own_rows,
             dtype=str(self._model.get_input_embeddings().weight.dtype).removeprefix("torch."),
             attention=str(self.config._attn_implementation),
-            quantization=_quantization(self.config),
+            quantization=quantised.settings_of(self.config),
         )
 
     @property
@@ -110,6 +114,11 @@ class FrozenBase:
     def own_rows(self) -> int:
         """Rows of the input embeddings."""
         return len(self._model.get_input_embeddings().weight)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the weights may not be moved; see :func:`is_placed`."""
+        return is_placed(self._model)
 
     def own_weights(self) -> dict[str, torch.Tensor]:
         """Return name → tensor of all weights that the source has; they must not be written to."""
@@ -178,6 +187,56 @@ class FrozenBase:
         self.own_(model.parameters())
 
 
+class _Quantised(FrozenBase):
+    """A base that is quantised when it is read. What proves it is its source: devices quantise in different ways."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        record: BaseRecord,
+        random_names: frozenset[str],
+        *,
+        source: Callable[[], FrozenBase],
+    ) -> None:
+        super().__init__(model, record, random_names)
+        self._source = source
+
+    @functools.cached_property
+    def known_record(self) -> BaseRecord:
+        """The record of the source, with the settings by which it is quantised."""
+        attention, settings = str(self.config._attn_implementation), quantised.settings_of(self.config)
+        return dataclasses.replace(self._source().known_record, attention=attention, quantization=settings)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digest of a sample of the weights of the source."""
+        return str(self.known_record.fingerprint)
+
+    @functools.cached_property
+    def full_fingerprint(self) -> str:
+        """Digest of all weights of the source."""
+        return self._source().full_fingerprint
+
+
+def find_source(record: BaseRecord, config: PretrainedConfig, kwargs: Mapping[str, Any]) -> FrozenBase:
+    """Return the source of a base that is quantised when it is read, as it is before that.
+
+    Args:
+        record: of the base.
+        config: of the model, quantised or not.
+        kwargs: for ``AutoModel.from_pretrained``.
+
+    Raises:
+        BaseModelNotFoundError: there is none.
+    """
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    plain.dtype = None  # that of the trained model: "auto" reads it before it looks into the files
+    kept = {name: value for name, value in kwargs.items() if name not in _PLACING}
+    return find_again(record, plain, dtype="auto", kwargs=kept)
+
+
 def find(
     record: BaseRecord,
     config: PretrainedConfig,
@@ -207,6 +266,8 @@ def find(
         found = _cache.get(key) if key is not None else None
         if found is None:
             found = _load(record, config, dtype=dtype, kwargs=kwargs, device=device)
+            if is_placed(found._model):
+                return found  # which is not copied, so that nobody else may have it
             # Asked for by name, the attention implementation that was chosen gives the same model.
             found._key = None if key is None else _identity(record, found.config, dtype, kwargs, device)
             _remember(found)
@@ -256,7 +317,12 @@ def _load(
 ) -> FrozenBase:
     revision = {} if record.revision is None else {"revision": record.revision}
     arguments = {**revision, **record.arguments, **kwargs}
+    is_quantised_before = hasattr(config, "quantization_config")
+    if is_quantised_before or not _QUANTISING.isdisjoint(kwargs):
+        arguments.setdefault("device_map", {"": str(device)})
     model, random_names = backbone.find_model(record.name, copy.deepcopy(config), dtype=dtype, kwargs=arguments)
+    if quantised.engine(model) is not None and not is_quantised_before:
+        return _Quantised(model, record, random_names, source=functools.partial(find_source, record, config, kwargs))
     base = FrozenBase(model, record, random_names)
     if torch.device(device).type == "cpu" or is_placed(model):
         return base
@@ -264,16 +330,6 @@ def _load(
     base = FrozenBase(model.to(device), record, random_names)
     base.fingerprint = digest
     return base
-
-
-def _quantization(config: PretrainedConfig) -> dict[str, Any] | None:
-    """Return the settings by which transformers quantised the weights, as plain values."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return None
-    described = settings if isinstance(settings, dict) else settings.to_dict()
-    plain = json.loads(json.dumps(described, default=str))
-    return {name: value for name, value in plain.items() if not name.startswith("_")}
 
 
 def is_placed(model: PreTrainedModel) -> bool:
@@ -296,8 +352,11 @@ def _identity(
 ) -> tuple[Any, ...] | None:
     """Return what two loads must have in common to share storage, or ``None`` if that cannot be told."""
     source = _state_of_source(record)
-    is_placing = "device_map" in kwargs or "quantization_config" in kwargs
-    if source is None or is_placing or not all(isinstance(value, _PLAIN) for value in kwargs.values()):
+    if (
+        source is None
+        or not _PLACING.isdisjoint(kwargs)
+        or not all(isinstance(value, _PLAIN) for value in kwargs.values())
+    ):
         return None
     named = {name: value for name, value in {**record.arguments, **kwargs}.items() if name not in _ACCESS}
     settings = tuple(sorted((name, repr(value)) for name, value in named.items()))

@@ -97,6 +97,11 @@ def base_key(key: str) -> str | None:
     return None if any(_is_container(segment) for segment in segments) else ".".join(segments)
 
 
+def is_unread(name: str) -> bool:
+    """Whether no hidden state depends on the weight of a base, so that its value does not matter: poolers."""
+    return "pooler" in name.split(".")
+
+
 def match_keys(file_keys: Iterable[str], model_keys: Iterable[str]) -> KeyMatch:
     """Pair the keys of a file with the keys of a model that mean the same tensors.
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from flair_peft import keys
+from flair_peft import fingerprint, keys
+from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.frozen import FrozenBase
-from flair_peft.sources import StoredBase
+from flair_peft.sources import BaseRecord, StoredBase
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
@@ -61,7 +63,7 @@ def compare(state: Mapping[str, torch.Tensor], trained: set[str], base: FrozenBa
         if name is None or key in trained:
             continue
         if name in base.random_names:
-            if is_unread(name):
+            if keys.is_unread(name):
                 left_out.add(key)
         elif name in matrices and name in own and len(tensor) > len(own[name]):
             if are_same_bits(tensor[: len(own[name])], own[name]):
@@ -77,7 +79,7 @@ def compare(state: Mapping[str, torch.Tensor], trained: set[str], base: FrozenBa
     return StoredBase(record, frozenset(left_out), rows)
 
 
-def _aliases(state: Mapping[str, torch.Tensor], left_out: set[str], own: Mapping[str, torch.Tensor]) -> set[str]:
+def _aliases(state: Mapping[str, torch.Tensor], left_out: set[str], own: Mapping[str, Any]) -> set[str]:
     """Return keys that the base does not know and under which PEFT holds a tensor that is left out, once more.
 
     Prompt methods register the input embeddings a second time, and replicated layers are held under several numbers.
@@ -105,11 +107,6 @@ def restore_(model: torch.nn.Module, left_out: Iterable[str], base: FrozenBase) 
             parameter.data = wanted.clone()
 
 
-def is_unread(name: str) -> bool:
-    """Whether no hidden state depends on the weight, so that its value does not matter: poolers."""
-    return "pooler" in name.split(".")
-
-
 def are_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether two tensors have the same shape, dtype and bits."""
     if first.shape != second.shape or first.dtype != second.dtype:
@@ -130,3 +127,111 @@ def _rows_beyond(
         if name in matrices and name in own and len(tensor) > len(own[name]):
             return tensor[len(own[name]) :]
     return None
+
+
+@dataclass(frozen=True)
+class QuantisedStart:
+    """What a quantised base is when it is read, for a save to find out what was learned since.
+
+    The source cannot be quantised again for that: it would need the memory twice, and another device rounds in another
+    way.
+
+    Attributes:
+        dtype: that the weights were read in; afterwards PEFT widens those that are not quantised.
+        random_names: weights that the source lacks.
+        matrices: names of the input embeddings.
+        digests: name → digest of each tensor: of all its elements, or of a sample of quantised ones.
+    """
+
+    dtype: torch.dtype
+    random_names: frozenset[str]
+    matrices: frozenset[str]
+    digests: Mapping[str, str]
+
+    @classmethod
+    def of(cls, base: PreTrainedModel, *, dtype: torch.dtype, random_names: frozenset[str]) -> QuantisedStart:
+        """Return what the model is now, before it has an adapter and before its first forward pass."""
+        matrix, named = base.get_input_embeddings().weight, base.named_parameters(remove_duplicate=False)
+        weights = _Weights.of(base)
+        return cls(
+            dtype=dtype,
+            random_names=random_names,
+            matrices=frozenset(name for name, parameter in named if parameter is matrix),
+            digests={key: weights.digest(key) for key in weights.state if key not in weights.biases},
+        )
+
+    def compare(self, model: torch.nn.Module, record: BaseRecord) -> StoredBase:
+        """Return which tensors of the model, with its adapter, a file can leave out: a load finds them in the base.
+
+        Raises:
+            AdapterConfigError: quantised weights were changed, which no file can hold.
+        """
+        weights = _Weights.of(model)
+        named = {key: keys.base_key(key) or "" for key in weights.state if key not in weights.trained}
+        changed = sorted(key for key in weights.quantised if not self._is_same(weights, key, named[key]))
+        if changed:
+            raise AdapterConfigError(
+                f"Cannot store the adapter: {name_some(changed)} of its quantised base were changed since they were "
+                "read, by a merge for example or by the adapter's initialisation. Rounded once more, they are in no "
+                "file, and a load would find others. Make the embeddings again, and keep the adapter beside the base."
+            )
+        left_out = weights.biases.union(key for key, name in named.items() if self._is_same(weights, key, name))
+        aliases = _aliases(weights.state, set(left_out), self.digests)
+        return StoredBase(record, left_out | aliases, self._added_rows(weights.state, record))
+
+    def _is_same(self, weights: _Weights, key: str, name: str) -> bool:
+        if name not in self.digests or key in weights.biases:
+            return False
+        is_lacking = name in self.random_names and not keys.is_unread(name)
+        return not is_lacking and self.digests[name] == weights.digest(key)
+
+    def _added_rows(self, state: Mapping[str, torch.Tensor], record: BaseRecord) -> torch.Tensor | None:
+        for key, tensor in state.items():
+            size = record.vocabulary_size
+            if keys.base_key(key) in self.matrices and size is not None and len(tensor) > size:
+                return tensor[size:].detach().cpu().to(self.dtype, copy=True)
+        return None
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """State dict of a quantised model, and which of its keys are which.
+
+    Attributes:
+        state: of the model.
+        quantised: keys of quantised weights and of their statistics.
+        biases: keys of frozen biases beside quantised weights. bitsandbytes casts them to the dtype that it computes
+            in, at the first forward pass.
+        trained: keys of tensors that require a gradient.
+    """
+
+    state: Mapping[str, torch.Tensor]
+    quantised: frozenset[str]
+    biases: frozenset[str]
+    trained: frozenset[str]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> _Weights:
+        state, named = model.state_dict(), model.named_parameters(remove_duplicate=False)
+        trained = frozenset(name for name, parameter in named if parameter.requires_grad)
+        modules = tuple(f"{name}." for name, module in model.named_modules(remove_duplicate=False) if _is_own(module))
+        held = {key for key in state if key.startswith(modules)} - trained
+        biases = frozenset(key for key in held if key.endswith(".bias"))
+        return cls(state, frozenset(held - biases), biases, trained)
+
+    def digest(self, key: str) -> str:
+        take = fingerprint.sampled if key in self.quantised else fingerprint.full
+        return take({"": self.state[key]})
+
+
+def quantised_keys(model: torch.nn.Module) -> frozenset[str]:
+    """Return the state-dict keys of what quantising gives, and of the frozen biases beside it: no file holds them."""
+    weights = _Weights.of(model)
+    return weights.quantised | weights.biases
+
+
+def _is_own(module: torch.nn.Module) -> bool:
+    """Whether the module itself holds quantised weights: these are parameters of the engine's own classes."""
+    return any(
+        type(parameter) is not torch.nn.Parameter for parameter in module._parameters.values() if parameter is not None
+    )

@@ -7,6 +7,7 @@ import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from flair_peft import adapters, backbone, bases, dtypes, keys, learned, proof, tokenizer_files
+from flair_peft import adapters, backbone, bases, dtypes, keys, learned, proof, quantised, tokenizer_files
 from flair_peft import config as configs
 from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_version
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
-from flair_peft.learned import Part, planned
+from flair_peft.learned import Part, QuantisedStart, planned
 from flair_peft.sources import BaseRecord, StoredBase
 from flair_peft.weights import StoredWeights
 
@@ -49,6 +50,9 @@ class Storable(StoredWeights):
     def is_quantised(self) -> bool:
         """Whether the base's weights are quantised."""
 
+    _quantised_start: QuantisedStart | None = None
+    _preparing: Mapping[str, Any] = {}
+
     # Number and base of these embeddings in the file that they come from.
     origin: tuple[int, StoredBase] | None = None
 
@@ -66,20 +70,24 @@ class Storable(StoredWeights):
         """Return the constructor parameters as plain values, the PEFT config and the dtypes among them.
 
         Raises:
-            AdapterConfigError: the base is quantised, which files cannot hold yet.
+            AdapterConfigError: the base is quantised by what files cannot say, or the file is to hold all weights.
         """
-        if self.is_quantised:
+        quantised.check_storable(self.base_model, self.name)
+        if self.is_quantised and self.is_stored_whole:
             raise AdapterConfigError(
-                f"Cannot store '{self.name}': its base is quantised, and this version stores whole weights only. "
-                "Train on a base in bfloat16, with dtype='bfloat16', to be able to save."
+                f"Cannot store all weights of '{self.name}': its base is quantised, and files and pickles hold none of "
+                "its weights. Leave out save_base=True, or save the model with model.save instead of pickling it."
             )
         params, config = super().to_params(), self.adapter_config
+        shape = {name: value for name, value in params["config_state_dict"].items() if name != "quantization_config"}
         params = {
             **params,
+            "config_state_dict": shape,  # how it is quantised is said of the base, once
             "tokenizer_data": tokenizer_files.portable_tokenizer_files(params["tokenizer_data"], self.tokenizer),
             "format_version": FormatVersion(FORMAT_VERSION),
             "peft_config": configs.encode_config(config),
-            "dtype": dtypes.dtype_name(self.base_dtype),
+            "dtype": dtypes.dtype_name(self._quantised_start.dtype if self._quantised_start else self.base_dtype),
+            "peft_gradient_checkpointing_kwargs": self._preparing,
             "head_dtype": dtypes.dtype_name(self.head_dtype),
             "keep_virtual_rows": self.keep_virtual_rows,
             "save_base": self.save_base,
@@ -118,6 +126,9 @@ class Storable(StoredWeights):
 
         The base is read anew from its source. Where that is gone, everything has to be stored.
         """
+        if self._quantised_start is not None and self._record is not None:
+            record = bases.source_of_quantised(self._record, self.base_model, cache_dir=self._cache_dir)
+            return self._quantised_start.compare(self.model, record)
         found = None
         if self._record is not None:
             found = bases.reference(self._record, self.base_model, dtype=self.base_dtype, cache_dir=self._cache_dir)
@@ -137,6 +148,8 @@ class Storable(StoredWeights):
 
     def without_frozen_weights(self) -> StoredBase:
         """Return what a file would leave out if all that is frozen were the base's own; the base is not read."""
+        if self._quantised_start is not None and self._record is not None:
+            return self._quantised_start.compare(self.model, self._record)
         frozen_names = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         return StoredBase(self._record or BaseRecord(self.base_model_name), frozenset(frozen_names))
 
@@ -147,7 +160,7 @@ class Storable(StoredWeights):
         """
         self._left_out = frozenset(map(keys.canonical_key, stored.left_out))
         found = None
-        if stored.record is not None and stored.is_needed:
+        if stored.record is not None and stored.is_needed and not self.is_quantised:
             found = bases.reference(stored.record, self.base_model, dtype=self.base_dtype, cache_dir=self._cache_dir)
         if found is not None:
             learned.restore_(self.model, stored.left_out, found)
@@ -178,8 +191,12 @@ class Storable(StoredWeights):
         for derived in ("truncate", "stride", "embedding_length", "use_lang_emb"):
             params.pop(derived, None)
         _refuse_unknown(cls, params)
+        params["peft_gradient_checkpointing_kwargs"] = quantised.stored_preparation(
+            params.get("peft_gradient_checkpointing_kwargs")
+        )
         shape = dict(params.pop("config_state_dict"))
         shape.pop("auto_map", None)  # names code
+        shape.pop("quantization_config", None)  # it is read from what the file says of its base
         shape.pop("_attn_implementation", None)  # likewise: transformers fetches what is called "owner/kernel"
         stored = StoredBase.from_dict(params.get("stored_base"))
         config_class = bases.config_class(str(shape.get("model_type")), stored.record)
@@ -189,6 +206,11 @@ class Storable(StoredWeights):
         pending_state, probe = params.pop("derived_state", {}), params.pop("probe", None)
         untrained, index = params.pop("untrained", []), params.pop("part", None)
         trained = params.pop("trained_base", [])
+        if type(index) not in (int, NoneType):
+            raise ModelFileError(
+                f"Cannot rebuild the embeddings of '{params.get('model')}': their number in the file is {index!r:.80}. "
+                "They are damaged or were not written by flair_peft. Save the model again."
+            )
         embeddings = cls.create_from_state(saved_config=saved_config, **params)
         embeddings._pending_state, embeddings._pending_probe = pending_state, probe
         embeddings._pending_untrained, embeddings._pending_trained = untrained, trained
@@ -232,9 +254,7 @@ class Storable(StoredWeights):
 
 # What files may say beside the arguments of the constructor, and which of these only a user may give.
 _STORED_BESIDE = frozenset({"config_state_dict", "derived_state", "probe", "untrained", "part", "trained_base"})
-_ONLY_FROM_USERS = frozenset(
-    {"transformers_config_kwargs", "transformers_model_kwargs", "peft_gradient_checkpointing_kwargs", "saved_config"}
-)
+_ONLY_FROM_USERS = frozenset({"transformers_config_kwargs", "transformers_model_kwargs", "saved_config"})
 
 
 def _refuse_unknown(cls: type[Storable], params: Mapping[str, Any]) -> None:

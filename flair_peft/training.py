@@ -11,7 +11,7 @@ from flair.trainers.plugins.base import TrainerPlugin
 from peft import PeftConfig, PeftModel, PeftType
 from peft.optimizers import create_loraplus_optimizer
 
-from flair_peft import adapters, dtypes, models
+from flair_peft import adapters, dtypes, models, quantised
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import TrainingSetupError, name_some
 
@@ -194,15 +194,11 @@ def check_training(model: Model, *, reduce_transformer_vocab: bool) -> None:
     Raises:
         TrainingSetupError: the vocabulary is to be reduced. A checkpoint written in the middle would hold the reduced
             matrix, and a frozen one has neither gradient nor optimiser state that reducing it could save.
-            Or the base is quantised, so that no checkpoint could be written.
+        AdapterConfigError: the base is quantised in a way that no file can say, so no checkpoint could be written.
     """
-    embedded = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
-    quantised = [embeddings.name for embeddings in embedded if embeddings.is_quantised]
-    if quantised:
-        raise TrainingSetupError(
-            f"Cannot train {name_some(quantised)}: its base is quantised, and Flair's trainer could not save a "
-            "model with it. This version stores whole weights only. Use a base in bfloat16, with dtype='bfloat16'."
-        )
+    for module in model.modules():
+        if isinstance(module, PeftTransformerEmbeddings):
+            quantised.check_storable(module.base_model, module.name)
     adapted = [embeddings.name for embeddings in dtypes.adapted_embeddings(model)]
     if reduce_transformer_vocab and adapted:
         raise TrainingSetupError(

@@ -13,7 +13,7 @@ from flair.embeddings.transformer import TransformerBaseEmbeddings
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
-from flair_peft import adapters, fingerprint, keys, proof
+from flair_peft import adapters, fingerprint, keys, learned, proof, quantised
 from flair_peft.errors import StateMismatchError, name_some
 from flair_peft.frozen import FrozenBase
 from flair_peft.learned import are_same_bits, planned
@@ -134,6 +134,9 @@ class StoredWeights(TransformerBaseEmbeddings):
     def _without_left_out(self, match: keys.KeyMatch) -> tuple[keys.KeyMatch, set[str]]:
         """Return the match without the keys that the file leaves out on purpose, and these."""
         settled = {key for key in match.missing if keys.canonical_key(key) in self._left_out}
+        if self._left_out and quantised.engine(self.base_model) is not None:
+            # Engines keep other statistics beside the weights on other devices.
+            settled |= learned.quantised_keys(self.model).intersection(match.missing)
         return dataclasses.replace(match, missing=[key for key in match.missing if key not in settled]), settled
 
     def _settle_base_(self, tensors: Mapping[str, torch.Tensor]) -> set[str]:

@@ -31,6 +31,7 @@ FLOORS = (
     "backbone",
     "tokenizer_files",
     "rows",
+    "quantised",
     "frozen",
     "learned",
     "proof",

@@ -214,18 +214,6 @@ def test_reducing_the_vocabulary_is_refused_with_an_adapter_only(base: Callable[
     train(stock, tmp_path / "stock", reduce_transformer_vocab=True, max_epochs=1)
 
 
-def test_quantised_base_is_refused_before_the_training_not_after_it(
-    base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What no file can hold yet is said when the training starts, and again by ``save``."""
-    model = classifier(base("bert"))
-    monkeypatch.setattr(model.embeddings.base_model, "quantization_method", "bitsandbytes", raising=False)
-    with pytest.raises(TrainingSetupError, match="quantised"):
-        train(model, tmp_path)
-    with pytest.raises(ValueError, match="quantised"):
-        model.save(tmp_path / "model.pt")
-
-
 def test_adapter_that_cannot_learn_is_said_at_once(
     base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
