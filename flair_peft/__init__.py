@@ -14,6 +14,7 @@ from flair_peft.errors import FlairPeftError
 from flair_peft.models import from_pretrained, push_to_hub, save_pretrained, verify
 from flair_peft.patch import install, is_installed, uninstall
 from flair_peft.resume import ResumePlugin
+from flair_peft.stock import convert_legacy, load_legacy
 from flair_peft.training import LoraPlusPlugin, RankAllocationPlugin
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "RankAllocationPlugin",
     "ResumePlugin",
     "__version__",
+    "convert_legacy",
     "from_pretrained",
     "install",
     "is_installed",
+    "load_legacy",
     "push_to_hub",
     "save_pretrained",
     "uninstall",

@@ -179,6 +179,26 @@ def config_class(model_type: str, record: BaseRecord | None) -> type[PretrainedC
     return type(_find_config(source, revision))
 
 
+def candidate(name: str, model: PreTrainedModel, *, dtype: torch.dtype) -> BaseRecord | None:
+    """Return the record of the base model that a model may have been made from, or ``None`` if there is none.
+
+    Args:
+        name: recorded name, unless the user says where it is now.
+        model: whose shape it must have, but for added rows.
+        dtype: of the model's weights.
+    """
+    options = load_options()
+    source, _ = options.source_of(BaseRecord(name))
+    try:
+        config = backbone.find_config(source, options.arguments())
+        located = str(Path(source).absolute()) if Path(source).is_dir() else source
+        record = BaseRecord(located, revision=getattr(config, "_commit_hash", None))
+        found = frozen.find_again(record, model.config, dtype=dtype, kwargs=options.arguments())
+    except (BaseModelNotFoundError, BaseMismatchError):
+        return None
+    return found.known_record
+
+
 def reference(
     record: BaseRecord, model: PreTrainedModel, *, dtype: torch.dtype, cache_dir: str | None
 ) -> FrozenBase | None:

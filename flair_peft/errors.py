@@ -11,6 +11,7 @@
     ├── UnsupportedStateError     a model holds an object that files cannot hold without pickling code
     ├── SaveError                 a checkpoint could not be written; the earlier one is as it was
     ├── StateMismatchError        tensors of a file and of the model do not fit each other
+    │   ├── ConfigMismatchError       tensors of a file do not fit the PEFT config given for it
     │   └── BaseMismatchError         the base model found is not the one that the adapter was trained on
     ├── DtypeMismatchError        embeddings and head compute in different dtypes
     ├── TrainingSetupError        a training setting that cannot work with an adapter
@@ -66,6 +67,10 @@ class SaveError(FlairPeftError, OSError):
 
 class StateMismatchError(FlairPeftError, RuntimeError):
     """Tensors of a file and of the model it should fill do not fit each other."""
+
+
+class ConfigMismatchError(StateMismatchError, AdapterConfigError):
+    """The tensors of a file do not fit the PEFT config that was given for it; the message says what they imply."""
 
 
 class BaseMismatchError(StateMismatchError):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from flair_peft import progress
+
 # Of each tensor this many runs of this many elements are read, spread evenly: training changes nearly every element.
 _RUNS, _RUN_LENGTH = 16, 64
 _PIECE = 1 << 24
@@ -55,7 +57,9 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), _PIECE):
-        yield flat[start : start + _PIECE]
+        piece = flat[start : start + _PIECE]
+        yield piece
+        progress.advance(piece.nbytes)
 
 
 def _bytes(flat: torch.Tensor) -> Any:

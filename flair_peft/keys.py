@@ -24,6 +24,8 @@ _WRAPPING_SEGMENTS = frozenset({"original_module", "token_adapter"})
 
 # Parameter containers of PEFT that are not named by a method's prefix and hold one entry per adapter.
 _AUXILIARY_CONTAINERS = (
+    "adaption_gate",
+    "adaption_prompt",
     "modules_to_save",
     "trainable_tokens_delta",
     "trainable_tokens_original",

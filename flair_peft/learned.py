@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from flair_peft import fingerprint, keys
+from flair_peft import fingerprint, keys, progress
 from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.frozen import FrozenBase
 from flair_peft.sources import BaseRecord, StoredBase
@@ -48,7 +48,7 @@ def planned(embeddings: object) -> Part | None:
     return _plan.get({}).get(id(embeddings))
 
 
-def compare(state: Mapping[str, torch.Tensor], trained: set[str], base: FrozenBase) -> StoredBase:
+def compare(state: Mapping[str, torch.Tensor], trained: Set[str], base: FrozenBase) -> StoredBase:
     """Return which tensors of a state dict a file can leave out.
 
     Args:
@@ -71,6 +71,7 @@ def compare(state: Mapping[str, torch.Tensor], trained: set[str], base: FrozenBa
                 added_rows = tensor[len(own[name]) :]
         elif name in own and are_same_bits(tensor, own[name]):
             left_out.add(key)
+        progress.advance(tensor.nbytes)
     left_out |= _aliases(state, left_out, own)
     if added_rows is None:
         added_rows = _rows_beyond(state, own, matrices)

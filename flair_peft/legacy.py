@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from flair.file_utils import load_big_file, load_torch_state
 
-from flair_peft import opcodes
+from flair_peft import opcodes, progress
 from flair_peft.errors import (
     FlairPeftError,
     ModelFileError,
@@ -35,19 +35,24 @@ _MOST_THREADS = 8
 _CHUNK = 1 << 18  # fits into the cache of a core
 
 
-def read_state(path: Path) -> State:
-    """Return the state of a Flair model; no code of a file with adapters is run.
+def read_state(path: Path, *, trust_pickle: bool = False) -> State:
+    """Return the state of a Flair model; no code of a file with adapters is run, unless that is asked for.
 
     Files without adapters are Flair's own business, and its own function reads them. Of the others, every name in
     their pickles has to be one that Flair writes of its models before anything is unpickled; tensors may be views of
     the file, so it should not be written into as long as the state is held.
+
+    Args:
+        path: of the file.
+        trust_pickle: read files with adapters as Flair does, too: they can run any code.
 
     Raises:
         ModelFileError: the file is truncated, empty, or not a Flair model.
         UnsafeFileError: a file with adapters names what no Flair model needs; nothing of it was run.
     """
     try:
-        state = _read_allowed(path) if opcodes.holds_adapters(path) else load_torch_state(str(path))
+        is_checked = not trust_pickle and opcodes.holds_adapters(path)
+        state = _read_allowed(path) if is_checked else load_torch_state(str(path))
     except FlairPeftError:
         raise
     except Exception as error:  # a damaged pickle can call anything with anything
@@ -71,8 +76,7 @@ def _read_allowed(path: Path) -> Any:
         raise UnsafeFileError(
             f"Cannot load '{path}': it names {name_some(refused)}, which Flair's own models with adapters do not need. "
             "Loading a pickle runs what it names, so such a file can do anything; nothing of it was run. If you know "
-            "who wrote it and trust them, read it yourself and pass what you get: "
-            f"load(torch.load('{path}', map_location='cpu', weights_only=False))."
+            f"who wrote it and trust them: flair_peft.load_legacy('{path}', trust_pickle=True)."
         )
     if contents is None or not contents.is_whole:
         raise pickle.UnpicklingError("the pickle in it has no end")
@@ -366,8 +370,11 @@ def check_sums(path: Path) -> None:
         return
     members = sorted(opcodes.stored_members(path), key=lambda member: member.start - member.stop)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as threads:
-        sums = list(threads.map(lambda member: _checksum(path, member), members))
-    damaged = [member.name for member, found in zip(members, sums, strict=True) if found != member.checksum]
+        damaged = []
+        for member, found in zip(members, threads.map(lambda member: _checksum(path, member), members), strict=True):
+            progress.advance(member.stop - member.start)
+            if found != member.checksum:
+                damaged.append(member.name)
     if damaged:
         raise ModelFileError(
             f"Cannot load '{path}': the checksum of {name_some(damaged)} in it is wrong. The file was damaged after it "

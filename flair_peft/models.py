@@ -56,13 +56,18 @@ def save_pretrained(model: Model, directory: str | Path, *, save_base: bool | No
         AdapterConfigError: the model has no adapter.
         SaveError: the directory could not be written; what was there is as it was.
     """
-    _refuse_base_directory(Path(directory))
-    with describing(model, save_base=save_base) as (description, embedded):
+    write_checkpoint(model, Path(directory), lambda embeddings: _stored_base(embeddings, save_base))
+
+
+def write_checkpoint(model: Model, directory: Path, plan: Callable[[PeftTransformerEmbeddings], StoredBase]) -> None:
+    """The directory holds the model; ``plan`` says how each of its embeddings stores its base."""
+    _refuse_base_directory(directory)
+    with describing(model, plan=plan) as (description, embedded):
         document, files = layout.to_files(description, embedded)
         size = sum(t.nbytes for content in files.values() if isinstance(content, dict) for t in content.values())
         text = card.write_card(model, embedded, size=size)
         name = f"{type(model).__module__}.{type(model).__qualname__}"
-        checkpoint.write(Path(directory), {"class": name, **document}, files, text)
+        checkpoint.write(directory, {"class": name, **document}, files, text)
 
 
 def from_pretrained(

@@ -25,7 +25,7 @@ import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,10 @@ from flair.nn import Model
 from flair.trainers import ModelTrainer
 from peft import PeftConfig, PeftModel
 
-from flair_peft import adapters, assembly, compat, dtypes, hub, legacy, models, resume, states, training
+from flair_peft import adapters, assembly, compat, dtypes, hub, legacy, models, resume, states, stock, training
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
-from flair_peft.errors import AdapterConfigError, ModelFileError
-from flair_peft.sources import LoadOptions, loading_with
+from flair_peft.errors import ModelFileError
 
 log = logging.getLogger("flair_peft")
 
@@ -143,10 +142,10 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
         chosen = models.choose(**options)
         options = {**options, **({} if peft_config is None else {"peft_config": peft_config})}
         if isinstance(model_path, dict):
-            return _load_state(cls, stock_load, model_path, options, source="the given state", chosen=chosen)
+            return stock.load_state(cls, model_path, options, source="the given state", chosen=chosen, load=stock_load)
         directory = hub.find_for_flair(str(model_path), revision=revision, options=chosen)
         if directory is not None:
-            _refuse_useless(options, ("peft_config",), str(model_path), "it is a checkpoint that holds its config")
+            stock.refuse_useless(options, ("peft_config",), str(model_path), "it is a checkpoint that holds its config")
             return models.load_checkpoint(cls, directory, chosen)
         path = Path(model_path)
         if path.exists() and not path.is_file():
@@ -154,32 +153,16 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
                 f"Cannot load '{path}': it is a pipe or a device. Reading it may never end. Pass a regular file."
             )
         if not path.is_file():
-            _refuse_useless(options, options, str(path), "there is no such file, and no such checkpoint on the Hub")
+            stock.refuse_useless(
+                options, options, str(path), "there is no such file, and no such checkpoint on the Hub"
+            )
             return _leave_to_flair(stock_load, model_path if revision is None else f"{model_path}@{revision}")
         state, chosen = legacy.read_state(path), dataclasses.replace(chosen, directory=path.parent, owns_state=True)
         if states.has_adapters(state):
             legacy.check_sums(path)
-        return _load_state(cls, stock_load, state, options, source=str(path), chosen=chosen)
+        return stock.load_state(cls, state, options, source=str(path), chosen=chosen, load=stock_load)
 
     return classmethod(load)
-
-
-def _load_state(
-    cls: type[Model],
-    stock_load: Callable[[Any], Model],
-    state: states.State,
-    options: Mapping[str, Any],
-    *,
-    source: str,
-    chosen: LoadOptions,
-) -> Model:
-    if not states.has_adapters(state):
-        _refuse_useless(options, options, source, "it holds no adapter")
-        return stock_load(state)
-    state = states.with_config(state, options.get("peft_config"), source=source)
-    assembly.check_class(cls, state.get("__cls__"), source)
-    with loading_with(chosen):
-        return assembly.assemble(stock_load, state, source=source)
 
 
 def _leave_to_flair(stock_load: Callable[[Any], Model], name: Any) -> Model:
@@ -189,16 +172,6 @@ def _leave_to_flair(stock_load: Callable[[Any], Model], name: Any) -> Model:
         return stock_load(name)
     finally:
         _left_to_flair.reset(token)
-
-
-def _refuse_useless(options: Mapping[str, Any], names: Collection[str], source: str, reason: str) -> None:
-    """Raise if an option is given that this load could only ignore."""
-    given = sorted(name for name in names if name in options)
-    if given:
-        raise AdapterConfigError(
-            f"Cannot use the {', '.join(given)} given for '{source}': {reason}. These options are meant for models "
-            f"with an adapter, and peft_config for files of stock Flair that lack it. Leave out {', '.join(given)}."
-        )
 
 
 def _training_in_fp32(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,14 +12,19 @@ from flair.embeddings.transformer import TransformerEmbeddings
 from peft import PeftConfig
 
 from flair_peft import config as configs
-from flair_peft import keys
-from flair_peft.embeddings import PeftTransformerEmbeddings
-from flair_peft.errors import AdapterConfigError, MissingConfigError, name_some
+from flair_peft import implied, keys
+from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
+from flair_peft.errors import (
+    AdapterConfigError,
+    ConfigMismatchError,
+    MissingConfigError,
+    StateMismatchError,
+    name_some,
+)
+from flair_peft.implied import ImpliedConfig
 from flair_peft.sources import StoredBase
 
 State = dict[str, Any]
-
-_LORA_MARK = "lora_A"
 
 
 def has_adapters(state: Any) -> bool:
@@ -28,7 +33,7 @@ def has_adapters(state: Any) -> bool:
         return False
     if any(keys.is_adapter_key(key) for key in state.get("state_dict", ())):
         return True
-    if any("peft_config" in params for _, params in _embedding_params(state)):
+    if any(params.get("peft_config") is not None for _, params in _embedding_params(state)):
         return True
     return any(has_adapters(task) for task in state.get("model_states", {}).values())
 
@@ -59,12 +64,21 @@ def with_config(state: State, peft_config: PeftConfig | None, *, source: str) ->
         return {**state, "model_states": {name: with_config(task, given[name], source=source) for name, task in tasks}}
     prefixes = keys.find_adapter_prefixes(state.get("state_dict", ()))
     for prefix, params in _embedding_params(state):
-        if "peft_config" in params or not _is_meant(prefix, prefixes):
-            continue
-        if peft_config is None:
-            raise _missing_config(state["state_dict"], source)
-        params["peft_config"] = configs.own_config(peft_config)
+        if params.get("peft_config") is None and _is_meant(prefix, prefixes):
+            if peft_config is None:
+                raise _missing_config(state["state_dict"], prefix, source)
+            params["peft_config"] = configs.own_config(peft_config)
+        if params.get("peft_config") is not None:
+            _take_over_(params)
     return state
+
+
+def _take_over_(params: dict[str, Any]) -> None:
+    """Let the embeddings of a stock class be built as those of its counterpart with an adapter, in place."""
+    found = EMBEDDING_CLASSES[params["__cls__"]]
+    if not issubclass(found, PeftTransformerEmbeddings):
+        params["__cls__"] = counterpart(found).__name__
+        params["keep_virtual_rows"] = True  # stock Flair trained the words of prompt methods on the rows that it reads
 
 
 def lacks_config(state: State) -> bool:
@@ -72,7 +86,7 @@ def lacks_config(state: State) -> bool:
     if "model_states" in state:
         return any(lacks_config(task) for task in state["model_states"].values())
     prefixes = keys.find_adapter_prefixes(state.get("state_dict", ()))
-    return any("peft_config" not in p and _is_meant(prefix, prefixes) for prefix, p in _embedding_params(state))
+    return any(p.get("peft_config") is None and _is_meant(prefix, prefixes) for prefix, p in _embedding_params(state))
 
 
 def tensors_of(state: State) -> dict[str, torch.Tensor]:
@@ -138,19 +152,58 @@ def _copy_containers(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, Mapping) else value
 
 
-def _missing_config(state_dict: Mapping[str, Any], source: str) -> MissingConfigError:
-    lora = {key: tensor for key, tensor in state_dict.items() if f".{_LORA_MARK}." in key}
-    ranks = sorted({int(tensor.shape[0]) for tensor in lora.values()})
-    targets = {key.split(f".{_LORA_MARK}.")[0].rpartition(".")[2] for key in lora}
-    adapters = sorted(key for key in state_dict if keys.is_adapter_key(key))
-    if ranks:
-        what = f"LoRA weights (rank {', '.join(map(str, ranks))} from their shapes, on {name_some(targets)})"
-        lost = "the lora_alpha that scales them"
-        config = f"LoraConfig(r={ranks[-1]}, lora_alpha=…, target_modules={sorted(targets)})"
-    else:
-        what, lost, config = f"adapter weights ({name_some(adapters, 2)})", "the PEFT config that shapes them", "…"
+def _missing_config(state_dict: Mapping[str, Any], prefix: str, source: str) -> MissingConfigError:
+    found = implied_config(state_dict, prefix)
+    named = sorted(key for key in state_dict if keys.is_adapter_key(key))
+    what = f"adapter weights ({name_some(named, 2)})" if found is None else _describe(found)
+    lost = (
+        "the PEFT config that shapes them"
+        if found is None or not found.open
+        else (f"the {found.open[0]} that scales them")
+    )
+    config = "…" if found is None else found.text
+    others = found.open[1:] if found is not None else ()
     return MissingConfigError(
         f"Cannot load '{source}': it holds {what} but not {lost}. Stock Flair does not store the PEFT config, and a "
         f"wrong one changes predictions silently. Pass the config used in training: load('{source}', "
-        f"peft_config={config})."
+        f"peft_config={config})" + (f", with {' and '.join(others)} if you used them." if others else ".")
     )
+
+
+def _describe(config: ImpliedConfig) -> str:
+    targets = name_some(config.settings.get("target_modules", ()))
+    ranks = sorted({config.settings.get("r"), *config.settings.get("rank_pattern", {}).values()} - {None})
+    rank = f" (rank {', '.join(map(str, ranks))} from their shapes, on {targets})" if ranks else ""
+    return f"{config.method} weights{rank or (f' on {targets}' if targets else '')}"
+
+
+def implied_config(state_dict: Mapping[str, Any], prefix: str) -> ImpliedConfig | None:
+    """Return what the tensors of the embeddings with this prefix say of their PEFT config."""
+    found = [p for p in keys.find_adapter_prefixes(state_dict) if _positions(p) == _positions(prefix)]
+    mine = tuple(f"{each}model." for each in found)
+    shapes = {k: tuple(t.shape) for k, t in state_dict.items() if k.startswith(mine) and isinstance(t, torch.Tensor)}
+    return implied.read_config(shapes) if mine else None
+
+
+def explain_mismatch(error: StateMismatchError, state: State, given: PeftConfig, *, source: str) -> StateMismatchError:
+    """Return the error of a load whose tensors do not fit the config given, with both configs in words.
+
+    Args:
+        error: of the load.
+        state: as it was read from the file, without a config.
+        given: by the user.
+        source: named in the message.
+    """
+    for task in state.get("model_states", {}).values():
+        if (found := explain_mismatch(error, task, given, source=source)) is not error:
+            return found
+    prefixes = keys.find_adapter_prefixes(state.get("state_dict", ()))
+    for prefix, params in _embedding_params(state):
+        if params.get("peft_config") is None and _is_meant(prefix, prefixes):
+            of_file = implied_config(state["state_dict"], prefix)
+            if of_file is not None:
+                return ConfigMismatchError(
+                    f"Cannot load '{source}' with the config given, {implied.text_of(given, of_file)}: its tensors are "
+                    f"those of {of_file.text}. {error} Pass the config that it was trained with."
+                )
+    return error

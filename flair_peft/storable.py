@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from types import NoneType
 from typing import Any
 
@@ -121,10 +121,13 @@ class Storable(StoredWeights):
         part = planned(self)
         return part is None or not part.stored.is_needed
 
-    def compare_with_base(self) -> StoredBase:
+    def compare_with_base(self, trained: Set[str] | None = None) -> StoredBase:
         """Return which of the weights are the base's own, bit by bit, and need not be stored.
 
         The base is read anew from its source. Where that is gone, everything has to be stored.
+
+        Args:
+            trained: names of those to be stored in any case; None means all that require a gradient.
         """
         if self._quantised_start is not None and self._record is not None:
             record = bases.source_of_quantised(self._record, self.base_model, cache_dir=self._cache_dir)
@@ -138,9 +141,20 @@ class Storable(StoredWeights):
                 self.base_model_name,
             )
             return StoredBase(self._record)
-        named = self.model.named_parameters(remove_duplicate=False)
-        trained = {name for name, parameter in named if parameter.requires_grad}
+        if trained is None:
+            named = self.model.named_parameters(remove_duplicate=False)
+            trained = {name for name, parameter in named if parameter.requires_grad}
         return learned.compare(self.model.state_dict(), trained, found)
+
+    def find_base_(self) -> bool:
+        """Take note of the base model that these weights may come from, if there is one of their shape.
+
+        Weights in files of stock Flair come without a word on their base but its name. Whether they are that base's
+        own, :meth:`compare_with_base` tells.
+        """
+        record = self._record or bases.candidate(self.base_model_name, self.base_model, dtype=self.base_dtype)
+        self._record = record
+        return record is not None
 
     def expect_whole(self) -> None:
         """Let the next state dict hold every weight again."""

@@ -115,12 +115,12 @@ def test_with_config_keeps_the_one_that_a_file_holds() -> None:
 
 
 def test_with_config_of_another_method_names_what_the_file_holds() -> None:
-    """Where no rank can be read from shapes, the error names adapter tensors and does not invent a LoraConfig."""
+    """The error names the config class of the method in the file, and does not invent a LoraConfig."""
     state = state_of("embeddings", params(), "embeddings.")
-    state["state_dict"] = {"embeddings.model.encoder.query.ia3_l.default": torch.ones(32)}
+    state["state_dict"] = {"embeddings.model.encoder.query.ia3_l.default": torch.ones(32, 1)}
     with pytest.raises(MissingConfigError) as error:
         with_config(state, None, source="x.pt")
-    assert "ia3_l" in str(error.value)
+    assert "peft_config=IA3Config(feedforward_modules=[], target_modules=['query']))" in str(error.value)
     assert "LoraConfig" not in str(error.value)
     assert with_config(state, IA3Config(), source="x.pt")["embeddings"]["peft_config"].peft_type == "IA3"
 
