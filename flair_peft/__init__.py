@@ -11,6 +11,7 @@ from flair_peft.embeddings import (
     PeftTransformerWordEmbeddings,
 )
 from flair_peft.errors import FlairPeftError
+from flair_peft.merging import merge
 from flair_peft.models import from_pretrained, push_to_hub, save_pretrained, verify
 from flair_peft.patch import install, is_installed, uninstall
 from flair_peft.resume import ResumePlugin
@@ -31,6 +32,7 @@ __all__ = [
     "install",
     "is_installed",
     "load_legacy",
+    "merge",
     "push_to_hub",
     "save_pretrained",
     "uninstall",

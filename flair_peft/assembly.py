@@ -127,15 +127,15 @@ def _share_embeddings_again(model: Model) -> None:
             if is_numbered or (isinstance(child, PeftTransformerEmbeddings) and isinstance(model, MultitaskModel)):
                 shared = first.setdefault(child.origin[0] if is_numbered else child.name, child)
                 if shared is not child and _are_equal(shared.state_dict(), child.state_dict()):
-                    setattr(parent, name, shared)
-                    _replace_in_list(parent, child, shared)
+                    replace_(parent, name, child, shared)
 
 
-def _replace_in_list(parent: torch.nn.Module, child: torch.nn.Module, shared: torch.nn.Module) -> None:
-    """Replace embeddings in the plain list that StackedEmbeddings keeps beside its submodules."""
+def replace_(parent: torch.nn.Module, name: str, child: torch.nn.Module, new: torch.nn.Module) -> None:
+    """Replace embeddings, in place, also in the plain list that StackedEmbeddings keeps beside its submodules."""
+    setattr(parent, name, new)
     listed = parent.__dict__.get("embeddings")
     if isinstance(listed, list):
-        listed[:] = [shared if item is child else item for item in listed]
+        listed[:] = [new if item is child else item for item in listed]
 
 
 def _are_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

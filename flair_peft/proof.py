@@ -46,7 +46,7 @@ def check_base(base: FrozenBase, expected: BaseRecord, *, name: str) -> None:
 
 def take_probe(embeddings: Any) -> dict[str, Any]:
     """Return what :func:`replay_probe` compares: input ids and the mean of each wanted layer, (layers, hidden)."""
-    ids = _ids(embeddings)
+    ids = probe_ids(embeddings)
     return {"input_ids": ids, "vectors": _vectors(embeddings, ids), "dtype": _dtype_name(embeddings)}
 
 
@@ -63,7 +63,7 @@ def replay_probe(embeddings: Any, stored: Mapping[str, Any]) -> None:
             f"Cannot read the probe of '{embeddings.name}': it is damaged. It holds input ids and vectors that a load "
             "must give again. Copy or save the file again."
         )
-    found_ids = _ids(embeddings)
+    found_ids = probe_ids(embeddings)
     if found_ids != ids:
         raise StateMismatchError(
             f"Cannot trust the loaded '{embeddings.name}': its tokenizer gives {found_ids} for a sentence that gave "
@@ -71,12 +71,12 @@ def replay_probe(embeddings: Any, stored: Mapping[str, Any]) -> None:
             "way. Install the versions that the file names, or load with verify=False."
         )
     found = _vectors(embeddings, ids)
-    distance = _distance(found, expected)
+    apart = distance(found, expected)
     stored_dtype = getattr(torch, str(stored.get("dtype")), torch.float32)
     allowed = max(_TOLERANCE.get(stored_dtype, 0.0), _TOLERANCE.get(embeddings.base_dtype, 0.0))
-    if not distance <= allowed:
+    if not apart <= allowed:
         raise StateMismatchError(
-            f"Cannot trust the loaded '{embeddings.name}': its vectors of a probe sentence are {distance:.2g} of their "
+            f"Cannot trust the loaded '{embeddings.name}': its vectors of a probe sentence are {apart:.2g} of their "
             f"norm away from those stored when it was saved, and rounding explains {allowed:g}. It would predict "
             "something else. Load it with the versions of PEFT and transformers that the file names, or with "
             "verify=False."
@@ -102,7 +102,7 @@ def reachable(embeddings: Any, names: list[str]) -> list[str]:
     if not wanted:
         return []
     with torch.inference_mode(False), _evaluating(embeddings), torch.enable_grad():
-        loss = torch.stack([state.float().sum() for state in _states(embeddings, _ids(embeddings))]).sum()
+        loss = torch.stack([state.float().sum() for state in _states(embeddings, probe_ids(embeddings))]).sum()
         if not loss.requires_grad:
             return []
         gradients = torch.autograd.grad(loss, [parameters[name] for name in wanted], allow_unused=True)
@@ -133,7 +133,8 @@ def _mismatch(base: FrozenBase, expected: BaseRecord, what: str) -> BaseMismatch
     )
 
 
-def _ids(embeddings: Any) -> list[int]:
+def probe_ids(embeddings: Any) -> list[int]:
+    """Return the input ids of a short sentence."""
     if embeddings.tokenizer_needs_ocr_boxes:
         return _IDS_WITHOUT_TEXT
     return embeddings.tokenizer(_TEXT)["input_ids"] or _IDS_WITHOUT_TEXT
@@ -151,7 +152,8 @@ def _vectors(embeddings: Any, ids: list[int]) -> torch.Tensor:
         return torch.stack([state[0].float().mean(dim=0) for state in _states(embeddings, ids)]).cpu()
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return how far apart two tensors are, as a share of the norm of the expected one."""
     if found.shape != expected.shape or not torch.equal(found.isnan(), expected.isnan()):
         return float("inf")
     found, expected = found.nan_to_num(), expected.float().nan_to_num()

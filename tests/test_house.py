@@ -56,6 +56,7 @@ FLOORS = (
     "hub",
     "models",
     "stock",
+    "merging",
     "training",
     "trainer_state",
     "resume",

@@ -1,0 +1,124 @@
+"""Models with an adapter → plain Flair models, which load where neither flair_peft nor PEFT is installed."""
+
+from __future__ import annotations
+
+import flair
+import torch
+from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbeddings, TransformerWordEmbeddings
+from flair.nn import Model
+from transformers import PreTrainedModel
+
+from flair_peft import adapters, assembly, codec, dtypes, models, proof, quantised, tokenizer_files
+from flair_peft.embeddings import PeftTransformerEmbeddings
+from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
+
+# Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
+_TOLERANCE = 1e-4
+
+_STOCK: tuple[type[TransformerEmbeddings], ...] = (TransformerWordEmbeddings, TransformerDocumentEmbeddings)
+
+
+def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
+    """Return a plain Flair model that predicts what this one does; this one stays as it is.
+
+    Its embeddings are Flair's own. Adapters are merged in fp32, and the result is compared with the unmerged model.
+
+    Args:
+        model: a Flair model whose embeddings have an adapter.
+        dtype: of the base's weights afterwards. Stock Flair cannot predict with a classifier in half precision.
+
+    Raises:
+        AdapterConfigError: the model has no adapter, or its base is quantised: merging would round it once more.
+        UnsupportedMethodError: the method cannot be merged, as prompts cannot.
+        StateMismatchError: the merged model gives other hidden states.
+    """
+    if not any(isinstance(module, PeftTransformerEmbeddings) for module in model.modules()):
+        raise AdapterConfigError(
+            f"Cannot merge this {type(model).__name__}: none of its embeddings has an adapter. It is a plain Flair "
+            "model already. Save it with model.save(path)."
+        )
+    for module in model.modules():
+        if isinstance(module, PeftTransformerEmbeddings) and module.is_quantised:
+            raise AdapterConfigError(
+                f"Cannot merge the adapter of '{module.name}': its base is quantised by "
+                f"{quantised.engine(module.base_model)}, and merging would round its weights once more. Load the model "
+                "on the base that is not quantised, and merge there."
+            )
+    plain = _copy(model)
+    merged: dict[int, TransformerEmbeddings] = {}
+    for parent in list(plain.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PeftTransformerEmbeddings):
+                if id(child) not in merged:
+                    merged[id(child)] = _merged_embeddings(child, dtypes.parse_dtype(dtype))
+                assembly.replace_(parent, name, child, merged[id(child)])
+    plain.to(flair.device).eval()
+    return plain
+
+
+def _copy(model: Model) -> Model:
+    """Return the model as a load gives it: Flair's document RNNs cannot be copied otherwise."""
+    with models.describing(model, save_base=True) as (description, _):
+        state = codec.decode(description.document, description.tensors)
+    copied = assembly.assemble(type(model).load, state, source=type(model).__name__)
+    dtypes.restore_head_(copied)
+    return copied
+
+
+def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype) -> TransformerEmbeddings:
+    """Return Flair's own embeddings around the transformer with the adapter in its weights."""
+    transformer = _merged_transformer(embeddings)
+    transformer.to(dtype)
+    transformer.config.dtype = dtype
+    if "use_cache" in transformer.config.to_dict():
+        transformer.config.use_cache = False  # stock Flair takes the last output for the hidden states
+    # What is not among these is not stored, and the tokenizers of decoders pad on the left by default.
+    embeddings.tokenizer.init_kwargs["padding_side"] = embeddings.tokenizer.padding_side
+    embeddings.model = transformer
+    params = TransformerEmbeddings.to_params(embeddings)
+    params["tokenizer_data"] = tokenizer_files.portable_tokenizer_files(params["tokenizer_data"], embeddings.tokenizer)
+    stock = next((found for found in _STOCK if isinstance(embeddings, found)), TransformerEmbeddings)
+    plain = stock.from_params(params)
+    plain.model.load_state_dict(transformer.state_dict())
+    return plain.eval()
+
+
+def _merged_transformer(embeddings: PeftTransformerEmbeddings) -> PreTrainedModel:
+    """Return the transformer, in fp32, with the adapter in its weights.
+
+    Raises:
+        UnsupportedMethodError: PEFT cannot merge the method into this model.
+        StateMismatchError: it gives other hidden states than before.
+    """
+    config, kind = embeddings.adapter_config, type(embeddings.base_model).__name__
+    embeddings.model.float().eval()
+    ids = proof.probe_ids(embeddings)
+    expected = _hidden_states(embeddings.model, ids)
+    try:
+        merged = embeddings.model.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
+        raise UnsupportedMethodError(
+            f"Cannot merge {adapters.describe(config)} into {kind}. The reason: it has no weights to merge it into, or "
+            f"PEFT cannot do it ({type(error).__name__}: {str(error)[:200]}). Keep the adapter beside its base, as "
+            "save_pretrained and model.save do."
+        ) from error
+    distance = proof.distance(_hidden_states(merged, ids), expected)
+    if not distance <= _TOLERANCE:
+        raise StateMismatchError(
+            f"Cannot merge {adapters.describe(config)} into {kind}: the merged model's hidden states are "
+            f"{distance:.2g} of their norm away from those before, and rounding explains {_TOLERANCE:g}. PEFT merges "
+            "this method wrongly here. Keep the adapter beside its base."
+        )
+    return merged
+
+
+def _hidden_states(transformer: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """Return all hidden states of one sentence, (layers, subtokens, hidden)."""
+    device = next(transformer.parameters()).device
+    batch = torch.tensor([ids], device=device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        output = transformer(
+            input_ids=batch, attention_mask=torch.ones_like(batch), output_hidden_states=True, return_dict=True
+        )
+    states = output.get("hidden_states")
+    return torch.cat(tuple(output["encoder_hidden_states"] if states is None else states)).cpu()
