@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from flair_peft import fingerprint, keys, progress
+from flair_peft import fingerprint, keys, progress, residency
 from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.frozen import FrozenBase
 from flair_peft.sources import BaseRecord, StoredBase
@@ -72,6 +72,9 @@ def compare(state: Mapping[str, torch.Tensor], trained: Set[str], base: FrozenBa
         elif name in own and are_same_bits(tensor, own[name]):
             left_out.add(key)
         progress.advance(tensor.nbytes)
+        for read in (tensor, own.get(name)):
+            if read is not None:
+                residency.let_go(read)
     left_out |= _aliases(state, left_out, own)
     if added_rows is None:
         added_rows = _rows_beyond(state, own, matrices)

@@ -11,7 +11,7 @@ from typing import Any
 from flair.nn import Model
 from peft import PeftConfig
 
-from flair_peft import assembly, keys, legacy, models, progress, states
+from flair_peft import assembly, keys, legacy, models, progress, residency, states
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, ConfigMismatchError, ModelFileError, StateMismatchError, name_some
 from flair_peft.sources import LoadOptions, StoredBase, loading_with
@@ -81,7 +81,8 @@ def convert_legacy(
         FlairPeftError: as for :func:`load_legacy`.
     """
     # The file is summed, its weights are compared with the base's, and these are hashed.
-    with progress.showing("convert", total=3 * Path(path).stat().st_size if Path(path).is_file() else 0):
+    total = 3 * Path(path).stat().st_size if Path(path).is_file() else 0
+    with progress.showing("convert", total=total), residency.sparing():
         model = load_legacy(path, peft_config=peft_config, trust_pickle=trust_pickle, **options)
         chosen = models.choose(base_model=base_model, **options)
 

@@ -21,6 +21,7 @@ FLOORS = (
     "_version",
     "errors",
     "progress",
+    "residency",
     "compat",
     "dtypes",
     "keys",

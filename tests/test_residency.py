@@ -1,0 +1,39 @@
+"""Memory that mapped tensors take, and give back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flair_peft import residency
+
+
+def resident() -> int:
+    """Return the bytes of files that this process has in memory."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssFile"].split()[0]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_let_go_gives_memory_back_and_keeps_the_values(tmp_path: Path) -> None:
+    """Outside of ``sparing`` it does nothing; what was written to a private mapping is kept, too."""
+    save_file({"weight": torch.arange(8_000_000, dtype=torch.float64)}, tmp_path / "large.safetensors")
+    weight = load_file(tmp_path / "large.safetensors")["weight"]
+    expected = float(weight.sum())
+    read = resident()
+    residency.let_go(weight)
+    assert resident() > read - weight.nbytes / 4
+    with residency.sparing():
+        residency.let_go(weight)
+        assert resident() < read - weight.nbytes / 2
+    assert float(weight.sum()) == expected
+    own = torch.ones(1_000_000)
+    with residency.sparing():
+        residency.let_go(own)
+        residency.let_go(own[::2])
+        residency.let_go(torch.empty(0))
+    assert float(own.sum()) == 1_000_000
