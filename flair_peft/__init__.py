@@ -11,6 +11,7 @@ from flair_peft.embeddings import (
     PeftTransformerWordEmbeddings,
 )
 from flair_peft.errors import FlairPeftError
+from flair_peft.exporting import export_onnx
 from flair_peft.merging import merge
 from flair_peft.models import from_pretrained, push_to_hub, save_pretrained, verify
 from flair_peft.patch import install, is_installed, uninstall
@@ -28,6 +29,7 @@ __all__ = [
     "ResumePlugin",
     "__version__",
     "convert_legacy",
+    "export_onnx",
     "from_pretrained",
     "install",
     "is_installed",

@@ -58,6 +58,7 @@ FLOORS = (
     "models",
     "stock",
     "merging",
+    "exporting",
     "training",
     "trainer_state",
     "resume",
