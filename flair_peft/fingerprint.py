@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from flair_peft import progress
+
 # Of each tensor this many runs of this many elements are read, spread evenly: training changes nearly every element.
 _RUNS, _RUN_LENGTH = 16, 64
 _PIECE = 1 << 24
@@ -41,6 +43,7 @@ def _digest(tensors: Tensors, parts: Callable[[torch.Tensor], Iterable[torch.Ten
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         for part in parts(tensor):
             digest.update(_bytes(part))
+            progress.advance(part.nbytes)
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from flair.file_utils import load_big_file, load_torch_state
 
-from flair_peft import opcodes
+from flair_peft import opcodes, progress
 from flair_peft.errors import (
     FlairPeftError,
     ModelFileError,
@@ -366,8 +366,11 @@ def check_sums(path: Path) -> None:
         return
     members = sorted(opcodes.stored_members(path), key=lambda member: member.start - member.stop)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as threads:
-        sums = list(threads.map(lambda member: _checksum(path, member), members))
-    damaged = [member.name for member, found in zip(members, sums, strict=True) if found != member.checksum]
+        sums = threads.map(lambda member: _checksum(path, member), members)
+        damaged = []
+        for member, found in zip(members, sums, strict=True):
+            progress.advance(member.stop - member.start)
+            damaged.extend([member.name] if found != member.checksum else [])
     if damaged:
         raise ModelFileError(
             f"Cannot load '{path}': the checksum of {name_some(damaged)} in it is wrong. The file was damaged after it "

@@ -20,10 +20,12 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 FLOORS = (
     "_version",
     "errors",
+    "progress",
     "compat",
     "dtypes",
     "keys",
     "opcodes",
+    "outline",
     "config",
     "adapters",
     "fingerprint",
@@ -49,6 +51,10 @@ FLOORS = (
     "states",
     "legacy",
     "layout",
+    "contents",
+    "inspection",
+    "comparison",
+    "heat_map",
     "card",
     "assembly",
     "hub",
@@ -58,8 +64,8 @@ FLOORS = (
     "resume",
     "shared",
     "patch",
-    "cli",
     "__init__",
+    "cli",
     "__main__",
 )
 """From the ground up: a module may import those before it."""
