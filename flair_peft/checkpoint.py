@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import safetensors.torch
 import torch
 
+from flair_peft import progress
 from flair_peft.errors import ModelFileError, name_some
 from flair_peft.manifest import (
     CARD,
@@ -41,7 +42,18 @@ from flair_peft.manifest import (
 )
 from flair_peft.replacement import find_directory, replace_directory, write_file, write_flushed
 
-__all__ = ["CARD", "DOCUMENT", "Checkpoint", "Content", "Tensors", "is_checkpoint", "read", "write", "write_file"]
+__all__ = [
+    "CARD",
+    "DOCUMENT",
+    "Checkpoint",
+    "Content",
+    "Tensors",
+    "is_checkpoint",
+    "read",
+    "read_document",
+    "write",
+    "write_file",
+]
 
 Tensors = dict[str, torch.Tensor]
 Content = bytes | Mapping[str, torch.Tensor]
@@ -118,6 +130,18 @@ def read(directory: Path) -> Checkpoint:
             if not tries_left or not _was_replaced(place, before, directory):
                 raise
         time.sleep(0.005)
+
+
+def read_document(directory: Path) -> tuple[Path, Document]:
+    """Return where a checkpoint lies and what it says of itself; the other files are neither read nor verified.
+
+    Raises:
+        FormatVersionError: it was written by a newer flair_peft.
+        ModelFileError: there is none, or its document is not as it was written.
+    """
+    place = find_directory(directory, names_of=_names_of)
+    with _Folder(place) as folder:
+        return place, folder.document()
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -231,6 +255,7 @@ def _check_hash(path: Path, content: bytes | BinaryIO, entry: Entry) -> None:
         with _readable(path):
             while chunk := content.read(1 << 20):
                 digest.update(chunk)
+                progress.advance(len(chunk))
     if digest.hexdigest() != entry.sha256:
         raise damaged(path, f"its hash is {digest.hexdigest()[:8]}…, not {entry.sha256[:8]}… as when it was saved")
 

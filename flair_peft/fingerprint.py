@@ -43,6 +43,7 @@ def _digest(tensors: Tensors, parts: Callable[[torch.Tensor], Iterable[torch.Ten
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         for part in parts(tensor):
             digest.update(_bytes(part))
+            progress.advance(part.nbytes)
         residency.let_go(tensor)
     return digest.hexdigest()
 
@@ -58,9 +59,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), _PIECE):
-        piece = flat[start : start + _PIECE]
-        yield piece
-        progress.advance(piece.nbytes)
+        yield flat[start : start + _PIECE]
 
 
 def _bytes(flat: torch.Tensor) -> Any:

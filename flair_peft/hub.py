@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -128,6 +129,54 @@ def upload(
             "token's right to write there, and the network."
         ) from error
     return str(commit.commit_url)
+
+
+def push_directory(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    endpoint: str | None = None,
+) -> str:
+    """Return the address of the commit by which the Hub holds a checkpoint as it lies in a directory, card and all.
+
+    Every byte is verified first; the base model is not needed. Other files in the directory stay here.
+
+    Args:
+        directory: of the checkpoint.
+        repo_id: for it and the other arguments see :func:`flair_peft.push_to_hub`.
+        token: as there.
+        private: as there.
+        revision: as there.
+        commit_message: as there.
+        create_pr: as there.
+        endpoint: as there.
+
+    Raises:
+        ModelFileError: there is no checkpoint, or it is not as it was written.
+        SaveError: the Hub refused it or could not be reached.
+    """
+    place, document = checkpoint.read_document(Path(directory))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (checkpoint.DOCUMENT, checkpoint.CARD, *document.files):
+            if name != checkpoint.CARD or (place / name).is_file():
+                Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(place / name, Path(folder, name))
+        checkpoint.read(Path(folder))
+        return upload(
+            Path(folder),
+            repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message or f"Upload {str(document.body.get('class')).rpartition('.')[2]}",
+            create_pr=create_pr,
+            endpoint=endpoint,
+        )
 
 
 def _download(source: str, *, revision: str | None, options: LoadOptions) -> Path | None:

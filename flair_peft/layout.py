@@ -26,8 +26,8 @@ Files = dict[str, bytes | Tensors]
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEAD, BASE = "head.safetensors", "base.safetensors"
 
-# Parameter of embeddings → folder of the files in its zip archive.
-_ARCHIVES = {"tokenizer_data": "tokenizer", "feature_extractor_data": "image_processor"}
+ARCHIVES = {"tokenizer_data": "tokenizer", "feature_extractor_data": "image_processor"}
+"""Parameter of embeddings → folder of the files in its zip archive."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def to_files(description: Description, embedded: list[PeftTransformerEmbeddings]
     """
     tensors, files, parts = dict(description.tensors), dict[str, Any](), []
     document = json.loads(json.dumps(description.document))
-    archives = {params[name]["tensor"] for params in _params_of(document) for name in _ARCHIVES if params.get(name)}
+    archives = {params[name]["tensor"] for params in _params_of(document) for name in ARCHIVES if params.get(name)}
     for index, embeddings in enumerate(embedded):
-        folder = _folder(index)
+        folder = folder_of(index)
         for params in _params_of(document, index):
             for name, content in _take_archives(params, tensors):
                 files.setdefault(folder + name, content)
@@ -78,11 +78,11 @@ def from_files(
     if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
         raise _damaged("its list of embeddings is not one")
     found: Tensors = {**tensors.get(HEAD, {}), **tensors.get(BASE, {})}
-    known = {HEAD, BASE, *(_folder(index) + ADAPTER_WEIGHTS for index in range(len(parts)))}
+    known = {HEAD, BASE, *(folder_of(index) + ADAPTER_WEIGHTS for index in range(len(parts)))}
     if set(tensors) - known:
         raise _damaged(f"nothing uses {name_some(set(tensors) - known)}")
     for index, part in enumerate(parts):
-        folder = _folder(index)
+        folder = folder_of(index)
         _give_weights(part, dict(tensors.get(folder + ADAPTER_WEIGHTS, {})), found)
         for params in _params_of(model, index):
             params["peft_config"] = _read_config(files, folder + ADAPTER_CONFIG)
@@ -90,7 +90,7 @@ def from_files(
     return codec.decode(model, found)
 
 
-def _folder(index: int) -> str:
+def folder_of(index: int) -> str:
     """Return where the files of an embeddings module are: the first stands in the directory itself, as PEFT's do."""
     return "" if index == 0 else f"embeddings-{index}/"
 
@@ -111,7 +111,7 @@ def _params_of(document: Any, index: int | None = None) -> Iterator[dict[str, An
 
 def _take_archives(params: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, bytes]]:
     """Take the archives out of the parameters, and yield name and content of each file in them."""
-    for name, folder in _ARCHIVES.items():
+    for name, folder in ARCHIVES.items():
         stored = params.pop(name, None)
         if stored is not None:
             content = codec.decode(stored, {stored["tensor"]: tensors[stored["tensor"]]})
@@ -120,7 +120,7 @@ def _take_archives(params: dict[str, Any], tensors: Mapping[str, torch.Tensor]) 
 
 
 def _give_archives(params: dict[str, Any], folder: str, files: Mapping[str, bytes], tensors: Tensors) -> None:
-    for name, subfolder in _ARCHIVES.items():
+    for name, subfolder in ARCHIVES.items():
         inside = f"{folder}{subfolder}/"
         members = {file.removeprefix(inside): content for file, content in files.items() if file.startswith(inside)}
         if not members:

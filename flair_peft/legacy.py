@@ -370,11 +370,11 @@ def check_sums(path: Path) -> None:
         return
     members = sorted(opcodes.stored_members(path), key=lambda member: member.start - member.stop)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as threads:
+        sums = threads.map(lambda member: _checksum(path, member), members)
         damaged = []
-        for member, found in zip(members, threads.map(lambda member: _checksum(path, member), members), strict=True):
+        for member, found in zip(members, sums, strict=True):
             progress.advance(member.stop - member.start)
-            if found != member.checksum:
-                damaged.append(member.name)
+            damaged.extend([member.name] if found != member.checksum else [])
     if damaged:
         raise ModelFileError(
             f"Cannot load '{path}': the checksum of {name_some(damaged)} in it is wrong. The file was damaged after it "

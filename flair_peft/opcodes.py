@@ -145,17 +145,18 @@ def _zipped_pickles(path: Path) -> Iterator[bytes]:
             members = [member for member in archive.infolist() if member.filename.endswith(".pkl")]
             unpacked = sum(member.file_size for member in members if member.compress_type != zipfile.ZIP_STORED)
             if unpacked > _MOST_UNPACKED:
-                raise _unreadable(path, f"its pickles unpack to {unpacked} bytes")
+                raise unreadable(path, f"its pickles unpack to {unpacked} bytes")
             for member in members:
                 with archive.open(member) as file:
                     yield file.read(member.file_size)
     except ModelFileError:
         raise
     except Exception as error:  # zipfile raises half a dozen kinds, down to struct.error, for what is damaged
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+        raise unreadable(path, f"{type(error).__name__}: {error}") from error
 
 
-def _unreadable(path: Path, reason: str) -> ModelFileError:
+def unreadable(path: Path, reason: str) -> ModelFileError:
+    """Return the error for a file whose structure is not that of a torch file."""
     return ModelFileError(
         f"Cannot read '{path}' ({path.stat().st_size} bytes): {reason}. It is truncated or damaged, or it was never "
         "written by Flair. Copy or save it again."
@@ -182,15 +183,19 @@ def _pickles_in(buffer: Buffer) -> Iterator[Iterator[tuple[int, int, int]]]:
     for _ in range(_PICKLES_IN_A_ROW):
         if end >= len(buffer):
             return
-        reading = _Operations(buffer, end)
+        reading = Operations(buffer, end)
         yield iter(reading)
         if not reading.is_whole:
             return
         end = reading.end
 
 
-class _Operations:
-    """The operations of the pickle that begins at ``start``: opcode, and where its argument starts and stops."""
+class Operations:
+    """The operations of the pickle that begins at ``start``: opcode, and where its argument starts and stops.
+
+    Attributes:
+        end: where the pickle ends, once all were consumed and ``is_whole`` says that it has an end.
+    """
 
     def __init__(self, buffer: Buffer, start: int) -> None:
         self._buffer, self.end, self.is_whole = buffer, start, False
@@ -320,7 +325,7 @@ def stored_members(path: Path) -> list[Member]:
     except ModelFileError:
         raise
     except Exception as error:  # as in _zipped_pickles
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+        raise unreadable(path, f"{type(error).__name__}: {error}") from error
 
 
 def _stored_members(mapped: mmap.mmap, path: Path) -> list[Member]:

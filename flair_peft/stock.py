@@ -82,7 +82,7 @@ def convert_legacy(
     """
     # The file is summed, its weights are compared with the base's, and these are hashed.
     total = 3 * Path(path).stat().st_size if Path(path).is_file() else 0
-    with progress.showing("convert", total=total), residency.sparing():
+    with progress.shown("convert", total=total), residency.sparing():
         model = load_legacy(path, peft_config=peft_config, trust_pickle=trust_pickle, **options)
         chosen = models.choose(base_model=base_model, **options)
 

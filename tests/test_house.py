@@ -27,6 +27,7 @@ FLOORS = (
     "keys",
     "opcodes",
     "implied",
+    "outline",
     "config",
     "adapters",
     "fingerprint",
@@ -52,6 +53,10 @@ FLOORS = (
     "states",
     "legacy",
     "layout",
+    "contents",
+    "inspection",
+    "comparison",
+    "heat_map",
     "card",
     "assembly",
     "hub",
@@ -64,8 +69,8 @@ FLOORS = (
     "resume",
     "shared",
     "patch",
-    "cli",
     "__init__",
+    "cli",
     "__main__",
 )
 """From the ground up: a module may import those before it."""

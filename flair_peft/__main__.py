@@ -1,0 +1,6 @@
+"""``python -m flair_peft`` is ``flair-peft``."""
+
+from flair_peft.cli import run
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,488 @@
+"""``flair-peft``: the command line over the public functions, and the only place that prints."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from peft import PeftConfig
+
+import flair_peft
+from flair_peft import comparison, heat_map, hub, inspection, progress
+from flair_peft import config as configs
+from flair_peft.comparison import Comparison
+from flair_peft.errors import (
+    AdapterConfigError,
+    FlairPeftError,
+    MissingConfigError,
+    ModelFileError,
+    SaveError,
+    StateMismatchError,
+)
+from flair_peft.inspection import Adapter, Inspection
+
+OK, DIFFERENT, TROUBLE, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
+
+_SHOWN_LABELS = 20
+_SHOWN_CHANGES = 20
+_KINDS = {
+    "checkpoint": "checkpoint of flair_peft",
+    "file": ".pt file of flair_peft",
+    "stock": ".pt file of Flair's own",
+    "adapter": "adapter of PEFT",
+}
+_PARTS = {
+    "adapter": "adapter",
+    "head": "head",
+    "base": "base weights",
+    "tokenizer": "tokenizer",
+    "training": "state of the training",
+    "other": "text and other",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code of a command: 0, 1 where ``diff`` or ``verify`` found a difference, 2 for trouble.
+
+    Args:
+        arguments: those of the process where ``None``.
+    """
+    parser = _make_parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        code: int = chosen.run(chosen)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; the interpreter would complain once more when it ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    except Exception as error:  # whatever it is, a user gets a paragraph
+        if chosen.traceback:
+            traceback.print_exc()
+        _complain(_explain(error))
+        return DIFFERENT if chosen.command == "verify" and isinstance(error, StateMismatchError) else TROUBLE
+
+
+def _explain(error: Exception) -> str:
+    """Return what went wrong as one paragraph."""
+    if isinstance(error, FlairPeftError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}. This was not expected; --traceback in front of the command shows where."
+
+
+def _complain(text: str) -> None:
+    _print(textwrap.fill(_printable(f"flair-peft: {text}"), width=100, break_on_hyphens=False), to_errors=True)
+
+
+def _print(text: str = "", *, to_errors: bool = False) -> None:
+    stream = sys.stderr if to_errors else sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def _printable(value: object) -> str:
+    """Return a text in which nothing moves the cursor or colours the screen: names and labels come from files."""
+    text = " ".join(str(value).split()) if isinstance(value, str) else str(value)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def _print_json(value: Any) -> None:
+    _print(json.dumps(value, indent=2, default=str))
+
+
+@contextlib.contextmanager
+def _showing(text: str, total: int | None = None) -> Iterator[None]:
+    """Show on a terminal how many bytes were read."""
+    with progress.shown(text, total=total, leave=False, file=sys.stderr):
+        yield
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flair-peft", description="Look into, prove, compare, publish and convert Flair models with adapters."
+    )
+    parser.add_argument("--version", action="version", version=f"flair_peft {flair_peft.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, add in _COMMANDS.items():
+        add(commands, name)
+    return parser
+
+
+def _add(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_base_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base-model", metavar="BASE", help="where the base model is, if not where it was")
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    _add_base_model(parser)
+    text = "let the base model run code of its own, if it comes with some"
+    parser.add_argument("--trust-remote-code", action="store_true", help=text)
+
+
+def _add_inspect(commands: Any, name: str) -> None:
+    text = "what is in a checkpoint, .pt file or adapter; nothing is loaded or run"
+    parser = _add(commands, name, _inspect, text, "flair-peft inspect best-model.pt --plot adapter.png")
+    parser.add_argument("path", type=Path, help="directory or file")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    parser.add_argument("--plot", metavar="IMAGE", help="draw where a LoRA adapter learned, layer by module")
+    _add_base_model(parser)
+
+
+def _inspect(chosen: argparse.Namespace) -> int:
+    found = inspection.inspect(chosen.path)
+    if chosen.json:
+        _print_json(found.to_dict())
+    else:
+        _print_rows(_describe(found))
+    if chosen.plot:
+        with _showing("measuring"):
+            measured = heat_map.measure(found, base_model=chosen.base_model)
+        heat_map.draw(measured, chosen.plot, title=chosen.path.name or str(chosen.path))
+        for note in measured.notes:
+            _complain(note)
+    return OK
+
+
+def _print_rows(rows: Iterator[tuple[str, str]]) -> None:
+    for name, value in rows:
+        _print(f"{name:<16}{_printable(value)}".rstrip())
+
+
+def _describe(found: Inspection) -> Iterator[tuple[str, str]]:
+    """Yield the name and the value of each line about a model."""
+    yield "path", str(found.contents.path)
+    yield "kind", _KINDS[found.kind]
+    yield from (("Flair class", name) for name in [found.flair_class] if name)
+    sizes = found.sizes
+    parts = ", ".join(f"{text} {_size(sizes[part])}" for part, text in _PARTS.items() if sizes[part])
+    yield "size", f"{_size(sizes['total'])}: {parts}"
+    for adapter in found.adapters:
+        yield from _describe_adapter(adapter)
+    for name, labels in found.labels.items():
+        described = f"{name} ({labels.type or 'no type'}, {len(labels.items)})"
+        yield "labels", f"{described}: {_some(labels.items, _SHOWN_LABELS)}"
+    for part, dtypes in found.dtypes.items():
+        yield f"{part} dtypes", ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.items())
+    for title, named in (("versions", found.versions), ("scores", found.scores)):
+        if named:
+            yield title, ", ".join(f"{name} {_number(value)}" for name, value in named.items())
+    yield from (("missing", text) for text in found.missing)
+    yield from (("note", text) for text in found.notes)
+
+
+def _describe_adapter(adapter: Adapter) -> Iterator[tuple[str, str]]:
+    yield "", ""
+    if adapter.embeddings:
+        yield "embeddings", f"{adapter.embeddings} ({adapter.place})"
+    rank = f", rank {' / '.join(map(str, adapter.ranks))}" if adapter.ranks else ""
+    alpha = f", alpha {adapter.alpha:g}" if adapter.alpha is not None else ", alpha unknown" if rank else ""
+    yield "method", f"{adapter.method or 'unknown'}{rank}{alpha}"
+    if adapter.modules:
+        yield "on", ", ".join(f"{name} ({count})" for name, count in adapter.modules.items())
+    settings = ", ".join(f"{name}={value!r}" for name, value in adapter.settings.items())
+    yield ("config" if adapter.has_config else "config, implied"), adapter.suggestion or settings
+    base = adapter.base
+    yield "base", ", ".join(_facts_of_base(base))
+
+
+def _facts_of_base(base: Any) -> Iterator[str]:
+    yield base["name"] or "not named"
+    if base["revision"]:
+        yield f"revision {base['revision']}"
+    if base["dtype"]:
+        yield base["dtype"]
+    if base["quantization"]:
+        bits = [name for name in ("load_in_4bit", "load_in_8bit") if base["quantization"].get(name)]
+        yield f"quantised ({', '.join(bits) or 'settings in the JSON'})"
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes in the unit that reads best."""
+    for unit, limit in (("bytes", 10**3), ("kB", 10**6), ("MB", 10**9)):
+        if count < limit:
+            return f"{count} {unit}" if unit == "bytes" else f"{count / limit * 1000:.3g} {unit}"
+    return f"{count / 10**9:.3g} GB"
+
+
+def _some(items: Sequence[object], limit: int) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _add_verify(commands: Any, name: str) -> None:
+    text = "prove that a model, and every weight of its base, is as it was when it was saved"
+    parser = _add(commands, name, _verify, text, "flair-peft verify my-tagger --base-model ./xlm-roberta-base")
+    parser.add_argument("path", help="directory, .pt file or Hub id")
+    _add_load(parser)
+
+
+def _verify(chosen: argparse.Namespace) -> int:
+    with _showing("verifying"):
+        flair_peft.verify(chosen.path, base_model=chosen.base_model, trust_remote_code=chosen.trust_remote_code)
+    _print(f"{_printable(chosen.path)}: every tensor, every weight of the base and the probe are as they were.")
+    return OK
+
+
+def _add_diff(commands: Any, name: str) -> None:
+    text = "what differs between two models: config, labels, tokenizer (of stock files: its size), tensors"
+    parser = _add(commands, name, _diff, text, "flair-peft diff best-model.pt final-model.pt")
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--json", action="store_true", help="print the same as JSON, in full")
+    parser.description = f"{parser.description} Exits with 0 if nothing differs, with 1 if something does, else with 2."
+
+
+def _diff(chosen: argparse.Namespace) -> int:
+    first, second = inspection.inspect(chosen.first), inspection.inspect(chosen.second)
+    total = first.sizes["total"] + second.sizes["total"]
+    with _showing("comparing", total):
+        found = comparison.compare(first, second)
+    if chosen.json:
+        _print_json(found.to_dict())
+    else:
+        _print_comparison(found)
+    return OK if found.is_equal else DIFFERENT
+
+
+def _print_comparison(found: Comparison) -> None:
+    changed = {"config": found.config, "labels": found.labels, "tokenizer": found.tokenizer, "shapes": found.reshaped}
+    for title, changes in changed.items():
+        _print_some(title, [f"{change.name}: {_side(change.first)} → {_side(change.second)}" for change in changes])
+    _print_some("only in the first", found.removed)
+    _print_some("only in the second", found.added)
+    rows = [f"{row.name}: at most {row.largest:.3g}, relative {row.relative:.3g}" for row in found.values]
+    _print_some("values", rows)
+    _print(f"{found.equal} tensors are equal." if not found.is_equal else f"Equal: {found.equal} tensors and all else.")
+
+
+def _side(value: object) -> str:
+    return "–" if value is None else repr(value) if isinstance(value, str) else str(value)
+
+
+def _print_some(title: str, lines: Sequence[str]) -> None:
+    if lines:
+        _print(f"{title} ({len(lines)})")
+        for line in lines[:_SHOWN_CHANGES]:
+            _print(f"  {_printable(line)}")
+        if len(lines) > _SHOWN_CHANGES:
+            _print(f"  … and {len(lines) - _SHOWN_CHANGES} more; --json lists all")
+
+
+def _add_push(commands: Any, name: str) -> None:
+    text = "put a model on the Hub: a checkpoint as it lies there, or a .pt file as a checkpoint"
+    parser = _add(commands, name, _push, text, "flair-peft push my-tagger me/my-tagger --private")
+    parser.add_argument("source", type=Path, help="directory or .pt file")
+    parser.add_argument("repository", help="user/name; it is made where it is missing")
+    parser.add_argument("--private", action="store_true", default=None, help="for a new repository")
+    parser.add_argument("--revision", help="branch; it is made where it is missing")
+    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
+    _add_load(parser)
+
+
+def _push(chosen: argparse.Namespace) -> int:
+    options: dict[str, Any] = {
+        "private": chosen.private,
+        "revision": chosen.revision,
+        "commit_message": chosen.message,
+        "create_pr": chosen.create_pr,
+    }
+    if chosen.source.is_file():
+        address = flair_peft.push_to_hub(_load(chosen.source, chosen), chosen.repository, **options)
+    else:
+        with _showing("verifying"):
+            address = hub.push_directory(chosen.source, chosen.repository, **options)
+    _print(address)
+    return OK
+
+
+def _load(source: Path, chosen: argparse.Namespace) -> Any:
+    _refuse_missing(source)
+    with _showing("loading"):
+        return flair_peft.from_pretrained(
+            source, base_model=chosen.base_model, trust_remote_code=chosen.trust_remote_code
+        )
+
+
+def _refuse_missing(source: Path) -> None:
+    if not source.exists():
+        raise ModelFileError(f"Cannot read '{source}': there is no such file or directory. Check the path.")
+
+
+def _add_convert(commands: Any, name: str) -> None:
+    text = "make a checkpoint of a .pt file that stock Flair trained with an adapter, and without its PEFT config"
+    example = "flair-peft convert old.pt my-tagger --lora-alpha 32"
+    parser = _add(commands, name, _convert, text, example)
+    parser.add_argument("source", type=Path, help="the .pt file")
+    parser.add_argument("directory", type=Path, help="where the checkpoint goes")
+    parser.add_argument("--config", type=Path, metavar="JSON", help="adapter_config.json of the training")
+    parser.add_argument("--lora-alpha", type=float, metavar="A", help="as in training: the file does not hold it")
+    parser.add_argument("--use-rslora", action="store_true", default=None, help="if it was trained with rsLoRA")
+    parser.add_argument("--lora-dropout", type=float, metavar="P", help="for training on")
+    text = "unpickle the file even if it names what no Flair model needs: it can run any code"
+    parser.add_argument("--trust-pickle", action="store_true", help=text)
+    _add_base_model(parser)
+
+
+def _convert(chosen: argparse.Namespace) -> int:
+    _refuse_missing(chosen.source)
+    config = _config_of(chosen)
+    options = {"base_model": chosen.base_model, "trust_pickle": chosen.trust_pickle}
+    flair_peft.convert_legacy(chosen.source, chosen.directory, peft_config=config, **options)
+    with_config = f" with {_printable(_settings_of(config))}" if config is not None else ""
+    _print(f"{_printable(chosen.directory)} holds the model{with_config}.")
+    return OK
+
+
+def _config_of(chosen: argparse.Namespace) -> PeftConfig | None:
+    """Return the config that the user gave, or the one that the tensors and the user's settings make together.
+
+    ``None`` if the file holds it.
+    """
+    names = ("lora_alpha", "use_rslora", "lora_dropout")
+    given = {name: _whole(value) for name in names if (value := getattr(chosen, name)) is not None}
+    if chosen.config is not None:
+        if given:
+            raise AdapterConfigError(
+                f"Cannot use {_some([*given], 3)} beside --config: the file '{chosen.config}' holds all settings, and "
+                "it is not clear which were meant. Change the file, or leave it out."
+            )
+        return _read_config(chosen.config)
+    found = inspection.inspect(chosen.source)
+    lacking = [adapter for adapter in found.adapters if not adapter.has_config]
+    if not lacking and (given or not found.adapters or found.kind != "stock"):
+        raise AdapterConfigError(
+            f"Cannot convert '{chosen.source}': it holds no adapter without a config. Models of flair_peft become "
+            "checkpoints with load and save_pretrained. Look into it with flair-peft inspect."
+        )
+    if not lacking:
+        return None
+    implied = [other for adapter in lacking if (other := inspection.implied_config(found, adapter)) is not None]
+    if len(implied) < len(lacking) or any(other.text != implied[0].text for other in implied):
+        found_texts = _some([other.text for other in implied], 3)
+        raise AdapterConfigError(
+            f"Cannot tell one config for '{chosen.source}': its adapters are of several shapes, or of a method that "
+            f"cannot be told by its tensors ({found_texts}). The command takes one config. Pass it with --config."
+        )
+    _refuse_guessing(chosen.source, implied[0], given)
+    config: PeftConfig = implied[0].to_config(**given)
+    return config
+
+
+def _refuse_guessing(source: Path, implied: Any, given: dict[str, Any]) -> None:
+    """Return if the user gave the alpha that the file lost: nothing that changes predictions is guessed."""
+    lost = [name for name in ("lora_alpha", "alpha") if name in implied.open and name not in given]
+    if lost:
+        raise MissingConfigError(
+            f"Cannot convert '{source}': it does not hold the {lost[0]} that it was trained with, and a wrong one "
+            f"changes predictions silently. By its tensors it was {implied.text}. Pass --lora-alpha for LoRA, or "
+            "--config with the adapter_config.json of the training."
+        )
+
+
+def _whole(value: Any) -> Any:
+    """Return 32 for 32.0: configs hold whole numbers where a whole number was meant."""
+    return int(value) if isinstance(value, float) and value.is_integer() and value else value
+
+
+def _read_config(path: Path) -> PeftConfig:
+    try:
+        return configs.decode_config(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError, TypeError) as error:
+        if isinstance(error, FlairPeftError):
+            raise
+        raise AdapterConfigError(
+            f"Cannot read '{path}': it is no PEFT config ({error}). PEFT writes it as adapter_config.json. Pass that "
+            "file."
+        ) from error
+
+
+def _settings_of(config: PeftConfig) -> str:
+    settings = configs.encode_config(config)
+    names = [name for name in ("r", "lora_alpha", "use_rslora", "target_modules") if name in settings]
+    return f"{settings['peft_type']} ({', '.join(f'{name}={settings[name]}' for name in names)})"
+
+
+def _add_merge(commands: Any, name: str) -> None:
+    text = "write a .pt file that stock Flair loads: the adapter is merged into the base"
+    parser = _add(commands, name, _merge, text, "flair-peft merge my-tagger merged.pt --dtype float16")
+    parser.add_argument("source", type=Path, help="directory or .pt file")
+    parser.add_argument("target", type=Path, help="the .pt file to write")
+    choices = ("float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", choices=choices, default="float32", help="of the merged weights")
+    _add_load(parser)
+
+
+def _merge(chosen: argparse.Namespace) -> int:
+    if chosen.target.is_dir() or not chosen.target.absolute().parent.is_dir():
+        raise SaveError(
+            f"Cannot write '{chosen.target}': it is a directory, or would be in one that is missing. The command "
+            "writes one file. Choose another name."
+        )
+    flair_peft.merge(_load(chosen.source, chosen), dtype=chosen.dtype).save(chosen.target)
+    _print(f"{_printable(chosen.target)} holds the merged model, {_size(chosen.target.stat().st_size)}.")
+    return OK
+
+
+def _add_export(commands: Any, name: str) -> None:
+    text = "write an ONNX file of the transformer with its adapter, and the .pt file of the model that runs it"
+    parser = _add(commands, name, _export, text, "flair-peft export my-tagger encoder.onnx tagger.pt")
+    parser.add_argument("source", type=Path, help="directory or .pt file")
+    parser.add_argument("onnx", type=Path, help="the ONNX file to write; the .pt file names its path")
+    parser.add_argument("target", type=Path, help="the .pt file to write, which stock Flair loads")
+    _add_load(parser)
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    model = flair_peft.export_onnx(_load(chosen.source, chosen), chosen.onnx.absolute())
+    model.save(chosen.target)
+    _print(f"{_printable(chosen.target)} holds the model, and {_printable(chosen.onnx)} its transformer.")
+    return OK
+
+
+_COMMANDS: dict[str, Callable[[Any, str], None]] = {
+    "inspect": _add_inspect,
+    "verify": _add_verify,
+    "diff": _add_diff,
+    "push": _add_push,
+    "convert": _add_convert,
+    "merge": _add_merge,
+    "export": _add_export,
+}
+
+
+def run() -> NoReturn:
+    """End the process with the exit code of the command."""
+    sys.exit(main())
