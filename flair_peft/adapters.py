@@ -107,7 +107,12 @@ def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: 
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
     peft_model = inject(model, _without_costly_init(config))
-    config.base_model_name_or_path = peft_model.peft_config[ADAPTER_NAME].base_model_name_or_path
+    completed = peft_model.peft_config[ADAPTER_NAME]
+    config.base_model_name_or_path = completed.base_model_name_or_path
+    for field in dataclasses.fields(config):
+        # Sizes and default targets: files of ours hold them, the config that a user gives may not.
+        if getattr(config, field.name, None) is None:
+            setattr(config, field.name, getattr(completed, field.name, None))
     peft_model.peft_config[ADAPTER_NAME] = config
     return peft_model
 

@@ -18,6 +18,9 @@ from flair_peft.errors import AdapterConfigError, name_some
 # Facts about the file, not settings of the method; older PEFT versions do not know them.
 _METADATA_FIELDS = ("peft_version", "auto_mapping")
 
+# Set by PEFT on the configs of all prompt methods, whether or not they have such a setting.
+_ADDED_BY_PEFT = frozenset({"encoder_hidden_size"})
+
 DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32
 
@@ -83,7 +86,8 @@ def decode_config(stored: Any) -> PeftConfig:
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     values = {name: value for name, value in stored.items() if name not in _METADATA_FIELDS}
     # A setting that this version lacks and that was switched off there says nothing.
-    unknown = [name for name, value in values.items() if name not in fields and not _is_off(value)]
+    lost = values.keys() - fields.keys() - _ADDED_BY_PEFT
+    unknown = [name for name in lost if not _is_off(values[name])]
     if unknown:
         raise AdapterConfigError(
             f"Cannot read the stored {config_class.__name__}: PEFT {peft.__version__} does not know its settings "

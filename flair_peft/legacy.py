@@ -217,6 +217,33 @@ def _number(kind: _NumpyType, content: bytes) -> Any:
     return number
 
 
+def _path(*parts: str) -> str:
+    """Return a path as text: Flair's model card holds the folder of the training."""
+    if not all(isinstance(part, str) for part in parts):
+        raise pickle.UnpicklingError("it holds a path of something else than text")
+    return str(Path(*parts))
+
+
+def _member(value: str) -> str:
+    """Return the value of a member of one of PEFT's enumerations."""
+    if not isinstance(value, str):
+        raise pickle.UnpicklingError("it holds a member of an enumeration that is no text")
+    return value
+
+
+class _StoredConfig(dict[str, Any]):
+    """Stands for a PEFT config, which Flair's development version pickles: its settings, by which it is made anew."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What is chosen anew in each process is no setting; other configs do not store it.
+        self.update({name: value for name, value in state.items() if name != "runtime_config"})
+
+
+def _is_config(name: str) -> bool:
+    """Whether a name is that of a PEFT config or a part of one: nothing of these is imported or called."""
+    return re.fullmatch(r"peft\.tuners\.[\w.]+\.\w+Config", name) is not None
+
+
 # Instead of what these names mean elsewhere, which does more with some arguments than a Flair model needs.
 _REPLACED: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
@@ -225,6 +252,10 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "numpy.dtype": _NumpyType,
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,
+    **{f"{module}.{kind}Path": _path for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")},
+    **{f"peft.utils.peft_types.{kind}": _member for kind in ("PeftType", "TaskType")},
+    "peft.tuners.p_tuning.config.PromptEncoderReparameterizationType": _member,
+    "peft.tuners.prompt_tuning.config.PromptTuningInit": _member,
 }
 _FACTORIES = {f"{module}.{kind.__name__}": kind for module in _BUILTINS for kind in (int, float, list, dict)}
 _FACTORIES["__builtin__.long"] = int
@@ -233,7 +264,7 @@ _ALLOWED = _FUNCTIONS | _RECORDS | _MODULES | _CONSTANTS | _REPLACED.keys() | _F
 
 
 def _is_allowed(name: str) -> bool:
-    return name in _ALLOWED or name.startswith(_WITHHELD)
+    return name in _ALLOWED or name.startswith(_WITHHELD) or _is_config(name)
 
 
 class _Name(str):
@@ -281,7 +312,9 @@ class _AllowedUnpickler(pickle._Unpickler):
 
     def _create(self) -> None:
         arguments, name = self.stack.pop(), self.stack[-1]
-        if not self._is_withheld(name):
+        if type(name) is _Name and _is_config(name) and arguments == ():
+            self.stack[-1] = _StoredConfig()
+        elif not self._is_withheld(name):
             created = _expect(name, _RECORDS | _MODULES).look_up()
             self.stack[-1] = created.__new__(created, *arguments)
 
@@ -331,6 +364,8 @@ def _set_state_(target: Any, state: Any) -> None:
         is_usual = type(state) is dict and state.keys() <= {"_metadata"}  # what Module.state_dict() adds
     elif kind is io.BytesIO:
         is_usual = type(state) is tuple and state[2:] == (None,)
+    elif kind is _StoredConfig:
+        is_usual = type(state) is dict and all(type(key) is str for key in state)
     elif kind is _NumpyType:
         is_usual = type(state) is tuple and len(state) > 1
     else:
