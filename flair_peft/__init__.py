@@ -12,6 +12,7 @@ from flair_peft.embeddings import (
 )
 from flair_peft.errors import FlairPeftError
 from flair_peft.exporting import export_onnx
+from flair_peft.heads import take_over_head
 from flair_peft.merging import merge
 from flair_peft.models import from_pretrained, push_to_hub, save_pretrained, verify
 from flair_peft.patch import install, is_installed, uninstall
@@ -37,6 +38,7 @@ __all__ = [
     "merge",
     "push_to_hub",
     "save_pretrained",
+    "take_over_head",
     "uninstall",
     "verify",
 ]
