@@ -11,6 +11,7 @@ from flair_peft.embeddings import (
     PeftTransformerWordEmbeddings,
 )
 from flair_peft.errors import FlairPeftError
+from flair_peft.heads import take_over_head
 from flair_peft.models import from_pretrained, push_to_hub, save_pretrained, verify
 from flair_peft.patch import install, is_installed, uninstall
 from flair_peft.resume import ResumePlugin
@@ -30,6 +31,7 @@ __all__ = [
     "is_installed",
     "push_to_hub",
     "save_pretrained",
+    "take_over_head",
     "uninstall",
     "verify",
 ]

@@ -19,13 +19,27 @@ from peft import PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import LARGE_INTEGER
+from typing_extensions import Self
 
-from flair_peft import adapters, backbone, bases, dtypes, frozen, keys, proof, quantised, tokenizer_files
+from flair_peft import (
+    adapter_files,
+    adapters,
+    backbone,
+    bases,
+    dtypes,
+    foreign,
+    frozen,
+    keys,
+    proof,
+    quantised,
+    tokenizer_files,
+)
 from flair_peft import config as configs
 from flair_peft.errors import AdapterConfigError, ModelFileError
+from flair_peft.foreign import ForeignHead
 from flair_peft.frozen import FrozenBase
 from flair_peft.learned import QuantisedStart
-from flair_peft.sources import StoredBase, load_options
+from flair_peft.sources import LoadOptions, StoredBase, load_options
 from flair_peft.storable import Storable
 
 log = logging.getLogger("flair_peft")
@@ -40,9 +54,12 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
     Takes every keyword of :class:`flair.embeddings.TransformerEmbeddings`, with the same meaning. With the adapter
     switched off (``with embeddings.model.disable_adapter(): …``) the vectors are those of the stock class.
 
-    ``model`` holds the :class:`peft.PeftModel`. Embeddings whose weights can change are always computed, never taken
-    from what a sentence stored before.
+    ``model`` holds the :class:`peft.PeftModel`; ``foreign_head`` what :meth:`from_adapter` found of a head, which no
+    file of Flair's keeps. Embeddings whose weights can change are always computed, never taken from what a sentence
+    stored before.
     """
+
+    foreign_head: ForeignHead | None = None
 
     def __init__(
         self,
@@ -75,6 +92,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         keep_virtual_rows: bool = False,
         save_base: bool = False,
         stored_base: Mapping[str, Any] | None = None,
+        tokenizer: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Load a transformer and add an adapter to it.
@@ -112,6 +130,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
                 number of virtual tokens. Only for models that stock Flair trained.
             save_base: write the base's weights into files too, so that these need no base model to load.
             stored_base: what a file says of its base model; given when loading.
+            tokenizer: name or directory of the tokenizer, where that is not the base model's own.
             **kwargs: for the tokenizer, the config and the model.
 
         Raises:
@@ -132,7 +151,12 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         is_new = saved_config is None
 
         self._set_tokenizer(
-            model, tokenizer_data, feature_extractor_data, {**(transformers_tokenizer_kwargs or {}), **kwargs}, kwargs
+            model,
+            tokenizer or model,
+            tokenizer_data,
+            feature_extractor_data,
+            {**(transformers_tokenizer_kwargs or {}), **kwargs},
+            kwargs,
         )
         if use_context_separator:
             self.tokenizer.add_special_tokens(
@@ -142,6 +166,8 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         found: FrozenBase | None = None
         if saved_config is None:
             found = bases.find_new(model, dtype=asked_dtype, config_kwargs=config_kwargs, model_kwargs=model_kwargs)
+            if stored.added_rows is not None:
+                found = found.with_rows(stored.added_rows)
             if use_context_separator:
                 found = found.reaching(self.tokenizer.convert_tokens_to_ids(SENTENCE_BOUNDARY_TAG))
         elif stored.is_needed:
@@ -215,6 +241,57 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
             self._start = proof.start_of(self.model)
             self._try_out()
             self._report()
+
+    @classmethod
+    def from_adapter(
+        cls,
+        source: str,
+        *,
+        base_model: str | None = None,
+        base_revision: str | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        allow_untrained: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Return embeddings with a PEFT adapter that was trained elsewhere, ready to embed and to be trained on.
+
+        The adapter may come from any class of transformers around the base model (``AutoModelForCausalLM``,
+        ``…ForSequenceClassification`` and so on), from sentence-transformers or from a bare ``AutoModel``. Every tensor
+        of the file is used exactly once, or belongs to a head and is kept in :attr:`foreign_head`.
+
+        Args:
+            source: directory or Hub id of the adapter.
+            base_model: Hub id or directory of the base; None for the one that the adapter's config names.
+            base_revision: of the base; None for what the adapter's config says, if the base is the one it names.
+            revision: of the adapter, on the Hub.
+            subfolder: where the adapter is within ``source``.
+            token: for the Hub.
+            cache_dir: where files from the Hub are kept.
+            local_files_only: download nothing.
+            allow_untrained: take an adapter that changes nothing, too.
+            **kwargs: as for the constructor, apart from ``model`` and ``peft_config``. The tokenizer is the one beside
+                the adapter, or the base model's; ``tokenizer=`` names another.
+
+        Raises:
+            ModelFileError: files of the adapter are missing or damaged.
+            BaseModelNotFoundError: the base model is not found.
+            BaseMismatchError: the adapter was trained on another base model.
+            AdapterMismatchError: tensors of the adapter have no place in the model.
+            UntrainedAdapterError: it changes nothing, and ``allow_untrained`` was not given.
+            AdapterConfigError: its config cannot be used; UnsupportedMethodError: the method cannot work here.
+        """
+        options = LoadOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        files = adapter_files.read(str(source), revision=revision, subfolder=subfolder, options=options)
+        plan = foreign.plan(files, base_model=base_model, base_revision=base_revision, options=options, kwargs=kwargs)
+        rows = {"added_rows": plan.added_rows}
+        embeddings = cls(plan.base, peft_config=plan.config, stored_base=rows, **{**plan.access, **kwargs})
+        foreign.fill_(embeddings, plan, allow_untrained=allow_untrained)
+        embeddings._start, embeddings.foreign_head = {}, plan.head
+        return embeddings
 
     @property
     def adapter_config(self) -> PeftConfig:
@@ -311,13 +388,14 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
     def _set_tokenizer(
         self,
         model: str,
+        tokenizer: str,
         tokenizer_data: BytesIO | None,
         feature_extractor_data: BytesIO | None,
         tokenizer_kwargs: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> None:
         if tokenizer_data is None:
-            self.tokenizer = tokenizer_files.find_tokenizer(model, tokenizer_kwargs)
+            self.tokenizer = tokenizer_files.find_tokenizer(tokenizer, tokenizer_kwargs)
             self.feature_extractor = tokenizer_files.find_feature_extractor(model, kwargs)
         else:
             self.tokenizer = tokenizer_files.unpack_tokenizer(tokenizer_data, tokenizer_kwargs)

@@ -11,7 +11,10 @@
     ├── UnsupportedStateError     a model holds an object that files cannot hold without pickling code
     ├── SaveError                 a checkpoint could not be written; the earlier one is as it was
     ├── StateMismatchError        tensors of a file and of the model do not fit each other
-    │   └── BaseMismatchError         the base model found is not the one that the adapter was trained on
+    │   ├── BaseMismatchError         the base model found is not the one that the adapter was trained on
+    │   ├── AdapterMismatchError      tensors of a PEFT adapter have no place in the transformer, or several
+    │   ├── UntrainedAdapterError     a PEFT adapter that changes nothing
+    │   └── HeadMismatchError         the head of another library's model cannot start that of a Flair model
     ├── DtypeMismatchError        embeddings and head compute in different dtypes
     ├── TrainingSetupError        a training setting that cannot work with an adapter
     └── UnsupportedHostError      this version of Flair cannot be patched
@@ -70,6 +73,18 @@ class StateMismatchError(FlairPeftError, RuntimeError):
 
 class BaseMismatchError(StateMismatchError):
     """The base model found differs from the one that the adapter was trained on."""
+
+
+class AdapterMismatchError(StateMismatchError):
+    """Tensors of a PEFT adapter have no place in the transformer, or several."""
+
+
+class UntrainedAdapterError(StateMismatchError):
+    """A PEFT adapter changes nothing: it was saved before it was trained, or by a training that lost it."""
+
+
+class HeadMismatchError(StateMismatchError):
+    """The head of another library's model cannot be the start of the head of a Flair model."""
 
 
 class DtypeMismatchError(FlairPeftError, TypeError):

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face Hub: find, download, upload."""
+"""Files on the Hugging Face Hub: find, download, upload."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import logging
 import re
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -87,6 +88,43 @@ def find_for_flair(source: str, *, revision: str | None, options: LoadOptions) -
             "Not searched for a checkpoint: '%s' (%s). Flair looks for a model of its own.", source, _reason(error)
         )
         return None
+
+
+def find_files(
+    source: str, patterns: Sequence[str], *, revision: str | None, subfolder: str | None, options: LoadOptions
+) -> Path:
+    """Return the directory that holds those files of a directory or repository that match the patterns, if any do.
+
+    Args:
+        source: a directory, or a Hub id, to which ``@revision`` may be added.
+        patterns: names of files, with wildcards.
+        revision: of the repository.
+        subfolder: where the files are in it.
+        options: how the Hub is reached.
+
+    Raises:
+        ModelFileError: there is neither a directory nor a repository.
+    """
+    if Path(source).exists():
+        refuse_revision(source, revision)
+        return Path(source, subfolder or "")
+    name, _, behind = source.partition("@")
+    within = f"{subfolder.strip('/')}/" if subfolder else ""
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision or behind or None,
+            allow_patterns=[within + pattern for pattern in patterns],
+            token=options.token,
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
+        )
+    except _FROM_THE_HUB as error:
+        raise ModelFileError(
+            f"Cannot load '{source}': it is neither a directory here nor a repository that could be downloaded "
+            f"({_reason(error)}). Check the name, the revision, the token and the network."
+        ) from error
+    return Path(folder, subfolder or "")
 
 
 def upload(

@@ -22,6 +22,8 @@ TRANSPARENT_SEGMENTS = frozenset({"base_layer"})
 # Segments between a module of the base and the weight that PEFT's auxiliary wrappers keep aside.
 _WRAPPING_SEGMENTS = frozenset({"original_module", "token_adapter"})
 
+_INSIDE_WRAPPERS = TRANSPARENT_SEGMENTS | _WRAPPING_SEGMENTS
+
 # Parameter containers of PEFT that are not named by a method's prefix and hold one entry per adapter.
 _AUXILIARY_CONTAINERS = (
     "modules_to_save",
@@ -73,7 +75,7 @@ def is_adapter_key(key: str) -> bool:
 
 def canonical_key(key: str) -> str:
     """Return the spelling of a key that does not depend on wrappers, ``base_layer`` and the adapter's name."""
-    key = _strip_wrappers(key)
+    key = strip_wrappers(key)
     segments: list[str] = []
     skip_name = False
     for segment in key.split("."):
@@ -95,6 +97,24 @@ def base_key(key: str) -> str | None:
     key = re.sub(r"(^|\.)((?:self_)?attn)\.model\.", r"\1\2.", canonical_key(key))
     segments = [segment for segment in key.split(".") if segment not in _WRAPPING_SEGMENTS]
     return None if any(_is_container(segment) for segment in segments) else ".".join(segments)
+
+
+def carrier(key: str) -> str:
+    """Return the name of the module to which a tensor belongs that PEFT added or saved; "" where it is no module's."""
+    segments = strip_wrappers(key).split(".")
+    added = (i for i, segment in enumerate(segments) if _is_container(segment) or segment in _INSIDE_WRAPPERS)
+    return ".".join(segments[: next(added, len(segments) - 1)])
+
+
+def has_container(key: str) -> bool:
+    """Whether a tensor stands in a container of a method, as opposed to a weight of the base, trained or copied."""
+    return any(_is_container(segment) and segment != "modules_to_save" for segment in key.split("."))
+
+
+def plain_key(key: str) -> str:
+    """Return the name that a weight of the base, or a trained copy of it, has in the bare base."""
+    aside = {*_INSIDE_WRAPPERS, "modules_to_save"}
+    return ".".join(segment for segment in strip_wrappers(key).split(".") if segment not in aside)
 
 
 def is_unread(name: str) -> bool:
@@ -135,7 +155,8 @@ def _is_container(segment: str) -> bool:
     return segment in _AUXILIARY_CONTAINERS or segment.startswith(_METHOD_PREFIXES)
 
 
-def _strip_wrappers(key: str) -> str:
+def strip_wrappers(key: str) -> str:
+    """Return the key as the innermost model spells it."""
     for prefix in WRAPPER_PREFIXES:
         key = key.removeprefix(prefix)
     return key

@@ -254,7 +254,7 @@ class Storable(StoredWeights):
 
 # What files may say beside the arguments of the constructor, and which of these only a user may give.
 _STORED_BESIDE = frozenset({"config_state_dict", "derived_state", "probe", "untrained", "part", "trained_base"})
-_ONLY_FROM_USERS = frozenset({"transformers_config_kwargs", "transformers_model_kwargs", "saved_config"})
+_ONLY_FROM_USERS = frozenset({"transformers_config_kwargs", "transformers_model_kwargs", "saved_config", "tokenizer"})
 
 
 def _refuse_unknown(cls: type[Storable], params: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ class StoredWeights(TransformerBaseEmbeddings):
         if self._frozen is not None:
             self._frozen.own_(adapters.trainable_parameters(self.model).values())
             adapters.protect_(self.model, functools.partial(self._frozen.own_all_, self.model))
+
+    def take_apart(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Give each parameter that other models share a storage of its own, so that it can be written to."""
+        if self._frozen is not None:
+            self._frozen.own_(parameters)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the weights; while a file is being written, without those that it leaves out."""

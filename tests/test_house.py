@@ -43,15 +43,20 @@ FLOORS = (
     "replacement",
     "manifest",
     "checkpoint",
+    "hub",
+    "adapter_files",
+    "origins",
+    "bare_config",
+    "foreign",
     "weights",
     "storable",
     "embeddings",
+    "heads",
     "states",
     "legacy",
     "layout",
     "card",
     "assembly",
-    "hub",
     "models",
     "training",
     "trainer_state",
@@ -166,10 +171,15 @@ def test_house_patch_is_the_writer_that_the_rule_is_about() -> None:
     assert {"setattr", "delattr"} <= set(_calls("patch"))
 
 
+READS_TENSORS_ALONE = "adapter_files"
+"""Reads PEFT's older files by torch's reader for tensors and plain values."""
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "legacy"])
 def test_house_modules_but_legacy_unpickle_nothing(module: str) -> None:
     """Only legacy.py calls, or even imports, a function that unpickles."""
-    assert not LOADERS & set(_calls(module))
+    allowed = {"torch.load"} if module == READS_TENSORS_ALONE else set()
+    assert LOADERS & set(_calls(module)) == allowed
     imported = {
         alias.name
         for node in ast.walk(_tree(module))
@@ -177,6 +187,15 @@ def test_house_modules_but_legacy_unpickle_nothing(module: str) -> None:
         for alias in node.names
     }
     assert not {"pickle", "dill", "joblib", "load_torch_state", "load_big_file"} & imported
+
+
+def test_house_files_of_peft_are_read_for_their_tensors_alone() -> None:
+    """Outside of legacy.py, torch's reader is called with ``weights_only=True``."""
+    calls = [node for node in ast.walk(_tree(READS_TENSORS_ALONE)) if isinstance(node, ast.Call)]
+    readers = [call for call in calls if ast.unparse(call.func) == "torch.load"]
+    assert readers
+    for call in readers:
+        assert "weights_only=True" in {ast.unparse(keyword) for keyword in call.keywords}
 
 
 def test_house_legacy_is_the_reader_that_the_rule_is_about() -> None:
@@ -271,6 +290,9 @@ def test_house_errors_stand_in_the_documented_tree_where_they_are() -> None:
         ("SaveError", OSError),
         ("BaseMismatchError", RuntimeError),
         ("StateMismatchError", RuntimeError),
+        ("AdapterMismatchError", RuntimeError),
+        ("UntrainedAdapterError", RuntimeError),
+        ("HeadMismatchError", RuntimeError),
         ("DtypeMismatchError", TypeError),
         ("TrainingSetupError", ValueError),
         ("UnsupportedHostError", ImportError),

@@ -1,0 +1,136 @@
+"""The files of a PEFT adapter that any library wrote: find them, read them, run nothing of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import PeftConfig
+
+from flair_peft import config as configs
+from flair_peft import hub
+from flair_peft.errors import AdapterConfigError, ModelFileError
+from flair_peft.sources import LoadOptions
+
+CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+# The config of the whole model names its labels, where somebody put it beside the adapter.
+_MODEL_CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What the files of an adapter hold.
+
+    Attributes:
+        source: what the user called it.
+        folder: where the files are.
+        settings: ``adapter_config.json`` as it is.
+        config: the same for this process; a copy of its own.
+        tensors: name → tensor, as the file spells the names.
+        labels: of the head, by row, if the files tell.
+    """
+
+    source: str
+    folder: Path
+    settings: Mapping[str, Any]
+    config: PeftConfig
+    tensors: Mapping[str, torch.Tensor]
+    labels: tuple[str, ...] | None = field(default=None)
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The directory of the tokenizer that lies beside the adapter, or ``None``."""
+        return str(self.folder) if (self.folder / _TOKENIZER_CONFIG).is_file() else None
+
+
+def read(source: str, *, revision: str | None, subfolder: str | None, options: LoadOptions) -> AdapterFiles:
+    """Return what the files of an adapter hold; its tensors are on the CPU.
+
+    Args:
+        source: a directory or a Hub id.
+        revision: of the repository.
+        subfolder: where the files are in it.
+        options: how the Hub is reached.
+
+    Raises:
+        ModelFileError: files are missing or damaged.
+        AdapterConfigError: the installed PEFT does not know the method or one of its settings.
+    """
+    wanted = [CONFIG, WEIGHTS, OLD_WEIGHTS, _MODEL_CONFIG, *_TOKENIZER_FILES]
+    folder = hub.find_files(source, wanted, revision=revision, subfolder=subfolder, options=options)
+    if not (folder / CONFIG).is_file():
+        raise _missing(source, folder, CONFIG)
+    settings = _read_json(folder / CONFIG)
+    tensors = _read_tensors(source, folder)
+    return AdapterFiles(source, folder, settings, _config(folder / CONFIG, settings), tensors, _labels(folder))
+
+
+def _missing(source: str, folder: Path, name: str) -> ModelFileError:
+    return ModelFileError(
+        f"Cannot load the adapter '{source}': there is no {name} in '{folder}'. PEFT writes one with every adapter. "
+        "Check the path, and pass subfolder= if the adapter is in a folder of it."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, f"it holds a {type(content).__name__}")
+    return content
+
+
+def _config(path: Path, settings: Mapping[str, Any]) -> PeftConfig:
+    try:
+        return configs.decode_config(settings)
+    except AdapterConfigError:
+        raise
+    except (TypeError, ValueError, KeyError) as error:
+        raise AdapterConfigError(
+            f"Cannot read '{path}': {str(error).strip() or type(error).__name__}. The installed PEFT refuses these "
+            "settings. Install the version of PEFT that wrote them, or correct the file."
+        ) from error
+
+
+def _read_tensors(source: str, folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / OLD_WEIGHTS
+    if not path.is_file():
+        raise _missing(source, folder, WEIGHTS)
+    try:
+        if path.name == WEIGHTS:
+            content = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both readers fail in many ways
+        raise _damaged(path, str(error).strip().partition("\n")[0]) from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise _damaged(path, "it holds something else than tensors by name")
+    if not content:
+        raise _damaged(path, "it holds no tensors")
+    return content
+
+
+def _labels(folder: Path) -> tuple[str, ...] | None:
+    """Return the labels that a model's config beside the adapter gives; transformers' own placeholders are none."""
+    path = folder / _MODEL_CONFIG
+    names = _read_json(path).get("id2label") if path.is_file() else None
+    if not isinstance(names, dict) or {str(index) for index in range(len(names))} != set(names):
+        return None
+    labels = tuple(str(names[str(index)]) for index in range(len(names)))
+    return None if labels == tuple(f"LABEL_{index}" for index in range(len(labels))) else labels
+
+
+def _damaged(path: Path, reason: object) -> ModelFileError:
+    return ModelFileError(
+        f"Cannot read '{path}': {str(reason).rstrip('.')}. It is truncated, damaged, or not one of PEFT's files; "
+        "pickles that hold more than tensors are not read. Copy or save it again."
+    )

@@ -1,0 +1,156 @@
+"""A PEFT config that was written for a class around a base model → the same choices in the bare model.
+
+Settings that mean the same there stay as they are written; the others are replaced by the names of modules. What they
+meant is read off the names that the modules have in the source class: those of the bare model behind its prefix.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig, PromptTuningConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from flair_peft import adapters, keys
+from flair_peft.errors import BaseMismatchError, name_some
+
+log = logging.getLogger("flair_peft")
+
+Tensors = Mapping[str, torch.Tensor]
+
+PROMPT = "prompt_embeddings"
+
+
+def own_prompt(config: Any, tensors: Tensors) -> tuple[PeftConfig, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return config and virtual tokens in the form that can be trained on, and what belongs to a decoder.
+
+    PEFT stores what a prompt encoder gave, not the encoder. The same rows as plain parameters compute the same.
+    """
+    config, kept, outside = copy.deepcopy(config), dict(tensors), dict[str, torch.Tensor]()
+    count, rows = config.num_virtual_tokens, kept.get(PROMPT)
+    method = adapters.method_name(config)
+    if rows is not None and method in ("PROMPT_TUNING", "P_TUNING") and config.num_transformer_submodules == 2:
+        kept[PROMPT], outside[f"decoder.{PROMPT}"] = rows[:count], rows[count:]
+        config.num_transformer_submodules = 1
+    if method == "P_TUNING":
+        sizes = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+        config = PromptTuningConfig(task_type=config.task_type, **{name: getattr(config, name) for name in sizes})
+        log.info("P-tuning stores its virtual tokens and not their encoder: they are trained on as prompt tuning.")
+    elif method == "PROMPT_TUNING":
+        config.prompt_tuning_init, config.prompt_tuning_init_text = PromptTuningConfig().prompt_tuning_init, None
+        config.tokenizer_name_or_path = None
+    elif method == "PREFIX_TUNING":
+        config.prefix_projection = False
+    return config, kept, outside
+
+
+def resolve_(config: Any, modules: list[str], prefix: str, placed: Tensors) -> None:
+    """Let the config select in the bare model what it selected in the source class, in place.
+
+    Settings that mean the same in both stay as they are written.
+
+    Raises:
+        BaseMismatchError: the config selects modules that the file has no tensors for.
+    """
+    of_method = (name for name in placed if keys.has_container(name) and ".token_adapter." not in name)
+    adapted = {keys.carrier(name) for name in of_method} - {""}
+    original = copy.deepcopy(config)
+    _resolve_saved_(config, modules, prefix, placed)
+    _resolve_tokens_(config, prefix, placed)
+    if adapted and hasattr(config, "target_modules") and not getattr(config, "target_parameters", None):
+        _resolve_targets_(config, original, modules, prefix, adapted)
+    for setting in ("rank_pattern", "alpha_pattern"):
+        if getattr(config, setting, None) and adapters.method_name(config) != "ADALORA":
+            _resolve_pattern_(config, setting, prefix, adapted)
+    if getattr(config, "feedforward_modules", None) is not None:
+        _resolve_feedforward_(config, original.target_modules, prefix, adapted)
+
+
+def _resolve_saved_(config: Any, modules: list[str], prefix: str, placed: Tensors) -> None:
+    entries = getattr(config, "modules_to_save", None)
+    if not entries:
+        return
+    weights = {keys.plain_key(name).rpartition(".")[0] for name in placed if not keys.has_container(name)}
+    meant = [name for name in modules if any(f"{prefix}{name}".endswith(entry) for entry in entries)]
+    saved = [name for name in meant if any(weight == name or weight.startswith(f"{name}.") for weight in weights)]
+    kept = [entry for entry in entries if any(name.endswith(entry) for name in saved)]
+    again = [name for name in modules if any(name.endswith(entry) for entry in kept)]
+    config.modules_to_save = (kept if again == saved else saved) or None
+
+
+def _resolve_tokens_(config: Any, prefix: str, placed: Tensors) -> None:
+    indices = getattr(config, "trainable_token_indices", None)
+    if not isinstance(indices, dict):
+        return
+    carriers = {keys.carrier(name) for name in placed if "trainable_tokens_delta" in name}
+    named = {name.removeprefix(prefix): rows for name, rows in indices.items()}
+    kept = {name: rows for name, rows in named.items() if any(carrier.endswith(name) for carrier in carriers)}
+    config.trainable_token_indices = kept or None
+
+
+def _resolve_targets_(config: Any, original: Any, modules: list[str], prefix: str, adapted: set[str]) -> None:
+    if not isinstance(original.target_modules, str) or original.target_modules != "all-linear":
+        wanted = {name for name in modules if _selects(original, f"{prefix}{name}")}
+        lacking = sorted(name for name in wanted - adapted if not keys.is_unread(name))
+        if lacking:
+            raise BaseMismatchError(
+                f"Cannot use this base model for the adapter: the adapter's config selects {len(lacking)} modules of "
+                f"it that the file has no tensors for: {name_some(lacking)}. The base has more layers than the one "
+                "that it was trained on, or the file is incomplete. Pass base_model= with that model."
+            )
+    if {name for name in modules if _selects(config, name)} == adapted:
+        return
+    config.target_modules = sorted(adapted)
+    for setting in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if hasattr(config, setting):
+            vars(config)[setting] = None
+
+
+def _selects(config: Any, name: str) -> bool:
+    return config.target_modules is not None and bool(check_target_module_exists(config, name))
+
+
+def _resolve_pattern_(config: Any, setting: str, prefix: str, adapted: Collection[str]) -> None:
+    pattern = getattr(config, setting)
+
+    def value(name: str) -> Any:
+        return pattern.get(get_pattern_key(pattern.keys(), name))
+
+    meant = {name: value(prefix + name) for name in sorted(adapted)}
+    if any(value(name) != found for name, found in meant.items()):
+        exact = {f"^{re.escape(name)}": found for name, found in meant.items() if found is not None}
+    else:
+        used = {get_pattern_key(pattern.keys(), name) for name in adapted}
+        exact = {key: found for key, found in pattern.items() if key in used}  # PEFT warns of those of a head
+    vars(config)[setting] = exact
+
+
+def take_ranks_(config: Any, prefix: str, placed: Tensors) -> dict[str, list[bool]] | None:
+    """Return the ranks that AdaLoRA left, by the names of the bare model, and take them out of the config.
+
+    A new adapter has all ranks; PEFT takes the names of matrices in this pattern for those of modules, and warns.
+    """
+    if adapters.method_name(config) != "ADALORA" or not config.rank_pattern:
+        return None
+    ranks = {name.removeprefix(prefix): chosen for name, chosen in config.rank_pattern.items()}
+    config.rank_pattern = None
+    return {name: chosen for name, chosen in ranks.items() if name in placed}
+
+
+def _resolve_feedforward_(config: Any, targets: Any, prefix: str, adapted: Collection[str]) -> None:
+    given = config.feedforward_modules
+
+    def is_feedforward(name: str) -> bool:
+        return bool(re.fullmatch(given, name)) if isinstance(given, str) else any(map(name.endswith, given))
+
+    meant = sorted(name for name in adapted if is_feedforward(prefix + name))
+    is_same = meant == sorted(filter(is_feedforward, adapted)) and config.target_modules == targets
+    if not is_same:
+        # PEFT wants the names of these among those, when it reads the config again.
+        config.target_modules, config.feedforward_modules = sorted(adapted), meant
