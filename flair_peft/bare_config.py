@@ -68,7 +68,8 @@ def resolve_(config: Any, modules: list[str], prefix: str, placed: Tensors) -> N
     for setting in ("rank_pattern", "alpha_pattern"):
         if getattr(config, setting, None) and adapters.method_name(config) != "ADALORA":
             _resolve_pattern_(config, setting, prefix, adapted)
-    _resolve_feedforward_(config, prefix, adapted)
+    if getattr(config, "feedforward_modules", None) is not None:
+        _resolve_feedforward_(config, original.target_modules, prefix, adapted)
 
 
 def _resolve_saved_(config: Any, modules: list[str], prefix: str, placed: Tensors) -> None:
@@ -124,7 +125,10 @@ def _resolve_pattern_(config: Any, setting: str, prefix: str, adapted: Collectio
     meant = {name: value(prefix + name) for name in sorted(adapted)}
     if any(value(name) != found for name, found in meant.items()):
         exact = {f"^{re.escape(name)}": found for name, found in meant.items() if found is not None}
-        vars(config)[setting] = exact
+    else:
+        used = {get_pattern_key(pattern.keys(), name) for name in adapted}
+        exact = {key: found for key, found in pattern.items() if key in used}  # PEFT warns of those of a head
+    vars(config)[setting] = exact
 
 
 def take_ranks_(config: Any, prefix: str, placed: Tensors) -> dict[str, list[bool]] | None:
@@ -139,14 +143,14 @@ def take_ranks_(config: Any, prefix: str, placed: Tensors) -> dict[str, list[boo
     return {name: chosen for name, chosen in ranks.items() if name in placed}
 
 
-def _resolve_feedforward_(config: Any, prefix: str, adapted: Collection[str]) -> None:
-    given = getattr(config, "feedforward_modules", None)
-    if given is None:
-        return
+def _resolve_feedforward_(config: Any, targets: Any, prefix: str, adapted: Collection[str]) -> None:
+    given = config.feedforward_modules
 
     def is_feedforward(name: str) -> bool:
         return bool(re.fullmatch(given, name)) if isinstance(given, str) else any(map(name.endswith, given))
 
     meant = sorted(name for name in adapted if is_feedforward(prefix + name))
-    if meant != sorted(filter(is_feedforward, adapted)):
-        config.feedforward_modules = meant
+    is_same = meant == sorted(filter(is_feedforward, adapted)) and config.target_modules == targets
+    if not is_same:
+        # PEFT wants the names of these among those, when it reads the config again.
+        config.target_modules, config.feedforward_modules = sorted(adapted), meant

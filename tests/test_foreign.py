@@ -163,6 +163,11 @@ METHODS: dict[str, tuple[str, str, Callable[[], PeftConfig]]] = {
             alpha_pattern={"model.layers.1.self_attn.q_proj": 3, "v_proj": 5},
         ),
     ),
+    "patterns of a head": (
+        "bert",
+        "masked-lm",
+        lambda: lora(target_modules=["query", "transform.dense"], rank_pattern={"cls.*dense": 2, "layer.0.*query": 3}),
+    ),
     "bias all": ("bert", "tokens", lambda: lora(target_modules=["query"], bias="all")),
     "bias lora_only": ("roberta", "sequence", lambda: lora(target_modules=["query"], bias="lora_only")),
     "bias all, norm saved": (
@@ -210,6 +215,13 @@ METHODS: dict[str, tuple[str, str, Callable[[], PeftConfig]]] = {
         "sequence",
         lambda: IA3Config(
             target_modules=["key", "output.dense"], feedforward_modules=["output.dense"], init_ia3_weights=False
+        ),
+    ),
+    "ia3 with a regex for its targets": (
+        "llama",
+        "causal-lm",
+        lambda: IA3Config(
+            target_modules=r"model\..*(k_proj|down_proj)", feedforward_modules=["down_proj"], init_ia3_weights=False
         ),
     ),
     "ia3 with a regex": ("llama", "causal-lm", _ia3_with_regex),
@@ -261,6 +273,9 @@ def test_foreign_adapter_of_any_method_computes_what_it_computed_in_its_class(
     assert largest_difference(trained.hidden_states, states) <= TOLERANCE
     assert embeddings.adapter_config.task_type == "FEATURE_EXTRACTION"
     assert not embeddings.adapter_config.inference_mode
+    again = PeftTransformerEmbeddings.from_params(embeddings.to_params())
+    again.load_state_dict(embeddings.state_dict())
+    assert largest_difference(states, _states(again, trained.input_ids)) == 0.0
 
 
 def test_foreign_adalora_with_a_spent_budget_computes_the_same_and_keeps_its_full_rank(
