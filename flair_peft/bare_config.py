@@ -59,7 +59,9 @@ def resolve_(config: Any, modules: list[str], prefix: str, placed: Tensors) -> N
         BaseMismatchError: the config selects modules that the file has no tensors for.
     """
     of_method = (name for name in placed if keys.has_container(name) and ".token_adapter." not in name)
-    adapted = {keys.carrier(name) for name in of_method} - {""}
+    # Adaption prompts name the attention by the end of its name and count layers, which is the same in both.
+    counts_layers = adapters.method_name(config) == "ADAPTION_PROMPT"
+    adapted = set() if counts_layers else {keys.carrier(name) for name in of_method} - {""}
     original = copy.deepcopy(config)
     _resolve_saved_(config, modules, prefix, placed)
     _resolve_tokens_(config, prefix, placed)
