@@ -277,3 +277,29 @@ def test_keys_as_they_are_found_in_the_wild_are_brought_to_those_of_the_model(
     assert base_names(tmp_path / "new") == set()
     loaded = flair_peft.from_pretrained(tmp_path / "new")
     assert CLASSIFIER.predict(loaded, CLASSIFIER.corpus()) == expected
+
+
+def test_conversion_shows_how_far_it_is(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar moves by bytes, and ends about where it said that it would."""
+    moved: list[int] = []
+    totals: list[int] = []
+
+    class Bar:
+        def __init__(self, *, total: int, **_: Any) -> None:
+            totals.append(total)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, count: int) -> None:
+            moved.append(count)
+
+    monkeypatch.setattr("flair_peft.progress.tqdm", Bar)
+    stock_file(base("bert"), tmp_path / "old.pt")
+    flair_peft.convert_legacy(tmp_path / "old.pt", tmp_path / "new", peft_config=lora())
+    assert len(moved) > 10
+    assert totals == [3 * (tmp_path / "old.pt").stat().st_size]
+    assert 0.8 * totals[0] < sum(moved) < 1.3 * totals[0]
