@@ -17,6 +17,7 @@ from flair_peft.merging import merge
 from flair_peft.models import from_pretrained, push_to_hub, save_pretrained, verify
 from flair_peft.patch import install, is_installed, uninstall
 from flair_peft.resume import ResumePlugin
+from flair_peft.shared import SharedBase
 from flair_peft.stock import convert_legacy, load_legacy
 from flair_peft.training import LoraPlusPlugin, RankAllocationPlugin
 
@@ -28,6 +29,7 @@ __all__ = [
     "PeftTransformerWordEmbeddings",
     "RankAllocationPlugin",
     "ResumePlugin",
+    "SharedBase",
     "__version__",
     "convert_legacy",
     "export_onnx",

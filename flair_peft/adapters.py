@@ -38,6 +38,9 @@ _DERIVED_FROM_BASE = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT", "SUPERTUNING",
 # Initialisations of LoRA that leave the base's weights as they are; all others take something out of them.
 _INITS_BESIDE_BASE = frozenset({True, False, "gaussian", "eva", "orthogonal"})
 
+# Methods whose layers take the name of an adapter for each sentence of a batch.
+_MIXABLE = frozenset({"LORA", "HIRA", "ROAD", "GLORA"})
+
 _NEEDS_TASK_IDS = "it needs a task id with every sentence, and Flair has none to give"
 REFUSED_METHODS: Mapping[str, str] = {
     "CPT": "PEFT offers it for causal language models only, and Flair reads hidden states",
@@ -106,7 +109,7 @@ def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: 
         # Its decomposition does not converge on memory that was never initialised.
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
-    peft_model = inject(model, _without_costly_init(config))
+    peft_model = inject(model, without_costly_init(config))
     completed = peft_model.peft_config[ADAPTER_NAME]
     config.base_model_name_or_path = completed.base_model_name_or_path
     for field in dataclasses.fields(config):
@@ -363,7 +366,7 @@ def _fill_in_sizes_(model: PreTrainedModel, config: PeftConfig) -> None:
         config.token_dim = model.get_input_embeddings().embedding_dim
 
 
-def _without_costly_init(config: PeftConfig) -> PeftConfig:
+def without_costly_init(config: PeftConfig) -> PeftConfig:
     """Return a copy whose initialisation neither reads base weights nor data; tensors have the same shapes."""
     fields = {field.name for field in dataclasses.fields(config)}
     skeleton = copy.deepcopy(config)
@@ -412,6 +415,21 @@ def needs_step_hook(config: PeftConfig) -> bool:
 def depends_on_batch(config: PeftConfig) -> bool:
     """Whether the vectors of a sentence depend on the sentences that are embedded together with it."""
     return method_name(config) == "LILY"
+
+
+def why_not_mixed(config: PeftConfig) -> str | None:
+    """Return why sentences of this adapter cannot share a forward pass with those of others; ``None`` if they may."""
+    if method_name(config) not in _MIXABLE:
+        return "PEFT mixes no adapters of this method in one batch"
+    reasons = {
+        "bias": "it changes biases of the base",
+        "use_dora": "PEFT mixes no DoRA in one batch",
+        "modules_to_save": "it replaces modules of the base",
+        "trainable_token_indices": "it replaces rows of the base",
+        "target_parameters": "it adapts bare parameters",
+    }
+    found = (reason for name, reason in reasons.items() if getattr(config, name, None) not in (None, False, "none", []))
+    return next(found, None)
 
 
 def keeps_graph(config: PeftConfig) -> bool:

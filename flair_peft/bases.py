@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,69 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flair_peft import backbone, frozen, proof, quantised
-from flair_peft.dtypes import DtypeLike, dtype_name
+from flair_peft.dtypes import DtypeLike, dtype_name, parse_dtype
 from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFileError
 from flair_peft.frozen import FrozenBase
 from flair_peft.sources import BaseRecord, StoredBase, kept_arguments, load_options
+
+
+@dataclasses.dataclass(frozen=True)
+class Offer:
+    """A base that is there already, for loads to put their models on.
+
+    Attributes:
+        base: as its source has it.
+        is_converted: whether the user chose its dtype, so that models of another dtype go on it all the same.
+        proven: what files said of their base, of those whose base was compared with the source in another dtype.
+    """
+
+    base: FrozenBase
+    is_converted: bool = False
+    proven: set[tuple[str | None, ...]] = dataclasses.field(default_factory=set)
+
+    def is_meant(self, record: BaseRecord) -> bool:
+        """Whether a file that says this of its base may mean this one."""
+        own = self.base.known_record
+        if record.name == own.name and record.revision == own.revision:
+            return True
+        is_same_dtype = record.dtype in (None, own.dtype)
+        return is_same_dtype and record.fingerprint is not None and record.fingerprint == own.fingerprint
+
+    def take(self, stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLike | None, name: str) -> FrozenBase:
+        """Return the base for the embeddings of a file; see :func:`find_stored`."""
+        record, own = stored.record, self.base.known_record
+        assert record is not None
+        wanted = record.dtype if dtype in (None, "auto") else dtype_name(parse_dtype(dtype))
+        if record.quantization is not None:
+            raise BaseMismatchError(
+                f"Cannot load '{name}' on the shared base '{own.name}': it was trained on a quantised base, and this "
+                "one is not. It would predict something else. Load it on its own."
+            )
+        if wanted not in (None, own.dtype) and not self.is_converted:
+            raise BaseMismatchError(
+                f"Cannot load '{name}' on the shared base '{own.name}': it was trained on weights in {wanted}, and "
+                f"these are {own.dtype}. It would predict something else. Make the SharedBase with dtype='{wanted}', "
+                f"or with dtype='{own.dtype}' if that is what you want."
+            )
+        said = (record.dtype, record.fingerprint, record.full_fingerprint, str(load_options().verify))
+        if said not in self.proven:
+            proof.check_base(self.base.read_in(record.dtype), record, name=name)
+            self.proven.add(said)
+        base = self.base.variant(config)
+        return base if stored.added_rows is None else base.with_rows(stored.added_rows)
+
+
+_offer: contextvars.ContextVar[Offer | None] = contextvars.ContextVar("flair_peft_offer", default=None)
+
+
+@contextmanager
+def offering(offer: Offer) -> Iterator[None]:
+    """Loads inside put embeddings on the base that is offered, if it is theirs."""
+    token = _offer.set(offer)
+    try:
+        yield
+    finally:
+        _offer.reset(token)
 
 
 def find_new(
@@ -63,8 +124,10 @@ def find_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLik
         ModelFileError: it needs code of its own, and the user has not said that it may run.
     """
     assert stored.record is not None
-    options, record = load_options(), stored.record
+    options, record, offer = load_options(), stored.record, _offer.get()
     _check_rows(stored, config, name)
+    if offer is not None and offer.is_meant(record):
+        return offer.take(stored, config, dtype=dtype, name=name)
     refuse_untrusted_code(record)
     source, revision = options.source_of(record)
     wanted = dataclasses.replace(record, name=source, revision=revision)

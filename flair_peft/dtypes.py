@@ -8,6 +8,7 @@ models, which hand scores and vectors to numpy.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -116,15 +117,8 @@ def restore_head_(model: Model) -> None:
     Parameters keep their identity, so an optimiser built before or after sees the same objects. Values that changed
     since the cast win over the ones kept.
     """
-    restored = False
-    for owner in _flair_models(model):
-        masters: dict[str, torch.Tensor] = owner.__dict__.pop(_MASTERS, {})
-        tensors = dict(_own_head_tensors(owner))
-        for name, tensor in tensors.items():
-            if name in masters:
-                restored = True
-                tensor.data = _exact_value(tensor, masters[name])
-    if restored:
+    restored = [restore_(owner, functools.partial(_head_tensors_of, owner)) for owner in _flair_models(model)]
+    if any(restored):
         for embeddings in adapted_embeddings(model):
             embeddings.output_dtype = torch.float32
 
@@ -182,15 +176,44 @@ def is_adapted(module: torch.nn.Module) -> bool:
 
 def _cast_head_(model: Model, dtype: torch.dtype) -> None:
     for owner in _flair_models(model):
-        masters: dict[str, torch.Tensor] = {}
-        for name, tensor in _own_head_tensors(owner):
-            if tensor.is_floating_point() and tensor.dtype != dtype:
-                masters[name] = tensor.data
-                tensor.data = tensor.data.to(dtype)
-        if masters:
-            owner.__dict__[_MASTERS] = masters
-            if _give_exact_values not in owner._state_dict_hooks.values():
-                owner._register_state_dict_hook(_give_exact_values)
+        cast_(owner, _head_tensors_of(owner), dtype)
+
+
+def cast_(owner: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Cast tensors of a module, in place; its ``state_dict`` and :func:`restore_` give their exact values back.
+
+    Args:
+        owner: keeps the exact values.
+        tensors: name in the module → its parameter or buffer.
+        dtype: that they have afterwards, if they are floating-point.
+    """
+    masters: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            masters[name] = tensor.data
+            tensor.data = tensor.data.to(dtype)
+    if masters:
+        owner.__dict__[_MASTERS] = masters
+        if _give_exact_values not in owner._state_dict_hooks.values():
+            owner._register_state_dict_hook(_give_exact_values)
+
+
+def exact_values(owner: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return name → exact value of the tensors of a module that were :func:`cast_`; it may be changed."""
+    found: dict[str, torch.Tensor] = owner.__dict__.get(_MASTERS, {})
+    return found
+
+
+def restore_(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> bool:
+    """Give tensors that were cast their exact values back, in place; return whether there were any.
+
+    Values that changed since the cast win over the ones kept.
+    """
+    masters: dict[str, torch.Tensor] = owner.__dict__.pop(_MASTERS, {})
+    found = [(tensor, masters[name]) for name, tensor in tensors().items() if name in masters] if masters else []
+    for tensor, master in found:
+        tensor.data = _exact_value(tensor, master)
+    return bool(found)
 
 
 def _give_exact_values(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -209,6 +232,10 @@ def _exact_value(current: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
 
 def _flair_models(model: torch.nn.Module) -> list[Model]:
     return [module for module in model.modules() if isinstance(module, Model)]
+
+
+def _head_tensors_of(owner: Model) -> dict[str, torch.Tensor]:
+    return dict(_own_head_tensors(owner))
 
 
 def _own_head_tensors(owner: Model) -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal
 
@@ -32,9 +34,11 @@ from flair_peft import (
     keys,
     proof,
     quantised,
+    rendezvous,
     tokenizer_files,
 )
 from flair_peft import config as configs
+from flair_peft.adapter_memory import AdapterMemory
 from flair_peft.errors import AdapterConfigError, ModelFileError
 from flair_peft.foreign import ForeignHead
 from flair_peft.frozen import FrozenBase
@@ -60,6 +64,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
     """
 
     foreign_head: ForeignHead | None = None
+    adapter_memory: AdapterMemory | None = None
 
     def __init__(
         self,
@@ -159,9 +164,10 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
             kwargs,
         )
         if use_context_separator:
-            self.tokenizer.add_special_tokens(
-                {"additional_special_tokens": [SENTENCE_BOUNDARY_TAG]}, replace_additional_special_tokens=False
-            )
+            with tokenizer_files.exclusively(self.tokenizer):
+                self.tokenizer.add_special_tokens(
+                    {"additional_special_tokens": [SENTENCE_BOUNDARY_TAG]}, replace_additional_special_tokens=False
+                )
         stored = StoredBase.from_dict(stored_base)
         found: FrozenBase | None = None
         if saved_config is None:
@@ -215,7 +221,8 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         self.use_context_separator = use_context_separator
 
         # The stock constructor would load a second transformer: go straight to what its base class sets up.
-        super(TransformerEmbeddings, self).__init__(**self.to_args())
+        with tokenizer_files.exclusively(self.tokenizer):
+            super(TransformerEmbeddings, self).__init__(**self.to_args())
 
         self.head_dtype = None if head_dtype is None else dtypes.parse_dtype(head_dtype)
         self.keep_virtual_rows = keep_virtual_rows
@@ -323,13 +330,46 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         mark = getattr(self, _OUTPUT_DTYPE_MARK)
         mark.data = mark.data.to(dtype)
 
+    def narrow_adapter_(self) -> None:
+        """Let LoRA compute in the dtype of a base in half precision, where PEFT gives it fp32; training takes it back.
+
+        ``state_dict`` and files hold the exact values.
+        """
+        if self.training or adapters.why_not_mixed(self.adapter_config) is not None:
+            return
+        added = {name: p for name, p in self.model.named_parameters() if keys.base_key(name) is None}
+        dtypes.cast_(self.model, added, self.base_dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode as torch does; an adapter that was narrowed trains with its exact values."""
+        super().train(mode)
+        if mode and isinstance(self.model, PeftModel):
+            with self.in_use():
+                dtypes.restore_(self.model, lambda: dict(self.model.named_parameters()))
+        return self
+
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the adapter is in memory, if it is one of those that may be left on disk."""
+        return contextlib.nullcontext() if self.adapter_memory is None else self.adapter_memory.using(self)
+
     def prepare_tensors(self, sentences: list[Sentence], device: torch.device | None = None) -> dict[str, Any]:
         """Return the model inputs for a batch; lengths come from the attention mask, not from padding ids.
 
-        The id of the padding token may stand for a real token too, where a tokenizer has none of its own.
+        The id of the padding token may stand for a real token too, where a tokenizer has none of its own. Models that
+        predict together tokenise a batch once if their settings are the same.
         """
         tokenizer_files.complete_padding_(self.tokenizer)
-        tensors = super().prepare_tensors(sentences, device=device)
+        known = rendezvous.known_in_this_round()
+        if known is None or self.training:
+            return self._prepare(sentences, device)
+        key = (*self._tokenising(), device, *map(id, sentences))
+        if key not in known:
+            known[key] = (self._prepare(sentences, device), sentences)  # while they are held, their ids are theirs
+        return dict(known[key][0])
+
+    def _prepare(self, sentences: list[Sentence], device: torch.device | None) -> dict[str, Any]:
+        with tokenizer_files.exclusively(self.tokenizer):
+            tensors = super().prepare_tensors(sentences, device=device)
         if "sub_token_lengths" in tensors and "attention_mask" in tensors:
             mask = tensors["attention_mask"]
             if self.allow_long_sentences:
@@ -338,6 +378,13 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
                 )
             tensors["sub_token_lengths"] = mask.sum(dim=1)
         return tensors
+
+    def _tokenising(self) -> tuple[Any, ...]:
+        """Return all that the model inputs of a batch depend on, beside its sentences."""
+        settings = {**self.to_args(), "name": None, "fine_tune": None, "embedding_length": None}
+        settings["tokenizer"] = (tokenizer_files.vocabulary_of(self.tokenizer), self.tokenizer.model_max_length)
+        settings["feature_extractor"] = id(self.feature_extractor)
+        return tuple(sorted(settings.items()))
 
     def forward(self, input_ids: torch.Tensor, **tensors: Any) -> dict[str, torch.Tensor]:
         """Return ``{"document_embeddings": (batch, length), "token_embeddings": (batch, words, length)}``.
@@ -369,7 +416,10 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.base_dtype)
         inputs.update(adapters.without_cache(self.model))
-        output = self.model(input_ids=input_ids.to(device), output_hidden_states=True, return_dict=True, **inputs)
+        inputs = {"input_ids": input_ids.to(device), **inputs, "output_hidden_states": True, "return_dict": True}
+        # Several models may predict together: then a forward pass is one for all of them.
+        forward_pass = ForwardPass(self, inputs)
+        output = rendezvous.ask(forward_pass) if rendezvous.is_going_on() else forward_pass.run()
         states = output.get("hidden_states")
         states = output["encoder_hidden_states"] if states is None else states
         beyond = [index for index in self.layer_indexes if not -len(states) <= index < len(states)]
@@ -505,6 +555,19 @@ class PeftTransformerDocumentEmbeddings(TransformerDocumentEmbeddings, PeftTrans
 
     def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
         return not self.fine_tune and DocumentEmbeddings._everything_embedded(self, data_points)
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What embeddings ask for while several models predict together: the output of ``embeddings.model(**inputs)``."""
+
+    embeddings: PeftTransformerEmbeddings
+    inputs: dict[str, Any]
+
+    def run(self) -> Any:
+        """Return the output, as :mod:`transformers` gives it."""
+        with self.embeddings.in_use():
+            return self.embeddings.model(**self.inputs)
 
 
 class _PoolingView:

@@ -14,6 +14,8 @@ from flair_peft import progress, residency
 _RUNS, _RUN_LENGTH = 16, 64
 _PIECE = 1 << 24
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -64,3 +66,14 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _bytes(flat: torch.Tensor) -> Any:
     return flat.contiguous().cpu().view(torch.uint8).numpy().data
+
+
+def are_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    second = second.to(first.device)
+    if first.dim() == 0 or not first.numel():
+        return bool((first == second).all())
+    as_integers = _INTEGERS[first.itemsize]
+    return torch.equal(first.detach().contiguous().view(as_integers), second.detach().contiguous().view(as_integers))

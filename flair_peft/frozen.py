@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from flair_peft import backbone, fingerprint, quantised, rows
 from flair_peft.dtypes import DtypeLike
+from flair_peft.errors import BaseMismatchError, name_some
 from flair_peft.sources import BaseRecord
 
 # Weak: a base lives as long as a model that stands on it.
@@ -59,6 +60,7 @@ class FrozenBase:
         self._model, self.record, self.random_names = model, record, random_names
         self._key, self._parent = key, parent
         self._storages = {_storage(parameter) for parameter in model.parameters()}
+        self._variants: dict[str, FrozenBase] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenBase:
         return self
@@ -111,6 +113,11 @@ class FrozenBase:
         return self.known_record if is_known else dataclasses.replace(self.record, fingerprint=None)
 
     @property
+    def root(self) -> FrozenBase:
+        """The base as its source has it, without rows added and with the attention of its config."""
+        return self if self._parent is None else self._parent.root
+
+    @property
     def own_rows(self) -> int:
         """Rows of the input embeddings."""
         return len(self._model.get_input_embeddings().weight)
@@ -146,6 +153,60 @@ class FrozenBase:
     def private_copy(self) -> PreTrainedModel:
         """Return a model with storage of its own."""
         return copy.deepcopy(self._model)
+
+    def variant(self, config: PretrainedConfig) -> FrozenBase:
+        """Return the base with the same storage for a model of this config, whose attention may be another.
+
+        Raises:
+            BaseMismatchError: the config differs in more than the attention and the size of the vocabulary.
+        """
+        own, other = _described(self.config), _described(config)
+        named = sorted(name for name in {*own, *other} - {"vocab_size"} if own.get(name) != other.get(name))
+        if named:
+            raise BaseMismatchError(
+                f"Cannot put the model on the shared base '{self.record.name}': its config has another "
+                f"{name_some(named)}. It would compute something else than in its training. Load it on its own, or "
+                "make a SharedBase with these settings."
+            )
+        attention = config._attn_implementation
+        if attention in (None, self.config._attn_implementation):
+            return self
+        with _lock:
+            if attention not in self._variants:
+                model = self.copy()
+                model.set_attn_implementation(attention)
+                self._variants[attention] = FrozenBase(
+                    model, self.record, self.random_names, key=(*(self._key or (id(self),)), attention), parent=self
+                )
+            return self._variants[attention]
+
+    def read_in(self, dtype: str | None) -> FrozenBase:
+        """Return this base, or its source read anew if that dtype is another one.
+
+        Raises:
+            BaseModelNotFoundError: the source is gone.
+        """
+        record = self.known_record
+        if dtype in (None, record.dtype):
+            return self
+        kwargs = {} if Path(record.name).is_dir() else {"local_files_only": True}
+        return find_again(record, self.config, dtype=dtype, kwargs=kwargs, is_shared=False)
+
+    def share_(self, parameters: Mapping[str, torch.nn.Parameter]) -> int:
+        """Let each frozen weight that is this base's, bit by bit, have its storage, in place; return their bytes.
+
+        Args:
+            parameters: name in the base model → parameter.
+        """
+        own, shared = dict(self._model.named_parameters(remove_duplicate=False)), 0
+        for name, parameter in parameters.items():
+            mine = own.get(name)
+            if mine is None or parameter.requires_grad:
+                continue
+            if not self.is_shared(parameter) and fingerprint.are_same_bits(parameter, mine):
+                parameter.data = mine.data
+            shared += parameter.nbytes if self.is_shared(parameter) else 0
+        return shared
 
     def reaching(self, token_id: int) -> FrozenBase:
         """Return this base with a row for the token: a vocabulary padded beyond its tokenizer has one already."""
@@ -360,10 +421,15 @@ def _identity(
         return None
     named = {name: value for name, value in {**record.arguments, **kwargs}.items() if name not in _ACCESS}
     settings = tuple(sorted((name, repr(value)) for name, value in named.items()))
-    described = {name: value for name, value in config.to_dict().items() if name not in _NO_SETTINGS}
+    described = _described(config)
     # The attention implementation is not part of the config's dictionary.
     shape = (type(config).__name__, json.dumps(described, sort_keys=True, default=str), config._attn_implementation)
     return (source, shape, str(torch.get_default_dtype() if dtype is None else dtype), str(device), settings)
+
+
+def _described(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the settings of a model: not where it comes from, nor its attention, which no dictionary holds."""
+    return {name: value for name, value in config.to_dict().items() if name not in _NO_SETTINGS}
 
 
 def _state_of_source(record: BaseRecord) -> tuple[Any, ...] | None:

@@ -18,7 +18,7 @@ from flair_peft import adapters, codec, keys
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
-from flair_peft.learned import are_same_bits
+from flair_peft.fingerprint import are_same_bits
 
 Tensors = dict[str, torch.Tensor]
 Files = dict[str, bytes | Tensors]

@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from flair_peft import fingerprint, keys, progress, residency
 from flair_peft.errors import AdapterConfigError, name_some
+from flair_peft.fingerprint import are_same_bits
 from flair_peft.frozen import FrozenBase
 from flair_peft.sources import BaseRecord, StoredBase
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -109,17 +108,6 @@ def restore_(model: torch.nn.Module, left_out: Iterable[str], base: FrozenBase) 
             wanted = torch.cat([wanted, parameter.data[len(wanted) :]])
         if not are_same_bits(parameter, wanted):
             parameter.data = wanted.clone()
-
-
-def are_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bits."""
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    second = second.to(first.device)
-    if first.dim() == 0 or not first.numel():
-        return bool((first == second).all())
-    as_integers = _INTEGERS[first.itemsize]
-    return torch.equal(first.detach().contiguous().view(as_integers), second.detach().contiguous().view(as_integers))
 
 
 def _rows_beyond(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flair_peft import adapters, fingerprint
+from flair_peft import adapters, fingerprint, tokenizer_files
 from flair_peft.errors import BaseMismatchError, ModelFileError, StateMismatchError, name_some
 from flair_peft.frozen import FrozenBase
 from flair_peft.sources import BaseRecord, load_options
@@ -137,7 +137,8 @@ def probe_ids(embeddings: Any) -> list[int]:
     """Return the input ids of a short sentence."""
     if embeddings.tokenizer_needs_ocr_boxes:
         return _IDS_WITHOUT_TEXT
-    return embeddings.tokenizer(_TEXT)["input_ids"] or _IDS_WITHOUT_TEXT
+    with tokenizer_files.exclusively(embeddings.tokenizer):
+        return embeddings.tokenizer(_TEXT)["input_ids"] or _IDS_WITHOUT_TEXT
 
 
 def _states(embeddings: Any, ids: list[int]) -> tuple[torch.Tensor, ...]:

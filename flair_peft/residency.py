@@ -32,7 +32,13 @@ def let_go(tensor: torch.Tensor) -> None:
 
     They are read from the file again when they are needed. Elsewhere than on Linux nothing happens.
     """
-    if not _is_sparing.get() or sys.platform != "linux" or tensor.device.type != "cpu":
+    if _is_sparing.get():
+        page_out(tensor)
+
+
+def page_out(tensor: torch.Tensor) -> None:
+    """Give the memory back that a mapped tensor takes until it is read again; see :func:`let_go`."""
+    if sys.platform != "linux" or tensor.device.type != "cpu":
         return
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -1,12 +1,17 @@
-"""Tokenizers and image preprocessing: find, unpack, pack."""
+"""Tokenizers and image preprocessing: find, unpack, pack, and one vocabulary for models that have the same."""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import copy
+import hashlib
 import json
 import tempfile
+import threading
+import weakref
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,7 @@ from transformers import (
     FeatureExtractionMixin,
     LlamaTokenizerFast,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     T5TokenizerFast,
 )
 
@@ -26,6 +32,15 @@ from flair_peft.backbone import not_found
 from flair_peft.errors import ModelFileError
 
 KeywordArguments = Mapping[str, Any]
+KnownTokenizers = MutableMapping[tuple[Any, ...], PreTrainedTokenizerFast]
+"""Content of tokenizer files → the tokenizer made of it."""
+
+# Truncation and padding are settings of the vocabulary, which it cannot change while another thread uses it: copies of
+# a tokenizer that have one vocabulary have one lock.
+_locks: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, contextlib.AbstractContextManager[Any]] = (
+    weakref.WeakKeyDictionary()
+)
+_known: contextvars.ContextVar[KnownTokenizers | None] = contextvars.ContextVar("flair_peft_tokenizers", default=None)
 
 # Tried in this order for a tokenizer without a padding token; padding is masked, so any token will do.
 _PADDING_CANDIDATES = ("eos_token", "unk_token", "bos_token", "cls_token", "sep_token")
@@ -41,6 +56,43 @@ def find_tokenizer(source: str, kwargs: KeywordArguments) -> PreTrainedTokenizer
         return AutoTokenizer.from_pretrained(source, add_prefix_space=True, **kwargs)
     except (OSError, HFValidationError, ValueError, TypeError) as error:
         raise not_found(source, error) from error
+
+
+@contextlib.contextmanager
+def sharing_with(known: KnownTokenizers) -> Iterator[None]:
+    """Inside, a fast tokenizer that is unpacked twice is read once: its copies differ in settings, not in vocabulary.
+
+    Tokens that are added to one of them afterwards are added to all.
+    """
+    token = _known.set(known)
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+@contextlib.contextmanager
+def exclusively(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Inside, no other thread uses the vocabulary of the tokenizer.
+
+    Its library would raise "Already borrowed": https://github.com/huggingface/tokenizers/issues/537
+    """
+    with _locks.setdefault(tokenizer, threading.RLock()):
+        yield
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return what tells vocabularies apart that are in use: copies of a tokenizer may have the same."""
+    return id(tokenizer.backend_tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else tokenizer)
+
+
+def _copy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with settings of its own over the same vocabulary."""
+    copied = copy.copy(tokenizer)
+    own = {name: value for name, value in vars(tokenizer).items() if isinstance(value, (dict, list, set))}
+    vars(copied).update(copy.deepcopy(own))
+    _locks[copied] = _locks.setdefault(tokenizer, threading.RLock())
+    return copied
 
 
 def find_feature_extractor(source: str, kwargs: KeywordArguments) -> FeatureExtractionMixin | None:
@@ -61,15 +113,34 @@ def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTok
         ModelFileError: the files are damaged, or need code of their own.
     """
     settings = {"use_fast": kwargs["use_fast"]} if isinstance(kwargs.get("use_fast"), bool) else {}
+    known = _known.get()
     try:
+        key = () if known is None else (_digest(stored), *settings.items())
+        first = None if known is None else known.get(key)
+        if first is not None:
+            return _copy(first)
         with _unpacked(stored) as directory:
             _check_class_is_named(Path(directory))
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **settings)
+            found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **settings)
+        if known is not None and isinstance(found, PreTrainedTokenizerFast):
+            known[key] = found
+            return _copy(found)
+        return found
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ModelFileError(
             f"Cannot read the stored tokenizer: {type(error).__name__}: {error}. The file is damaged. Copy or save it "
             "again."
         ) from error
+
+
+def _digest(stored: BytesIO) -> str:
+    """Return a digest of names and contents of the files; the archive holds times of writing, too."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(stored) as files:
+        for name in sorted(files.namelist()):
+            content = files.read(name)
+            digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def _check_class_is_named(directory: Path) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from flair.embeddings.transformer import TransformerBaseEmbeddings
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from flair_peft import adapters, fingerprint, keys, learned, proof, quantised
 from flair_peft.errors import StateMismatchError, name_some
+from flair_peft.fingerprint import are_same_bits
 from flair_peft.frozen import FrozenBase
-from flair_peft.learned import are_same_bits, planned
+from flair_peft.learned import planned
 from flair_peft.sources import load_options
 
 log = logging.getLogger("flair_peft")
@@ -71,6 +72,27 @@ class StoredWeights(TransformerBaseEmbeddings):
         if self._frozen is not None:
             self._frozen.own_(adapters.trainable_parameters(self.model).values())
             adapters.protect_(self.model, functools.partial(self._frozen.own_all_, self.model))
+
+    def share_with(self, base: FrozenBase) -> bool:
+        """Let the frozen weights that are the base's, bit by bit, have its storage; return whether there are any.
+
+        They are compared where they came from a file as a whole, or were copied to be rewritten as PiSSA does.
+        """
+        if self._frozen is not None:
+            return self._frozen.root is base.root
+        if not isinstance(self.model, PeftModel) or self.base_model.config.model_type != base.config.model_type:
+            return False
+        matrix = self.base_model.get_input_embeddings().weight
+        found = base.variant(self.base_model.config)
+        if len(matrix) > base.own_rows:
+            found = found.with_rows(matrix[base.own_rows :].detach().clone())
+        named = self.model.named_parameters(remove_duplicate=False)
+        weights = {keys.base_key(name): parameter for name, parameter in named}
+        if not found.share_({name: parameter for name, parameter in weights.items() if name is not None}):
+            return False
+        self._frozen = found
+        self._keep_apart()
+        return True
 
     def take_apart(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Give each parameter that other models share a storage of its own, so that it can be written to."""
