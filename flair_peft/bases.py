@@ -64,8 +64,8 @@ class Offer:
         if said not in self.proven:
             proof.check_base(self.base.read_in(record.dtype), record, name=name)
             self.proven.add(said)
-        base = self.base.variant(config)
-        return base if stored.added_rows is None else base.with_rows(stored.added_rows)
+        base = self.base if stored.added_rows is None else self.base.with_rows(stored.added_rows)
+        return base.variant(config)
 
 
 _offer: contextvars.ContextVar[Offer | None] = contextvars.ContextVar("flair_peft_offer", default=None)

@@ -173,12 +173,26 @@ class FrozenBase:
             return self
         with _lock:
             if attention not in self._variants:
-                model = self.copy()
-                model.set_attn_implementation(attention)
-                self._variants[attention] = FrozenBase(
-                    model, self.record, self.random_names, key=(*(self._key or (id(self),)), attention), parent=self
-                )
+                self._variants[attention] = self._with_attention(attention)
             return self._variants[attention]
+
+    def _with_attention(self, attention: str) -> FrozenBase:
+        """Return a base of the same storage; models choose the classes of their attention when they are built."""
+        if self.record.needs_remote_code:
+            raise BaseMismatchError(
+                f"Cannot put the model on the shared base '{self.record.name}': it was trained with {attention} "
+                "attention, and a base with code of its own is not built anew for that. Load the model on its own, or "
+                "make a SharedBase with that attn_implementation."
+            )
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = attention
+        model = backbone.build_model(config, dtype=self._model.dtype, model_kwargs={})
+        own = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.data = own[name].data if isinstance(tensor, torch.nn.Parameter) else own[name].clone()
+        model.name_or_path = self._model.name_or_path
+        key = (*(self._key or (id(self),)), attention)
+        return FrozenBase(model, self.record, self.random_names, key=key, parent=self)
 
     def read_in(self, dtype: str | None) -> FrozenBase:
         """Return this base, or its source read anew if that dtype is another one.

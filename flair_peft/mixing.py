@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -110,7 +111,7 @@ class _Tree:
     def __init__(self, frozen: FrozenBase) -> None:
         self._frozen = frozen
         self._model: PeftModel | None = None
-        self._links: dict[str, list[_Link]] = {}
+        self._links: dict[str, list[_Link | _SettingLink]] = {}
         self._names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
         self._refused: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
         self._count = 0
@@ -169,7 +170,8 @@ class _Tree:
 
     def _insert(self, name: str, embeddings: PeftTransformerEmbeddings) -> None:
         config = adapters.without_costly_init(configs.own_config(embeddings.adapter_config))
-        with adapters.building:
+        with adapters.building, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT said it when the model was loaded
             if self._model is None:
                 self._model = PeftModel(
                     self._frozen.copy(), config, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False
@@ -178,7 +180,7 @@ class _Tree:
                 self._model.add_adapter(name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         self._model.eval().requires_grad_(False)
         self._links[name] = list(_link(self._model, name, embeddings.model))
-        linked = {link.source_name for link in self._links[name]}
+        linked = {link.source_name for link in self._links[name] if isinstance(link, _Link)}
         own = {key for key, _ in embeddings.model.named_parameters() if keys.base_key(key) is None}
         if own != linked:
             raise AdapterConfigError("its tensors have no place beside those of others")
@@ -210,7 +212,9 @@ class _Tree:
         if self._model is not None and len(self._model.peft_config) <= 1:
             self._model = None  # PEFT keeps the last adapter
         elif self._model is not None and name in self._model.peft_config:
-            self._model.delete_adapter(name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the active adapter changes, which nothing here reads
+                self._model.delete_adapter(name)
 
 
 class _Link:
@@ -231,8 +235,19 @@ class _Link:
             self._target._parameters[self._name] = torch.nn.Parameter(tensor.data, requires_grad=False)
 
 
-def _link(tree: PeftModel, name: str, model: PeftModel) -> Iterator[_Link]:
-    """Yield the links of each parameter of an adapter of the tree, and copy its settings, such as the scaling."""
+class _SettingLink:
+    """A setting of an adapter's layer in a tree, such as its scaling, and the one of the model."""
+
+    def __init__(self, target: dict[str, Any], name: str, source: dict[str, Any]) -> None:
+        self._target, self._name, self._source = target, name, source
+
+    def renew(self) -> None:
+        """Let the tree have the value that the model has now."""
+        self._target[self._name] = self._source[adapters.ADAPTER_NAME]
+
+
+def _link(tree: PeftModel, name: str, model: PeftModel) -> Iterator[_Link | _SettingLink]:
+    """Yield the links of each parameter of an adapter of the tree, and of its settings."""
     for path, module in list(tree.named_modules()):
         segments = path.split(".")
         for own in [key for key, value in module._parameters.items() if value is not None]:
@@ -240,14 +255,11 @@ def _link(tree: PeftModel, name: str, model: PeftModel) -> Iterator[_Link]:
                 *holder, key = (adapters.ADAPTER_NAME if part == name else part for part in (*segments, own))
                 yield _Link(module, own, model.get_submodule(".".join(holder)), key, ".".join((*holder, key)))
         if isinstance(module, BaseTunerLayer):
-            _copy_settings_(module, name, model.get_submodule(path))
-
-
-def _copy_settings_(layer: BaseTunerLayer, name: str, source: torch.nn.Module) -> None:
-    for setting in layer.other_param_names:
-        own, theirs = getattr(layer, setting, None), getattr(source, setting, None)
-        if isinstance(own, dict) and isinstance(theirs, dict) and adapters.ADAPTER_NAME in theirs:
-            own[name] = theirs[adapters.ADAPTER_NAME]
+            source = model.get_submodule(path)
+            for setting in module.other_param_names:
+                ours, theirs = getattr(module, setting, None), getattr(source, setting, None)
+                if isinstance(ours, dict) and isinstance(theirs, dict) and adapters.ADAPTER_NAME in theirs:
+                    yield _SettingLink(ours, name, theirs)
 
 
 def _is_as_trained(embeddings: PeftTransformerEmbeddings) -> bool:

@@ -80,8 +80,7 @@ class SharedBase:
         self._tokenizers: dict[tuple[Any, ...], Any] = {}
         self._models: weakref.WeakSet[Model] = weakref.WeakSet()
         self._batches = mixing.MixedBatches()
-        limit = adapter_memory if adapter_memory is None else _bytes(adapter_memory)
-        self._memory = None if limit is None else AdapterMemory(limit)
+        self._memory = None if adapter_memory is None else AdapterMemory(_bytes(adapter_memory))
 
     def __repr__(self) -> str:
         return (
@@ -247,13 +246,13 @@ def _load(
 
 
 def _bytes(limit: int | str) -> int:
-    found = limit if isinstance(limit, int) else convert_file_size_to_int(limit)
-    if found < 0:
+    try:
+        return int(convert_file_size_to_int(limit))
+    except ValueError as error:
         raise AdapterConfigError(
             f"Cannot keep adapters within {limit!r}: that is no size. A size is a number of bytes or a text such as "
             "'500MB' or '2GiB'. Pass one, or None for no limit."
-        )
-    return int(found)
+        ) from error
 
 
 def _as_list(data_points: Any) -> list[Any]:

@@ -7,6 +7,7 @@ import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Set
+from contextlib import AbstractContextManager
 from types import NoneType
 from typing import Any
 
@@ -232,6 +233,14 @@ class Storable(StoredWeights):
         return embeddings
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        with self.in_use():
+            return self._copy(memo)
+
+    @abstractmethod
+    def in_use(self) -> AbstractContextManager[None]:
+        """Inside, the adapter is in memory."""
+
+    def _copy(self, memo: dict[int, Any]) -> Self:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         if isinstance(self.model, PeftModel) and adapters.keeps_graph(self.adapter_config):

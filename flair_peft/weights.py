@@ -83,9 +83,8 @@ class StoredWeights(TransformerBaseEmbeddings):
         if not isinstance(self.model, PeftModel) or self.base_model.config.model_type != base.config.model_type:
             return False
         matrix = self.base_model.get_input_embeddings().weight
-        found = base.variant(self.base_model.config)
-        if len(matrix) > base.own_rows:
-            found = found.with_rows(matrix[base.own_rows :].detach().clone())
+        rows = matrix[base.own_rows :].detach().clone()
+        found = (base.with_rows(rows) if len(rows) else base).variant(self.base_model.config)
         named = self.model.named_parameters(remove_duplicate=False)
         weights = {keys.base_key(name): parameter for name, parameter in named}
         if not found.share_({name: parameter for name, parameter in weights.items() if name is not None}):
