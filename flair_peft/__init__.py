@@ -13,6 +13,7 @@ from flair_peft.embeddings import (
 from flair_peft.errors import FlairPeftError
 from flair_peft.exporting import export_onnx
 from flair_peft.heads import take_over_head
+from flair_peft.int8 import quantize_onnx
 from flair_peft.merging import merge
 from flair_peft.models import from_pretrained, push_to_hub, save_pretrained, verify
 from flair_peft.patch import install, is_installed, uninstall
@@ -39,6 +40,7 @@ __all__ = [
     "load_legacy",
     "merge",
     "push_to_hub",
+    "quantize_onnx",
     "save_pretrained",
     "take_over_head",
     "uninstall",

@@ -71,6 +71,7 @@ FLOORS = (
     "stock",
     "merging",
     "exporting",
+    "int8",
     "mixing",
     "training",
     "trainer_state",
