@@ -1,0 +1,58 @@
+"""Joining the processes that ``torchrun`` or ``accelerate launch`` started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import flair
+import torch.distributed
+from accelerate import PartialState
+from accelerate.utils import get_int_from_env
+
+from flair_peft import parallel, patch, trainer_state
+from flair_peft.errors import TrainingSetupError
+
+# Set by torchrun and accelerate launch; by MPICH, Open MPI and MVAPICH.
+_NUMBER_STARTED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@contextmanager
+def join_processes() -> Iterator[bool]:
+    """Inside, the processes that a launcher started are one group, each with a device of its own as ``flair.device``.
+
+    All begin with the random numbers of the first, so that corpora that are split at random are the same everywhere.
+    Without a launcher nothing changes. Processes that are a group already, such as those of
+    ``flair.distributed_utils.launch_distributed``, remain it.
+
+    Example:
+        ``with flair_peft.join_processes() as is_distributed:``
+        ``    …  # corpus, embeddings, model``
+        ``    ModelTrainer(model, corpus).fine_tune("out", mini_batch_size=4, multi_gpu=is_distributed)``
+
+        ``torchrun --nproc-per-node 2 train.py`` takes twice as many sentences for a step as ``python train.py``.
+
+    Yields:
+        Whether there is a group, which is what the trainer's ``multi_gpu=`` takes.
+
+    Raises:
+        TrainingSetupError: a launcher started several processes, but they could not become a group.
+    """
+    started = get_int_from_env(_NUMBER_STARTED, 1)
+    if torch.distributed.is_initialized() or started < 2:
+        yield torch.distributed.is_initialized()
+        return
+    state = PartialState(cpu=flair.device.type == "cpu")
+    if not torch.distributed.is_initialized():
+        raise TrainingSetupError(
+            f"Cannot join the {started} processes of the launcher: accelerate has set this one up to "
+            "work alone, before or for lack of a backend. Each would train a model of its own. Call join_processes() "
+            "once, before anything of accelerate's, and with flair.device as it is to be."
+        )
+    try:
+        with patch.computing_on(state.device):
+            # Those of GPUs belong to all devices of the machine, and a process has one.
+            trainer_state.take_random_state(parallel.agree({**trainer_state.random_state(), "cuda": []}))
+            yield True
+    finally:
+        state.destroy_process_group()
