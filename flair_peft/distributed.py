@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +14,8 @@ from accelerate.utils import get_int_from_env
 
 from flair_peft import parallel, patch, trainer_state
 from flair_peft.errors import TrainingSetupError
+
+log = logging.getLogger("flair_peft")
 
 # Set by torchrun and accelerate launch; by MPICH, Open MPI and MVAPICH.
 _NUMBER_STARTED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -40,6 +44,7 @@ def join_processes() -> Iterator[bool]:
     """
     started = get_int_from_env(_NUMBER_STARTED, 1)
     if torch.distributed.is_initialized() or started < 2:
+        _report_missing_processes()
         yield torch.distributed.is_initialized()
         return
     state = PartialState(cpu=flair.device.type == "cpu")
@@ -50,9 +55,20 @@ def join_processes() -> Iterator[bool]:
             "once, before anything of accelerate's, and with flair.device as it is to be."
         )
     try:
-        with patch.computing_on(state.device):
+        # accelerate's name for a CPU is cpu:0, which is not the device of any tensor.
+        with patch.computing_on(flair.device if state.device.type == "cpu" else state.device):
             # Those of GPUs belong to all devices of the machine, and a process has one.
             trainer_state.take_random_state(parallel.agree({**trainer_state.random_state(), "cuda": []}))
             yield True
     finally:
         state.destroy_process_group()
+
+
+def _report_missing_processes() -> None:
+    """Say that accelerate started one process where it was asked for several, which shows in one variable alone."""
+    names = ("ACCELERATE_USE_CPU", "MASTER_ADDR")
+    if not torch.distributed.is_initialized() and all(name in os.environ for name in names):
+        log.warning(
+            "accelerate launch was asked for several processes and started this one alone: with --cpu it leaves the "
+            "others to mpirun. A step takes the sentences of one process. Use torchrun, which starts them on CPUs too."
+        )

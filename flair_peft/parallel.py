@@ -80,7 +80,7 @@ def prepare(model: Model, settings: Mapping[str, Any]) -> None:
     torch.distributed.barrier()
 
 
-def wrap(model: Model, *, device_ids: list[int | None] | None = None, **options: Any) -> DistributedDataParallel:
+def wrap(model: Model, *, device_ids: object = None, **options: Any) -> DistributedDataParallel:
     """Return the model as Flair's trainer calls it: on a list of sentences, for the loss and the number of data points.
 
     Gradients of what is trained travel, and nothing else: no weights of the base, which each process has read from the
@@ -88,7 +88,8 @@ def wrap(model: Model, *, device_ids: list[int | None] | None = None, **options:
 
     Args:
         model: on the device of this process. What is trained and shares storage with other models gets its own.
-        device_ids: as Flair gives them: ``[None]`` on a CPU, which torch does not take.
+        device_ids: is not used. Sentences are no tensors to be moved, and on a CPU Flair gives ``[None]``, which torch
+            does not take.
         **options: as for :class:`torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
@@ -98,8 +99,7 @@ def wrap(model: Model, *, device_ids: list[int | None] | None = None, **options:
     step = TrainingStep(model)
     # torch's name for what is not synchronised: at construction it would write to storage that other models share.
     step.__dict__["_ddp_params_and_buffers_to_ignore"] = set(_read_from_source(step))
-    devices = [index for index in device_ids or () if index is not None]
-    wrapped = DistributedDataParallel(step, device_ids=devices or None, **options)
+    wrapped = DistributedDataParallel(step, **options)
     wrapped.broadcast_buffers = any(True for _ in _buffers_of_heads(model))
     return wrapped
 
