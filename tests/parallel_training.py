@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import random
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 from flair.data import Corpus, Dictionary, Sentence
@@ -236,6 +238,8 @@ def main(base: str, folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     with flair_peft.join_processes() as is_distributed:
         assert is_distributed
+        drawn = [random.random(), float(numpy.random.rand()), float(torch.rand(1))]
+        torch.save(drawn, folder / f"drawn-{dist.get_rank()}.pt")
         for name in names:
             torch.save(TRAININGS[name](base, folder / name), folder / f"{name}-{dist.get_rank()}.pt")
 

@@ -135,6 +135,12 @@ def test_resumed_training_in_two_processes_is_one_that_never_stopped(launched: P
     assert all(torch.equal(stopped[key], value) for key, value in whole.items())
 
 
+def test_processes_begin_with_the_same_random_numbers(launched: Path) -> None:
+    """Python's, numpy's and torch's: corpora that are split at random come out alike without a seed."""
+    first, second = results(launched, "drawn")
+    assert first == second
+
+
 def test_base_stays_as_its_source_has_it(launched: Path) -> None:
     """In no process does training write to the base; only what the source lacks is that of the first process."""
     for name in ("sgd", "biases", "bf16"):
