@@ -5,6 +5,7 @@ hook back.
 """
 
 from flair_peft._version import __version__
+from flair_peft.distributed import join_processes
 from flair_peft.embeddings import (
     PeftTransformerDocumentEmbeddings,
     PeftTransformerEmbeddings,
@@ -37,6 +38,7 @@ __all__ = [
     "from_pretrained",
     "install",
     "is_installed",
+    "join_processes",
     "load_legacy",
     "merge",
     "push_to_hub",

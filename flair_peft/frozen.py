@@ -251,6 +251,14 @@ class FrozenBase:
         """Whether the tensor is one of this base's, so that writing to it would change other models."""
         return _storage(tensor) in self._storages
 
+    def is_from_source(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is what every process reads from the source: it is shared, and not random."""
+        return _storage(tensor) in self._storages_from_source
+
+    @functools.cached_property
+    def _storages_from_source(self) -> set[int]:
+        return {_storage(tensor) for tensor in self.own_weights().values()}
+
     def own_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Give each of the parameters that shares storage with this base a storage of its own, in place."""
         for parameter in parameters:

@@ -13,6 +13,7 @@ These attributes of Flair are replaced, each by a function that calls the origin
 ``ModelTrainer.train_custom``                  checks settings, attaches :class:`flair_peft.training.AdapterGuard`
 ``ModelTrainer._save_model``                   leaves a best model that a training which goes on has not beaten
 ``ModelTrainer._load_model``                   reloads the best model into the live one, without a second base
+``trainer.DistributedDataParallel``            in several processes, on CPUs too: sends what is trained, not the base
 =============================================  ========================================================================
 """
 
@@ -26,9 +27,12 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import flair
+import flair.trainers.trainer
 import torch
 from flair.embeddings import TransformerEmbeddings
 from flair.embeddings.base import Embeddings, TokenEmbeddings
@@ -36,7 +40,20 @@ from flair.nn import Model
 from flair.trainers import ModelTrainer
 from peft import PeftConfig, PeftModel
 
-from flair_peft import adapters, assembly, compat, dtypes, hub, legacy, models, resume, states, stock, training
+from flair_peft import (
+    adapters,
+    assembly,
+    compat,
+    dtypes,
+    hub,
+    legacy,
+    models,
+    parallel,
+    resume,
+    states,
+    stock,
+    training,
+)
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
 from flair_peft.errors import ModelFileError
@@ -51,9 +68,9 @@ _left_to_flair: contextvars.ContextVar[str | None] = contextvars.ContextVar("fla
 
 
 class _Replacement:
-    """One attribute of a Flair class, the descriptor found there, and the one put in its place."""
+    """One attribute of a Flair class or module, the descriptor found there, and the one put in its place."""
 
-    def __init__(self, owner: type, name: str, replacement: Any) -> None:
+    def __init__(self, owner: Any, name: str, replacement: Any) -> None:
         self.owner, self.name = owner, name
         self.found = vars(owner).get(name, _MISSING)
         self.replacement = replacement
@@ -124,6 +141,8 @@ def _other_replacements() -> Iterator[_Replacement]:
     yield _Replacement(ModelTrainer, "train_custom", _training_guarded(vars(ModelTrainer)["train_custom"]))
     yield _Replacement(ModelTrainer, "_save_model", _keeping_the_best(vars(ModelTrainer)["_save_model"]))
     yield _Replacement(ModelTrainer, "_load_model", _reloading_in_place(vars(ModelTrainer)["_load_model"]))
+    trainer = flair.trainers.trainer
+    yield _Replacement(trainer, "DistributedDataParallel", _sending_what_is_trained(trainer.DistributedDataParallel))
 
 
 def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[Any, Any, Any]:
@@ -246,7 +265,9 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         settings = arguments.arguments
         training.check_training(self.model, reduce_transformer_vocab=settings.get("reduce_transformer_vocab", False))
         settings.update(resume.prepare_settings({**settings}))
-        settings["plugins"] = [*(settings.get("plugins") or []), training.AdapterGuard()]
+        parallel.prepare(self.model, settings)
+        added = [training.AdapterGuard(), *([parallel.GlobalSchedule()] if parallel.is_parallel(settings) else [])]
+        settings["plugins"] = [*(settings.get("plugins") or []), *added]
         _trainers[self.model] = self
         try:
             return original(*arguments.args, **arguments.kwargs)
@@ -260,7 +281,8 @@ def _keeping_the_best(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _save_model(self: ModelTrainer, model_file: Any, checkpoint: bool = False) -> None:
         # Flair counts the best score from zero in each training, one that goes on included.
-        if not _installed or not any(dtypes.adapted_embeddings(self.model)) or resume.may_replace(self, model_file):
+        has_adapter = _installed and any(dtypes.adapted_embeddings(self.model))
+        if not has_adapter or parallel.agree(resume.may_replace(self, model_file)):
             original(self, model_file, checkpoint)
 
     return _save_model
@@ -288,3 +310,23 @@ def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:
         return None
 
     return _load_model
+
+
+def _sending_what_is_trained(original: type[torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    @functools.wraps(original, updated=())
+    def distributed_data_parallel(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
+        if not _installed or not any(dtypes.adapted_embeddings(module)):
+            return original(module, *args, **options)
+        return parallel.wrap(module, *args, **options)
+
+    return distributed_data_parallel
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Inside, Flair computes on this device."""
+    found, flair.device = flair.device, device
+    try:
+        yield
+    finally:
+        flair.device = found

@@ -258,8 +258,12 @@ def random_state() -> State:
 
 def set_random_state(state: State) -> None:
     """Set every generator as it was; the processes of a training on several GPUs keep their own."""
-    if not is_main_process():
-        return
+    if is_main_process():
+        take_random_state(state)
+
+
+def take_random_state(state: State) -> None:
+    """Set every generator of this process, whichever it is."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         if len(state["cuda"]) == torch.cuda.device_count():

@@ -6,6 +6,8 @@ import logging
 from typing import Any
 
 import torch
+import torch.distributed
+from flair.distributed_utils import is_main_process
 from flair.nn import Model
 from flair.trainers.plugins.base import TrainerPlugin
 from peft import PeftConfig, PeftModel, PeftType
@@ -34,15 +36,24 @@ class RankAllocationPlugin(TrainerPlugin):
     def __init__(self) -> None:
         super().__init__()
         self._step = 0
+        self._processes = 1
 
     @TrainerPlugin.hook("after_setup")
     def compare_schedule(
-        self, dataset_size: int, mini_batch_size: int, max_epochs: int, epoch: int = 0, **_: Any
+        self,
+        dataset_size: int,
+        mini_batch_size: int,
+        max_epochs: int,
+        epoch: int = 0,
+        multi_gpu: bool = False,
+        **_: Any,
     ) -> None:
         """Start counting steps, and say if the schedule of the config is not that of the training."""
         self._step = 0
-        steps = -(-dataset_size // mini_batch_size) * max_epochs
-        those_left = -(-dataset_size // mini_batch_size) * (max_epochs - epoch)
+        self._processes = torch.distributed.get_world_size() if multi_gpu else 1
+        steps_of_epoch = -(-dataset_size // (mini_batch_size * self._processes))
+        steps = steps_of_epoch * max_epochs
+        those_left = steps_of_epoch * (max_epochs - epoch)
         for config in self._configs():
             planned = getattr(config, "total_step", steps)
             if planned not in (steps, those_left):
@@ -67,7 +78,8 @@ class RankAllocationPlugin(TrainerPlugin):
             ]
             if weight and factors and config.peft_type == PeftType.ADALORA:
                 distances = [torch.norm(f - torch.eye(len(f), dtype=f.dtype, device=f.device)) for f in factors]
-                (weight * torch.stack(distances).mean()).backward()
+                # Flair multiplies by the number of processes next, since that of the loss is their mean by now.
+                (weight / self._processes * torch.stack(distances).mean()).backward()
 
     @TrainerPlugin.hook("after_training_batch")
     def update_budget(self, **_: Any) -> None:
@@ -161,6 +173,8 @@ class AdapterGuard(TrainerPlugin):
         if self._has_seen_gradients:
             return
         self._has_seen_gradients = True
+        if not is_main_process():
+            return
         for peft_model in _peft_models(self.model):
             self._report_missing_plugin(peft_model)
             self._report_missing_gradients(peft_model)

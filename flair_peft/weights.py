@@ -98,6 +98,15 @@ class StoredWeights(TransformerBaseEmbeddings):
         if self._frozen is not None:
             self._frozen.own_(parameters)
 
+    def is_from_source(self, parameter: torch.Tensor) -> bool:
+        """Whether the parameter holds, in storage that other models share, what the base's source has."""
+        return self._frozen is not None and self._frozen.is_from_source(parameter)
+
+    @property
+    def source_fingerprint(self) -> str | None:
+        """Digest of a sample of the base's weights, if these are as the source has them."""
+        return None if self._frozen is None else self._frozen.fingerprint
+
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the weights; while a file is being written, without those that it leaves out."""
         whole = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)

@@ -77,9 +77,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def snapshot() -> Found:
-    """Return every attribute of every Flair class that the hook could touch, as the object that stands there."""
+    """Return every attribute of Flair's trainer and classes that the hook could touch, as the object there."""
     roots = (Model, Embeddings, ModelTrainer, torch.nn.Module)
-    owners = [*roots[2:], *(c for root in roots[:2] for c in [root, *_subclasses(root)])]
+    owners = [flair.trainers.trainer, *roots[2:], *(c for root in roots[:2] for c in [root, *_subclasses(root)])]
     return {(owner, name): value for owner in owners for name, value in vars(owner).items()}
 
 
@@ -89,11 +89,15 @@ def _subclasses(root: type) -> Iterator[type]:
         yield from _subclasses(subclass)
 
 
+def _short(owner: Any) -> str:
+    return owner.__name__.split(".")[-1]
+
+
 def differences(first: Found, second: Found) -> set[str]:
     """Return the attributes that are not the same object on both sides."""
     nothing = object()
     return {
-        f"{owner.__name__}.{name}"
+        f"{_short(owner)}.{name}"
         for owner, name in first.keys() | second.keys()
         if first.get((owner, name), nothing) is not second.get((owner, name), nothing)
     }
@@ -141,7 +145,7 @@ def test_install_and_uninstall_in_any_order_leave_what_the_last_one_says(steps: 
     for owner, name in installed:
         replaced = getattr(vars(owner).get(name), "__func__", vars(owner).get(name))
         inner = getattr(replaced, "__wrapped__", None)
-        if f"{owner.__name__}.{name}" in touched and inner is not None:
+        if f"{_short(owner)}.{name}" in touched and inner is not None:
             assert getattr(inner, "__module__", "") != patch.__name__
 
 
