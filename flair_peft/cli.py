@@ -437,11 +437,11 @@ def _settings_of(config: PeftConfig) -> str:
 
 def _add_merge(commands: Any, name: str) -> None:
     text = "write a .pt file that stock Flair loads: the adapter is merged into the base"
-    parser = _add(commands, name, _merge, text, "flair-peft merge my-tagger merged.pt --dtype float16")
+    parser = _add(commands, name, _merge, text, "flair-peft merge my-tagger merged.pt")
     parser.add_argument("source", type=Path, help="directory or .pt file")
     parser.add_argument("target", type=Path, help="the .pt file to write")
     choices = ("float32", "float16", "bfloat16")
-    parser.add_argument("--dtype", choices=choices, default="float32", help="of the merged weights")
+    parser.add_argument("--dtype", choices=choices, default="float32", help="stock Flair predicts with float32 only")
     _add_load(parser)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from flair.embeddings.base import Embeddings
 from flair.nn import Model
 
 from flair_peft import assembly, merging, proof
-from flair_peft.errors import AdapterConfigError, StateMismatchError
+from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
 
 # Of onnxruntime's vectors from torch's, as a share of their norm.
 _TOLERANCE = 1e-3
@@ -45,8 +46,9 @@ def export_onnx(
         opset_version: of ONNX.
 
     Raises:
-        AdapterConfigError: onnx and onnxruntime are not installed, or the model has no adapter.
-        UnsupportedMethodError: the adapter cannot be merged.
+        AdapterConfigError: onnx and onnxruntime are not installed, or the model has no adapter, or stock Flair would
+            read it as another model.
+        UnsupportedMethodError: the adapter cannot be merged, or torch cannot export the transformer.
         StateMismatchError: onnxruntime gives other vectors.
     """
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
@@ -54,6 +56,7 @@ def export_onnx(
             "Cannot export to ONNX: onnx and onnxruntime are not both installed here. The first writes the file, the "
             "second checks and runs it. Run pip install onnx onnxruntime."
         )
+    _refuse_separators(model)
     plain = merging.merge(model)
     exported: dict[int, Embeddings[Any]] = {}
     for parent in list(plain.modules()):
@@ -72,9 +75,27 @@ def _export(
     path.parent.mkdir(parents=True, exist_ok=True)
     export = _with_the_exporter_that_traces(embeddings.onnx_cls.export_from_embedding.__func__)
     sentences = [Sentence(text) for text in examples]
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer: shapes that it sees as constants are checked below
-        found = export(embeddings.onnx_cls, path, embeddings, sentences, opset_version=opset_version)
+        graph = Path(folder, path.name)
+        try:
+            found = export(embeddings.onnx_cls, graph, embeddings, sentences, opset_version=opset_version)
+        except (RuntimeError, ValueError, TypeError, LookupError, torch.onnx.errors.OnnxExporterError) as error:
+            raise UnsupportedMethodError(
+                f"Cannot export '{embeddings.name}': torch's ONNX exporter fails on {type(embeddings.model).__name__} "
+                f"with {type(error).__name__}: {str(error)[:200]}. Flair exports encoders; use flair_peft.merge for "
+                "this one."
+            ) from error
+        _check(embeddings, found)
+        found.remove_session()
+        graph.replace(path)
+    found.onnx_model = str(path)
+    found.create_session()
+    return found
+
+
+def _check(embeddings: TransformerEmbeddings, found: Embeddings[Any]) -> None:
+    """Return if onnxruntime gives the vectors that torch gives."""
     for text in _CHECKED:
         expected = _vectors(embeddings, text)
         apart = proof.distance(_vectors(found, text), expected)
@@ -85,7 +106,17 @@ def _export(
                 "tracer took something for a constant, as it does in Flair's subtoken_pooling='mean'. Use 'first', or "
                 "pass examples= with sentences like yours."
             )
-    return found
+
+
+def _refuse_separators(model: Model) -> None:
+    """Return unless a load by stock Flair would join texts by another separator than the model was trained with."""
+    for module in model.modules():
+        if getattr(module, "sep", " ") != " " and not getattr(module, "embed_separately", False):
+            raise AdapterConfigError(
+                f"Cannot export this {type(module).__name__}: it joins texts by {module.sep!r}, and Flair joins them "
+                "by a space where the embeddings are an ONNX file. Loaded again, it would predict something else. Use "
+                "flair_peft.merge, or train with embed_separately=True."
+            )
 
 
 def _with_the_exporter_that_traces(function: types.FunctionType) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
 
     Args:
         model: a Flair model whose embeddings have an adapter.
-        dtype: of the base's weights afterwards. Stock Flair cannot predict with a classifier in half precision.
+        dtype: of the transformer's weights afterwards. Stock Flair predicts with fp32 only: its heads stay in it.
 
     Raises:
         AdapterConfigError: the model has no adapter, or its base is quantised: merging would round it once more.
@@ -44,13 +44,18 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
                 f"{quantised.engine(module.base_model)}, and merging would round its weights once more. Load the model "
                 "on the base that is not quantised, and merge there."
             )
+    with torch.random.fork_rng(devices=[]):  # a training goes on as if nothing had been merged
+        return _merge(model, dtypes.parse_dtype(dtype))
+
+
+def _merge(model: Model, dtype: torch.dtype) -> Model:
     plain = _copy(model)
     merged: dict[int, TransformerEmbeddings] = {}
     for parent in list(plain.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PeftTransformerEmbeddings):
                 if id(child) not in merged:
-                    merged[id(child)] = _merged_embeddings(child, dtypes.parse_dtype(dtype))
+                    merged[id(child)] = _merged_embeddings(child, dtype)
                 assembly.replace_(parent, name, child, merged[id(child)])
     plain.to(flair.device).eval()
     return plain

@@ -76,3 +76,31 @@ def test_flairs_export_still_leaves_the_exporter_to_torch(base: Base, tmp_path: 
     plain = TransformerDocumentEmbeddings(base("bert"))
     with pytest.raises(Exception, match=r"onnxscript|dynam|tuple|export"):
         plain.export_onnx(tmp_path / "model.onnx", [Sentence("Berlin is large ."), Sentence("a")])
+
+
+@pytest.mark.parametrize("name", ["text-pair-classifier", "text-pair-regressor", "text-triple-classifier"])
+def test_model_that_stock_flair_would_read_with_another_separator_is_refused(
+    name: str, base: Base, tmp_path: Path
+) -> None:
+    """Flair chooses the separator by the class of the embeddings, and forgets it for ONNX files."""
+    with pytest.raises(AdapterConfigError, match="joins texts by ' \\[SEP\\] '"):
+        flair_peft.export_onnx(make_model(ZOO[name], base("bert"), lora()), tmp_path / "model.onnx")
+    separate = make_model(ZOO["text-pair-classifier-separate"], base("bert"), lora())
+    assert flair_peft.export_onnx(separate, tmp_path / "model.onnx")
+
+
+def test_export_that_is_refused_leaves_the_earlier_graph(base: Base, tmp_path: Path) -> None:
+    """A graph is put in place once it was checked."""
+    (tmp_path / "model.onnx").write_bytes(b"earlier")
+    live = make_model(ZOO["sequence-tagger"], base("bert"), lora(), subtoken_pooling="mean")
+    with pytest.raises(StateMismatchError):
+        flair_peft.export_onnx(live, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_bytes() == b"earlier"
+
+
+def test_decoder_that_torch_cannot_trace_is_named(base: Base, tmp_path: Path) -> None:
+    """The exporter's own error says nothing to a user; a torch that can do it ends this test."""
+    config = lora(target_modules=tiny.ATTENTION_TARGETS["llama"])
+    with pytest.raises(UnsupportedMethodError, match="ONNX exporter fails on LlamaModel"):
+        flair_peft.export_onnx(classifier(base("llama"), config), tmp_path / "model.onnx")

@@ -23,7 +23,7 @@ from tests.test_shared import labels_of, points_of, save
         "sequence-tagger-crf",
         "token-classifier",
         "text-regressor",
-        "text-pair-classifier",
+        "text-pair-classifier-separate",
         "multitask",
     ],
 )

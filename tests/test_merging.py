@@ -204,3 +204,11 @@ def test_config_of_the_user_is_left_as_it_was(base: Base) -> None:
     before = config.to_dict()
     flair_peft.merge(classifier(base("bert"), config))
     assert config.to_dict() == before
+
+
+def test_merging_draws_no_random_numbers(base: Callable[[str], str]) -> None:
+    """A training in which a model is merged goes on as it would have."""
+    live = classifier(base("bert"))
+    before = torch.get_rng_state()
+    flair_peft.merge(live)
+    assert torch.equal(before, torch.get_rng_state())
