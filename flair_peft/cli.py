@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flair.data import Sentence
 from peft import PeftConfig
 
 import flair_peft
@@ -462,14 +463,36 @@ def _add_export(commands: Any, name: str) -> None:
     parser.add_argument("source", type=Path, help="directory or .pt file")
     parser.add_argument("onnx", type=Path, help="the ONNX file to write; the .pt file names its path")
     parser.add_argument("target", type=Path, help="the .pt file to write, which stock Flair loads")
+    text = "compute in int8, and print what that costs on the sentences of this file, one a line"
+    parser.add_argument("--int8", type=Path, metavar="TEXTS", help=text)
     _add_load(parser)
 
 
 def _export(chosen: argparse.Namespace) -> int:
+    sentences = [] if chosen.int8 is None else _sentences(chosen.int8)
     model = flair_peft.export_onnx(_load(chosen.source, chosen), chosen.onnx.absolute())
+    if sentences:
+        _print(f"int8: {flair_peft.quantize_onnx(model, sentences)}.")
     model.save(chosen.target)
     _print(f"{_printable(chosen.target)} holds the model, and {_printable(chosen.onnx)} its transformer.")
     return OK
+
+
+def _sentences(path: Path) -> list[Sentence]:
+    """Return the sentences of a text file; an empty one is refused before anything is exported."""
+    try:
+        found = [Sentence(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFileError(
+            f"Cannot read the sentences in '{path}': {error}. They are text in UTF-8, one sentence a line. Pass such a "
+            "file."
+        ) from error
+    if not found:
+        raise ModelFileError(
+            f"Cannot measure int8 on '{path}': it holds no sentence. What int8 costs shows on text like that for "
+            "which the model is meant. Pass a file with some, one a line."
+        )
+    return found
 
 
 _COMMANDS: dict[str, Callable[[Any, str], None]] = {

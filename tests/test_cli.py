@@ -374,6 +374,21 @@ def _hostile(folder: Path) -> Iterator[Path]:
         yield folder / f"own-{name}"
 
 
+def test_export_in_int8_prints_what_it_costs(run: Run, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("Berlin is large .\n\nI love this movie .\n", encoding="utf-8")
+    targets = (tmp_path / "encoder.onnx", tmp_path / "out.pt")
+    code, text, errors = run("export", file, *targets, "--int8", tmp_path / "texts.txt")
+    assert (code, errors) == (0, "")
+    assert re.search(r"int8: \d of 2 data points keep their labels, scores change by up to 0\.\d+, files", text)
+    (tmp_path / "texts.txt").write_text("\n", encoding="utf-8")
+    code, _, errors = run("export", file, *targets, "--int8", tmp_path / "texts.txt")
+    assert code == 2
+    assert "it holds no sentence" in " ".join(errors.split())
+    code, _, errors = run("export", file, *targets, "--int8", tmp_path / "missing.txt")
+    assert code == 2
+    assert "Cannot read the sentences" in " ".join(errors.split())
+
+
 @pytest.mark.parametrize("command", ["inspect", "diff", "convert", "verify", "push", "merge", "export"])
 def test_hostile_input_is_a_paragraph_and_exit_code_two(
     command: str, run: Run, converter: Converter, tmp_path: Path, directory: Path
