@@ -1,0 +1,312 @@
+"""Many models on one base: memory, adding one, one batch for several, merged and unmerged, one sentence among fifty.
+
+``python -m tests.benchmarks.serving`` builds a base in the shape of BERT-base with random weights and fifty classifiers
+on it, compares what they predict, and writes the figures to ``resources/benchmarks``. Times are ratios of interleaved
+pairs in one process; memory is that of a process that loads one model, or twenty, and predicts with each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flair
+import torch
+from flair.data import Dictionary, Sentence
+from flair.models import TextClassifier
+from peft import LoraConfig, PeftModel
+from transformers import AutoModel
+
+import flair_peft
+from flair_peft.compat import versions
+from tests.benchmarks.checkpoints import RESULTS, ROOT, ratio
+from tests.benchmarks.shapes import SHAPES
+
+MODELS, RESIDENT, MIXED, BATCH = 50, 20, 8, 32
+WORDS = "a bb ab ba the aaab , aba ? a bb ab ba the aaab , aba ? a ab".split()  # noqa: SIM905
+    "a",
+    "bb",
+    "ab",
+    "ba",
+    "the",
+    "aaab",
+    ",",
+    "aba",
+    "?",
+    "a",
+    "bb",
+    "ab",
+    "ba",
+    "the",
+    "aaab",
+    ",",
+    "aba",
+    "?",
+    "a",
+    "ab",
+]
+TOLERANCE = 1e-4
+# Of scores between bf16 with the adapter beside its base and with the adapter in it.
+HALF_TOLERANCE = 0.05
+
+Action = Callable[[], Any]
+
+
+def write_models(folder: Path) -> None:
+    """Write a base and classifiers with adapters of their own on it."""
+    if not (folder / "base").exists():
+        SHAPES["bert-base"](folder / "base")
+    labels = Dictionary(add_unk=False)
+    for label in ("good", "bad"):
+        labels.add_item(label)
+    for number in range(MODELS):
+        torch.manual_seed(number)
+        config = LoraConfig(r=8, lora_alpha=32, init_lora_weights=False)
+        embeddings = flair_peft.PeftTransformerDocumentEmbeddings(str(folder / "base"), peft_config=config)
+        for parameter in embeddings.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.001 * torch.randn_like(parameter))  # as if it had been trained
+        model = TextClassifier(embeddings, label_type=f"sentiment{number}", label_dictionary=labels)
+        flair_peft.save_pretrained(model.eval(), folder / str(number))
+
+
+def sentences(count: int) -> list[Sentence]:
+    """Return sentences of 10 to 20 words."""
+    return [Sentence(WORDS[: 10 + number % 11], use_tokenizer=False) for number in range(count)]
+
+
+def scores(model: TextClassifier, given: list[Sentence]) -> torch.Tensor:
+    model.predict(given, mini_batch_size=BATCH, return_probabilities_for_all_classes=True)
+    return read(model, given)
+
+
+def read(model: TextClassifier, given: list[Sentence]) -> torch.Tensor:
+    """Return the score of each label of each sentence, (sentences, labels)."""
+    found = [sorted(sentence.get_labels(model.label_type), key=lambda label: label.value) for sentence in given]
+    return torch.tensor([[label.score for label in labels] for labels in found])
+
+
+def resident() -> int:
+    """Return the resident memory of this process, in bytes."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024
+
+
+def seconds(action: Action) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def compare(one: Action, other: Action, pairs: int) -> dict[str, Any]:
+    """Return the ratio of the times of two actions, run in turn, with its interval and the medians."""
+    one(), other()
+    times = [(seconds(one), seconds(other)) if n % 2 else (seconds(other), seconds(one))[::-1] for n in range(pairs)]
+    these, those = ([pair[index] for pair in times] for index in range(2))
+    return {**ratio(these, those), "seconds": [statistics.median(these), statistics.median(those)]}
+
+
+def measure_memory(folder: Path) -> dict[str, Any]:
+    """Return the resident memory with twenty models over that with one."""
+
+    def run(count: int) -> int:
+        command = [sys.executable, "-m", "tests.benchmarks.serving", "--folder", str(folder), "--resident", str(count)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return int(done.stdout.splitlines()[-1])
+
+    found = [run(RESIDENT) / run(1) for _ in range(3)]
+    value = statistics.median(found)
+    return {"median": value, "low": min(found), "high": max(found)}
+
+
+def print_resident(folder: Path, count: int) -> None:
+    shared = flair_peft.SharedBase(str(folder / "base"))
+    models = [shared.load(folder / str(number)) for number in range(count)]
+    for model in models:
+        scores(model, sentences(BATCH))
+    print(resident())
+
+
+def measure_loads(folder: Path, pairs: int) -> list[dict[str, Any]]:
+    """Return the time of adding a model to a shared base over that of PEFT's load_adapter, proven and not."""
+    shared = flair_peft.SharedBase(str(folder / "base"))
+    theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(folder / "base"), folder / "0", adapter_name="0")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model, rows = shared.load(folder / "1"), []
+    theirs.load_adapter(folder / "1", adapter_name="1")
+    theirs.set_adapter("1")
+    with torch.no_grad():
+        expected = theirs.eval()(ids).last_hidden_state
+        torch.testing.assert_close(model.embeddings.hidden_states(ids)[-1], expected, atol=TOLERANCE, rtol=TOLERANCE)
+    counter = iter(range(2, 10**6))
+    for verify, what in ((False, "not proven"), (True, "proven by its probe")):
+        kept: list[Any] = []
+
+        def ours(verify: bool = verify, kept: list[Any] = kept) -> None:
+            kept.append(shared.load(folder / str(next(counter) % MODELS), verify=verify))
+
+        def peft_alone() -> None:
+            number = next(counter)
+            theirs.load_adapter(folder / str(number % MODELS), adapter_name=str(number))
+
+        rows.append({"what": f"adding a model, {what} / PEFT's load_adapter", "wanted": "≤ 2"})
+        rows[-1] |= compare(ours, peft_alone, pairs)
+    return rows
+
+
+def measure_mixed(folder: Path, pairs: int) -> list[dict[str, Any]]:
+    """Return the time of a batch for eight models over that of the same batch for one, and over eight passes."""
+    shared = flair_peft.SharedBase(str(folder / "base"))
+    models = [shared.load(folder / str(number), verify=False) for number in range(MIXED)]
+    whole = sentences(BATCH)
+    parts = {model: whole[number::MIXED] for number, model in enumerate(models)}
+    options = {"return_probabilities_for_all_classes": True}
+    shared.predict(parts, mini_batch_size=BATCH, **options)
+    together = [read(model, given) for model, given in parts.items()]
+    for model, given, found in zip(models, parts.values(), together, strict=True):
+        torch.testing.assert_close(found, scores(model, given), atol=TOLERANCE, rtol=TOLERANCE)
+
+    def mixed() -> None:
+        shared.predict(parts, mini_batch_size=BATCH, **options)
+
+    def grouped() -> None:
+        for model, given in parts.items():
+            model.predict(given, mini_batch_size=BATCH, **options)
+
+    def single() -> None:
+        models[0].predict(whole, mini_batch_size=BATCH, **options)
+
+    return [
+        {"what": "batch of 32 for 8 models / for one", "wanted": "≤ 1.15", **compare(mixed, single, pairs)},
+        {"what": "8 passes of 4 / batch of 32 for 8 models", "wanted": "> 1", **compare(grouped, mixed, pairs)},
+    ]
+
+
+def measure_merged(folder: Path, pairs: int) -> list[dict[str, Any]]:
+    """Return the time of a merged model over that of a plain one, and of an unmerged one in bf16 over plain bf16."""
+    shared = flair_peft.SharedBase(str(folder / "base"))
+    model = shared.load(folder / "0", verify=False)
+    merged, plain = flair_peft.merge(model), flair_peft.merge(shared.load(folder / "1", verify=False))
+    given = sentences(BATCH)
+    torch.testing.assert_close(scores(merged, given), scores(model, given), atol=1e-3, rtol=1e-3)
+    half = flair_peft.SharedBase(str(folder / "base"), dtype="bfloat16").load(folder / "0", verify=False)
+    half_plain = flair_peft.merge(model, dtype=torch.bfloat16).to(torch.bfloat16)
+    apart = (scores(half, given) - scores(half_plain, given)).abs().max()
+    assert apart < HALF_TOLERANCE, apart
+
+    def predicting(chosen: TextClassifier) -> Action:
+        return lambda: chosen.predict(given, mini_batch_size=BATCH)
+
+    rows = [
+        {"what": "merged model / plain model of stock Flair", "wanted": "1 in the interval"},
+        {"what": "unmerged in bf16 / plain in bf16", "wanted": "≤ 1.15"},
+        {"what": "unmerged in fp32 / plain in fp32", "wanted": ""},
+    ]
+    for row, one, other in zip(rows, (merged, half, model), (plain, half_plain, merged), strict=True):
+        row |= compare(predicting(one), predicting(other), pairs)
+    return rows
+
+
+def measure_one_sentence(folder: Path, pairs: int) -> list[dict[str, Any]]:
+    """Return the time of one sentence with fifty models loaded over that with one, alone and through the base."""
+    few, many = (flair_peft.SharedBase(str(folder / "base")) for _ in range(2))
+    first = few.load(folder / "0", verify=False)
+    models = [many.load(folder / str(number), verify=False) for number in range(MODELS)]
+    given = sentences(1)
+    torch.testing.assert_close(scores(first, given), scores(models[0], given), atol=0, rtol=0)
+    many.predict({model: sentences(1) for model in models}, mini_batch_size=BATCH)  # every adapter is in the tree
+    turn = iter(range(10**6))
+
+    def any_of_many() -> None:
+        models[next(turn) % MODELS].predict(given)
+
+    def two_of_many() -> None:
+        number = next(turn)
+        many.predict({models[number % MODELS]: given, models[(number + 1) % MODELS]: given[:]})
+
+    pair = [few.load(folder / str(number), verify=False) for number in (1, 2)]
+    return [
+        {
+            "what": "a sentence for any of 50 models / for the only one",
+            "wanted": "1 in the interval",
+            **compare(any_of_many, lambda: first.predict(given), pairs),
+        },
+        {
+            "what": "two models at once, 50 loaded / 3 loaded",
+            "wanted": "1 in the interval",
+            **compare(two_of_many, lambda: few.predict(dict.fromkeys(pair, given)), pairs),
+        },
+    ]
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """Return the report as a page."""
+    lines = [
+        "# Many models on one base",
+        "",
+        f"`python -m tests.benchmarks.serving`, {report['date']}, {report['machine']}, {report['versions']}.",
+        f"BERT-base's shape, LoRA r=8 on query and value, sentences of 10 to 20 words. Medians of {report['pairs']}",
+        "interleaved pairs with 95 % bootstrap intervals; memory: three pairs of processes, with their extremes.",
+        "",
+        "| what | median | interval | wanted | ms |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        times = " / ".join(f"{1e3 * value:.0f}" for value in row.get("seconds", []))
+        interval = f"{row['low']:.2f} to {row['high']:.2f}"
+        lines.append(f"| {row['what']} | {row['median']:.2f} | {interval} | {row['wanted']} | {times} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=21)
+    parser.add_argument("--folder", type=Path, help="where the models are made and kept; a temporary one if left out")
+    parser.add_argument("--resident", type=int, help="load so many models and print the resident memory")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    flair.device = torch.device("cpu")
+    if options.resident is not None:
+        print_resident(options.folder, options.resident)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        if not (folder / str(MODELS - 1)).exists():
+            write_models(folder)
+        rows = [
+            {"what": "resident memory with 20 models / with one", "wanted": "≤ 1.15", **measure_memory(folder)},
+            *measure_loads(folder, options.pairs),
+            *measure_mixed(folder, options.pairs),
+            *measure_merged(folder, options.pairs),
+            *measure_one_sentence(folder, options.pairs),
+        ]
+    report = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU used",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "pairs": options.pairs,
+        "rows": rows,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "serving.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (options.out / "serving.md").write_text(to_markdown(report), encoding="utf-8")
+    print(to_markdown(report))
+
+
+if __name__ == "__main__":
+    main()
