@@ -28,7 +28,7 @@ log = logging.getLogger("flair_peft")
 KeywordArguments = Mapping[str, Any]
 
 # Flair reads the encoder of these; AutoModel would ask for decoder inputs.
-_ENCODER_OF_T5 = frozenset({"t5", "mt5", "longt5"})
+ENCODER_OF_T5 = frozenset({"t5", "mt5", "longt5"})
 
 
 def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
@@ -99,7 +99,7 @@ def _is_pinned(source: str, kwargs: KeywordArguments) -> bool:
 
 
 def _model_class(config: PretrainedConfig, kwargs: KeywordArguments) -> Any:
-    if config.model_type in _ENCODER_OF_T5:
+    if config.model_type in ENCODER_OF_T5:
         return T5EncoderModel
     # AutoModel looks for an adapter beside the weights, and asks the Hub for it even with local_files_only.
     found = None if kwargs.get("trust_remote_code") else MODEL_MAPPING.get(type(config), None)
@@ -115,7 +115,7 @@ def build_model(
     """
     wanted = {**model_kwargs} if dtype in (None, "auto") else {"dtype": dtype, **model_kwargs}
     with adapters.building, no_init_weights():
-        if config.model_type in _ENCODER_OF_T5:
+        if config.model_type in ENCODER_OF_T5:
             model = T5EncoderModel._from_config(config, **wanted)
         else:
             model = AutoModel.from_config(config, **wanted)

@@ -5,6 +5,7 @@
     │   ├── UnsupportedMethodError    the method cannot work on this architecture
     │   └── MissingConfigError        a file holds adapter weights but not the config that scales them
     ├── BaseModelNotFoundError    the transformer is neither on disk nor in the cache nor reachable
+    ├── InsufficientMemoryError   the transformer is larger than the memory that is free
     ├── ModelFileError            a file that is truncated, not a Flair model, or not readable
     │   ├── FormatVersionError        written by a newer flair_peft
     │   └── UnsafeFileError           a pickle that names what no Flair model needs; nothing of it was run
@@ -46,6 +47,10 @@ class MissingConfigError(AdapterConfigError):
 
 class BaseModelNotFoundError(FlairPeftError, OSError):
     """The base transformer could not be found by path, in the local cache or on the Hub."""
+
+
+class InsufficientMemoryError(FlairPeftError, MemoryError):
+    """The weights of a base transformer are larger than the memory that is free where they should go."""
 
 
 class ModelFileError(FlairPeftError, ValueError, RuntimeError):

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flair_peft import backbone, fingerprint, quantised, rows
+from flair_peft import backbone, capacity, fingerprint, quantised, rows
 from flair_peft.dtypes import DtypeLike
 from flair_peft.errors import BaseMismatchError, name_some
 from flair_peft.sources import BaseRecord
@@ -400,6 +400,7 @@ def _load(
 ) -> FrozenBase:
     revision = {} if record.revision is None else {"revision": record.revision}
     arguments = {**revision, **record.arguments, **kwargs}
+    capacity.check_fits(record.name, config, dtype=dtype, kwargs=arguments, device=device)
     is_quantised_before = hasattr(config, "quantization_config")
     if is_quantised_before or not _QUANTISING.isdisjoint(kwargs):
         arguments.setdefault("device_map", {"": str(device)})

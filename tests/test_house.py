@@ -33,6 +33,7 @@ FLOORS = (
     "fingerprint",
     "sources",
     "backbone",
+    "capacity",
     "tokenizer_files",
     "rows",
     "quantised",
