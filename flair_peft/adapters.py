@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
+import math
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,25 +76,78 @@ def describe(config: PeftConfig) -> str:
     return method_name(config) + "".join(f" ({name}={getattr(config, name)})" for name in shaping[:1])
 
 
-def inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+def inject(model: PreTrainedModel, config: PeftConfig, *, is_filled_later: bool = False) -> PeftModel:
     """Add a new adapter to the model, which is changed in place, and return the PEFT model around it.
+
+    Args:
+        model: the base.
+        config: of the adapter.
+        is_filled_later: whether a state dict will give the adapter its values.
 
     Raises:
         UnsupportedMethodError: the method cannot work on this architecture.
         AdapterConfigError: the config does not fit the model, for example because its targets match no module.
     """
     refuse_unsupported(model, config)
+    _refuse_reading_offloaded(model, config)
     _spell_out_layers_(model, config)
     _fill_in_sizes_(model, config)
     try:
-        with building:
+        with building, _standing_in_for_offloaded(model):
             peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     except _INJECTION_ERRORS as error:
         raise _explain_injection(model, config, error) from error
     if not trainable_parameters(peft_model):
         raise _unsupported(model, config, "it finds nothing to train in this model")
     repair_(peft_model)
+    _refuse_training_offloaded(peft_model, is_filled_later=is_filled_later)
     return peft_model
+
+
+@contextlib.contextmanager
+def _standing_in_for_offloaded(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, weights that accelerate offloads have a place: PEFT puts adapters where the weights of their layer are.
+
+    What stands in for them takes no memory, and is no number: so is whatever is computed from it.
+    """
+    found = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta and hasattr(module, "_hf_hook")
+    ]
+    for module, name, parameter in found:
+        device = getattr(module._hf_hook, "execution_device", None)
+        fill = math.nan if parameter.is_floating_point() else 0
+        place = torch.full((1,), fill, dtype=parameter.dtype, device="cpu" if device is None else device)
+        module._parameters[name] = torch.nn.Parameter(place.expand(parameter.shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, parameter in found:
+            parameter.requires_grad = module._parameters[name].requires_grad
+            module._parameters[name] = parameter
+
+
+def _refuse_reading_offloaded(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Return unless the method computes with weights that accelerate offloads."""
+    reads_base = rewrites_base(config) or bool(getattr(config, "use_dora", False))
+    if reads_base and any(parameter.is_meta for parameter in model.parameters()):
+        raise _unsupported(model, config, "it reads weights of the base that are offloaded")
+
+
+def _refuse_training_offloaded(model: PeftModel, *, is_filled_later: bool) -> None:
+    """Return unless weights are trained that accelerate offloads, or what was computed from them, which is nothing."""
+    trained = trainable_parameters(model)
+    found = {name for name, parameter in trained.items() if parameter.is_meta}
+    if getattr(model, "hf_device_map", None) and not is_filled_later:
+        found |= {name for name, parameter in trained.items() if not parameter.is_meta and parameter.isnan().any()}
+    if found:
+        raise AdapterConfigError(
+            f"Cannot train {name_some(found)}: these are weights that accelerate offloads, or start from such weights. "
+            "They are not in memory to be read, and changes are not written back. Keep their modules on a device in "
+            "device_map, or choose a method that leaves the base as it is, such as LoRA."
+        )
 
 
 def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: bool) -> PeftModel:
@@ -109,7 +164,8 @@ def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: 
         # Its decomposition does not converge on memory that was never initialised.
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
-    peft_model = inject(model, without_costly_init(config))
+    _refuse_reading_offloaded(model, config)
+    peft_model = inject(model, without_costly_init(config), is_filled_later=True)
     completed = peft_model.peft_config[ADAPTER_NAME]
     config.base_model_name_or_path = completed.base_model_name_or_path
     for field in dataclasses.fields(config):

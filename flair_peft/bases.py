@@ -134,7 +134,7 @@ def find_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLik
     try:
         if record.needs_remote_code:
             config = _naming_code(config, source, revision)
-        kwargs = options.arguments()
+        kwargs = {**options.arguments(), **options.placement}
         if record.quantization is not None:
             config, kwargs = _quantising(wanted, config, kwargs)
         found = frozen.find_again(wanted, config, dtype=dtype, kwargs=kwargs, device=flair.device)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal
@@ -42,7 +42,7 @@ from flair_peft.adapter_memory import AdapterMemory
 from flair_peft.errors import AdapterConfigError, ModelFileError
 from flair_peft.foreign import ForeignHead
 from flair_peft.frozen import FrozenBase
-from flair_peft.learned import QuantisedStart
+from flair_peft.learned import PlacedStart
 from flair_peft.sources import LoadOptions, StoredBase, load_options
 from flair_peft.storable import Storable
 
@@ -234,8 +234,8 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         self._start: dict[str, str] = {}
         self._cache_dir = model_kwargs.get("cache_dir") or load_options().cache_dir
         self._preparing = quantised.stored_preparation(peft_gradient_checkpointing_kwargs)
-        if found is not None and quantised.engine(base) is not None:
-            self._quantised_start = QuantisedStart.of(base, dtype=read_dtype, random_names=found.random_names)
+        if found is not None and frozen.is_placed(base):
+            self._placed_start = PlacedStart.of(base, dtype=read_dtype, random_names=found.random_names)
         if is_new:
             self.model = adapters.inject(base, own_config)
             self._keep_apart()
@@ -453,10 +453,15 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         tokenizer_files.complete_padding_(self.tokenizer)
 
     def _move_to(self, device: str | torch.device) -> None:
-        if not self.is_quantised:
+        if not self.is_placed:
             self.to(device)
         else:
             getattr(self, _OUTPUT_DTYPE_MARK).data = getattr(self, _OUTPUT_DTYPE_MARK).data.to(device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Move or convert as torch does; what accelerate spread over devices stays as it is."""
+        is_dispatched = isinstance(getattr(self, "model", None), torch.nn.Module) and frozen.is_dispatched(self.model)
+        return super()._apply(fn, recurse and not is_dispatched)
 
     def _try_out(self) -> None:
         encoded = self.tokenizer("a", return_tensors="pt") if not self.tokenizer_needs_ocr_boxes else None

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from flair_peft import backbone, capacity, fingerprint, quantised, rows
 from flair_peft.dtypes import DtypeLike
-from flair_peft.errors import BaseMismatchError, name_some
+from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
 from flair_peft.sources import BaseRecord
 
 # Weak: a base lives as long as a model that stands on it.
@@ -229,6 +229,12 @@ class FrozenBase:
 
     def with_rows(self, new: torch.Tensor | int) -> FrozenBase:
         """Return this base with rows appended to its input embeddings: those given, or so many mean rows."""
+        if self._model.get_input_embeddings().weight.is_meta:
+            raise AdapterConfigError(
+                f"Cannot add a row to the input embeddings of '{self.record.name}': they are offloaded, and Flair's "
+                "context separator needs one. Keep the embeddings on a device in device_map, or pass "
+                "use_context_separator=False."
+            )
         with _lock:
             if isinstance(new, int):
                 new = self._mean_row.repeat(new, 1)
@@ -270,8 +276,11 @@ class FrozenBase:
         self.own_(model.parameters())
 
 
-class _Quantised(FrozenBase):
-    """A base that is quantised when it is read. What proves it is its source: devices quantise in different ways."""
+class _Placed(FrozenBase):
+    """A base that is quantised when it is read, or spread over devices. What proves it is its source.
+
+    Devices quantise in different ways, and weights that are offloaded are not there to be read.
+    """
 
     def __init__(
         self,
@@ -302,7 +311,7 @@ class _Quantised(FrozenBase):
 
 
 def find_source(record: BaseRecord, config: PretrainedConfig, kwargs: Mapping[str, Any]) -> FrozenBase:
-    """Return the source of a base that is quantised when it is read, as it is before that.
+    """Return the source of a base that is quantised when it is read or spread over devices, as it is before that.
 
     Args:
         record: of the base.
@@ -405,8 +414,8 @@ def _load(
     if is_quantised_before or not _QUANTISING.isdisjoint(kwargs):
         arguments.setdefault("device_map", {"": str(device)})
     model, random_names = backbone.find_model(record.name, copy.deepcopy(config), dtype=dtype, kwargs=arguments)
-    if quantised.engine(model) is not None and not is_quantised_before:
-        return _Quantised(model, record, random_names, source=functools.partial(find_source, record, config, kwargs))
+    if is_placed(model) and not is_quantised_before:
+        return _Placed(model, record, random_names, source=functools.partial(find_source, record, config, kwargs))
     base = FrozenBase(model, record, random_names)
     if torch.device(device).type == "cpu" or is_placed(model):
         return base
@@ -416,9 +425,15 @@ def _load(
     return base
 
 
-def is_placed(model: PreTrainedModel) -> bool:
+def is_placed(model: torch.nn.Module) -> bool:
     """Whether quantisation or a device map says where the weights are, so that nobody may move them."""
-    return bool(getattr(model, "quantization_method", None) or getattr(model, "hf_device_map", None))
+    return bool(getattr(model, "quantization_method", None)) or is_dispatched(model)
+
+
+def is_dispatched(model: torch.nn.Module) -> bool:
+    """Whether accelerate spread the weights over devices, or to the disk."""
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(places) > 1 or "disk" in places
 
 
 def _remember(base: FrozenBase) -> FrozenBase:

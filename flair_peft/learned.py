@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from flair_peft import fingerprint, keys, progress, residency
+from flair_peft import fingerprint, keys, progress, quantised, residency
 from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.fingerprint import are_same_bits
-from flair_peft.frozen import FrozenBase
+from flair_peft.frozen import FrozenBase, is_dispatched
 from flair_peft.sources import BaseRecord, StoredBase
 
 
@@ -122,17 +122,17 @@ def _rows_beyond(
 
 
 @dataclass(frozen=True)
-class QuantisedStart:
-    """What a quantised base is when it is read, for a save to find out what was learned since.
+class PlacedStart:
+    """What a base that is quantised or spread over devices is when it is read, for a save to find what was learned.
 
     The source cannot be quantised again for that: it would need the memory twice, and another device rounds in another
-    way.
+    way. Weights that are offloaded are written by nobody.
 
     Attributes:
         dtype: that the weights were read in; afterwards PEFT widens those that are not quantised.
         random_names: weights that the source lacks.
         matrices: names of the input embeddings.
-        digests: name → digest of each tensor: of all its elements, or of a sample of quantised ones.
+        digests: name → digest of each tensor: of all its elements, or of a sample of those that are placed.
     """
 
     dtype: torch.dtype
@@ -141,7 +141,7 @@ class QuantisedStart:
     digests: Mapping[str, str]
 
     @classmethod
-    def of(cls, base: PreTrainedModel, *, dtype: torch.dtype, random_names: frozenset[str]) -> QuantisedStart:
+    def of(cls, base: PreTrainedModel, *, dtype: torch.dtype, random_names: frozenset[str]) -> PlacedStart:
         """Return what the model is now, before it has an adapter and before its first forward pass."""
         matrix, named = base.get_input_embeddings().weight, base.named_parameters(remove_duplicate=False)
         weights = _Weights.of(base)
@@ -160,12 +160,13 @@ class QuantisedStart:
         """
         weights = _Weights.of(model)
         named = {key: keys.base_key(key) or "" for key in weights.state if key not in weights.trained}
-        changed = sorted(key for key in weights.quantised if not self._is_same(weights, key, named[key]))
+        changed = sorted(key for key in weights.placed if not self._is_same(weights, key, named[key]))
         if changed:
             raise AdapterConfigError(
-                f"Cannot store the adapter: {name_some(changed)} of its quantised base were changed since they were "
-                "read, by a merge for example or by the adapter's initialisation. Rounded once more, they are in no "
-                "file, and a load would find others. Make the embeddings again, and keep the adapter beside the base."
+                f"Cannot store the adapter: {name_some(changed)} of its base, which is quantised or spread over "
+                "devices, were changed since they were read, by a merge for example or by the adapter's "
+                "initialisation. They are in no file, and a load would find others. Make the embeddings again, and "
+                "keep the adapter beside the base."
             )
         left_out = weights.biases.union(key for key, name in named.items() if self._is_same(weights, key, name))
         aliases = _aliases(weights.state, set(left_out), self.digests)
@@ -187,20 +188,22 @@ class QuantisedStart:
 
 @dataclass(frozen=True)
 class _Weights:
-    """State dict of a quantised model, and which of its keys are which.
+    """State dict of a model that is quantised or spread over devices, and which of its keys are which.
 
     Attributes:
         state: of the model.
-        quantised: keys of quantised weights and of their statistics.
+        placed: keys of quantised weights and of their statistics; of all that is frozen in a dispatched model.
         biases: keys of frozen biases beside quantised weights. bitsandbytes casts them to the dtype that it computes
             in, at the first forward pass.
         trained: keys of tensors that require a gradient.
+        is_spread: whether the model is only spread over devices: too large to read as a whole.
     """
 
     state: Mapping[str, torch.Tensor]
-    quantised: frozenset[str]
+    placed: frozenset[str]
     biases: frozenset[str]
     trained: frozenset[str]
+    is_spread: bool
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> _Weights:
@@ -209,17 +212,22 @@ class _Weights:
         modules = tuple(f"{name}." for name, module in model.named_modules(remove_duplicate=False) if _is_own(module))
         held = {key for key in state if key.startswith(modules)} - trained
         biases = frozenset(key for key in held if key.endswith(".bias"))
-        return cls(state, frozenset(held - biases), biases, trained)
+        is_spread = is_dispatched(model) and quantised.engine(model) is None
+        if is_spread:
+            held |= {key for key in state if keys.base_key(key) is not None} - trained
+        return cls(state, frozenset(held - biases), biases, trained, is_spread)
 
     def digest(self, key: str) -> str:
-        take = fingerprint.sampled if key in self.quantised else fingerprint.full
+        if self.state[key].is_meta:
+            return "offloaded"
+        take = fingerprint.sampled if self.is_spread or key in self.placed else fingerprint.full
         return take({"": self.state[key]})
 
 
 def quantised_keys(model: torch.nn.Module) -> frozenset[str]:
     """Return the state-dict keys of what quantising gives, and of the frozen biases beside it: no file holds them."""
     weights = _Weights.of(model)
-    return weights.quantised | weights.biases
+    return weights.placed | weights.biases
 
 
 def _is_own(module: torch.nn.Module) -> bool:

@@ -28,7 +28,8 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
         dtype: of the transformer's weights afterwards. Stock Flair predicts with fp32 only: its heads stay in it.
 
     Raises:
-        AdapterConfigError: the model has no adapter, or its base is quantised: merging would round it once more.
+        AdapterConfigError: the model has no adapter, or its base is quantised, so that merging would round it once
+            more, or spread over devices.
         UnsupportedMethodError: the method cannot be merged, as prompts cannot.
         StateMismatchError: the merged model gives other hidden states.
     """
@@ -38,11 +39,14 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
             "model already. Save it with model.save(path)."
         )
     for module in model.modules():
-        if isinstance(module, PeftTransformerEmbeddings) and module.is_quantised:
+        if isinstance(module, PeftTransformerEmbeddings) and module.is_placed:
+            engine = quantised.engine(module.base_model)
+            reason = f"quantised by {engine}, and merging would round its weights once more"
+            if engine is None:
+                reason = "spread over devices, and what is offloaded cannot be written"
             raise AdapterConfigError(
-                f"Cannot merge the adapter of '{module.name}': its base is quantised by "
-                f"{quantised.engine(module.base_model)}, and merging would round its weights once more. Load the model "
-                "on the base that is not quantised, and merge there."
+                f"Cannot merge the adapter of '{module.name}': its base is {reason}. Load the model on the base as it "
+                "is in its source, and merge there."
             )
     with torch.random.fork_rng(devices=[]):  # a training goes on as if nothing had been merged
         return _merge(model, dtypes.parse_dtype(dtype))

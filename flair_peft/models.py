@@ -80,6 +80,9 @@ def from_pretrained(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Model:
     """Return the Flair model that :func:`save_pretrained` wrote.
 
@@ -94,6 +97,9 @@ def from_pretrained(
         token: for the Hub.
         cache_dir: of the Hub.
         local_files_only: make no network call.
+        device_map: spreads the base over devices, as in transformers; no file does.
+        max_memory: what a device map that is computed may take of each device.
+        offload_folder: for what a device map leaves on disk.
 
     Raises:
         ModelFileError: there is no checkpoint, or it is not as it was written.
@@ -109,6 +115,9 @@ def from_pretrained(
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        device_map=device_map,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
     )
     if Path(source).is_file():
         hub.refuse_revision(str(source), revision)
@@ -124,8 +133,12 @@ def choose(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> LoadOptions:
     """Return the options of a load; see :func:`from_pretrained`."""
+    placement = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
     return LoadOptions(
         base_model=base_model,
         verify=verify,
@@ -133,6 +146,7 @@ def choose(
         token=token,
         cache_dir=None if cache_dir is None else str(cache_dir),
         local_files_only=local_files_only,
+        placement={name: value for name, value in placement.items() if value is not None},
     )
 
 

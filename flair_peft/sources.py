@@ -109,7 +109,8 @@ class StoredBase:
 class LoadOptions:
     """What the user says when loading; see :func:`flair_peft.from_pretrained`.
 
-    ``owns_state`` says that the state dict was read for this load and belongs to nobody else.
+    ``placement`` holds the arguments of transformers and accelerate that spread a base over devices. ``owns_state``
+    says that the state dict was read for this load and belongs to nobody else.
     """
 
     base_model: str | Mapping[str, str] | None = None
@@ -118,6 +119,7 @@ class LoadOptions:
     token: str | bool | None = None
     cache_dir: str | None = None
     local_files_only: bool = False
+    placement: Mapping[str, Any] = field(default_factory=dict)
     directory: Path | None = None
     owns_state: bool = False
 

@@ -16,11 +16,11 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from flair_peft import adapters, backbone, bases, dtypes, keys, learned, proof, quantised, tokenizer_files
+from flair_peft import adapters, backbone, bases, dtypes, frozen, keys, learned, proof, quantised, tokenizer_files
 from flair_peft import config as configs
 from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_version
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
-from flair_peft.learned import Part, QuantisedStart, planned
+from flair_peft.learned import Part, PlacedStart, planned
 from flair_peft.sources import BaseRecord, StoredBase
 from flair_peft.weights import StoredWeights
 
@@ -51,7 +51,12 @@ class Storable(StoredWeights):
     def is_quantised(self) -> bool:
         """Whether the base's weights are quantised."""
 
-    _quantised_start: QuantisedStart | None = None
+    @property
+    def is_placed(self) -> bool:
+        """Whether quantisation or a device map says where the base's weights are, so that nobody may move them."""
+        return frozen.is_placed(self.base_model)
+
+    _placed_start: PlacedStart | None = None
     _preparing: Mapping[str, Any] = {}
 
     # Number and base of these embeddings in the file that they come from.
@@ -74,10 +79,11 @@ class Storable(StoredWeights):
             AdapterConfigError: the base is quantised by what files cannot say, or the file is to hold all weights.
         """
         quantised.check_storable(self.base_model, self.name)
-        if self.is_quantised and self.is_stored_whole:
+        if self.is_placed and self.is_stored_whole:
             raise AdapterConfigError(
-                f"Cannot store all weights of '{self.name}': its base is quantised, and files and pickles hold none of "
-                "its weights. Leave out save_base=True, or save the model with model.save instead of pickling it."
+                f"Cannot store all weights of '{self.name}': its base is quantised or spread over devices, and files "
+                "and pickles hold none of its weights. Leave out save_base=True, or save the model with model.save "
+                "instead of pickling it."
             )
         params, config = super().to_params(), self.adapter_config
         shape = {name: value for name, value in params["config_state_dict"].items() if name != "quantization_config"}
@@ -87,7 +93,7 @@ class Storable(StoredWeights):
             "tokenizer_data": tokenizer_files.portable_tokenizer_files(params["tokenizer_data"], self.tokenizer),
             "format_version": FormatVersion(FORMAT_VERSION),
             "peft_config": configs.encode_config(config),
-            "dtype": dtypes.dtype_name(self._quantised_start.dtype if self._quantised_start else self.base_dtype),
+            "dtype": dtypes.dtype_name(self._placed_start.dtype if self._placed_start else self.base_dtype),
             "peft_gradient_checkpointing_kwargs": self._preparing,
             "head_dtype": dtypes.dtype_name(self.head_dtype),
             "keep_virtual_rows": self.keep_virtual_rows,
@@ -130,9 +136,9 @@ class Storable(StoredWeights):
         Args:
             trained: names of those to be stored in any case; None means all that require a gradient.
         """
-        if self._quantised_start is not None and self._record is not None:
+        if self._placed_start is not None and self._record is not None:
             record = bases.source_of_quantised(self._record, self.base_model, cache_dir=self._cache_dir)
-            return self._quantised_start.compare(self.model, record)
+            return self._placed_start.compare(self.model, record)
         found = None
         if self._record is not None:
             found = bases.reference(self._record, self.base_model, dtype=self.base_dtype, cache_dir=self._cache_dir)
@@ -163,8 +169,8 @@ class Storable(StoredWeights):
 
     def without_frozen_weights(self) -> StoredBase:
         """Return what a file would leave out if all that is frozen were the base's own; the base is not read."""
-        if self._quantised_start is not None and self._record is not None:
-            return self._quantised_start.compare(self.model, self._record)
+        if self._placed_start is not None and self._record is not None:
+            return self._placed_start.compare(self.model, self._record)
         frozen_names = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         return StoredBase(self._record or BaseRecord(self.base_model_name), frozenset(frozen_names))
 
@@ -175,7 +181,7 @@ class Storable(StoredWeights):
         """
         self._left_out = frozenset(map(keys.canonical_key, stored.left_out))
         found = None
-        if stored.record is not None and stored.is_needed and not self.is_quantised:
+        if stored.record is not None and stored.is_needed and not self.is_placed:
             found = bases.reference(stored.record, self.base_model, dtype=self.base_dtype, cache_dir=self._cache_dir)
         if found is not None:
             learned.restore_(self.model, stored.left_out, found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -155,6 +155,7 @@ class StoredWeights(TransformerBaseEmbeddings):
         is_left_out = bool(prefix) and not stored and not self._awaits_weights
         if self._is_strict and not is_left_out:
             self._check_match(match, own, {key: state_dict[stored[key]] for key in stored})
+        self._refuse_offloaded({key for key in match.renamed if own[key].is_meta})
         tensors = {key: state_dict.pop(stored[theirs]) for key, theirs in match.renamed.items()}
         if self._awaits_weights:
             self._take_dtypes_of(tensors)
@@ -165,6 +166,14 @@ class StoredWeights(TransformerBaseEmbeddings):
         torch.nn.Module._load_from_state_dict(
             self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _refuse_offloaded(self, names: Set[str]) -> None:
+        """Return if the file holds no weights that accelerate offloads here: torch would drop them with a warning."""
+        if names:
+            raise StateMismatchError(
+                f"Cannot load the weights of '{self.name}': the file holds {name_some(names)}, and the device_map "
+                "offloads them. Nothing can be written there. Keep their modules on a device."
+            )
 
     def _without_left_out(self, match: keys.KeyMatch) -> tuple[keys.KeyMatch, set[str]]:
         """Return the match without the keys that the file leaves out on purpose, and these."""
