@@ -51,10 +51,10 @@ def offloaded(model: TextClassifier) -> set[str]:
     return {name for name, parameter in model.embeddings.model.named_parameters() if parameter.is_meta}
 
 
-@pytest.mark.parametrize(
-    "config",
-    [lora(), lora(bias="lora_only"), IA3Config(target_modules=TARGETS, feedforward_modules=["intermediate.dense"])],
-)
+IA3 = IA3Config(target_modules=TARGETS, feedforward_modules=["intermediate.dense"])
+
+
+@pytest.mark.parametrize("config", [lora(), lora(use_rslora=True), IA3], ids=["lora", "rslora", "ia3"])
 def test_dispatched_base_predicts_saves_and_loads_as_a_whole_one_does(
     config: PeftConfig, base: Callable[[str], str], tmp_path: Path
 ) -> None:
