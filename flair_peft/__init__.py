@@ -18,6 +18,7 @@ from flair_peft.models import from_pretrained, push_to_hub, save_pretrained, ver
 from flair_peft.patch import install, is_installed, uninstall
 from flair_peft.resume import ResumePlugin
 from flair_peft.stock import convert_legacy, load_legacy
+from flair_peft.streaming import predict_stream
 from flair_peft.training import LoraPlusPlugin, RankAllocationPlugin
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "is_installed",
     "load_legacy",
     "merge",
+    "predict_stream",
     "push_to_hub",
     "save_pretrained",
     "take_over_head",

@@ -68,6 +68,8 @@ FLOORS = (
     "models",
     "stock",
     "merging",
+    "neighbours",
+    "streaming",
     "exporting",
     "training",
     "trainer_state",
@@ -306,6 +308,9 @@ def test_house_errors_stand_in_the_documented_tree_where_they_are() -> None:
         ("HeadMismatchError", RuntimeError),
         ("DtypeMismatchError", TypeError),
         ("TrainingSetupError", ValueError),
+        ("PredictionSetupError", TypeError),
+        ("PredictionSetupError", ValueError),
+        ("PredictionError", RuntimeError),
         ("UnsupportedHostError", ImportError),
     ],
 )
