@@ -10,7 +10,7 @@ import inspect
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -22,8 +22,9 @@ from flair.models import EntityMentionLinker, Lemmatizer, MultitaskModel, Regexp
 from flair.tokenization import Tokenizer
 from tqdm import tqdm
 
-from flair_peft.errors import PredictionError, PredictionSetupError, name_some
-from flair_peft.neighbours import is_unicode, last_words, linked, readable
+from flair_peft.attempts import Item, attempt, forget_frames_, prediction_error
+from flair_peft.errors import PredictionSetupError, name_some
+from flair_peft.neighbours import last_words, linked, readable
 
 log = logging.getLogger(__name__)
 
@@ -96,15 +97,6 @@ def predict_stream(
     return stream.run(_Items(texts_or_sentences, use_tokenizer), errors=errors, bar=bar)
 
 
-@dataclass
-class _Item:
-    """What stands at one place of the stream, and why it could not be predicted, if so."""
-
-    index: int
-    point: Any
-    error: PredictionError | None = None
-
-
 class _Items:
     """The items of a source, made data points; ends where the source fails, and keeps its error."""
 
@@ -112,7 +104,7 @@ class _Items:
         self.source, self.use_tokenizer = source, use_tokenizer
         self.failure: Exception | None = None
 
-    def __iter__(self) -> Iterator[_Item]:
+    def __iter__(self) -> Iterator[Item]:
         try:
             for index, given in enumerate(self.source):
                 yield _make_item(index, given, self.use_tokenizer)
@@ -140,7 +132,7 @@ class _Stream:
         """Yield the data points of ``source``, predicted; each is let go of before the next."""
         items = iter(source)
         before: list[Sentence] = []
-        ahead: deque[_Item] = deque()
+        ahead: deque[Item] = deque()
         with tqdm(**bar) as shown:
             while True:
                 now, ahead = ahead, deque()
@@ -155,7 +147,7 @@ class _Stream:
         if source.failure is not None:
             raise source.failure
 
-    def _context_of_last(self, items: Iterator[_Item]) -> Iterator[_Item]:
+    def _context_of_last(self, items: Iterator[Item]) -> Iterator[Item]:
         """Yield items as far as the last sentence of a window sees, and no further than a window."""
         missing = self.reach
         for item in itertools.islice(items, self.window if self.reach else 0):
@@ -165,106 +157,47 @@ class _Stream:
                 return
 
     def _predict_window(
-        self, now: Sequence[_Item], before: list[Sentence], after: Iterable[_Item], shown: tqdm
+        self, now: Sequence[Item], before: list[Sentence], after: Iterable[Item], shown: tqdm
     ) -> list[Sentence]:
         """Label the points of ``now``, and return the sentences whose words those of the next window see."""
         todo = [item for item in now if item.error is None]
         shown.update(len(now) - len(todo))
-        if all(isinstance(item.point, Sentence) for item in todo):
-            todo.sort(key=lambda item: len(item.point), reverse=True)  # as Flair does
+        if self.call < len(todo) and all(isinstance(item.point, Sentence) for item in todo):
+            todo.sort(key=lambda item: len(item.point), reverse=True)  # as Flair does in one call
         document, following = self._document(before, now), self._document([], after)
         with linked([*document, *following], alone=[item.point for item in now]), _evaluating(self.model):
             for start in range(0, len(todo), self.call):
-                self._predict_items(todo[start : start + self.call])
+                attempt(self._predict, todo[start : start + self.call])
                 shown.update(min(self.call, len(todo) - start))
         return last_words(document, self.reach)
 
-    def _document(self, before: Sequence[Sentence], items: Iterable[_Item]) -> list[Sentence]:
+    def _predict(self, points: list[Any]) -> None:
+        self.model.predict(points, **self.options)
+
+    def _document(self, before: Sequence[Sentence], items: Iterable[Item]) -> list[Sentence]:
         return [*before, *readable(item.point for item in items)] if self.reach else []
 
-    def _predict_items(self, items: Sequence[_Item]) -> None:
-        """Label the points of ``items``; one that cannot be predicted gets an error, the others their labels."""
-        undo = [_labels_kept(item.point) for item in items]
-        try:
-            self.model.predict([item.point for item in items], **self.options)
-            return
-        except Exception as cause:
-            for give_back in undo:
-                give_back()
-            if len(items) == 1:
-                items[0].error = _prediction_error(items[0].index, items[0].point, cause)
-                return
-            log.info("%d items cannot be predicted at once (%s); trying their halves.", len(items), _one_line(cause))
-        middle = len(items) // 2
-        self._predict_items(items[:middle])
-        self._predict_items(items[middle:])
 
-
-def _make_item(index: int, given: Any, use_tokenizer: bool | Tokenizer) -> _Item:
+def _make_item(index: int, given: Any, use_tokenizer: bool | Tokenizer) -> Item:
     if isinstance(given, DataPoint):
-        return _Item(index, given)
+        return Item(index, given)
     try:
         if not isinstance(given, str) and not (isinstance(given, list) and all(isinstance(w, str) for w in given)):
-            raise TypeError("it is neither a text nor a list of words nor a data point")
-        return _Item(index, Sentence(given, use_tokenizer=use_tokenizer))
+            raise PredictionSetupError("It is neither a text nor a list of words nor a data point")
+        return Item(index, Sentence(given, use_tokenizer=use_tokenizer))
     except Exception as cause:
-        return _Item(index, Sentence([]), _prediction_error(index, given, cause))
+        return Item(index, Sentence([]), prediction_error(index, given, cause))
 
 
-def _prediction_error(index: int, given: Any, cause: Exception) -> PredictionError:
-    text = given.text if isinstance(given, DataPoint) else given
-    shown = ascii(text if len(str(text)) <= 60 else f"{str(text)[:60]}…")
-    advice = "Repair it, or leave it out"
-    if not is_unicode(str(text)):
-        advice = "Its text holds half of a surrogate pair: decode the source with errors='replace'"
-    error = PredictionError(
-        f"Cannot predict item {index} of the stream, {shown}: {_one_line(cause)}. It fails alone too; the items around "
-        f"it are predicted without it. {advice}.",
-        index,
-    )
-    error.__cause__ = cause
-    return error
-
-
-def _one_line(cause: Exception) -> str:
-    text = " ".join(str(cause).split()).encode("utf-8", "backslashreplace").decode("utf-8")
-    return f"{type(cause).__name__}: {text[:200].rstrip('.')}" if text else type(cause).__name__
-
-
-def _report(item: _Item, errors: Errors) -> None:
+def _report(item: Item, errors: Errors) -> None:
     """Say that an item could not be predicted, if so."""
     if item.error is None:
         return
     if errors == "raise":
         raise item.error
-    _forget_frames_(item.error)
+    forget_frames_(item.error)
     item.point.add_metadata(ERROR_KEY, item.error)
     log.warning("%s", item.error)
-
-
-def _forget_frames_(error: BaseException | None) -> None:
-    """Leave out of an error and its causes what keeps the whole window in memory."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-
-
-def _labels_kept(point: Any) -> Callable[[], None]:
-    """Return what gives ``point`` and its parts the labels back that they have now."""
-    tokens = point.tokens if isinstance(point, Sentence) else []
-    spans = dict(point._known_spans) if isinstance(point, Sentence) else {}
-    parts = [point, *spans.values(), *(token for token in tokens if token.annotation_layers)]
-    layers = [{name: list(labels) for name, labels in part.annotation_layers.items()} for part in parts]
-
-    def give_back() -> None:
-        for token in tokens:
-            token.annotation_layers = {}
-        for part, kept in zip(parts, layers, strict=True):
-            part.annotation_layers = kept
-        if isinstance(point, Sentence):
-            point._known_spans = spans
-
-    return give_back
 
 
 @contextmanager
@@ -302,12 +235,17 @@ def _check_model(model: Any) -> None:
 
 
 def _check_items(items: Any) -> None:
-    if isinstance(items, Iterable) and not isinstance(items, (str, bytes, DataPoint)):
-        return
-    raise PredictionSetupError(
-        f"Cannot predict a {type(items).__name__} as a stream. A stream is an iterable of texts or data points, and "
-        "this is one item, or none. Put it into a list: predict_stream(model, [item])."
-    )
+    try:
+        iter(items)
+    except TypeError:
+        is_stream = False
+    else:
+        is_stream = not isinstance(items, (str, bytes, DataPoint))
+    if not is_stream:
+        raise PredictionSetupError(
+            f"Cannot predict a {type(items).__name__} as a stream. A stream is an iterable of texts or data points, "
+            "and this is one item, or none. Put it into a list: predict_stream(model, [item])."
+        )
 
 
 def _check_arguments(*, mini_batch_size: int, window: int, errors: str) -> None:

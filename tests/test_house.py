@@ -69,6 +69,7 @@ FLOORS = (
     "stock",
     "merging",
     "neighbours",
+    "attempts",
     "streaming",
     "exporting",
     "training",
