@@ -280,7 +280,7 @@ def _document(count: int, *, empty: bool = False, boundary: int | None = None) -
     return made
 
 
-@pytest.mark.parametrize("settings", [{"empty": True}, {"boundary": 9}, {"empty": True, "boundary": 16}])
+@pytest.mark.parametrize("settings", [{"empty": True}, {"boundary": 9}, {"empty": True, "boundary": 15}])
 def test_stream_context_passes_over_empty_sentences_and_stops_at_boundaries(
     reader_of_context: Model, settings: dict[str, Any]
 ) -> None:
