@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ def attempt(predict: Callable[[list[Any]], object], items: Sequence[Item]) -> No
         predict([item.point for item in items])
         return
     except Exception as cause:
+        traceback.clear_frames(cause.__traceback__)  # they hold the tensors of the batch
         for give_back in undo:
             give_back()
         if len(items) == 1:

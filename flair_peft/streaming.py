@@ -79,7 +79,8 @@ def predict_stream(
     """
     _check_model(model)
     _check_items(texts_or_sentences)
-    _check_arguments(mini_batch_size=mini_batch_size, window=window, errors=errors)
+    _check_sizes(mini_batch_size=mini_batch_size, window=window)
+    _check_choices(use_tokenizer=use_tokenizer, errors=errors)
     _check_options(model, options)
     if _takes(model, "mini_batch_size"):
         options["mini_batch_size"] = mini_batch_size
@@ -248,12 +249,20 @@ def _check_items(items: Any) -> None:
         )
 
 
-def _check_arguments(*, mini_batch_size: int, window: int, errors: str) -> None:
-    for name, value in (("mini_batch_size", mini_batch_size), ("window", window)):
+def _check_sizes(**sizes: Any) -> None:
+    for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise PredictionSetupError(
                 f"Cannot predict with {name}={value!r}. It counts items or mini-batches. Pass an integer from 1 on."
             )
+
+
+def _check_choices(*, use_tokenizer: Any, errors: Any) -> None:
+    if not isinstance(use_tokenizer, (bool, Tokenizer)):
+        raise PredictionSetupError(
+            f"Cannot predict with use_tokenizer={use_tokenizer!r}. Flair's Sentence takes True, False or a tokenizer "
+            "of Flair's. Pass one of these, such as flair.tokenization.SpacyTokenizer('en_core_web_sm')."
+        )
     if errors not in get_args(Errors):
         raise PredictionSetupError(
             f"Cannot predict with errors={errors!r}. It says what becomes of items that cannot be predicted. "
