@@ -21,6 +21,7 @@ from flair_peft.patch import install, is_installed, uninstall
 from flair_peft.resume import ResumePlugin
 from flair_peft.shared import SharedBase
 from flair_peft.stock import convert_legacy, load_legacy
+from flair_peft.streaming import predict_stream
 from flair_peft.training import LoraPlusPlugin, RankAllocationPlugin
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "join_processes",
     "load_legacy",
     "merge",
+    "predict_stream",
     "push_to_hub",
     "quantize_onnx",
     "save_pretrained",

@@ -19,6 +19,8 @@
     │   └── HeadMismatchError         the head of another library's model cannot start that of a Flair model
     ├── DtypeMismatchError        embeddings and head compute in different dtypes
     ├── TrainingSetupError        a training setting that cannot work with an adapter
+    ├── PredictionSetupError      a stream of predictions that cannot start
+    ├── PredictionError           one item of a stream could not be predicted
     └── UnsupportedHostError      this version of Flair cannot be patched
 
 Each also subclasses what callers of Flair, torch or transformers already catch in that place.
@@ -103,6 +105,22 @@ class DtypeMismatchError(FlairPeftError, TypeError):
 
 class TrainingSetupError(FlairPeftError, ValueError):
     """A training setting cannot work with an adapter."""
+
+
+class PredictionSetupError(FlairPeftError, TypeError, ValueError):
+    """A stream of predictions cannot start: no Flair model, or an argument that the model does not take."""
+
+
+class PredictionError(FlairPeftError, RuntimeError):
+    """One item of a stream could not be predicted; its cause is what Flair raised for it.
+
+    Attributes:
+        index: the place of the item in the stream, from 0.
+    """
+
+    def __init__(self, message: str, index: int = -1) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 class UnsupportedHostError(FlairPeftError, ImportError):
