@@ -13,7 +13,7 @@ import torch
 from flair.models import MultitaskModel
 from flair.nn import Model
 
-from flair_peft import dtypes, flair_objects, states
+from flair_peft import allowed, dtypes, states
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import FlairPeftError, ModelFileError, StateMismatchError, UnsafeFileError, name_some
 
@@ -33,11 +33,13 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
 
     Raises:
         StateMismatchError: tensors do not fit the model that the settings describe.
+        UnsafeFileError: Flair would run code, or open what the state names, when it builds the model.
         ModelFileError: the settings are not those of this class.
     """
     token = _is_going_on.set(True)
     try:
         with naming_mismatches(source):
+            _refuse_unsafe_settings(state, source)
             _refuse_unsafe(state, source)
             model = load(state)
     finally:
@@ -48,9 +50,19 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
     return model
 
 
+def _refuse_unsafe_settings(state: dict[str, Any], source: str) -> None:
+    """Return if no setting of the model, or of one of its tasks, would have Flair open what the file names."""
+    danger = allowed.unsafe_setting(state)
+    if danger:
+        raise UnsafeFileError(
+            f"Cannot load '{source}': {danger}. Flair would open, and may run, what a file names in that place, or the "
+            "file is damaged. Copy or save the model again, and load no such file from somebody whom you do not trust."
+        )
+
+
 def _refuse_unsafe(value: Any, source: str) -> None:
     """Return if nothing in a state would have Flair run code or unpickle when it builds the model."""
-    danger = flair_objects.unsafe_part(value) if isinstance(value, dict) else None
+    danger = allowed.unsafe_part(value) if isinstance(value, dict) else None
     if danger:
         raise UnsafeFileError(
             f"Cannot load '{source}': there are embeddings that need {danger}. No file may do that. Save the model "

@@ -41,6 +41,7 @@ FLOORS = (
     "proof",
     "bases",
     "flair_objects",
+    "allowed",
     "codec",
     "siblings",
     "bystanders",
