@@ -40,6 +40,7 @@ from flair_peft import adapters, assembly, compat, dtypes, hub, legacy, models, 
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
 from flair_peft.errors import ModelFileError
+from flair_peft.sources import loading_with
 
 log = logging.getLogger("flair_peft")
 
@@ -157,7 +158,9 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
                 options, options, str(path), "there is no such file, and no such checkpoint on the Hub"
             )
             return _leave_to_flair(stock_load, model_path if revision is None else f"{model_path}@{revision}")
-        state, chosen = legacy.read_state(path), dataclasses.replace(chosen, directory=path.parent, owns_state=True)
+        chosen = dataclasses.replace(chosen, directory=path.parent, owns_state=True)
+        with loading_with(chosen):
+            state = legacy.read_state(path, expects_adapters=False)
         if states.has_adapters(state):
             legacy.check_sums(path)
         return stock.load_state(cls, state, options, source=str(path), chosen=chosen, load=stock_load)

@@ -109,7 +109,8 @@ class StoredBase:
 class LoadOptions:
     """What the user says when loading; see :func:`flair_peft.from_pretrained`.
 
-    ``owns_state`` says that the state dict was read for this load and belongs to nobody else.
+    ``owns_state`` says that the state dict was read for this load and belongs to nobody else, ``trust_file`` that the
+    user knows who wrote the file and lets it do what it likes.
     """
 
     base_model: str | Mapping[str, str] | None = None
@@ -120,6 +121,7 @@ class LoadOptions:
     local_files_only: bool = False
     directory: Path | None = None
     owns_state: bool = False
+    trust_file: bool = False
 
     def source_of(self, record: BaseRecord) -> tuple[str, str | None]:
         """Return name and revision of the base model to load: the one asked for, else the one recorded.

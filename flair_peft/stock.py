@@ -39,12 +39,16 @@ def load_legacy(
     path, chosen = Path(path), models.choose(**options)
     if not path.is_file():
         raise ModelFileError(f"Cannot load '{path}': there is no such file. Pass a file that Flair wrote.")
-    state = legacy.read_state(path, trust_pickle=trust_pickle)
+    chosen = dataclasses.replace(chosen, directory=path.parent, owns_state=True, trust_file=trust_pickle)
+    with loading_with(chosen):
+        state = legacy.read_state(path, trust_pickle=trust_pickle)
+    model_class, given = _class_of(state, path), {} if peft_config is None else {"peft_config": peft_config}
     if states.has_adapters(state):
         legacy.check_sums(path)
-    given = {} if peft_config is None else {"peft_config": peft_config}
-    chosen = dataclasses.replace(chosen, directory=path.parent, owns_state=True)
-    return load_state(_class_of(state, path), state, given, source=str(path), chosen=chosen)
+        return load_state(model_class, state, given, source=str(path), chosen=chosen)
+    refuse_useless(given, given, str(path), "it holds no adapter")
+    with loading_with(chosen):
+        return assembly.assemble(model_class.load, state, source=str(path))
 
 
 def convert_legacy(
