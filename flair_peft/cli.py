@@ -451,9 +451,20 @@ def _merge(chosen: argparse.Namespace) -> int:
             f"Cannot write '{chosen.target}': it is a directory, or would be in one that is missing. The command "
             "writes one file. Choose another name."
         )
+    _refuse_overwriting(chosen.source, chosen.target)
     flair_peft.merge(_load(chosen.source, chosen), dtype=chosen.dtype).save(chosen.target)
     _print(f"{_printable(chosen.target)} holds the merged model, {_size(chosen.target.stat().st_size)}.")
     return OK
+
+
+def _refuse_overwriting(source: Path, *targets: Path) -> None:
+    """Return if no file to be written is the one that is read, or part of it: it holds the adapter."""
+    for target in targets:
+        if target.exists() and any(target.samefile(place) for place in (source, *source.rglob("*")) if place.exists()):
+            raise SaveError(
+                f"Cannot write '{target}': it is the model that is read, or part of it. What is written there does not "
+                "hold the adapter any more, and there may be no other copy. Choose another name."
+            )
 
 
 def _add_export(commands: Any, name: str) -> None:
@@ -466,6 +477,7 @@ def _add_export(commands: Any, name: str) -> None:
 
 
 def _export(chosen: argparse.Namespace) -> int:
+    _refuse_overwriting(chosen.source, chosen.onnx, chosen.target)
     model = flair_peft.export_onnx(_load(chosen.source, chosen), chosen.onnx.absolute())
     model.save(chosen.target)
     _print(f"{_printable(chosen.target)} holds the model, and {_printable(chosen.onnx)} its transformer.")

@@ -4,7 +4,8 @@ These attributes of Flair are replaced, each by a function that calls the origin
 
 =============================================  ========================================================================
 ``load`` of ``Model`` and its subclasses       takes files, directories and Hub ids with adapters; aligns dtypes
-``Model.save``                                 writes what was learned, whole or not at all, and no pickled objects
+``Model.save``                                 writes what was learned, whole or not at all, and no pickled objects;
+                                               replaces files by plain models whole or not at all
 ``train`` of ``Model`` and its subclasses      gives a cast head its fp32 values back before it trains
 ``Model._apply``                               keeps heads that need fp32 in fp32, whatever ``model.half()`` does
 ``Embeddings._everything_embedded``            never reuses vectors that depend on an adapter that can change
@@ -37,9 +38,10 @@ from flair.trainers import ModelTrainer
 from peft import PeftConfig, PeftModel
 
 from flair_peft import adapters, assembly, compat, dtypes, hub, legacy, models, resume, states, stock, training
+from flair_peft import checkpoint as checkpoint_files
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
-from flair_peft.errors import ModelFileError
+from flair_peft.errors import ModelFileError, SaveError
 from flair_peft.sources import loading_with
 
 log = logging.getLogger("flair_peft")
@@ -272,14 +274,32 @@ def _keeping_the_best(original: Callable[..., None]) -> Callable[..., None]:
 def _saving_what_was_learned(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def save(self: Model, model_file: str | Path, checkpoint: bool = False, *, save_base: bool | None = None) -> None:
-        if not _installed or not any(isinstance(module, PeftTransformerEmbeddings) for module in self.modules()):
+        if not _installed:
             return original(self, model_file, checkpoint)
+        if not any(isinstance(module, PeftTransformerEmbeddings) for module in self.modules()):
+            return _replace_whole(Path(model_file), lambda path: original(self, path, checkpoint))
         trainer = _trainers.get(self) if checkpoint else None
         state = None if trainer is None else resume.training_state(trainer, self)
         models.save_file(self, Path(model_file), save_base=save_base, training_state=state)
         return None
 
     return save
+
+
+def _replace_whole(path: Path, save: Callable[[Path], None]) -> None:
+    """Save to a path; a file that is there is replaced when the new one is whole, and never written into.
+
+    The weights of a live model may be mapped from it, and it may be the only copy of an adapter.
+    """
+    if not path.is_file():
+        return save(path)
+    try:
+        return checkpoint_files.write_file(path, lambda file: save(Path(file.name)))
+    except RuntimeError as error:  # so torch reports a full disk
+        raise SaveError(
+            f"Cannot save to '{path}': {str(error)[:200]}. torch could not write the file, which is as it was before. "
+            "Make room there, or save to another place."
+        ) from error
 
 
 def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:

@@ -325,6 +325,29 @@ def test_export_writes_a_graph_and_the_model_that_runs_it(run: Run, file: Path, 
     assert largest_difference(scores(model), scores(type(model).load(tmp_path / "out.pt"))) < 1e-4
 
 
+@pytest.mark.parametrize("form", ["file", "link", "directory"])
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_model_that_is_read_is_not_written_over(
+    command: str, form: str, run: Run, file: Path, directory: Path, tmp_path: Path
+) -> None:
+    """The only copy of an adapter is not replaced by a model without it."""
+    source, target = tmp_path / "model", tmp_path / "model"
+    if form == "directory":
+        shutil.copytree(directory, source)
+        target = source / "adapter_model.safetensors"
+    else:
+        shutil.copyfile(file, source)
+    if form == "link":
+        target = tmp_path / "link"
+        target.symlink_to(source)
+    before = target.read_bytes()
+    code, _, errors = run(command, source, *([tmp_path / "x.onnx"] if command == "export" else []), target)
+    assert code == 2
+    assert "the model that is read" in " ".join(errors.split())
+    assert target.read_bytes() == before
+    assert not (tmp_path / "x.onnx").exists()
+
+
 COMMANDS = tuple(cli._COMMANDS)
 
 
