@@ -177,6 +177,15 @@ def load_state(
         return load(state)
     given = options.get("peft_config")
     completed = states.with_config(state, given, source=source)
+    lacking = [] if given is None else states.adapters_without_config(state)
+    if len(lacking) > 1:
+        log.warning(
+            "'%s' holds %s adapters without a config (%s): the one given is used for all of them. If they were trained "
+            "with different ones, with another alpha for example, the model predicts something else.",
+            source,
+            len(lacking),
+            name_some(lacking, 3),
+        )
     assembly.check_class(model_class, state.get("__cls__"), source)
     try:
         with loading_with(chosen):
