@@ -16,7 +16,7 @@ from flair.embeddings import TransformerEmbeddings
 from flair.embeddings.base import Embeddings
 from flair.nn import Model
 
-from flair_peft import assembly, merging, proof
+from flair_peft import assembly, checkpoint, merging, proof
 from flair_peft.errors import AdapterConfigError, StateMismatchError
 
 # Of onnxruntime's vectors from torch's, as a share of their norm.
@@ -40,7 +40,8 @@ def export_onnx(
 
     Args:
         model: a Flair model whose embeddings have an adapter; it stays as it is.
-        path: of the file; with several embeddings, a number is appended to its name.
+        path: of the file, which is replaced when the new graph was checked; with several embeddings, a number is
+            appended to its name.
         examples: sentences that the graph is traced with.
         opset_version: of ONNX.
 
@@ -69,7 +70,18 @@ def export_onnx(
 def _export(
     embeddings: TransformerEmbeddings, path: Path, examples: Sequence[str], opset_version: int
 ) -> Embeddings[Any]:
+    """Export to a file, which is as it was if that fails or if the graph gives other vectors."""
+    exported: list[Any] = []
     path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_file(
+        path, lambda file: exported.append(_export_to(Path(file.name), embeddings, examples, opset_version))
+    )
+    (found,) = exported
+    found.onnx_model = str(path)
+    return found
+
+
+def _export_to(path: Path, embeddings: TransformerEmbeddings, examples: Sequence[str], opset_version: int) -> Any:
     export = _with_the_exporter_that_traces(embeddings.onnx_cls.export_from_embedding.__func__)
     sentences = [Sentence(text) for text in examples]
     with warnings.catch_warnings():
