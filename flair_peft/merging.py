@@ -25,7 +25,8 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
 
     Args:
         model: a Flair model whose embeddings have an adapter.
-        dtype: of the base's weights afterwards. Stock Flair cannot predict with a classifier in half precision.
+        dtype: of the base's weights afterwards. No stock model predicts with a base in half precision, until its head
+            is converted by hand.
 
     Raises:
         AdapterConfigError: the model has no adapter, or its base is quantised: merging would round it once more.
@@ -44,16 +45,22 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
                 f"{quantised.engine(module.base_model)}, and merging would round its weights once more. Load the model "
                 "on the base that is not quantised, and merge there."
             )
-    plain = _copy(model)
+    # A merge between two epochs must not change what is drawn in the next.
+    with torch.random.fork_rng(devices=[flair.device] if flair.device.type == "cuda" else []):
+        plain = _copy(model)
+        _merge_(plain, dtypes.parse_dtype(dtype))
+    plain.to(flair.device).eval()
+    return plain
+
+
+def _merge_(model: Model, dtype: torch.dtype) -> None:
     merged: dict[int, TransformerEmbeddings] = {}
-    for parent in list(plain.modules()):
+    for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PeftTransformerEmbeddings):
                 if id(child) not in merged:
-                    merged[id(child)] = _merged_embeddings(child, dtypes.parse_dtype(dtype))
+                    merged[id(child)] = _merged_embeddings(child, dtype)
                 assembly.replace_(parent, name, child, merged[id(child)])
-    plain.to(flair.device).eval()
-    return plain
 
 
 def _copy(model: Model) -> Model:

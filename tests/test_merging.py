@@ -236,3 +236,11 @@ def test_plain_model_that_cannot_be_written_leaves_the_file_as_it_was(
         model.save(tmp_path / "x.pt")
     assert (tmp_path / "x.pt").read_bytes() == b"precious"
     assert [found.name for found in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_merge_leaves_the_random_numbers_of_a_training_as_they_were(base: Base) -> None:
+    """A merge between two epochs does not change what is drawn in the next."""
+    model = make_model(CLASSIFIER, base("bert"), lora())
+    before = torch.get_rng_state()
+    flair_peft.merge(model)
+    assert torch.equal(torch.get_rng_state(), before)
