@@ -437,11 +437,9 @@ def _settings_of(config: PeftConfig) -> str:
 
 def _add_merge(commands: Any, name: str) -> None:
     text = "write a .pt file that stock Flair loads: the adapter is merged into the base"
-    parser = _add(commands, name, _merge, text, "flair-peft merge my-tagger merged.pt --dtype float16")
+    parser = _add(commands, name, _merge, text, "flair-peft merge my-tagger merged.pt")
     parser.add_argument("source", type=Path, help="directory or .pt file")
     parser.add_argument("target", type=Path, help="the .pt file to write")
-    choices = ("float32", "float16", "bfloat16")
-    parser.add_argument("--dtype", choices=choices, default="float32", help="of the merged weights")
     _add_load(parser)
 
 
@@ -452,7 +450,7 @@ def _merge(chosen: argparse.Namespace) -> int:
             "writes one file. Choose another name."
         )
     _refuse_overwriting(chosen.source, chosen.target)
-    flair_peft.merge(_load(chosen.source, chosen), dtype=chosen.dtype).save(chosen.target)
+    flair_peft.merge(_load(chosen.source, chosen)).save(chosen.target)
     _print(f"{_printable(chosen.target)} holds the merged model, {_size(chosen.target.stat().st_size)}.")
     return OK
 
