@@ -34,6 +34,7 @@ from flair.embeddings.base import EMBEDDING_CLASSES, Embeddings
 from flair.embeddings.transformer import TransformerEmbeddings
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+from flair_peft import backbone
 from flair_peft.errors import name_some
 
 Check = Callable[[Any], bool]
@@ -122,14 +123,9 @@ def _names_others(config: Any) -> bool:
     # transformers passes code by where it knows the architecture itself.
     needs_code = "auto_map" in config and config.get("model_type") not in MODEL_MAPPING_NAMES
     # It fetches and runs an attention that is called "owner/kernel".
-    attention = (value for name, value in config.items() if "attn_implementation" in str(name))
-    is_other = needs_code or isinstance(config.get("backbone"), str) or any(map(_holds_slash, attention))
+    attention = (value for name, value in config.items() if backbone.names_attention(name))
+    is_other = needs_code or isinstance(config.get("backbone"), str) or any(map(backbone.holds_slash, attention))
     return is_other or any(map(_names_others, config.values()))
-
-
-def _holds_slash(value: Any) -> bool:
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return (isinstance(value, str) and "/" in value) or any(map(_holds_slash, parts))
 
 
 def _is_plain(value: Any) -> bool:

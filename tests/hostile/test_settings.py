@@ -165,6 +165,32 @@ def test_attention_kernel_is_not_fetched_for_embeddings_beside(
     assert not fetched
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: "evil/kernel"} for name in ("attn_implementation", "_attn_implementation_internal")),
+        {"attn_implementation": {"": "evil/kernel"}},
+    ],
+    ids=str,
+)
+def test_attention_kernel_is_not_fetched_for_embeddings_with_an_adapter(
+    change: dict[str, Any], is_whole: bool, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever setting names it, the default attention is used."""
+    fetched: list[Any] = []
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(modeling_utils, "load_and_register_attn_kernel", fetched.append, raising=False)
+    monkeypatch.setattr(modeling_utils, "load_and_register_kernel", fetched.append, raising=False)
+    flair_peft.save_pretrained(build("text-classifier", base), tmp_path / "model", save_base=is_whole)
+    resign(
+        tmp_path / "model",
+        lambda document: document["model"]["document_embeddings"]["config_state_dict"].update(change),
+    )
+    flair_peft.from_pretrained(tmp_path / "model")
+    assert not fetched
+
+
 @pytest.mark.parametrize("change", [{"auto_map": {"AutoModel": "evil--x.Evil"}, "model_type": "x"}, {"backbone": "x"}])
 def test_code_and_models_are_not_named_by_the_settings_of_embeddings_beside(
     change: dict[str, Any], base: Base, tmp_path: Path
