@@ -204,7 +204,7 @@ def _resolve_patterns_(config: PeftConfig, embeddings: PeftTransformerEmbeddings
     """Let the config give each module the same rank and alpha in any order of its patterns: PEFT sorts them."""
     if adapters.method_name(config) in ("ADALORA", "OSF"):
         return  # their patterns are no regular expressions
-    layers = embeddings.model.base_model.model.named_modules()
+    layers = embeddings.base_model.named_modules()
     names = [name for name, module in layers if isinstance(module, BaseTunerLayer)]
     for setting in configs.PATTERNS:
         if getattr(config, setting, None):
