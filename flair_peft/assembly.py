@@ -13,9 +13,17 @@ import torch
 from flair.models import MultitaskModel
 from flair.nn import Model
 
-from flair_peft import dtypes, flair_objects, states
+from flair_peft import allowed, dtypes, states
 from flair_peft.embeddings import PeftTransformerEmbeddings
-from flair_peft.errors import FlairPeftError, ModelFileError, StateMismatchError, UnsafeFileError, name_some
+from flair_peft.errors import (
+    AdapterConfigError,
+    FlairPeftError,
+    ModelFileError,
+    StateMismatchError,
+    UnsafeFileError,
+    name_some,
+)
+from flair_peft.sources import load_options
 
 # How torch lists the keys that do not fit.
 _LISTED = r"(Missing|Unexpected) key\(s\) in state_dict: ([^\n]*)"
@@ -33,12 +41,17 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
 
     Raises:
         StateMismatchError: tensors do not fit the model that the settings describe.
+        AdapterConfigError: the user says where the base model is, and the state holds all of its weights.
+        UnsafeFileError: Flair would run code, or open what the state names, when it builds the model.
         ModelFileError: the settings are not those of this class.
     """
     token = _is_going_on.set(True)
     try:
         with naming_mismatches(source):
-            _refuse_unsafe(state, source)
+            if not load_options().trust_file:
+                _refuse_unsafe_settings(state, source)
+                _refuse_unsafe(state, source)
+            _refuse_useless_base(state, source)
             model = load(state)
     finally:
         _is_going_on.reset(token)
@@ -48,9 +61,19 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
     return model
 
 
+def _refuse_unsafe_settings(state: dict[str, Any], source: str) -> None:
+    """Return if no setting of the model, or of one of its tasks, would have Flair open what the file names."""
+    danger = allowed.unsafe_setting(state)
+    if danger:
+        raise UnsafeFileError(
+            f"Cannot load '{source}': {danger}. Flair would open, and may run, what a file names in that place, or the "
+            "file is damaged. Copy or save the model again, and load no such file from somebody whom you do not trust."
+        )
+
+
 def _refuse_unsafe(value: Any, source: str) -> None:
     """Return if nothing in a state would have Flair run code or unpickle when it builds the model."""
-    danger = flair_objects.unsafe_part(value) if isinstance(value, dict) else None
+    danger = allowed.unsafe_part(value) if isinstance(value, dict) else None
     if danger:
         raise UnsafeFileError(
             f"Cannot load '{source}': there are embeddings that need {danger}. No file may do that. Save the model "
@@ -58,6 +81,17 @@ def _refuse_unsafe(value: Any, source: str) -> None:
         )
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
         _refuse_unsafe(inner, source)
+
+
+def _refuse_useless_base(state: dict[str, Any], source: str) -> None:
+    given = load_options().base_model
+    stored = [stored for _, stored in states.stored_bases(state)]
+    needs_code = any(base.record is not None and base.record.needs_remote_code for base in stored)
+    if given is not None and not needs_code and not any(base.is_needed for base in stored):
+        raise AdapterConfigError(
+            f"Cannot use the base_model given for '{source}', {given!r:.200}: the file holds all weights of its base "
+            "itself. None would be read from there, or compared with what is there. Leave out base_model."
+        )
 
 
 def _check_numbers(model: Model, state: dict[str, Any], source: str) -> None:

@@ -134,9 +134,33 @@ def has_transposed_weights(model: PreTrainedModel) -> bool:
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def available_attention(implementation: str | None) -> str | None:
+def without_kernels(config: Any) -> Any:
+    """Return a transformer's config, as plain values, without what would have transformers fetch a kernel and run it.
+
+    ``_attn_implementation_internal`` is one of the names, and configs inside a config have their own.
+    """
+    if isinstance(config, list):
+        return [without_kernels(value) for value in config]
+    if not isinstance(config, Mapping):
+        return config
+    kept = {name: value for name, value in config.items() if not (names_attention(name) and holds_slash(value))}
+    return {name: without_kernels(value) for name, value in kept.items()}
+
+
+def names_attention(name: Any) -> bool:
+    """Whether a setting of a transformer's config says how attention is computed."""
+    return "attn_implementation" in str(name)
+
+
+def holds_slash(value: Any) -> bool:
+    """Whether an attention, or one of several, is a kernel on the Hub: transformers calls these "owner/kernel"."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return (isinstance(value, str) and "/" in value) or any(map(holds_slash, parts))
+
+
+def available_attention(implementation: Any) -> Any:
     """Return the attention implementation, or ``None`` for the default where it is not part of transformers here."""
-    if implementation is not None and "/" in implementation:
+    if holds_slash(implementation):
         # So transformers calls kernels on the Hub, which are code. No file may have one fetched.
         log.warning("The attention '%s' is not fetched: the default is used, which rounds differently.", implementation)
         return None

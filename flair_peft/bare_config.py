@@ -18,7 +18,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from flair_peft import adapters, keys
-from flair_peft.errors import BaseMismatchError, name_some
+from flair_peft import config as configs
+from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
 
 log = logging.getLogger("flair_peft")
 
@@ -67,8 +68,9 @@ def resolve_(config: Any, modules: list[str], prefix: str, placed: Tensors) -> N
     _resolve_tokens_(config, prefix, placed)
     if adapted and hasattr(config, "target_modules") and not getattr(config, "target_parameters", None):
         _resolve_targets_(config, original, modules, prefix, adapted)
-    for setting in ("rank_pattern", "alpha_pattern"):
+    for setting in configs.PATTERNS:
         if getattr(config, setting, None) and adapters.method_name(config) != "ADALORA":
+            _refuse_rivals(getattr(config, setting), setting, prefix, adapted)
             _resolve_pattern_(config, setting, prefix, adapted)
     if getattr(config, "feedforward_modules", None) is not None:
         _resolve_feedforward_(config, original.target_modules, prefix, adapted)
@@ -116,6 +118,16 @@ def _resolve_targets_(config: Any, original: Any, modules: list[str], prefix: st
 
 def _selects(config: Any, name: str) -> bool:
     return config.target_modules is not None and bool(check_target_module_exists(config, name))
+
+
+def _refuse_rivals(pattern: Mapping[str, Any], setting: str, prefix: str, adapted: Collection[str]) -> None:
+    unclear = configs.rivals(pattern, sorted(prefix + name for name in adapted))
+    if unclear:
+        raise AdapterConfigError(
+            f"Cannot tell the {setting} of the adapter: two keys of it give {name_some(unclear, 3)} different values. "
+            "PEFT takes the first that matches, and its files sort the keys, so that the order of the training is "
+            "lost. Change the adapter_config.json, so that one key matches each module."
+        )
 
 
 def _resolve_pattern_(config: Any, setting: str, prefix: str, adapted: Collection[str]) -> None:

@@ -441,8 +441,6 @@ def _add_merge(commands: Any, name: str) -> None:
     parser = _add(commands, name, _merge, text, "flair-peft merge my-tagger merged.pt")
     parser.add_argument("source", type=Path, help="directory or .pt file")
     parser.add_argument("target", type=Path, help="the .pt file to write")
-    choices = ("float32", "float16", "bfloat16")
-    parser.add_argument("--dtype", choices=choices, default="float32", help="stock Flair predicts with float32 only")
     _add_load(parser)
 
 
@@ -452,9 +450,20 @@ def _merge(chosen: argparse.Namespace) -> int:
             f"Cannot write '{chosen.target}': it is a directory, or would be in one that is missing. The command "
             "writes one file. Choose another name."
         )
-    flair_peft.merge(_load(chosen.source, chosen), dtype=chosen.dtype).save(chosen.target)
+    _refuse_overwriting(chosen.source, chosen.target)
+    flair_peft.merge(_load(chosen.source, chosen)).save(chosen.target)
     _print(f"{_printable(chosen.target)} holds the merged model, {_size(chosen.target.stat().st_size)}.")
     return OK
+
+
+def _refuse_overwriting(source: Path, *targets: Path) -> None:
+    """Return if no file to be written is the one that is read, or part of it: it holds the adapter."""
+    for target in targets:
+        if target.exists() and any(target.samefile(place) for place in (source, *source.rglob("*")) if place.exists()):
+            raise SaveError(
+                f"Cannot write '{target}': it is the model that is read, or part of it. What is written there does not "
+                "hold the adapter any more, and there may be no other copy. Choose another name."
+            )
 
 
 def _add_export(commands: Any, name: str) -> None:
@@ -470,6 +479,7 @@ def _add_export(commands: Any, name: str) -> None:
 
 def _export(chosen: argparse.Namespace) -> int:
     sentences = [] if chosen.int8 is None else _sentences(chosen.int8)
+    _refuse_overwriting(chosen.source, chosen.onnx, chosen.target)
     model = flair_peft.export_onnx(_load(chosen.source, chosen), chosen.onnx.absolute())
     if sentences:
         _print(f"int8: {flair_peft.quantize_onnx(model, sentences)}.")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.torch_version import TorchVersion
 
-from flair_peft import flair_objects
+from flair_peft import allowed, flair_objects
 from flair_peft.compat import FormatVersion
 from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedStateError, name_some
 
@@ -200,7 +200,7 @@ class _Encoder:
             self._parameters.add(id(parameter))
 
     def _check_settings(self, settings: Mapping[Any, Any], place: Place) -> None:
-        danger = flair_objects.unsafe_part(settings)
+        danger = allowed.unsafe_part(settings)
         if danger:
             raise _refusal(place, f"is embeddings that need {danger}")
 
@@ -266,7 +266,7 @@ class _Decoder:
         return decoded
 
     def _check_settings(self, settings: Mapping[Any, Any], place: Place) -> None:
-        danger = flair_objects.unsafe_part(settings)
+        danger = allowed.unsafe_part(settings)
         if danger:
             raise _damage(place, f"there are embeddings that need {danger}")
 

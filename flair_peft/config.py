@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import peft
 from peft import LoraConfig, PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.other import get_pattern_key
 
 from flair_peft.errors import AdapterConfigError, name_some
 
@@ -97,6 +99,33 @@ def decode_config(stored: Any) -> PeftConfig:
     hints = typing.get_type_hints(config_class)
     config = config_class(**{n: _to_dataclass(v, hints.get(n)) for n, v in values.items() if n in fields})
     return own_config(config)
+
+
+PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def rivals(pattern: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return the names of modules to which two keys of a pattern give different values.
+
+    PEFT takes the first key that matches. Its files sort them, so that another one may be the first there.
+
+    Args:
+        pattern: of a config: regular expression for the end of a module's name → value.
+        names: of modules.
+    """
+    return [name for name in names if any(value != _matching(pattern, name)[0] for value in _matching(pattern, name))]
+
+
+def without_rivals(pattern: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return a pattern that gives these modules the same values in any order of its keys."""
+    if not rivals(pattern, names):
+        return dict(pattern)
+    found = {name: _matching(pattern, name) for name in names}
+    return {f"^{re.escape(name)}": values[0] for name, values in found.items() if values}
+
+
+def _matching(pattern: Mapping[str, Any], name: str) -> list[Any]:
+    return [value for key, value in pattern.items() if get_pattern_key([key], name) == key]
 
 
 def _is_off(value: Any) -> bool:

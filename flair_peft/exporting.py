@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import tempfile
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from flair.embeddings import TransformerEmbeddings
 from flair.embeddings.base import Embeddings
 from flair.nn import Model
 
-from flair_peft import assembly, merging, proof
+from flair_peft import assembly, checkpoint, merging, proof
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
 
 # Of onnxruntime's vectors from torch's, as a share of their norm.
@@ -41,7 +40,8 @@ def export_onnx(
 
     Args:
         model: a Flair model whose embeddings have an adapter; it stays as it is.
-        path: of the file; with several embeddings, a number is appended to its name.
+        path: of the file, which is replaced when the new graph was checked; with several embeddings, a number is
+            appended to its name.
         examples: sentences that the graph is traced with.
         opset_version: of ONNX.
 
@@ -72,25 +72,31 @@ def export_onnx(
 def _export(
     embeddings: TransformerEmbeddings, path: Path, examples: Sequence[str], opset_version: int
 ) -> Embeddings[Any]:
+    """Export to a file, which is as it was if that fails or if the graph gives other vectors."""
+    exported: list[Any] = []
     path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_file(
+        path, lambda file: exported.append(_export_to(Path(file.name), embeddings, examples, opset_version))
+    )
+    (found,) = exported
+    found.onnx_model = str(path)
+    return found
+
+
+def _export_to(path: Path, embeddings: TransformerEmbeddings, examples: Sequence[str], opset_version: int) -> Any:
     export = _with_the_exporter_that_traces(embeddings.onnx_cls.export_from_embedding.__func__)
     sentences = [Sentence(text) for text in examples]
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer: shapes that it sees as constants are checked below
-        graph = Path(folder, path.name)
         try:
-            found = export(embeddings.onnx_cls, graph, embeddings, sentences, opset_version=opset_version)
+            found = export(embeddings.onnx_cls, path, embeddings, sentences, opset_version=opset_version)
         except (RuntimeError, ValueError, TypeError, LookupError, torch.onnx.errors.OnnxExporterError) as error:
             raise UnsupportedMethodError(
                 f"Cannot export '{embeddings.name}': torch's ONNX exporter fails on {type(embeddings.model).__name__} "
                 f"with {type(error).__name__}: {str(error)[:200]}. Flair exports encoders; use flair_peft.merge for "
                 "this one."
             ) from error
-        _check(embeddings, found)
-        found.remove_session()
-        graph.replace(path)
-    found.onnx_model = str(path)
-    found.create_session()
+    _check(embeddings, found)
     return found
 
 

@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 from flair.data import Dictionary, Sentence
-from flair.embeddings import CharacterEmbeddings, FastTextEmbeddings
-from flair.embeddings.base import EMBEDDING_CLASSES, Embeddings, load_embeddings
-from flair.embeddings.transformer import TransformerJitEmbeddings
+from flair.embeddings.base import Embeddings, load_embeddings
 from flair.models.entity_linker_model import CandidateGenerator
 from flair.models.prefixed_tagger import EntityTypeTaskPromptAugmentationStrategy
 from flair.models.relation_classifier_model import (
@@ -133,27 +131,6 @@ def own_parameters(kind: Kind, module: nn.Module) -> Iterator[tuple[str, nn.Para
     for prefix, part in _own_modules(kind, module):
         for name, parameter in part.named_parameters(recurse=False):
             yield f"{prefix}.{name}".lstrip("."), parameter
-
-
-def unsafe_part(params: Mapping[Any, Any]) -> str | None:
-    """Return what in these parameters of embeddings would run code from a file when Flair builds them, if anything."""
-    name = params.get("__cls__")
-    embeddings_class = EMBEDDING_CLASSES.get(name) if isinstance(name, str) else None
-    if embeddings_class is None:
-        return None
-    if issubclass(embeddings_class, FastTextEmbeddings):
-        return "FastTextEmbeddings, which Flair stores as a pickle of gensim's"
-    if issubclass(embeddings_class, CharacterEmbeddings) and type(params.get("path_to_char_dict")) is not Dictionary:
-        return "a dictionary of characters from a file that Flair unpickles"
-    if issubclass(embeddings_class, TransformerJitEmbeddings):
-        return f"{name}, which are a TorchScript program"
-    return "trust_remote_code, with which transformers runs code from the Hub" if _trusts_code(params) else None
-
-
-def _trusts_code(settings: Mapping[Any, Any]) -> bool:
-    # Flair passes parameters on to transformers, which heeds keyword arguments but not what a model's config says.
-    nested = [value for name, value in settings.items() if isinstance(value, Mapping) and name != "config_state_dict"]
-    return bool(settings.get("trust_remote_code")) or any(map(_trusts_code, nested))
 
 
 # The state in which a module is, beside its settings: names of its own parts.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from flair_peft import adapters, codec, keys
 from flair_peft import config as configs
@@ -193,9 +194,21 @@ def _adapter_config(embeddings: PeftTransformerEmbeddings) -> bytes:
     config: PeftConfig = configs.own_config(embeddings.adapter_config)
     config.base_model_name_or_path = embeddings.base_model_name
     config.inference_mode = True
+    _resolve_patterns_(config, embeddings)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         return Path(folder, ADAPTER_CONFIG).read_bytes()
+
+
+def _resolve_patterns_(config: PeftConfig, embeddings: PeftTransformerEmbeddings) -> None:
+    """Let the config give each module the same rank and alpha in any order of its patterns: PEFT sorts them."""
+    if adapters.method_name(config) in ("ADALORA", "OSF"):
+        return  # their patterns are no regular expressions
+    layers = embeddings.base_model.named_modules()
+    names = [name for name, module in layers if isinstance(module, BaseTunerLayer)]
+    for setting in configs.PATTERNS:
+        if getattr(config, setting, None):
+            vars(config)[setting] = configs.without_rivals(getattr(config, setting), names)
 
 
 def _read_config(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

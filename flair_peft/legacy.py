@@ -35,23 +35,24 @@ _MOST_THREADS = 8
 _CHUNK = 1 << 18  # fits into the cache of a core
 
 
-def read_state(path: Path, *, trust_pickle: bool = False) -> State:
-    """Return the state of a Flair model; no code of a file with adapters is run, unless that is asked for.
+def read_state(path: Path, *, expects_adapters: bool = True, trust_pickle: bool = False) -> State:
+    """Return the state of a Flair model; no code of the file is run, unless that is asked for.
 
-    Files without adapters are Flair's own business, and its own function reads them. Of the others, every name in
-    their pickles has to be one that Flair writes of its models before anything is unpickled; tensors may be views of
-    the file, so it should not be written into as long as the state is held.
+    Every name in its pickles has to be one that Flair writes of its models with adapters before anything is unpickled;
+    tensors may be views of the file, so it should not be written into as long as the state is held.
 
     Args:
         path: of the file.
-        trust_pickle: read files with adapters as Flair does, too: they can run any code.
+        expects_adapters: False where files without adapters are Flair's own business: its own function reads these,
+            and they can run any code.
+        trust_pickle: read every file as Flair does: it can run any code.
 
     Raises:
         ModelFileError: the file is truncated, empty, or not a Flair model.
-        UnsafeFileError: a file with adapters names what no Flair model needs; nothing of it was run.
+        UnsafeFileError: it names what no Flair model with an adapter needs; nothing of it was run.
     """
     try:
-        is_checked = not trust_pickle and opcodes.holds_adapters(path)
+        is_checked = not trust_pickle and (expects_adapters or opcodes.holds_adapters(path))
         state = _read_allowed(path) if is_checked else load_torch_state(str(path))
     except FlairPeftError:
         raise

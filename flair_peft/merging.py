@@ -25,7 +25,8 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
 
     Args:
         model: a Flair model whose embeddings have an adapter.
-        dtype: of the transformer's weights afterwards. Stock Flair predicts with fp32 only: its heads stay in it.
+        dtype: of the base's weights afterwards. No stock model predicts with a base in half precision, until its head
+            is converted by hand.
 
     Raises:
         AdapterConfigError: the model has no adapter, or its base is quantised, so that merging would round it once
@@ -48,21 +49,22 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
                 f"Cannot merge the adapter of '{module.name}': its base is {reason}. Load the model on the base as it "
                 "is in its source, and merge there."
             )
-    with torch.random.fork_rng(devices=[]):  # a training goes on as if nothing had been merged
-        return _merge(model, dtypes.parse_dtype(dtype))
+    # A merge between two epochs must not change what is drawn in the next.
+    with torch.random.fork_rng(devices=[flair.device] if flair.device.type == "cuda" else []):
+        plain = _copy(model)
+        _merge_(plain, dtypes.parse_dtype(dtype))
+    plain.to(flair.device).eval()
+    return plain
 
 
-def _merge(model: Model, dtype: torch.dtype) -> Model:
-    plain = _copy(model)
+def _merge_(model: Model, dtype: torch.dtype) -> None:
     merged: dict[int, TransformerEmbeddings] = {}
-    for parent in list(plain.modules()):
+    for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PeftTransformerEmbeddings):
                 if id(child) not in merged:
                     merged[id(child)] = _merged_embeddings(child, dtype)
                 assembly.replace_(parent, name, child, merged[id(child)])
-    plain.to(flair.device).eval()
-    return plain
 
 
 def _copy(model: Model) -> Model:

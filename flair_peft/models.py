@@ -153,18 +153,26 @@ def choose(
 def verify(source: str | Path, *, base_model: str | Mapping[str, str] | None = None, **options: Any) -> None:
     """Return if a checkpoint or ``.pt`` file, and every single weight of its base model, is as it was.
 
+    Weights of the base that the file itself holds are as they were if its checksums and the probe are right.
+
     Args:
         source: directory, Hub id or file.
         base_model: as for :func:`from_pretrained`.
         **options: as for :func:`from_pretrained`.
 
     Raises:
+        ModelFileError: the file holds nothing by which this could be told: stock Flair wrote it, or flair_peft 0.1.0.
         FlairPeftError: it is not; see :func:`from_pretrained`.
     """
-    if Path(source).is_file():
-        load_file(Model, Path(source), choose(base_model=base_model, verify="full", **options))
-    else:
-        from_pretrained(source, base_model=base_model, verify="full", **options)
+    model = from_pretrained(source, base_model=base_model, verify="full", **options)
+    embedded = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    if not embedded or any(embeddings.origin is None for embeddings in embedded):
+        lacking = "probe and no record of the base model" if embedded else "adapter"
+        raise ModelFileError(
+            f"Cannot verify '{source}': it loads, but it holds no {lacking}. "
+            "Files that stock Flair or flair_peft 0.1.0 wrote say nothing by which the model and its base could be "
+            "proven to be as they were. If it has an adapter, load it and save it again."
+        )
 
 
 def push_to_hub(
@@ -293,15 +301,17 @@ def load_checkpoint(model_class: type[Model], directory: Path, options: LoadOpti
             f"Cannot load '{directory}' as a {model_class.__name__}: it holds a {found.__name__}. Another class would "
             f"read it as something that it is not. Use {found.__name__}.load or flair_peft.from_pretrained."
         )
-    state = layout.from_files(stored.document, stored.files, stored.tensors)
-    return _assemble(found, state, source=str(directory), options=dataclasses.replace(options, directory=directory))
+    with loading_with(dataclasses.replace(options, directory=directory, owns_state=True)):
+        state = layout.from_files(stored.document, stored.files, stored.tensors)
+        return assembly.assemble(found.load, state, source=str(directory))
 
 
 def load_file(model_class: type[Model], path: Path, options: LoadOptions) -> Model:
     """Return the model in a ``.pt`` file that this package wrote; see :func:`load_checkpoint`."""
     legacy.check_sums(path)
-    state = states.with_config(legacy.read_state(path), None, source=str(path))
-    return _assemble(model_class, state, source=str(path), options=dataclasses.replace(options, directory=path.parent))
+    with loading_with(dataclasses.replace(options, directory=path.parent, owns_state=True)):
+        state = states.with_config(legacy.read_state(path), None, source=str(path))
+        return assembly.assemble(model_class.load, state, source=str(path))
 
 
 def reload_(model: Model, path: Path) -> None:
@@ -321,11 +331,6 @@ def reload_(model: Model, path: Path) -> None:
     finally:
         for embeddings in embedded:
             embeddings.expect_whole()
-
-
-def _assemble(model_class: type[Model], state: dict[str, Any], *, source: str, options: LoadOptions) -> Model:
-    with loading_with(dataclasses.replace(options, owns_state=True)):
-        return assembly.assemble(model_class.load, state, source=source)
 
 
 def _refuse_base_directory(directory: Path) -> None:

@@ -4,7 +4,8 @@ These attributes of Flair are replaced, each by a function that calls the origin
 
 =============================================  ========================================================================
 ``load`` of ``Model`` and its subclasses       takes files, directories and Hub ids with adapters; aligns dtypes
-``Model.save``                                 writes what was learned, whole or not at all, and no pickled objects
+``Model.save``                                 writes what was learned, whole or not at all, and no pickled objects;
+                                               replaces files by plain models whole or not at all
 ``train`` of ``Model`` and its subclasses      gives a cast head its fp32 values back before it trains
 ``Model._apply``                               keeps heads that need fp32 in fp32, whatever ``model.half()`` does
 ``Embeddings._everything_embedded``            never reuses vectors that depend on an adapter that can change
@@ -54,9 +55,11 @@ from flair_peft import (
     stock,
     training,
 )
+from flair_peft import checkpoint as checkpoint_files
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
-from flair_peft.errors import ModelFileError
+from flair_peft.errors import ModelFileError, SaveError
+from flair_peft.sources import loading_with
 
 log = logging.getLogger("flair_peft")
 
@@ -176,7 +179,9 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
                 options, options, str(path), "there is no such file, and no such checkpoint on the Hub"
             )
             return _leave_to_flair(stock_load, model_path if revision is None else f"{model_path}@{revision}")
-        state, chosen = legacy.read_state(path), dataclasses.replace(chosen, directory=path.parent, owns_state=True)
+        chosen = dataclasses.replace(chosen, directory=path.parent, owns_state=True)
+        with loading_with(chosen):
+            state = legacy.read_state(path, expects_adapters=False)
         if states.has_adapters(state):
             legacy.check_sums(path)
         return stock.load_state(cls, state, options, source=str(path), chosen=chosen, load=stock_load)
@@ -291,14 +296,32 @@ def _keeping_the_best(original: Callable[..., None]) -> Callable[..., None]:
 def _saving_what_was_learned(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def save(self: Model, model_file: str | Path, checkpoint: bool = False, *, save_base: bool | None = None) -> None:
-        if not _installed or not any(isinstance(module, PeftTransformerEmbeddings) for module in self.modules()):
+        if not _installed:
             return original(self, model_file, checkpoint)
+        if not any(isinstance(module, PeftTransformerEmbeddings) for module in self.modules()):
+            return _replace_whole(Path(model_file), lambda path: original(self, path, checkpoint))
         trainer = _trainers.get(self) if checkpoint else None
         state = None if trainer is None else resume.training_state(trainer, self)
         models.save_file(self, Path(model_file), save_base=save_base, training_state=state)
         return None
 
     return save
+
+
+def _replace_whole(path: Path, save: Callable[[Path], None]) -> None:
+    """Save to a path; a file that is there is replaced when the new one is whole, and never written into.
+
+    The weights of a live model may be mapped from it, and it may be the only copy of an adapter.
+    """
+    if not path.is_file():
+        return save(path)
+    try:
+        return checkpoint_files.write_file(path, lambda file: save(Path(file.name)))
+    except RuntimeError as error:  # so torch reports a full disk
+        raise SaveError(
+            f"Cannot save to '{path}': {str(error)[:200]}. torch could not write the file, which is as it was before. "
+            "Make room there, or save to another place."
+        ) from error
 
 
 def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:

@@ -110,7 +110,8 @@ class LoadOptions:
     """What the user says when loading; see :func:`flair_peft.from_pretrained`.
 
     ``placement`` holds the arguments of transformers and accelerate that spread a base over devices. ``owns_state``
-    says that the state dict was read for this load and belongs to nobody else.
+    says that the state dict was read for this load and belongs to nobody else, ``trust_file`` that the user knows who
+    wrote the file and lets it do what it likes.
     """
 
     base_model: str | Mapping[str, str] | None = None
@@ -122,6 +123,7 @@ class LoadOptions:
     placement: Mapping[str, Any] = field(default_factory=dict)
     directory: Path | None = None
     owns_state: bool = False
+    trust_file: bool = False
 
     def source_of(self, record: BaseRecord) -> tuple[str, str | None]:
         """Return name and revision of the base model to load: the one asked for, else the one recorded.

@@ -89,6 +89,20 @@ def lacks_config(state: State) -> bool:
     return any(p.get("peft_config") is None and _is_meant(prefix, prefixes) for prefix, p in _embedding_params(state))
 
 
+def adapters_without_config(state: State) -> list[str]:
+    """Return the places of adapters that have no PEFT config; those that several tasks share have one place."""
+    found: dict[Any, str] = {}
+    for task, task_state in state.get("model_states", {"": state}).items():
+        tensors = task_state.get("state_dict", {})
+        prefixes = keys.find_adapter_prefixes(tensors)
+        for prefix, params in _embedding_params(task_state):
+            mine = [each for each in prefixes if _positions(each) == _positions(prefix)]
+            if mine and params.get("peft_config") is None:
+                own = next(t for key, t in tensors.items() if key.startswith(mine[0]) and keys.is_adapter_key(key))
+                found.setdefault(own.data_ptr(), f"{task}.{prefix}".strip("."))
+    return list(found.values())
+
+
 def tensors_of(state: State) -> dict[str, torch.Tensor]:
     """Return the tensors of a model under the names that its live counterpart gives them."""
     tensors = dict(state.get("state_dict", {}))

@@ -39,12 +39,16 @@ def load_legacy(
     path, chosen = Path(path), models.choose(**options)
     if not path.is_file():
         raise ModelFileError(f"Cannot load '{path}': there is no such file. Pass a file that Flair wrote.")
-    state = legacy.read_state(path, trust_pickle=trust_pickle)
+    chosen = dataclasses.replace(chosen, directory=path.parent, owns_state=True, trust_file=trust_pickle)
+    with loading_with(chosen):
+        state = legacy.read_state(path, trust_pickle=trust_pickle)
+    model_class, given = _class_of(state, path), {} if peft_config is None else {"peft_config": peft_config}
     if states.has_adapters(state):
         legacy.check_sums(path)
-    given = {} if peft_config is None else {"peft_config": peft_config}
-    chosen = dataclasses.replace(chosen, directory=path.parent, owns_state=True)
-    return load_state(_class_of(state, path), state, given, source=str(path), chosen=chosen)
+        return load_state(model_class, state, given, source=str(path), chosen=chosen)
+    refuse_useless(given, given, str(path), "it holds no adapter")
+    with loading_with(chosen):
+        return assembly.assemble(model_class.load, state, source=str(path))
 
 
 def convert_legacy(
@@ -173,6 +177,15 @@ def load_state(
         return load(state)
     given = options.get("peft_config")
     completed = states.with_config(state, given, source=source)
+    lacking = [] if given is None else states.adapters_without_config(state)
+    if len(lacking) > 1:
+        log.warning(
+            "'%s' holds %s adapters without a config (%s): the one given is used for all of them. If they were trained "
+            "with different ones, with another alpha for example, the model predicts something else.",
+            source,
+            len(lacking),
+            name_some(lacking, 3),
+        )
     assembly.check_class(model_class, state.get("__cls__"), source)
     try:
         with loading_with(chosen):

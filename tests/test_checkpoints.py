@@ -326,6 +326,26 @@ def test_trained_biases_beside_saved_modules_are_all_stored(bias: str, base: Bas
 
 
 @quiet
+@pytest.mark.parametrize("setting", ["alpha_pattern", "rank_pattern"])
+def test_pattern_whose_order_matters_comes_back(setting: str, base: Base, tmp_path: Path, load: Load) -> None:
+    """PEFT takes the first key that matches and sorts the keys in its file: ours says the same in any order."""
+    pattern = {"output.dense": 2, "attention.output.dense": 3}
+    live = PeftTransformerDocumentEmbeddings(
+        base("bert"), peft_config=lora(target_modules=["dense"], **{setting: pattern}), use_context_separator=False
+    )
+    model = on(live)
+    flair_peft.save_pretrained(model, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert torch.equal(vectors(live), vectors(loaded.embeddings))
+    of_peft = PeftModel.from_pretrained(AutoModel.from_pretrained(base("bert")), str(tmp_path / "model"))
+    torch.testing.assert_close(vectors(live), vectors_of_peft(of_peft))
+    again = PeftTransformerDocumentEmbeddings.from_adapter(str(tmp_path / "model"), use_context_separator=False)
+    torch.testing.assert_close(vectors(live), vectors(again))
+    flair_peft.save_pretrained(loaded, tmp_path / "again")
+    assert torch.equal(vectors(live), vectors(load(tmp_path / "again").embeddings))
+
+
+@quiet
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [

@@ -631,6 +631,21 @@ def test_foreign_adapter_that_cannot_be_used_is_an_error_that_says_why(
     assert len(str(caught.value).split(". ")) >= 3
 
 
+@pytest.mark.parametrize("setting", ["alpha_pattern", "rank_pattern"])
+def test_foreign_adapter_whose_file_lost_the_order_of_a_pattern_is_refused(
+    setting: str, base: Bases, tmp_path: Path
+) -> None:
+    """PEFT's file sorts the keys, of which the first that matches counted in training."""
+    pattern = {"output.dense": 2, "attention.output.dense": 3}
+    train(base("bert"), tmp_path, "tokens", lora(target_modules=["dense"], **{setting: pattern}))
+    with pytest.raises(AdapterConfigError, match=f"Cannot tell the {setting}"):
+        PeftTransformerEmbeddings.from_adapter(str(tmp_path))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config[setting] = {"^(?!.*attention).*output.dense": 2, "attention.output.dense": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    PeftTransformerEmbeddings.from_adapter(str(tmp_path))
+
+
 def test_foreign_adapter_with_the_base_of_another_architecture_is_refused(base: Bases, tmp_path: Path) -> None:
     """No name fits."""
     train(base("bert"), tmp_path, "tokens", lora(target_modules=["query"]))

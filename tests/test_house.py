@@ -42,6 +42,7 @@ FLOORS = (
     "proof",
     "bases",
     "flair_objects",
+    "allowed",
     "codec",
     "siblings",
     "bystanders",

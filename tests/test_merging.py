@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings
-from flair_peft.errors import AdapterConfigError, UnsupportedMethodError
+from flair_peft.errors import AdapterConfigError, SaveError, UnsupportedMethodError
 from tests import tiny
 from tests.methods import Method
 from tests.round_trip import largest_difference
@@ -206,9 +206,41 @@ def test_config_of_the_user_is_left_as_it_was(base: Base) -> None:
     assert config.to_dict() == before
 
 
-def test_merging_draws_no_random_numbers(base: Callable[[str], str]) -> None:
-    """A training in which a model is merged goes on as it would have."""
-    live = classifier(base("bert"))
+def test_merged_model_replaces_the_file_that_the_live_one_is_mapped_from(base: Base, tmp_path: Path) -> None:
+    """The file is replaced, not written into: the model that was loaded from it goes on predicting."""
+    path = tmp_path / "whole.pt"
+    make_model(CLASSIFIER, base("bert"), lora()).save(path, save_base=True)
+    live, corpus = TextClassifier.load(path), CLASSIFIER.corpus()
+    expected, place = CLASSIFIER.predict(live, corpus), path.stat().st_ino
+    flair_peft.merge(live).save(path)
+    # Writing into a mapped file ends the process.
+    assert path.stat().st_ino != place
+    assert CLASSIFIER.predict(live, corpus) == expected
+    assert largest_difference(CLASSIFIER.predict(TextClassifier.load(path), corpus), expected) < 1e-4
+    assert [found.name for found in tmp_path.iterdir()] == ["whole.pt"]
+
+
+def test_plain_model_that_cannot_be_written_leaves_the_file_as_it_was(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk costs the new file, not the old one."""
+
+    def fill_the_disk(state: Any, path: str, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
+
+    model = flair_peft.merge(make_model(CLASSIFIER, base("bert"), lora()))
+    (tmp_path / "x.pt").write_bytes(b"precious")
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(SaveError, match="as it was before"):
+        model.save(tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").read_bytes() == b"precious"
+    assert [found.name for found in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_merge_leaves_the_random_numbers_of_a_training_as_they_were(base: Base) -> None:
+    """A merge between two epochs does not change what is drawn in the next."""
+    model = make_model(CLASSIFIER, base("bert"), lora())
     before = torch.get_rng_state()
-    flair_peft.merge(live)
-    assert torch.equal(before, torch.get_rng_state())
+    flair_peft.merge(model)
+    assert torch.equal(torch.get_rng_state(), before)

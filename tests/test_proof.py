@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import TextClassifier
 from huggingface_hub import CommitOperationAdd, HfApi
 from peft import LoraConfig, PeftConfig
@@ -281,6 +283,52 @@ def test_single_changed_weight_is_found_by_a_full_verification_only(form: str, o
     frozen._cache.clear()
     with pytest.raises(BaseMismatchError, match="some of its weights differ"):
         flair_peft.verify(place)
+
+
+@forms
+def test_base_of_a_label_encoder_is_found_and_verified_as_that_of_the_model(
+    form: str, own: Path, tmp_path: Path
+) -> None:
+    """What the user says of a load holds for embeddings inside a decoder, too."""
+    entry = ZOO["text-classifier-label-verbalizer"]
+
+    def make(**kwargs: Any) -> PeftTransformerDocumentEmbeddings:
+        return PeftTransformerDocumentEmbeddings(
+            str(own), peft_config=LoraConfig(r=4, lora_alpha=12, init_lora_weights=False), **kwargs
+        )
+
+    model = entry.build(None, make)
+    place, expected = save(model, tmp_path / form), entry.predict(model, entry.corpus())
+    moved = own.rename(tmp_path / "moved")
+    for load_it in (flair_peft.from_pretrained, TextClassifier.load):
+        for base_model in (str(moved), {str(own): str(moved)}):
+            loaded = load_it(place, base_model=base_model, verify="full")
+            assert entry.predict(loaded, entry.corpus()) == expected
+    with pytest.raises(BaseModelNotFoundError):
+        load(place)
+
+
+def test_what_holds_nothing_to_prove_is_not_called_verified(base: Base, tmp_path: Path) -> None:
+    """Files of stock Flair, with an adapter or without one, load, and that is all that can be said of them."""
+    adapter = LoraConfig(r=4, init_lora_weights=False, task_type="FEATURE_EXTRACTION")
+    for config, lacking in ((None, "no adapter"), (adapter, "no probe")):
+        make = functools.partial(TransformerDocumentEmbeddings, base("bert"), peft_config=config)
+        CLASSIFIER.build(None, make).save(tmp_path / "x.pt")
+        flair_peft.from_pretrained(tmp_path / "x.pt")
+        with pytest.raises(ModelFileError, match=lacking):
+            flair_peft.verify(tmp_path / "x.pt")
+
+
+@forms
+def test_base_model_that_would_not_be_read_is_refused(form: str, own: Path, base: Base, tmp_path: Path) -> None:
+    """A file that holds the base needs none, and is not compared with one."""
+    place = tmp_path / form
+    model = classifier(own)
+    model.save(place, save_base=True) if place.suffix else flair_peft.save_pretrained(model, place, save_base=True)
+    flair_peft.verify(place)
+    for read in (load, flair_peft.verify, TextClassifier.load):
+        with pytest.raises(AdapterConfigError, match="holds all weights"):
+            read(place, base_model=base("roberta"))
 
 
 def test_full_verification_without_a_digest_says_that_it_cannot(own: Path, tmp_path: Path) -> None:

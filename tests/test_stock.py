@@ -205,6 +205,22 @@ def with_payload(path: Path, ran: Path) -> None:
     torch.save(state, path)
 
 
+@pytest.mark.parametrize(("name", "count"), [("sequence-tagger-stacked", 2), ("multitask", 1), ("text-classifier", 1)])
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_config_that_is_used_for_several_adapters_is_reported(
+    is_converted: bool, name: str, count: int, base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One config is given, and a file of several adapters does not say that all were trained with it."""
+    stock_file(base("bert"), tmp_path / "old.pt", entry=ZOO[name])
+    with caplog.at_level(logging.WARNING, "flair_peft"):
+        if is_converted:
+            flair_peft.convert_legacy(tmp_path / "old.pt", tmp_path / "new", peft_config=lora())
+        else:
+            flair_peft.load_legacy(tmp_path / "old.pt", peft_config=lora())
+    assert ("holds 2 adapters without a config" in caplog.text) == (count > 1)
+    assert ("list_embedding_1" in caplog.text) == (count > 1)
+
+
 class _Payload:
     def __init__(self, path: str) -> None:
         self.path = path

@@ -25,7 +25,7 @@ from flair.nn import Classifier, Model
 from peft import LoraConfig
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, legacy, opcodes, states
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, cli, legacy, opcodes, states
 from flair_peft.errors import FlairPeftError, ModelFileError, UnsafeFileError
 from tests.zoo import ZOO
 
@@ -438,8 +438,8 @@ WITHOUT_ADAPTERS: dict[str, Callable[[], dict[str, Any]]] = {
 def test_file_without_adapters_is_read_as_ever(name: str, protocol: int, is_zip: bool, tmp_path: Path) -> None:
     """Whatever a file without adapters holds, it is read as Flair reads it."""
     state = WITHOUT_ADAPTERS[name]()
-    found = legacy.read_state(saved(state, tmp_path / "x.pt", protocol, is_zip=is_zip))
-    assert str(found) == str(state)
+    path = saved(state, tmp_path / "x.pt", protocol, is_zip=is_zip)
+    assert str(legacy.read_state(path, expects_adapters=False)) == str(state)
 
 
 def test_file_without_adapters_is_read_by_flair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,9 +447,10 @@ def test_file_without_adapters_is_read_by_flair(tmp_path: Path, monkeypatch: pyt
     calls: list[str] = []
     monkeypatch.setattr(legacy, "load_torch_state", lambda path: calls.append(path) or {"state_dict": {}})
     path = saved({"state_dict": {}}, tmp_path / "x.pt")
-    legacy.read_state(path)
+    legacy.read_state(path, expects_adapters=False)
     assert calls == [str(path)]
-    legacy.read_state(saved(state_of(), path))
+    legacy.read_state(path)
+    legacy.read_state(saved(state_of(), path), expects_adapters=False)
     assert calls == [str(path)]
 
 
@@ -641,3 +642,50 @@ def test_checksum_of_a_member_larger_than_the_buffer_is_right(tmp_path: Path) ->
 def test_old_file_has_no_checksums(tmp_path: Path) -> None:
     """Where torch writes none, there is nothing to be wrong."""
     legacy.check_sums(saved(state_of(), tmp_path / "x.pt", is_zip=False))
+
+
+ENTRIES: dict[str, Callable[[Path], Any]] = {
+    "verify": flair_peft.verify,
+    "from_pretrained": flair_peft.from_pretrained,
+    "load_legacy": lambda path: flair_peft.load_legacy(path, peft_config=LoraConfig()),
+    "convert_legacy": lambda path: flair_peft.convert_legacy(path, path.parent / "new", peft_config=LoraConfig()),
+    **{
+        " ".join(words): lambda path, words=words: cli.main([words[0], str(path), *words[1:]])  # type: ignore[misc]
+        for words in (["verify"], ["merge", "new.pt"], ["export", "new.onnx", "new.pt"], ["push", "me/model"])
+    },
+    "convert": lambda path: cli.main(["convert", str(path), "new", "--config", "adapter_config.json"]),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_payload_in_a_file_without_marks_is_refused_where_an_adapter_is_expected(
+    entry: str, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What makes sense for adapters alone never hands a file on to Flair's own reader."""
+    monkeypatch.chdir(tmp_path)
+    LoraConfig(r=4).save_pretrained(tmp_path)
+    path = saved({"state_dict": {}, "x": Payload(marker)}, tmp_path / "x.pt")
+    with contextlib.suppress(UnsafeFileError):
+        assert ENTRIES[entry](path) == 2
+
+
+@pytest.mark.parametrize("load", [flair_peft.load_legacy, flair_peft.from_pretrained])
+def test_path_in_a_file_without_marks_is_not_unpickled(
+    load: Callable[[Path], Any], base: Base, marker: Path, tmp_path: Path
+) -> None:
+    """Nor does a state without an adapter name what Flair would unpickle."""
+    (tmp_path / "characters").write_bytes(pickle.dumps(Payload(marker)))
+    state = ZOO["lemmatizer"].build(lambda **_: TransformerWordEmbeddings(base("bert")), None)._get_state_dict()
+    path = saved({**state, "char_dict": str(tmp_path / "characters")}, tmp_path / "x.pt")
+    with pytest.raises(UnsafeFileError, match="char_dict"):
+        load(path)
+
+
+def test_trusted_file_may_name_what_it_likes(base: Base, tmp_path: Path) -> None:
+    """``trust_pickle=True`` is the user's word for all that is in the file."""
+    model = ZOO["lemmatizer"].build(lambda **_: TransformerWordEmbeddings(base("bert")), None)
+    model.char_dictionary.save(tmp_path / "characters")
+    state = {**model._get_state_dict(), "char_dict": str(tmp_path / "characters")}
+    path = saved(state, tmp_path / "x.pt")
+    loaded = flair_peft.load_legacy(path, trust_pickle=True)
+    assert loaded.char_dictionary.idx2item == model.char_dictionary.idx2item
