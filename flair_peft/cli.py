@@ -402,13 +402,19 @@ def _config_of(chosen: argparse.Namespace) -> PeftConfig | None:
 
 
 def _refuse_guessing(source: Path, implied: Any, given: dict[str, Any]) -> None:
-    """Return if the user gave the alpha that the file lost: nothing that changes predictions is guessed."""
-    lost = [name for name in ("lora_alpha", "alpha") if name in implied.open and name not in given]
+    """Return if the user gave what the file lost, and nothing else: what changes predictions is never guessed."""
+    lost = [name for name in implied.open if name not in given]
     if lost:
         raise MissingConfigError(
-            f"Cannot convert '{source}': it does not hold the {lost[0]} that it was trained with, and a wrong one "
-            f"changes predictions silently. By its tensors it was {implied.text}. Pass --lora-alpha for LoRA, or "
+            f"Cannot convert '{source}': it does not hold the {_some(lost, 3)} that it was trained with, and a wrong "
+            f"value changes predictions silently. By its tensors it was {implied.text}. Pass --lora-alpha for LoRA, or "
             "--config with the adapter_config.json of the training."
+        )
+    useless = [name for name in given if name not in (*implied.open, *implied.optional)]
+    if useless:
+        raise AdapterConfigError(
+            f"Cannot use {_some(useless, 3)} for '{source}': by its tensors it was {implied.text}, a method without "
+            "such a setting. Leave it out."
         )
 
 

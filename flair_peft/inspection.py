@@ -379,7 +379,7 @@ def _settings(
         found = _imply(own)
         if found is None:
             return None, {}, (), None
-        return found.method, dict(found.settings), found.open, found.text
+        return found.method, dict(found.settings), found.open + found.optional, found.text
     method = config.get("peft_type")
     return (method if isinstance(method, str) else None), _differing(config), (), None
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from flair.data import Sentence
 from flair.nn import Model
-from peft import LoraConfig
+from peft import GraloraConfig, HRAConfig, IA3Config, LoraConfig, PeftConfig, UniLoraConfig
 
 import flair_peft
 from flair_peft import cli
@@ -259,6 +259,28 @@ def test_convert_without_an_alpha_is_refused_with_the_call(run: Run, stock: Path
     code, text, errors = run("convert", stock, "out")
     assert (code, text, converter.calls) == (2, "", [])
     assert "LoraConfig(r=4, lora_alpha=…" in " ".join(errors.split())
+    assert is_paragraph(errors)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "text"),
+    [
+        (GraloraConfig(target_modules=["query"], alpha=6), (), "alpha=…, gralora_k=…"),
+        (UniLoraConfig(target_modules=["query"], proj_seed=7), (), "proj_seed=…, theta_d_length=…"),
+        (HRAConfig(target_modules=["query"], apply_GS=True), (), "apply_GS=…"),
+        (IA3Config(target_modules=["query"], feedforward_modules=[]), ("--lora-alpha", "6"), "Cannot use lora_alpha"),
+    ],
+)
+def test_convert_of_a_method_whose_tensors_do_not_say_everything_needs_a_config(
+    config: PeftConfig, options: tuple[str, ...], text: str, run: Run, converter: Converter, base: Base, tmp_path: Path
+) -> None:
+    """No scale and no seed is taken from PEFT's defaults, and no setting that the method lacks is taken at all."""
+    flair_peft.uninstall()
+    made = build("text-classifier", base("bert"), config, is_stock=True)
+    flair_peft.install()
+    code, output, errors = run("convert", save_stock(made, tmp_path / "stock.pt"), "out", *options)
+    assert (code, output, converter.calls) == (2, "", [])
+    assert text in " ".join(errors.split())
     assert is_paragraph(errors)
 
 
