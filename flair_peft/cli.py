@@ -256,7 +256,7 @@ def _verify(chosen: argparse.Namespace) -> int:
 
 
 def _add_diff(commands: Any, name: str) -> None:
-    text = "what differs between two models: config, labels, tokenizer (of stock files: its size), tensors"
+    text = "what differs between two models: config, labels, tokenizer, tensors"
     parser = _add(commands, name, _diff, text, "flair-peft diff best-model.pt final-model.pt")
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)

@@ -43,6 +43,7 @@ class StoredTensor:
         bytes: of its elements.
         storage: what two tensors have in common that share their bytes.
         read: returns its elements.
+        part: where its elements lie in the storage.
     """
 
     dtype: str
@@ -50,6 +51,12 @@ class StoredTensor:
     bytes: int
     storage: Hashable
     read: Callable[[], torch.Tensor] = field(compare=False)
+    part: Hashable = None
+
+    @property
+    def view(self) -> Hashable:
+        """What two tensors have in common that are the same elements in the same order."""
+        return self.storage, self.part, self.dtype, self.shape
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,8 @@ def _tensors_of(found: outline.Outline, value: Any, path: Path) -> dict[str, Sto
 
     def stored(tensor: outline.Tensor) -> StoredTensor:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        return StoredTensor(dtype, tensor.shape, tensor.bytes, tensor.storage.key, lambda: found.read(tensor))
+        part = (tensor.offset, tensor.strides)
+        return StoredTensor(dtype, tensor.shape, tensor.bytes, tensor.storage.key, lambda: found.read(tensor), part)
 
     return {name: stored(tensor) for name, tensor in tensors.items()}
 
