@@ -29,7 +29,12 @@ log = logging.getLogger("flair_peft")
 
 Tensors = Mapping[str, torch.Tensor]
 
-_WRAPPER = "base_model.model."
+_WRAPPER, _ROOT = "base_model.model.", "base_model."
+
+_RANDOM_INIT = "pissa_niter_"
+
+# Parameters of which PEFT reads as many rows and columns as a module has.
+_SLICED = frozenset({"vera_A", "vera_B", "pvera_A", "pvera_B"})
 
 # Parameters that make the product zero as long as they are: nothing was learned, whatever the others hold.
 _DECIDING = ("lora_B", "lora_embedding_B", "lora_E")
@@ -131,6 +136,7 @@ def plan(
     outside.update(_single(landing.outside, tensors))
     placed, matrix = _take_matrix(_single(landing.inside, tensors), _matrix_names(model), config)
     rows = _check_matrix(matrix, model.get_input_embeddings().weight, files.source)
+    bare_config.refuse_drawn_together(config, base_config, files.settings, every_name, tensors)
     bare_config.resolve_(config, [name for name, _ in model.named_modules() if name], landing.prefix, placed)
     return Plan(
         source=files.source,
@@ -167,6 +173,13 @@ def _usable_config(files: AdapterFiles, model: PreTrainedModel) -> PeftConfig:
         raise UnsupportedMethodError(
             f"Cannot use the adapter '{files.source}': it replicates layers of its base. Which tensors belong to which "
             "copy cannot be proven from the base. Use an adapter without layer_replication."
+        )
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.startswith(_RANDOM_INIT):
+        raise UnsupportedMethodError(
+            f"Cannot use the adapter '{files.source}': its init_lora_weights={init!r} takes from the base what a "
+            "random decomposition gave, which is another one each time, and the file does not hold it. Save the "
+            "adapter with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
         )
     config.base_model_name_or_path = None  # PEFT warns of another path than the one that the adapter was trained with
     return config
@@ -231,7 +244,9 @@ def _without_copy(name: str) -> str:
 
 
 def _stored_key(name: str) -> str:
-    return _WRAPPER + name if keys.carrier(name) else name
+    if name == bare_config.PROMPT:
+        return name
+    return _WRAPPER + name if keys.carrier(name) else _ROOT + name
 
 
 def _stored_state(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -329,7 +344,10 @@ def _base_matrix(model: PreTrainedModel) -> torch.nn.Parameter:
 
 def _fit(tensors: Tensors, own: Tensors, plan: Plan) -> dict[str, torch.Tensor]:
     """Return the tensors in the shapes of the model, which differ by rows that Flair adds to the vocabulary."""
-    fitted = {key: _grown(tensor, own[key], plan.rows) for key, tensor in tensors.items()}
+    fitted = {key: _grown(_cut(key, tensor, own[key]), own[key], plan.rows) for key, tensor in tensors.items()}
+    method = adapters.method_name(plan.config)
+    if method == "RANDLORA" and any("randlora_" in key and fitted[key].shape != own[key].shape for key in fitted):
+        raise bare_config.drawn_together(method, ())
     wrong = [
         f"{key} ({tuple(tensors[key].shape)} instead of {tuple(own[key].shape)})"
         for key, tensor in fitted.items()
@@ -342,6 +360,12 @@ def _fit(tensors: Tensors, own: Tensors, plan: Plan) -> dict[str, torch.Tensor]:
             "that it was trained with. Pass base_model= with the model that it was trained on."
         )
     return fitted
+
+
+def _cut(key: str, tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Return the part that modules of this model read of a tensor that was made for larger ones, too."""
+    is_sliced = not _SLICED.isdisjoint(key.split(".")) and tensor.dim() == own.dim() == 2
+    return tensor[: own.shape[0], : own.shape[1]].clone() if is_sliced else tensor
 
 
 def _grown(tensor: torch.Tensor, own: torch.Tensor, rows: int) -> torch.Tensor:
