@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import textwrap
@@ -373,6 +374,11 @@ def _config_of(chosen: argparse.Namespace) -> PeftConfig | None:
     """
     names = ("lora_alpha", "use_rslora", "lora_dropout")
     given = {name: _whole(value) for name in names if (value := getattr(chosen, name)) is not None}
+    if not 0 < given.get("lora_alpha", 1) < math.inf:
+        raise AdapterConfigError(
+            f"Cannot use --lora-alpha {chosen.lora_alpha}: it scales what the adapter adds, and no training has such a "
+            "scale. Pass the lora_alpha of the training, a number above 0."
+        )
     if chosen.config is not None:
         if given:
             raise AdapterConfigError(

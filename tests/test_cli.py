@@ -284,6 +284,17 @@ def test_convert_of_a_method_whose_tensors_do_not_say_everything_needs_a_config(
     assert is_paragraph(errors)
 
 
+@pytest.mark.parametrize("alpha", ["nan", "inf", "0", "-3"])
+def test_convert_with_an_alpha_that_is_no_scale_is_refused(
+    alpha: str, run: Run, stock: Path, converter: Converter
+) -> None:
+    """Before anything is written that could not be loaded."""
+    code, text, errors = run("convert", stock, "out", f"--lora-alpha={alpha}")
+    assert (code, text, converter.calls) == (2, "", [])
+    assert "--lora-alpha" in errors
+    assert is_paragraph(errors)
+
+
 def test_convert_takes_the_config_of_the_training(run: Run, stock: Path, converter: Converter, tmp_path: Path) -> None:
     """PEFT's own file is taken as it is, and nothing beside it."""
     lora(lora_dropout=0.3).save_pretrained(tmp_path)
