@@ -145,7 +145,15 @@ def _resolve_saved_(config: Any, modules: list[str], prefix: str, placed: Tensor
     saved = [name for name in meant if any(weight == name or weight.startswith(f"{name}.") for weight in weights)]
     kept = [entry for entry in entries if any(name.endswith(entry) for name in saved)]
     again = [name for name in modules if any(name.endswith(entry) for entry in kept)]
-    config.modules_to_save = (kept if again == saved else saved) or None
+    # PEFT compares the ends of names, and would find others under a name that they end with: its parts stand for it.
+    exact = {part for name in saved for part in _unmistakable(name, modules, weights)}
+    config.modules_to_save = (kept if again == saved else sorted(exact)) or None
+
+
+def _unmistakable(name: str, modules: Collection[str], weights: Collection[str]) -> list[str]:
+    if not any(other != name and other.endswith(name) for other in modules):
+        return [name]
+    return [weight for weight in weights if weight == name or weight.startswith(f"{name}.")]
 
 
 def _resolve_tokens_(config: Any, prefix: str, placed: Tensors) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -195,6 +196,16 @@ METHODS: dict[str, tuple[str, str, Callable[[], PeftConfig]]] = {
         "causal-lm",
         lambda: lora(target_modules=["q_proj"], modules_to_save=["model.embed_tokens"]),
     ),
+    "a module of modules saved": (
+        "bert",
+        "tokens",
+        lambda: lora(target_modules=["query"], modules_to_save=["bert.embeddings"]),
+    ),
+    "an unread copy of the embeddings saved": (
+        "t5",
+        "seq2seq",
+        lambda: lora(target_modules=["q"], modules_to_save=["shared"]),
+    ),
     "modules saved that the bare model has once more": (
         "roberta",
         "tokens",
@@ -362,6 +373,50 @@ def test_foreign_adapter_with_one_random_part_for_modules_beside_is_refused(
     train(base(architecture), tmp_path, source, config())
     with pytest.raises(UnsupportedMethodError, match="one random part for all modules"):
         PeftTransformerEmbeddings.from_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "("},
+        {"target_modules": 5},
+        {"rank_pattern": {"(": 3}},
+        {"rank_pattern": [1]},
+        {"modules_to_save": 5},
+        {"layers_to_transform": "a"},
+        {"exclude_modules": "["},
+        {"lora_alpha": math.inf},
+    ],
+    ids=str,
+)
+def test_foreign_adapter_with_settings_that_make_no_sense_is_refused(
+    settings: dict[str, Any], base: Bases, tmp_path: Path
+) -> None:
+    """A file that somebody edited is named, whatever is wrong with it."""
+    train(base("bert"), tmp_path, "tokens", lora(target_modules=["query"]))
+    _set(tmp_path, **settings)
+    with pytest.raises(AdapterConfigError, match=r"(?s)adapter_config\.json.*\. Correct|lora_alpha is inf"):
+        PeftTransformerEmbeddings.from_adapter(str(tmp_path))
+
+
+def test_foreign_adapter_with_a_value_that_lora_refuses_is_told_to_correct_it(base: Bases, tmp_path: Path) -> None:
+    """Nobody who uses LoRA is told to choose LoRA."""
+    train(base("bert"), tmp_path, "tokens", lora(target_modules=["query"]))
+    _set(tmp_path, bias="some")
+    with pytest.raises(AdapterConfigError, match="Correct the config"):
+        PeftTransformerEmbeddings.from_adapter(str(tmp_path))
+
+
+def test_foreign_adapter_with_a_trained_copy_of_the_embeddings_leaves_those_of_the_base(
+    base: Bases, tmp_path: Path
+) -> None:
+    """With the adapter switched off, the model is the base."""
+    config = lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    trained = train(base("llama"), tmp_path, "bare", config)
+    embeddings, states = _embed(trained)
+    assert largest_difference(trained.hidden_states, states) <= TOLERANCE
+    with embeddings.model.disable_adapter():
+        assert largest_difference(trained.without, _states(embeddings, trained.input_ids)) <= TOLERANCE
 
 
 @pytest.mark.filterwarnings("ignore")
