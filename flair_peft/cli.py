@@ -478,6 +478,17 @@ def _add_export(commands: Any, name: str) -> None:
 
 
 def _export(chosen: argparse.Namespace) -> int:
+    if chosen.onnx.absolute() == chosen.target.absolute():
+        raise SaveError(
+            f"Cannot write '{chosen.target}' twice: one file is the transformer, and the other the model that runs it. "
+            "Choose two names."
+        )
+    for path in (chosen.onnx, chosen.target):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise SaveError(
+                f"Cannot write '{path}': it is a directory, or would be in one that is missing. The command writes two "
+                "files. Choose another name."
+            )
     model = flair_peft.export_onnx(_load(chosen.source, chosen), chosen.onnx.absolute())
     model.save(chosen.target)
     _print(f"{_printable(chosen.target)} holds the model, and {_printable(chosen.onnx)} its transformer.")

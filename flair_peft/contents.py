@@ -104,9 +104,12 @@ def read_contents(path: Path) -> Contents:
         return _read_checkpoint(path)
     if path.is_dir() and (path / layout.ADAPTER_CONFIG).is_file():
         return _read_adapter(path)
-    what = "a directory that holds no checkpoint and no adapter" if path.is_dir() else "no such file or directory"
+    if path.is_dir():
+        what = "it is a directory that holds no checkpoint and no adapter"
+    else:
+        what = "it is neither a file nor a directory" if path.exists() else "there is no such file or directory"
     raise ModelFileError(
-        f"Cannot read '{path}': it is {what}. Only checkpoints of flair_peft, .pt files of Flair and PEFT's adapter "
+        f"Cannot read '{path}': {what}. Only checkpoints of flair_peft, .pt files of Flair and PEFT's adapter "
         "directories can be read, on this machine. Check the path."
     )
 

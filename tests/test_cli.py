@@ -431,6 +431,35 @@ def test_hostile_input_is_a_paragraph_and_exit_code_two(
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("command", ["verify", "merge", "export", "push"])
+def test_directory_that_is_no_checkpoint_is_called_that(command: str, run: Run, tmp_path: Path) -> None:
+    """Nobody is told that what never was a checkpoint was changed."""
+    (tmp_path / "folder").mkdir()
+    more = {"merge": ["x.pt"], "export": ["x.onnx", "x.pt"], "push": ["me/x"]}
+    code, text, errors = run(command, tmp_path / "folder", *more.get(command, []))
+    assert (code, text) == (2, "")
+    assert "no checkpoint of flair_peft" in " ".join(errors.split())
+
+
+def test_device_is_called_neither_file_nor_directory(run: Run) -> None:
+    """It is there, but holds no model."""
+    code, _, errors = run("inspect", os.devnull)
+    assert code == 2
+    assert "neither a file nor a directory" in " ".join(errors.split())
+
+
+@pytest.mark.parametrize("targets", [("x.pt", "x.pt"), ("x.onnx", "missing/x.pt"), ("missing/x.onnx", "x.pt")])
+def test_export_finds_out_first_where_it_cannot_write(
+    targets: tuple[str, str], run: Run, directory: Path, tmp_path: Path
+) -> None:
+    """Neither of the two files is written, nor a folder made, before both can be."""
+    code, text, errors = run("export", directory, *(tmp_path / name for name in targets))
+    assert (code, text) == (2, "")
+    assert is_paragraph(errors)
+    assert "not expected" not in errors
+    assert not list(tmp_path.iterdir())
+
+
 def test_traceback_is_shown_to_who_asks(run: Run, tmp_path: Path) -> None:
     """Developers see where."""
     code, _, errors = run("--traceback", "inspect", tmp_path / "nothing")
