@@ -126,7 +126,10 @@ def _compare(embeddings: PeftTransformerEmbeddings, *, is_whole: bool, is_given:
                 embeddings.base_model_name,
             )
         return StoredBase(embeddings.base_record)
-    stored = embeddings.compare_with_base(trained=frozenset())
+    # A pickle keeps layers in one storage that a replication put there; without it, a load would make them apart.
+    config = embeddings.adapter_config
+    is_tied = config.is_prompt_learning or bool(getattr(config, "layer_replication", None))
+    stored = embeddings.compare_with_base(trained=frozenset(), is_tied=is_tied)
     trained = {name for name, parameter in embeddings.model.named_parameters() if parameter.requires_grad}
     own = {key for key in embeddings.model.state_dict() if keys.base_key(key) is not None}
     others = own - stored.left_out - trained

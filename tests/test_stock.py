@@ -328,3 +328,12 @@ def test_conversion_shows_how_far_it_is(base: Base, tmp_path: Path, monkeypatch:
     assert len(moved) > 10
     assert totals == [3 * (tmp_path / "old.pt").stat().st_size]
     assert 0.8 * totals[0] < sum(moved) < 1.3 * totals[0]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_conversion_keeps_layers_that_a_replication_made(is_known: bool, base: Base, tmp_path: Path) -> None:
+    """Also where the config given does not say that they were made of others."""
+    config = lora(layer_replication=[(0, 2), (0, 2)])
+    expected, _ = stock_file(base("bert"), tmp_path / "old.pt", config)
+    flair_peft.convert_legacy(tmp_path / "old.pt", tmp_path / "new", peft_config=config if is_known else lora())
+    assert CLASSIFIER.predict(flair_peft.from_pretrained(tmp_path / "new"), CLASSIFIER.corpus()) == expected
