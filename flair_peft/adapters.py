@@ -62,7 +62,7 @@ _WANTS_DATA = "must see data before the adapter is added, and Flair's embeddings
 
 
 # What PEFT raises where a method does not fit; AssertionError comes from torch without CUDA.
-_INJECTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError)
+_INJECTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, re.error)
 
 
 def method_name(config: PeftConfig) -> str:
@@ -447,7 +447,10 @@ def _explain_injection(model: PreTrainedModel, config: PeftConfig, error: Except
             f"match no module that it can adapt. Its linear modules are called {name_some(linear, limit=12)}. "
             'Pass some of these, or target_modules="all-linear".'
         )
-    return _unsupported(model, config, f"PEFT says: {error}")
+    return UnsupportedMethodError(
+        f"Cannot use this {method_name(config)} config on {type(model).__name__}. The reason: PEFT says: "
+        f"{str(error).rstrip('.')}. Correct the config, or choose another method or another base model."
+    )
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

@@ -16,16 +16,29 @@ import torch
 from peft import PeftConfig, PromptTuningConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
-from flair_peft import adapters, keys
+from flair_peft import adapters, keys, origins
 from flair_peft import config as configs
-from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
+from flair_peft.errors import AdapterConfigError, BaseMismatchError, UnsupportedMethodError, name_some
 
 log = logging.getLogger("flair_peft")
 
 Tensors = Mapping[str, torch.Tensor]
 
 PROMPT = "prompt_embeddings"
+
+# Methods that draw, or number, something for all modules that they adapt together, and the tensor that says what it
+# was where a file holds it.
+_DRAWN_TOGETHER: Mapping[str, str | None] = {
+    "FROD": None,
+    "PVERA": "pvera_A",
+    "RANDLORA": "randlora_A",
+    "TINYLORA": None,
+    "UNILORA": "unilora_indices_A",
+    "VERA": "vera_A",
+}
 
 
 def own_prompt(config: Any, tensors: Tensors) -> tuple[PeftConfig, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -49,6 +62,55 @@ def own_prompt(config: Any, tensors: Tensors) -> tuple[PeftConfig, dict[str, tor
     elif method == "PREFIX_TUNING":
         config.prefix_projection = False
     return config, kept, outside
+
+
+def refuse_drawn_together(
+    config: Any, base_config: PretrainedConfig, settings: Mapping[str, Any], modules: Collection[str], tensors: Tensors
+) -> None:
+    """Return unless the method computes something else without the modules that it adapted beside the transformer.
+
+    Args:
+        config: of the adapter, with the names of its source class.
+        base_config: of the base model.
+        settings: ``adapter_config.json``.
+        modules: names of all modules of the bare model.
+        tensors: of the file.
+
+    Raises:
+        UnsupportedMethodError: it does, or nothing tells which modules those were.
+    """
+    method = adapters.method_name(config)
+    if method not in _DRAWN_TOGETHER or any(_DRAWN_TOGETHER[method] in name.split(".") for name in tensors):
+        return
+    beside: set[str] = set()
+    classes = origins.possible_classes(base_config, settings)
+    for model in filter(None, (origins.build_source(cls, base_config) for cls in classes)):
+        rules = origins.prefixes(base_config, model)
+        adapted = {name for name, module in model.named_modules() if _is_adapted(config, name, module)}
+        own = {name: origins.bare_name(name, rules, modules) for name in adapted}
+        beside.update(name for name, bare in own.items() if bare is None)
+        meant = {bare for bare in own.values() if bare is not None}
+        beside.update(meant ^ {name for name in modules if name in meant or _selects(config, name)})
+    if beside or not classes:
+        raise drawn_together(method, beside)
+
+
+def drawn_together(method: str, beside: Collection[str]) -> UnsupportedMethodError:
+    """Return the error for modules that were adapted together with those of the transformer."""
+    named = f" ({name_some(beside, limit=3)})" if beside else ""
+    return UnsupportedMethodError(
+        f"Cannot use this {method} adapter: it has one random part for all modules that it adapts, and was, or may "
+        f"have been, trained together with modules that embeddings do not have{named}. Without these the random part "
+        "is another one, and the file does not hold it as a smaller model needs it. Train the adapter with targets "
+        "that select modules of the transformer alone, on a class that the adapter's config names."
+    )
+
+
+def _is_adapted(config: Any, name: str, module: torch.nn.Module) -> bool:
+    is_linear = isinstance(module, (torch.nn.Linear, Conv1D))
+    if config.target_modules == "all-linear":
+        return is_linear
+    return (is_linear or isinstance(module, torch.nn.Embedding)) and _selects(config, name)
 
 
 def resolve_(config: Any, modules: list[str], prefix: str, placed: Tensors) -> None:
@@ -85,7 +147,15 @@ def _resolve_saved_(config: Any, modules: list[str], prefix: str, placed: Tensor
     saved = [name for name in meant if any(weight == name or weight.startswith(f"{name}.") for weight in weights)]
     kept = [entry for entry in entries if any(name.endswith(entry) for name in saved)]
     again = [name for name in modules if any(name.endswith(entry) for entry in kept)]
-    config.modules_to_save = (kept if again == saved else saved) or None
+    # PEFT compares the ends of names, and would find others under a name that they end with: its parts stand for it.
+    exact = {part for name in saved for part in _unmistakable(name, modules, weights)}
+    config.modules_to_save = (kept if again == saved else sorted(exact)) or None
+
+
+def _unmistakable(name: str, modules: Collection[str], weights: Collection[str]) -> list[str]:
+    if not any(other != name and other.endswith(name) for other in modules):
+        return [name]
+    return [weight for weight in weights if weight == name or weight.startswith(f"{name}.")]
 
 
 def _resolve_tokens_(config: Any, prefix: str, placed: Tensors) -> None:

@@ -249,6 +249,10 @@ def candidate(name: str, model: PreTrainedModel, *, dtype: torch.dtype) -> BaseR
         name: recorded name, unless the user says where it is now.
         model: whose shape it must have, but for added rows.
         dtype: of the model's weights.
+
+    Raises:
+        BaseModelNotFoundError: the user says where it is, and it is not there.
+        BaseMismatchError: the user names another model.
     """
     options = load_options()
     source, _ = options.source_of(BaseRecord(name))
@@ -258,6 +262,8 @@ def candidate(name: str, model: PreTrainedModel, *, dtype: torch.dtype) -> BaseR
         record = BaseRecord(located, revision=getattr(config, "_commit_hash", None))
         found = frozen.find_again(record, model.config, dtype=dtype, kwargs=options.arguments())
     except (BaseModelNotFoundError, BaseMismatchError):
+        if options.base_model is not None:
+            raise
         return None
     return found.known_record
 

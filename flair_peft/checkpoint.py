@@ -299,7 +299,15 @@ class _Folder:
 
     def document(self) -> Document:
         """Return what flair_peft.json says, verified by its own hash."""
-        return parse(self.content(DOCUMENT), self.path / DOCUMENT)
+        try:
+            return parse(self.content(DOCUMENT), self.path / DOCUMENT)
+        except ModelFileError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise ModelFileError(
+                f"Cannot read '{self.path}': there is no {DOCUMENT} in it. It is no checkpoint of flair_peft, or was "
+                "copied only in part. Check the path, or copy it again."
+            ) from error
 
     def content(self, name: str, size: int | None = None) -> bytes:
         """Return the bytes of a file, read as a whole; ``size`` is how many there must be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import textwrap
@@ -257,7 +258,7 @@ def _verify(chosen: argparse.Namespace) -> int:
 
 
 def _add_diff(commands: Any, name: str) -> None:
-    text = "what differs between two models: config, labels, tokenizer (of stock files: its size), tensors"
+    text = "what differs between two models: config, labels, tokenizer, tensors"
     parser = _add(commands, name, _diff, text, "flair-peft diff best-model.pt final-model.pt")
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
@@ -374,6 +375,11 @@ def _config_of(chosen: argparse.Namespace) -> PeftConfig | None:
     """
     names = ("lora_alpha", "use_rslora", "lora_dropout")
     given = {name: _whole(value) for name in names if (value := getattr(chosen, name)) is not None}
+    if not 0 < given.get("lora_alpha", 1) < math.inf:
+        raise AdapterConfigError(
+            f"Cannot use --lora-alpha {chosen.lora_alpha}: it scales what the adapter adds, and no training has such a "
+            "scale. Pass the lora_alpha of the training, a number above 0."
+        )
     if chosen.config is not None:
         if given:
             raise AdapterConfigError(
@@ -403,13 +409,19 @@ def _config_of(chosen: argparse.Namespace) -> PeftConfig | None:
 
 
 def _refuse_guessing(source: Path, implied: Any, given: dict[str, Any]) -> None:
-    """Return if the user gave the alpha that the file lost: nothing that changes predictions is guessed."""
-    lost = [name for name in ("lora_alpha", "alpha") if name in implied.open and name not in given]
+    """Return if the user gave what the file lost, and nothing else: what changes predictions is never guessed."""
+    lost = [name for name in implied.open if name not in given]
     if lost:
         raise MissingConfigError(
-            f"Cannot convert '{source}': it does not hold the {lost[0]} that it was trained with, and a wrong one "
-            f"changes predictions silently. By its tensors it was {implied.text}. Pass --lora-alpha for LoRA, or "
+            f"Cannot convert '{source}': it does not hold the {_some(lost, 3)} that it was trained with, and a wrong "
+            f"value changes predictions silently. By its tensors it was {implied.text}. Pass --lora-alpha for LoRA, or "
             "--config with the adapter_config.json of the training."
+        )
+    useless = [name for name in given if name not in (*implied.open, *implied.optional)]
+    if useless:
+        raise AdapterConfigError(
+            f"Cannot use {_some(useless, 3)} for '{source}': by its tensors it was {implied.text}, a method without "
+            "such a setting. Leave it out."
         )
 
 
@@ -478,6 +490,17 @@ def _add_export(commands: Any, name: str) -> None:
 
 
 def _export(chosen: argparse.Namespace) -> int:
+    if chosen.onnx.absolute() == chosen.target.absolute():
+        raise SaveError(
+            f"Cannot write '{chosen.target}' twice: one file is the transformer, and the other the model that runs it. "
+            "Choose two names."
+        )
+    for path in (chosen.onnx, chosen.target):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise SaveError(
+                f"Cannot write '{path}': it is a directory, or would be in one that is missing. The command writes two "
+                "files. Choose another name."
+            )
     sentences = [] if chosen.int8 is None else _sentences(chosen.int8)
     _refuse_overwriting(chosen.source, chosen.onnx, chosen.target)
     model = flair_peft.export_onnx(_load(chosen.source, chosen), chosen.onnx.absolute())

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flair_peft import contents, keys, layout, outline, progress
+from flair_peft import contents, inspection, keys, layout, outline, progress
 from flair_peft.contents import StoredTensor
 from flair_peft.errors import ModelFileError
 from flair_peft.inspection import Inspection, params_in
@@ -21,14 +21,22 @@ from flair_peft.inspection import Inspection, params_in
 _PIECE = 1 << 22
 _MOST_SETTINGS = 1_000_000
 
-# What is compared in another way, or says when and where a model was written and not what it is.
-_NO_SETTINGS = frozenset(
+_LONGEST_NAME = 200
+_DEEPEST = 1_000
+
+# What is compared in another way, or says when and where a model was written and not what it is: of a model, of
+# transformer embeddings, and of the config of a transformer.
+_OF_MODELS = frozenset({"state_dict", "versions", "model_card", "training_state", "format_version"})
+_OF_EMBEDDINGS = frozenset(
     {
-        *("state_dict", "versions", "model_card", "training_state", "format_version", "part", "probe", "stored_base"),
-        *("peft_config", "tokenizer_data", "feature_extractor_data", "save_base", "untrained", "name"),
-        *("transformers_version", "_name_or_path"),
+        *("part", "probe", "stored_base", "peft_config", "tokenizer_data", "feature_extractor_data", "save_base"),
+        *("untrained", "name", "format_version", "versions"),
     }
 )
+_OF_TRANSFORMERS = frozenset({"transformers_version", "_name_or_path"})
+
+_DICTIONARY, _DEVICE = "flair.data.Dictionary", "torch.device"
+_SETS = frozenset(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset"))
 
 
 @dataclass(frozen=True)
@@ -105,9 +113,10 @@ def compare(first: Inspection, second: Inspection) -> Comparison:
         values.extend([] if found is None else [found])
         equal += found is None and shapes[0] == shapes[1]
         progress.advance(ours[name].bytes + theirs[name].bytes)
+    settings, labels = zip(_settings(first), _settings(second), strict=True)
     return Comparison(
-        config=_changes(_settings(first), _settings(second)),
-        labels=_changes(_labels(first), _labels(second)),
+        config=_changes(*settings),
+        labels=_changes(*labels),
         tokenizer=_changes(_tokenizer_files(first), _tokenizer_files(second)),
         added=[name for name in theirs if name not in ours],
         removed=[name for name in ours if name not in theirs],
@@ -124,9 +133,9 @@ def comparable(found: Inspection) -> dict[str, StoredTensor]:
     places = {prefix: index for index, adapter in enumerate(found.adapters) for prefix in adapter.prefixes}
     for name, tensor in sorted(found.contents.tensors.items()):
         inside = found.inside_transformer(name)
-        if found.part_of(name) == "tokenizer" or (inside is not None and tensor.storage in seen):
+        if found.part_of(name) == "tokenizer" or (inside is not None and tensor.view in seen):
             continue
-        seen.add(tensor.storage)
+        seen.add(tensor.view)
         spelled = name.removeprefix("state_dict/")
         if inside is not None:
             prefix = name.removesuffix(inside)
@@ -145,10 +154,12 @@ def _compare_values(name: str, first: StoredTensor, second: StoredTensor) -> Val
     if first.shape != second.shape:
         return None
     largest, square, norm = 0.0, 0.0, 0.0
-    for ours, theirs in zip(_pieces(first), _pieces(second), strict=True):
+    for left, right in zip(_pieces(first), _pieces(second), strict=True):
+        ours, theirs = left.double(), right.double()
         same_gaps = ours.isnan() & theirs.isnan()
         difference = (ours - theirs).masked_fill(same_gaps | (ours == theirs), 0.0).abs().nan_to_num(math.inf)
         largest = max(largest, float(difference.max())) if difference.numel() else largest
+        largest = max(largest, 1.0) if _are_other_integers(left, right) else largest
         square += float(difference.square().sum())
         norm += float(ours.nan_to_num(0.0).square().sum())
     if largest == 0.0:
@@ -156,9 +167,16 @@ def _compare_values(name: str, first: StoredTensor, second: StoredTensor) -> Val
     return ValueChange(name, largest, math.sqrt(square) / math.sqrt(norm) if norm else math.inf)
 
 
+def _are_other_integers(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether integers differ, also by less than a floating-point number of their size can say."""
+    kinds = (first.dtype, second.dtype)
+    return not any(kind.is_floating_point for kind in kinds) and not torch.equal(first, second)
+
+
 def _pieces(tensor: StoredTensor) -> Iterator[torch.Tensor]:
-    flat = tensor.read().reshape(-1)
-    return (flat[start : start + _PIECE].double() for start in range(0, flat.numel(), _PIECE))
+    read = tensor.read()
+    flat = (torch.view_as_real(read) if read.is_complex() else read).reshape(-1)
+    return (flat[start : start + _PIECE] for start in range(0, flat.numel(), _PIECE))
 
 
 def _changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Change]:
@@ -166,7 +184,8 @@ def _changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Change
     return [Change(name, first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)]
 
 
-def _settings(found: Inspection) -> dict[str, Any]:
+def _settings(found: Inspection) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return all that a model holds beside tensors, under names, and the items of its dictionaries likewise."""
     settings: dict[str, Any] = {"class": found.flair_class}
     for index, adapter in enumerate(found.adapters):
         around = f"adapter {index + 1}: " if len(found.adapters) > 1 else ""
@@ -174,57 +193,118 @@ def _settings(found: Inspection) -> dict[str, Any]:
         settings.update({f"{around}{name}": value for name, value in adapter.settings.items()})
         base = {name: value for name, value in adapter.base.items() if name != "left_out"}
         settings.update({f"{around}base {name}": value for name, value in base.items()})
-    return {**settings, **_flat(found)}
+    types = {f"{name} type": labels.type for name, labels in found.labels.items()}
+    flat, items = _flat(found)
+    return {**settings, **flat}, {**types, **items}
 
 
-def _flat(found: Inspection) -> dict[str, Any]:
-    """Return all plain values of a state under the names on the way to them.
+def _flat(found: Inspection) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return all plain values of a state under the names on the way to them, and the items of its dictionaries.
 
     Raises:
-        ModelFileError: there are more than any model has.
+        ModelFileError: there are more of them, or they have longer names, than in any model.
     """
-    flat: dict[str, Any] = {}
+    state = found.contents.state
+    flat, items = dict[str, Any](), dict[str, Any]()
+    skipped = _skipped_names(state)
+    # By identity: each of these is held by the state for as long as it is walked.
     seen: set[int] = set()
-    pending: list[tuple[str, Any]] = [("", found.contents.state)]
+    pending: list[tuple[str, Any]] = [("", state)]
     while pending:
         place, value = pending.pop()
-        if isinstance(value, outline.Made):
-            value = {"class": value.name, "state": value.state, "items": value.items}
-        if isinstance(value, (dict, list, tuple)):
-            if id(value) not in seen and len(place) < 1_000:
-                seen.add(id(value))
-                pending.extend(_inside(place, value))
-        elif isinstance(value, (str, int, float, bool)):
-            flat[place] = value
-        if len(flat) + len(pending) > _MOST_SETTINGS:
+        if len(place) > _DEEPEST or len(flat) + len(items) + len(pending) > _MOST_SETTINGS:
             raise ModelFileError(
-                f"Cannot compare '{found.contents.path}': it has more than {_MOST_SETTINGS} settings. No model of "
-                "Flair has so many. Pass a file that model.save() or Flair's trainer wrote."
+                f"Cannot compare '{found.contents.path}': it has more than {_MOST_SETTINGS} settings, or longer names "
+                "of them, than any model of Flair. Pass a file that model.save() or Flair's trainer wrote."
             )
-    return flat
+        if isinstance(value, (dict, list, tuple, outline.Made)):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            dictionary = inspection.dictionary_in(value)
+            if dictionary is not None:
+                around = place.removeprefix("model_states.")
+                items.update({f"{around} {index}": item for index, item in enumerate(dictionary.items)})
+                pending.extend((f"{place}.{name}", part) for name, part in dictionary.settings.items())
+            else:
+                pending.extend(_inside(place, value, skipped.get(id(value), frozenset())))
+        elif (plain := _plain(value)) is not None:
+            flat[place] = plain
+    return flat, items
 
 
-def _inside(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value.get("$type") in ("tensor", "tensors", "bytes_io", "dictionary"):
+def _plain(value: Any) -> Any:
+    """Return what stands for a value without parts in a comparison; ``None`` for none, and for tensors."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, bytes):
+        return _mark(value)
+    if isinstance(value, outline.Blob):
+        return f"{value.length} bytes, {value.checksum:08x}"
+    if isinstance(value, outline.Name):
+        return value.text
+    return value if isinstance(value, (str, int, float, bool)) else None
+
+
+def _skipped_names(state: Mapping[Any, Any]) -> dict[int, frozenset[str]]:
+    """Return, by the identity of containers in a state, names in them that are not compared as settings."""
+    skipped = {id(state): _OF_MODELS}
+    tasks = state.get("model_states")
+    skipped |= {id(task): _OF_MODELS for task in (tasks.values() if isinstance(tasks, dict) else ())}
+    for _, params in params_in(state):
+        skipped[id(params)] = _OF_EMBEDDINGS
+        pending = [params.get("config_state_dict")]
+        while pending:
+            config = pending.pop()
+            if isinstance(config, dict) and id(config) not in skipped:
+                skipped[id(config)] = _OF_TRANSFORMERS
+                pending.extend(config.values())
+    return skipped
+
+
+def _inside(place: str, value: Any, skipped: frozenset[str]) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value.get("$type") in ("tensor", "tensors"):
         return
-    named = value.items() if isinstance(value, dict) else enumerate(value)
+    if isinstance(value, outline.Made):
+        named = _parts_of(value)
+    elif isinstance(value, dict):
+        named = ((_name_of(key, index), item) for index, (key, item) in enumerate(value.items()))
+    else:
+        named = ((str(index), item) for index, item in enumerate(value))
     for name, item in named:
-        text = str(name)[:200] if isinstance(name, (str, int)) else ""
-        is_dictionary = isinstance(item, outline.Made) and item.name == "flair.data.Dictionary"
-        if text not in _NO_SETTINGS and not is_dictionary:
-            yield f"{place}.{text}".lstrip("."), item
+        if name not in skipped:
+            yield f"{place}.{name}".lstrip("."), item
 
 
-def _labels(found: Inspection) -> dict[str, Any]:
-    named = {}
-    for name, labels in found.labels.items():
-        named[f"{name} type"] = labels.type
-        named.update({f"{name} {index}": item for index, item in enumerate(labels.items)})
-    return named
+def _parts_of(made: outline.Made) -> Iterator[tuple[str, Any]]:
+    """Yield all that a pickle says of an object, but for the order of sets and for where a model lay."""
+    yield "class", made.name
+    if made.name == _DEVICE:
+        return
+    if made.name in _SETS:
+        items = made.items or [item for part in made.arguments if isinstance(part, (list, tuple)) for item in part]
+        yield from ((str(index), item) for index, item in enumerate(sorted(items, key=_order_of)))
+        return
+    yield from (("state", part) for part in [made.state] if part is not None)
+    for name, parts in (("arguments", made.arguments), ("items", made.items), ("entries", made.entries)):
+        yield from ((name, parts) for _ in [0] if parts)
+
+
+def _order_of(item: Any) -> str:
+    plain = _plain(item)
+    return f"{type(item).__name__} {plain!r}"
+
+
+def _name_of(key: Any, index: int) -> str:
+    """Return the name of an entry; no two of a dictionary have the same."""
+    if isinstance(key, (str, bytes, int, float, bool, type(None))):
+        text = key if isinstance(key, str) else repr(key)
+        return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]} ({zlib.crc32(repr(text).encode()):08x})"
+    return f"({index})"
 
 
 def _tokenizer_files(found: Inspection) -> dict[str, str]:
-    """Return name → size and checksum of each file of a tokenizer; of those in pickles only the size is known."""
+    """Return name → size and checksum of each file of a tokenizer, or of all of them together where it is pickled."""
     if found.kind == contents.CHECKPOINT:
         root = found.contents.place
         names = (name for name in found.contents.files if "tokenizer/" in name or "image_processor/" in name)
@@ -240,7 +320,7 @@ def _tokenizer_files(found: Inspection) -> dict[str, str]:
                 archived = _archived(found.contents.tensors[held], found)
                 files.update({f"{folder}{subfolder}/{file}": mark for file, mark in archived.items()})
             elif stored is not None:
-                files[f"{place}.{name}"] = f"{found.size_of(stored)} bytes"
+                files[f"{place}.{name}"] = _plain(found.content_of(stored))
     return files
 
 

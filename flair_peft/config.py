@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import math
 import re
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -48,7 +49,7 @@ def own_config(peft_config: Any) -> PeftConfig:
     """Return a copy of the user's config for feature extraction; PEFT writes into the config it is given.
 
     Raises:
-        AdapterConfigError: it is not a ``PeftConfig`` of a method.
+        AdapterConfigError: it is not a ``PeftConfig`` of a method, or holds a number that is none.
     """
     if not isinstance(peft_config, PeftConfig) or peft_config.peft_type is None:
         raise AdapterConfigError(
@@ -56,9 +57,23 @@ def own_config(peft_config: Any) -> PeftConfig:
             "instance of a PEFT method's config. Pass one, for example LoraConfig(r=16, lora_alpha=32)."
         )
     config = copy.deepcopy(peft_config)
+    _refuse_endless(config.to_dict(), type(config).__name__)
     config.task_type = TaskType.FEATURE_EXTRACTION
     config.inference_mode = False
     return config
+
+
+def _refuse_endless(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise AdapterConfigError(
+            f"Cannot use the PEFT config: {where} is {value}. A scale that is no number makes every prediction none, "
+            "and files cannot hold it. Pass the number that was meant."
+        )
+    parts = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    )
+    for name, part in parts:
+        _refuse_endless(part, f"{where}.{name}")
 
 
 def encode_config(config: PeftConfig) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class StoredTensor:
         bytes: of its elements.
         storage: what two tensors have in common that share their bytes.
         read: returns its elements.
+        part: where its elements lie in the storage.
     """
 
     dtype: str
@@ -50,6 +51,12 @@ class StoredTensor:
     bytes: int
     storage: Hashable
     read: Callable[[], torch.Tensor] = field(compare=False)
+    part: Hashable = None
+
+    @property
+    def view(self) -> Hashable:
+        """What two tensors have in common that are the same elements in the same order."""
+        return self.storage, self.part, self.dtype, self.shape
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,12 @@ def read_contents(path: Path) -> Contents:
         return _read_checkpoint(path)
     if path.is_dir() and (path / layout.ADAPTER_CONFIG).is_file():
         return _read_adapter(path)
-    what = "a directory that holds no checkpoint and no adapter" if path.is_dir() else "no such file or directory"
+    if path.is_dir():
+        what = "it is a directory that holds no checkpoint and no adapter"
+    else:
+        what = "it is neither a file nor a directory" if path.exists() else "there is no such file or directory"
     raise ModelFileError(
-        f"Cannot read '{path}': it is {what}. Only checkpoints of flair_peft, .pt files of Flair and PEFT's adapter "
+        f"Cannot read '{path}': {what}. Only checkpoints of flair_peft, .pt files of Flair and PEFT's adapter "
         "directories can be read, on this machine. Check the path."
     )
 
@@ -134,7 +144,8 @@ def _tensors_of(found: outline.Outline, value: Any, path: Path) -> dict[str, Sto
 
     def stored(tensor: outline.Tensor) -> StoredTensor:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        return StoredTensor(dtype, tensor.shape, tensor.bytes, tensor.storage.key, lambda: found.read(tensor))
+        part = (tensor.offset, tensor.strides)
+        return StoredTensor(dtype, tensor.shape, tensor.bytes, tensor.storage.key, lambda: found.read(tensor), part)
 
     return {name: stored(tensor) for name, tensor in tensors.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,12 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flair_peft import adapters, backbone, bare_config, keys, origins
-from flair_peft.adapter_files import AdapterFiles
+from flair_peft.adapter_files import CONFIG, AdapterFiles
 from flair_peft.errors import (
     AdapterConfigError,
     AdapterMismatchError,
     BaseMismatchError,
+    FlairPeftError,
     UnsupportedMethodError,
     UntrainedAdapterError,
     name_some,
@@ -29,7 +31,15 @@ log = logging.getLogger("flair_peft")
 
 Tensors = Mapping[str, torch.Tensor]
 
-_WRAPPER = "base_model.model."
+_WRAPPER, _ROOT = "base_model.model.", "base_model."
+
+_RANDOM_INIT = "pissa_niter_"
+
+# What settings of the wrong type or form lead to: regular expressions, names and numbers.
+_SENSELESS = (re.error, TypeError, AttributeError, LookupError, ValueError)
+
+# Parameters of which PEFT reads as many rows and columns as a module has.
+_SLICED = frozenset({"vera_A", "vera_B", "pvera_A", "pvera_B"})
 
 # Parameters that make the product zero as long as they are: nothing was learned, whatever the others hold.
 _DECIDING = ("lora_B", "lora_embedding_B", "lora_E")
@@ -63,6 +73,7 @@ class Plan:
         config: of the adapter, with the names of the bare model.
         tensors: key, as PEFT would store it of the bare model → tensor.
         matrix: the input embeddings as the adapter's file has them, or ``None`` if it leaves them to the base.
+        is_copy: whether these are a trained copy beside the base's own, which stay as they are but for their number.
         base_rows: rows of the base's own input embeddings.
         head: what has no place in embeddings, or ``None``.
         ranks: which ranks AdaLoRA's budget left to which matrix.
@@ -74,6 +85,7 @@ class Plan:
     config: PeftConfig
     tensors: Tensors
     matrix: torch.Tensor | None
+    is_copy: bool
     base_rows: int
     head: ForeignHead | None
     ranks: Mapping[str, list[bool]] | None
@@ -111,7 +123,7 @@ def plan(
         BaseModelNotFoundError: there is no such base model.
         BaseMismatchError: it is none that the adapter can have been trained on.
         AdapterMismatchError: tensors of the adapter have no place, or several.
-        AdapterConfigError: the config does not go with the tensors.
+        AdapterConfigError: the config does not go with the tensors, or its settings do not make sense.
         UnsupportedMethodError: the method cannot work here.
     """
     base = _base_name(files, base_model)
@@ -120,6 +132,21 @@ def plan(
     trusted = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
     base_config = backbone.find_config(base, {**(kwargs.get("transformers_config_kwargs") or {}), **access, **trusted})
     model = origins.skeleton(base_config, trust_remote_code=bool(trusted.get("trust_remote_code")))
+    try:
+        return _plan(files, base, base_config, model, access)
+    except FlairPeftError:
+        raise
+    except _SENSELESS as error:
+        raise AdapterConfigError(
+            f"Cannot use the adapter '{files.source}': the settings in its {CONFIG} do not make sense "
+            f"({type(error).__name__}: {error}). PEFT did not write them so. Correct the file, or save the adapter "
+            "again."
+        ) from error
+
+
+def _plan(
+    files: AdapterFiles, base: str, base_config: PretrainedConfig, model: PreTrainedModel, access: Mapping[str, Any]
+) -> Plan:
     config = _usable_config(files, model)
     tensors, outside = files.tensors, dict[str, torch.Tensor]()
     if config.is_prompt_learning:
@@ -129,8 +156,9 @@ def plan(
     rules = origins.prefixes(base_config, model)
     landing = origins.locate(tensors, every_name, rules, origins.part_of_a_class(base_config, saved))
     outside.update(_single(landing.outside, tensors))
-    placed, matrix = _take_matrix(_single(landing.inside, tensors), _matrix_names(model), config)
+    placed, matrix, is_copy = _take_matrix(_single(landing.inside, tensors), _matrix_names(model), config)
     rows = _check_matrix(matrix, model.get_input_embeddings().weight, files.source)
+    bare_config.refuse_drawn_together(config, base_config, files.settings, every_name, tensors)
     bare_config.resolve_(config, [name for name, _ in model.named_modules() if name], landing.prefix, placed)
     return Plan(
         source=files.source,
@@ -138,6 +166,7 @@ def plan(
         config=config,
         tensors={_stored_key(name): tensor for name, tensor in placed.items()},
         matrix=matrix,
+        is_copy=is_copy,
         base_rows=rows,
         head=_head(files, base_config, outside) if outside else None,
         ranks=bare_config.take_ranks_(config, landing.prefix, placed),
@@ -168,6 +197,13 @@ def _usable_config(files: AdapterFiles, model: PreTrainedModel) -> PeftConfig:
             f"Cannot use the adapter '{files.source}': it replicates layers of its base. Which tensors belong to which "
             "copy cannot be proven from the base. Use an adapter without layer_replication."
         )
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.startswith(_RANDOM_INIT):
+        raise UnsupportedMethodError(
+            f"Cannot use the adapter '{files.source}': its init_lora_weights={init!r} takes from the base what a "
+            "random decomposition gave, which is another one each time, and the file does not hold it. Save the "
+            "adapter with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
+        )
     config.base_model_name_or_path = None  # PEFT warns of another path than the one that the adapter was trained with
     return config
 
@@ -182,7 +218,7 @@ def fill_(embeddings: Any, plan: Plan, *, allow_untrained: bool) -> None:
     """
     model: PeftModel = embeddings.model
     _check_vocabulary(embeddings, plan)
-    if plan.matrix is not None:
+    if plan.matrix is not None and not plan.is_copy:
         _fill_matrix_(embeddings, plan)
     if plan.ranks:
         model.peft_config[adapters.ADAPTER_NAME].rank_pattern = dict(plan.ranks)
@@ -231,7 +267,9 @@ def _without_copy(name: str) -> str:
 
 
 def _stored_key(name: str) -> str:
-    return _WRAPPER + name if keys.carrier(name) else name
+    if name == bare_config.PROMPT:
+        return name
+    return _WRAPPER + name if keys.carrier(name) else _ROOT + name
 
 
 def _stored_state(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -249,8 +287,11 @@ def _matrix_names(model: PreTrainedModel) -> frozenset[str]:
 
 def _take_matrix(
     placed: Tensors, matrices: Collection[str], config: PeftConfig
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Return the tensors without the input embeddings that PEFT stored beside the adapter, and these."""
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, bool]:
+    """Return the tensors without the input embeddings that PEFT stored beside the adapter, and these.
+
+    The last tells whether these are a trained copy, which is among the tensors, too.
+    """
     saved = getattr(config, "modules_to_save", None) or ()
     rest, frozen, trained = dict(placed), None, None
     for name, tensor in placed.items():
@@ -262,7 +303,7 @@ def _take_matrix(
             trained = tensor
         else:
             frozen = rest.pop(name)
-    return rest, trained if frozen is None else frozen
+    return rest, trained if frozen is None else frozen, frozen is None
 
 
 def _last(entry: str) -> str:
@@ -329,7 +370,10 @@ def _base_matrix(model: PreTrainedModel) -> torch.nn.Parameter:
 
 def _fit(tensors: Tensors, own: Tensors, plan: Plan) -> dict[str, torch.Tensor]:
     """Return the tensors in the shapes of the model, which differ by rows that Flair adds to the vocabulary."""
-    fitted = {key: _grown(tensor, own[key], plan.rows) for key, tensor in tensors.items()}
+    fitted = {key: _grown(_cut(key, tensor, own[key]), own[key], plan.rows) for key, tensor in tensors.items()}
+    method = adapters.method_name(plan.config)
+    if method == "RANDLORA" and any("randlora_" in key and fitted[key].shape != own[key].shape for key in fitted):
+        raise bare_config.drawn_together(method, ())
     wrong = [
         f"{key} ({tuple(tensors[key].shape)} instead of {tuple(own[key].shape)})"
         for key, tensor in fitted.items()
@@ -342,6 +386,12 @@ def _fit(tensors: Tensors, own: Tensors, plan: Plan) -> dict[str, torch.Tensor]:
             "that it was trained with. Pass base_model= with the model that it was trained on."
         )
     return fitted
+
+
+def _cut(key: str, tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Return the part that modules of this model read of a tensor that was made for larger ones, too."""
+    is_sliced = not _SLICED.isdisjoint(key.split(".")) and tensor.dim() == own.dim() == 2
+    return tensor[: own.shape[0], : own.shape[1]].clone() if is_sliced else tensor
 
 
 def _grown(tensor: torch.Tensor, own: torch.Tensor, rows: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from flair.embeddings import StackedEmbeddings
 from flair.models import SequenceTagger, TextClassifier, TokenClassifier
 from flair.nn import Model
 
@@ -119,6 +120,11 @@ def _own_linear(model: Model) -> torch.nn.Linear:
 
 def _check_reading(model: Model, embeddings: PeftTransformerEmbeddings, head: ForeignHead) -> None:
     assert head.reads is not None
+    parts = getattr(model.embeddings, "embeddings", None) if isinstance(model.embeddings, StackedEmbeddings) else None
+    (*others, reader) = parts or [model.embeddings]
+    if others or reader is not embeddings:
+        between = type(model.embeddings).__name__
+        raise _refused(model, f"it reads the vectors of the transformer, and this one what {between} makes of them")
     if not isinstance(model, _READERS[head.reads]):
         wanted = " or ".join(reader.__name__ for reader in _READERS[head.reads])
         raise _refused(model, f"{head.source_class} reads {head.reads}, as a {wanted} does")

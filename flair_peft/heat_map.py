@@ -27,6 +27,7 @@ from peft.utils.other import get_pattern_key
 from flair_peft import contents, keys, progress
 from flair_peft.contents import StoredTensor
 from flair_peft.errors import (
+    BaseMismatchError,
     BaseModelNotFoundError,
     MissingConfigError,
     ModelFileError,
@@ -90,6 +91,7 @@ def measure(found: Inspection, *, base_model: str | None = None) -> Map:
         UnsupportedMethodError: an adapter is not LoRA.
         MissingConfigError: the config, and with it the scale, is lost.
         BaseModelNotFoundError: there is no base at ``base_model``.
+        BaseMismatchError: a matrix of the base has another shape than the adapter's.
         ModelFileError: a tensor cannot be read.
     """
     moves: list[Move] = []
@@ -102,10 +104,16 @@ def measure(found: Inspection, *, base_model: str | None = None) -> Map:
     for index, adapter in enumerate(found.adapters):
         around = f"[{index + 1}] " if len(found.adapters) > 1 else ""
         _check(found, adapter)
-        weights = _own_base(found, adapter) or _find_base(adapter, base_model)
+        held = _own_base(found, adapter)
+        weights = held or _find_base(adapter, base_model)
         if weights is None:
             notes.append(
                 f"{around}the base '{adapter.base['name']}' is not at hand: there is no ‖W‖ to compare ‖ΔW‖ with"
+            )
+        elif held is None and base_model is not None:
+            notes.append(
+                f"{around}whether '{base_model}' is the base that it was trained on was not checked: `flair-peft "
+                "verify --base-model` does"
             )
         notes.extend(around + note for note in _notes(adapter))
         own = list(_measure(found, adapter, weights, around))
@@ -141,6 +149,11 @@ def draw(measured: Map, path: str | Path, *, title: str) -> None:
     figure.suptitle(title.replace("$", r"\$"))
     if measured.notes:
         figure.supxlabel("\n".join(measured.notes).replace("$", r"\$"), fontsize="small")
+    if Path(path).is_dir() or not Path(path).suffix:
+        raise ModelFileError(
+            f"Cannot write '{path}': it is a directory, or its name has no ending. The ending says in which format. "
+            "Use .png, .svg or .pdf."
+        )
     try:
         figure.savefig(path, dpi=150)
     except ValueError as error:
@@ -221,7 +234,7 @@ def _measure(
         module = module_of(first)
         lower, upper = _tensor(found, adapter, first), _tensor(found, adapter, second)
         sigmas, rank = singular_values(lower, upper), len(lower)
-        base = None if weights is None else _norm_of(weights, f"{module}.weight")
+        base = None if weights is None else _norm_of(weights, f"{module}.weight", _shape(lower, upper, first))
         norm = abs(_scale(adapter.config, module, rank)) * float(sigmas.norm())
         yield Move(around + module, norm, base, effective_rank(sigmas), rank)
 
@@ -328,11 +341,31 @@ def _read_weights(path: Path) -> dict[str, StoredTensor]:
     return contents.read_safetensors(path) if path.suffix == ".safetensors" else contents.read_pickled(path)
 
 
-def _norm_of(weights: Mapping[str, StoredTensor], name: str) -> float | None:
-    """Return the norm of a weight of the base, which a file may keep under the name of a model with a head."""
+def _shape(lower: torch.Tensor, upper: torch.Tensor, name: str) -> tuple[int, ...] | None:
+    """Return the lengths of a weight's sides; ``None`` for input embeddings, to which rows can have been added."""
+    return None if "embedding" in name.rpartition("lora_")[2] else (len(upper), *lower.shape[1:])
+
+
+def _norm_of(weights: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...] | None) -> float | None:
+    """Return the norm of a weight of the base, which a file may keep under the name of a model with a head.
+
+    Args:
+        weights: of the base.
+        name: of the weight.
+        shape: lengths of its sides, in any order: some layers hold their weight transposed.
+
+    Raises:
+        BaseMismatchError: the base has it in another shape.
+    """
     name = name if name in weights else next((key for key in weights if key.endswith(f".{name}")), "")
     if name not in weights:
         return None
+    if shape is not None and sorted(weights[name].shape) != sorted(shape):
+        raise BaseMismatchError(
+            f"Cannot plot the moves against this base model: its '{name}' has the shape {weights[name].shape}, and the "
+            f"adapter was trained on one of {shape}. It is another model. Pass --base-model with the one that was "
+            "trained on."
+        )
     weight = weights[name].read()
     progress.advance(weight.nbytes)
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64 if weight.is_floating_point() else None))

@@ -5,6 +5,7 @@ Rank, targets, method and the like show; what only scales or trains (alpha, rsLo
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -44,17 +45,19 @@ class ImpliedConfig:
     Attributes:
         method: PEFT's name of the method, such as ``"LORA"``.
         settings: keyword arguments of its config.
-        open: names of the arguments that change predictions and that tensors cannot say.
+        open: names of the arguments that change predictions, that tensors cannot say and that have to be known.
+        optional: names of those that tensors cannot say either, and that most trainings leave as they are.
     """
 
     method: str
     settings: Mapping[str, Any]
     open: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """The call of the config's class, with ``…`` for what the tensors cannot say."""
-        shown = {**self.settings, **dict.fromkeys(self.open[:1], _OPEN)}
+        shown = {**self.settings, **dict.fromkeys(self.open, _OPEN)}
         order = ["r", *self.open, *sorted(self.settings)]
         return _call(self.method, {name: shown[name] for name in dict.fromkeys(order) if name in shown})
 
@@ -76,12 +79,13 @@ def read_config(shapes: Shapes) -> ImpliedConfig | None:
         return None
     of_method = [tensor for tensor in tensors if tensor.container not in _BESIDE]
     settings = {**_SETTINGS.get(method, _only_targets)(of_method, shapes), **_saved_modules(tensors, shapes)}
-    return ImpliedConfig(method, settings, _OPEN_SETTINGS.get(method, ()) + _tokens(tensors, method))
+    unsaid = (*_open_settings(method, settings, of_method), *_tokens(tensors, method))
+    return ImpliedConfig(method, settings, unsaid, _OPTIONAL_SETTINGS.get(method, ()))
 
 
 def text_of(config: PeftConfig, implied: ImpliedConfig) -> str:
     """Return the call of a config's class with those arguments that tensors can say or leave open."""
-    of_same_method = {*implied.settings, *implied.open[:1]} if _name(config) == implied.method else {"target_modules"}
+    of_same_method = {*implied.settings, *implied.open} if _name(config) == implied.method else {"target_modules"}
     described = config.to_dict()
     shown = {name: described[name] for name in sorted(of_same_method) if described.get(name) is not None}
     return _call(
@@ -119,12 +123,54 @@ _MARKS: tuple[tuple[str, str], ...] = (
     ("pvera_lambda_", "PVERA"),
 )
 
+# Methods whose tensors say everything that changes predictions. All others need to be told.
+_SAY_EVERYTHING = frozenset({"BEFT", "IA3", "LN_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"})
+
 _OPEN_SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "ADALORA": ("lora_alpha", "use_rslora", "lora_dropout"),
-    "LORA": ("lora_alpha", "use_rslora", "lora_dropout"),
+    "ADALORA": ("lora_alpha", "total_step"),
+    "LORA": ("lora_alpha",),
     "LOHA": ("alpha",),
     "LOKR": ("alpha",),
+    "MISS": ("r", "mini_r", "init_weights"),  # by which MiSS chooses what it computes
 }
+
+_OPTIONAL_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "LORA": ("use_rslora", "lora_dropout", "alpha_pattern"),
+    "LOHA": ("alpha_pattern",),
+    "LOKR": ("alpha_pattern",),
+}
+
+# Settings that say where an adapter is, or how it trains or is saved, and those that PEFT reads off the model.
+_CHANGE_NOTHING = frozenset(
+    {
+        *(field.name for field in dataclasses.fields(PeftConfig)),
+        *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+        *("bias", "fan_in_fan_out", "progressbar", "runtime_offload_base_weight"),
+        *("save_projection", "save_indices", "save_precomputed_indices"),
+        *("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
+    }
+)
+
+
+def _open_settings(method: str, settings: Mapping[str, Any], tensors: Iterable[AdapterTensor]) -> tuple[str, ...]:
+    """Return which arguments have to be known, beside those that the tensors say.
+
+    Of a method without a row, these are all that could change predictions: what a new method leaves out of its tensors
+    is not known here.
+    """
+    if method in _SAY_EVERYTHING:
+        return ()
+    if method == "VERA":
+        has_projection = any(tensor.container == "vera_A" for tensor in tensors)
+        return () if has_projection else ("projection_prng_key",)
+    if method in _OPEN_SETTINGS:
+        return _OPEN_SETTINGS[method]
+    fields = (field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[method]))
+    return tuple(name for name in fields if name not in {*_CHANGE_NOTHING, *settings} and not _is_for_training(name))
+
+
+def _is_for_training(setting: str) -> bool:
+    return setting.startswith("init_") or setting.endswith("dropout")
 
 
 def _method_of(tensors: list[AdapterTensor], shapes: Shapes) -> str | None:
@@ -193,9 +239,23 @@ def _by_rank(container: str) -> Callable[[list[AdapterTensor], Shapes], dict[str
     return read
 
 
-def _prompt(tensors: list[AdapterTensor], shapes: Shapes) -> dict[str, Any]:
-    counts = {t.shape[0] for t in tensors if t.container == "prompt_encoder" and t.rest.endswith("embedding.weight")}
-    return {"num_virtual_tokens": counts.pop()} if len(counts) == 1 else {}
+def _prompt(tensors: list[AdapterTensor], _: Shapes) -> dict[str, Any]:
+    shapes = {t.rest.partition(".")[2]: t.shape for t in tensors if t.container == "prompt_encoder"}
+    settings: dict[str, Any] = {}
+    if "embedding.weight" in shapes:
+        settings["num_virtual_tokens"] = shapes["embedding.weight"][0]
+    if "transform.0.weight" in shapes:
+        settings |= {"prefix_projection": True, "encoder_hidden_size": shapes["transform.0.weight"][0]}
+    if "mlp_head.0.weight" in shapes:
+        settings["encoder_hidden_size"] = shapes["mlp_head.0.weight"][0]
+    if "lstm_head.weight_hh_l0" in shapes:
+        layers = sum(name.startswith("lstm_head.weight_hh_l") and not name.endswith("_reverse") for name in shapes)
+        settings |= {
+            "encoder_reparameterization_type": "LSTM",
+            "encoder_hidden_size": shapes["lstm_head.weight_hh_l0"][1],
+            "encoder_num_layers": layers,
+        }
+    return settings
 
 
 def _only_targets(tensors: list[AdapterTensor], shapes: Shapes) -> dict[str, Any]:
@@ -255,7 +315,8 @@ def _modules(shapes: Shapes) -> set[str]:
 
 def _without_wrappers(key: str) -> str:
     """Return the key without PEFT's wrapper and what a Flair model puts in front of it."""
-    return key.rpartition("base_model.model.")[2]
+    wrapper = next((each for each in ("base_model.model.", "base_model.") if each in key), "base_model.model.")
+    return key.rpartition(wrapper)[2]
 
 
 def _most_common(ranks: Mapping[str, int]) -> int:

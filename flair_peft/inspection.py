@@ -231,13 +231,19 @@ class Inspection:
         blobs = (params.get(name) for _, params in params_in(self.contents.state) for name in layout.ARCHIVES)
         return in_files + sum(map(self.size_of, blobs))
 
+    @classmethod
+    def size_of(cls, stream: Any) -> int:
+        """Return the size of an archive in a pickle."""
+        content = cls.content_of(stream)
+        return content.length if isinstance(content, outline.Blob) else len(content)
+
     @staticmethod
-    def size_of(stream: Any) -> int:
-        """Return the size of an archive in a pickle: a stream, whose state is its bytes and a position."""
+    def content_of(stream: Any) -> bytes | outline.Blob:
+        """Return what is in an archive in a pickle: a stream, whose state is its bytes and a position."""
         if isinstance(stream, outline.Made):
             given = (item for item in (stream.state, stream.arguments) if isinstance(item, tuple) and item)
             stream = next(given, (b"",))[0]
-        return stream.length if isinstance(stream, outline.Blob) else len(stream) if isinstance(stream, bytes) else 0
+        return stream if isinstance(stream, (outline.Blob, bytes)) else b""
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -379,7 +385,7 @@ def _settings(
         found = _imply(own)
         if found is None:
             return None, {}, (), None
-        return found.method, dict(found.settings), found.open, found.text
+        return found.method, dict(found.settings), found.open + found.optional, found.text
     method = config.get("peft_type")
     return (method if isinstance(method, str) else None), _differing(config), (), None
 
@@ -496,17 +502,48 @@ def _find_labels(state: Mapping[Any, Any], task: str = "") -> Iterator[tuple[str
             yield from _find_labels(part, f"{name}.")
 
 
-def _items_of(value: Any) -> list[str] | None:
-    """Return the labels in a dictionary of Flair's, in JSON or pickled."""
+@dataclass(frozen=True)
+class StoredDictionary:
+    """A dictionary of Flair's in a file.
+
+    Attributes:
+        items: by number.
+        settings: what else it holds.
+    """
+
+    items: list[str]
+    settings: Mapping[str, Any]
+
+
+def dictionary_in(value: Any) -> StoredDictionary | None:
+    """Return the dictionary of Flair's that a value is, in JSON or pickled; ``None`` for all other values."""
     if isinstance(value, dict) and value.get("$type") == "dictionary":
-        items = value.get("items")
+        held = {name: part for name, part in value.items() if name != "$type"}
     elif isinstance(value, outline.Made) and value.name == "flair.data.Dictionary" and isinstance(value.state, dict):
-        items = value.state.get("idx2item")
+        held = {name: part for name, part in value.state.items() if name != "idx2item"}
+        held["items"] = value.state.get("idx2item")
+        if _is_usual(held.get("item2idx"), held["items"]):
+            del held["item2idx"]
     else:
         return None
+    items = held.pop("items", None)
     items = items if isinstance(items, list) else []
     plain = (item.decode("utf-8", "replace") if isinstance(item, bytes) else item for item in items)
-    return [item for item in plain if isinstance(item, str)]
+    # Files of older versions of Flair lack the flags.
+    named = {"multi_label": False, "span_labels": False, **{str(name): part for name, part in held.items()}}
+    return StoredDictionary([item if isinstance(item, str) else repr(item) for item in plain], named)
+
+
+def _is_usual(indices: Any, items: Any) -> bool:
+    """Whether the numbers of items are their places."""
+    if not isinstance(indices, dict) or not isinstance(items, list):
+        return False
+    return list(indices.items()) == [(item, index) for index, item in enumerate(items)]
+
+
+def _items_of(value: Any) -> list[str] | None:
+    found = dictionary_in(value)
+    return None if found is None else found.items
 
 
 def _find_missing(found: Inspection) -> Iterator[str]:

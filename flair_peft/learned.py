@@ -47,13 +47,16 @@ def planned(embeddings: object) -> Part | None:
     return _plan.get({}).get(id(embeddings))
 
 
-def compare(state: Mapping[str, torch.Tensor], trained: Set[str], base: FrozenBase) -> StoredBase:
+def compare(
+    state: Mapping[str, torch.Tensor], trained: Set[str], base: FrozenBase, *, is_tied: bool = True
+) -> StoredBase:
     """Return which tensors of a state dict a file can leave out.
 
     Args:
         state: of the transformer with its adapter.
         trained: keys of tensors that require a gradient; these are never left out, since they may be about to change.
         base: the base model, read anew from its source.
+        is_tied: tensors in one storage will be so after loading, too.
     """
     own, matrices = base.own_weights(), base.names_of_input_embeddings()
     left_out, added_rows = set(), None
@@ -74,7 +77,7 @@ def compare(state: Mapping[str, torch.Tensor], trained: Set[str], base: FrozenBa
         for read in (tensor, own.get(name)):
             if read is not None:
                 residency.let_go(read)
-    left_out |= _aliases(state, left_out, own)
+    left_out |= _aliases(state, left_out, own) if is_tied else set()
     if added_rows is None:
         added_rows = _rows_beyond(state, own, matrices)
     record = dataclasses.replace(base.known_record, full_fingerprint=base.full_fingerprint)

@@ -82,6 +82,20 @@ def source_class(config: PretrainedConfig, settings: Mapping[str, Any]) -> type[
     return None
 
 
+def possible_classes(config: PretrainedConfig, settings: Mapping[str, Any]) -> list[type[PreTrainedModel]]:
+    """Return the class that an adapter was trained on, all that it can have been, or none if it is not known here."""
+    found, mapping = source_class(config, settings), settings.get("auto_mapping")
+    if found is not None:
+        return [found]
+    return [] if isinstance(mapping, Mapping) and mapping.get("base_model_class") else source_classes(config)
+
+
+def bare_name(name: str, rules: Iterable[str], modules: Collection[str]) -> str | None:
+    """Return what the bare model calls a module of a source class; ``None`` if it has none such."""
+    found = (name.removeprefix(rule) for rule in rules if name.startswith(rule))
+    return next((bare for bare in found if bare in modules), None)
+
+
 def build_source(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
     """Return a model of the class without memory for its weights, or ``None`` where this config makes none."""
     try:

@@ -6,9 +6,13 @@ dtype, its shape and the place of its bytes, and any other object is its class's
 
 from __future__ import annotations
 
+import contextlib
+import io
 import mmap
 import pickletools
 import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +36,7 @@ _MOST_DIMENSIONS = 64
 _MOST_TENSORS = 100_000
 _LONGEST_PLACE = 1_000
 _END = object()
+_ZIP = b"PK\x03\x04"
 
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C
 _PICKLES_OF_OLD_FILES = 5
@@ -47,6 +52,8 @@ _STORAGES = {
     "Char": torch.int8,
     "Byte": torch.uint8,
     "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
 }
 _DTYPES = {f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()}
 _DTYPES_BY_NAME = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -64,9 +71,10 @@ class Name:
 
 @dataclass(frozen=True, eq=False)
 class Blob:
-    """Bytes or text too long to be read, of this length."""
+    """Bytes or text too long to be read, of this length and checksum; that of an archive is of its files."""
 
     length: int
+    checksum: int = 0
 
 
 @dataclass(eq=False)
@@ -306,7 +314,7 @@ class _Machine:
     def text(self, start: int, stop: int, encoding: str = "utf-8") -> Any:
         """Return a text; of all texts together only so much is decoded as the largest model holds."""
         if stop - start > self._room:
-            return Blob(stop - start)
+            return _blob(self.buffer[start:stop])
         self._room -= stop - start
         return self.buffer[start:stop].decode(encoding, "surrogatepass" if encoding == "utf-8" else "replace")
 
@@ -330,10 +338,20 @@ def _call(function: Any, arguments: Any) -> Any:
     return Made(name, arguments)
 
 
+def _blob(content: bytes) -> Blob:
+    marked = content
+    if content.startswith(_ZIP):
+        # An archive also says when its files were written.
+        with contextlib.suppress(zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, OSError):
+            members = zipfile.ZipFile(io.BytesIO(content)).infolist()
+            marked = repr(sorted((member.filename, member.file_size, member.CRC) for member in members)).encode()
+    return Blob(len(content), zlib.crc32(marked))
+
+
 def _bytes_of(text: str | Blob) -> bytes | Blob:
     """Return the bytes that protocol 2 writes as a text."""
     if isinstance(text, Blob) or len(text) > _LONGEST_BYTES:
-        return Blob(text.length if isinstance(text, Blob) else len(text))
+        return text if isinstance(text, Blob) else _blob(text.encode("latin-1", "replace"))
     return text.encode("latin-1", "replace")
 
 
@@ -440,11 +458,16 @@ def _push_int_line(machine: _Machine, start: int, stop: int) -> None:
 
 def _push_number(machine: _Machine, start: int, stop: int) -> None:
     is_long = stop - start > _LONGEST_NUMBER
-    machine.push(Blob(stop - start) if is_long else int.from_bytes(machine.buffer[start:stop], "little", signed=True))
+    machine.push(
+        _blob(machine.buffer[start:stop])
+        if is_long
+        else int.from_bytes(machine.buffer[start:stop], "little", signed=True)
+    )
 
 
 def _push_bytes(machine: _Machine, start: int, stop: int) -> None:
-    machine.push(Blob(stop - start) if stop - start > _LONGEST_BYTES else machine.buffer[start:stop])
+    content = machine.buffer[start:stop]
+    machine.push(_blob(content) if len(content) > _LONGEST_BYTES else content)
 
 
 def _pushing(make: Callable[[], Any]) -> _Handler:

@@ -170,18 +170,21 @@ def _missing_config(state_dict: Mapping[str, Any], prefix: str, source: str) -> 
     found = implied_config(state_dict, prefix)
     named = sorted(key for key in state_dict if keys.is_adapter_key(key))
     what = f"adapter weights ({name_some(named, 2)})" if found is None else _describe(found)
-    lost = (
-        "the PEFT config that shapes them"
-        if found is None or not found.open
-        else (f"the {found.open[0]} that scales them")
-    )
-    config = "…" if found is None else found.text
-    others = found.open[1:] if found is not None else ()
+    config, others = ("…", ()) if found is None else (found.text, found.optional)
     return MissingConfigError(
-        f"Cannot load '{source}': it holds {what} but not {lost}. Stock Flair does not store the PEFT config, and a "
-        f"wrong one changes predictions silently. Pass the config used in training: load('{source}', "
-        f"peft_config={config})" + (f", with {' and '.join(others)} if you used them." if others else ".")
+        f"Cannot load '{source}': it holds {what} but not {_what_is_lost(found)}. Stock Flair does not "
+        "store the PEFT config, and a wrong one changes predictions silently. Pass the config used in training: "
+        f"load('{source}', peft_config={config})"
+        + (f", with {' and '.join(others)} if you used them." if others else ".")
     )
+
+
+def _what_is_lost(found: ImpliedConfig | None) -> str:
+    if found is None or not found.open:
+        return "the PEFT config that shapes them"
+    if found.open[0] in ("lora_alpha", "alpha"):
+        return f"the {found.open[0]} that scales them"
+    return f"those settings of {found.method} that no tensor shows"
 
 
 def _describe(config: ImpliedConfig) -> str:

@@ -13,7 +13,14 @@ from peft import PeftConfig
 
 from flair_peft import assembly, keys, legacy, models, progress, residency, states
 from flair_peft.embeddings import PeftTransformerEmbeddings
-from flair_peft.errors import AdapterConfigError, ConfigMismatchError, ModelFileError, StateMismatchError, name_some
+from flair_peft.errors import (
+    AdapterConfigError,
+    BaseMismatchError,
+    ConfigMismatchError,
+    ModelFileError,
+    StateMismatchError,
+    name_some,
+)
 from flair_peft.sources import LoadOptions, StoredBase, loading_with
 
 log = logging.getLogger("flair_peft")
@@ -79,6 +86,8 @@ def convert_legacy(
         The model.
 
     Raises:
+        BaseModelNotFoundError: ``base_model`` is given, and there is no such model.
+        BaseMismatchError: ``base_model`` is given, and no weight in the file is one of its own.
         ConfigMismatchError: the biases of the base were trained and the config given says that they were not, or the
             reverse; see :func:`load_legacy` for what else is compared.
         SaveError: the directory could not be written.
@@ -92,10 +101,23 @@ def convert_legacy(
 
         def plan(embeddings: PeftTransformerEmbeddings) -> StoredBase:
             with loading_with(chosen):
-                return _compare(embeddings, is_whole=bool(save_base), is_given=peft_config is not None)
+                found = _compare(embeddings, is_whole=bool(save_base), is_given=peft_config is not None)
+                if base_model is not None and not save_base:
+                    _refuse_other_base(found, source=str(path))
+                return found
 
         models.write_checkpoint(model, Path(directory), plan)
     return model
+
+
+def _refuse_other_base(stored: StoredBase, *, source: str) -> None:
+    if all(keys.is_unread(keys.base_key(key) or "") for key in stored.left_out):
+        name = "base_model" if stored.record is None else f"'{stored.record.name}'"
+        raise BaseMismatchError(
+            f"Cannot convert '{source}' with {name}: none of the weights in the file are those of that model. The file "
+            "was trained on another one. Pass base_model= with that, or leave it out to keep all weights in the "
+            "checkpoint."
+        )
 
 
 def _compare(embeddings: PeftTransformerEmbeddings, *, is_whole: bool, is_given: bool) -> StoredBase:
@@ -108,7 +130,10 @@ def _compare(embeddings: PeftTransformerEmbeddings, *, is_whole: bool, is_given:
                 embeddings.base_model_name,
             )
         return StoredBase(embeddings.base_record)
-    stored = embeddings.compare_with_base(trained=frozenset())
+    # A pickle keeps layers in one storage that a replication put there; without it, a load would make them apart.
+    config = embeddings.adapter_config
+    is_tied = config.is_prompt_learning or bool(getattr(config, "layer_replication", None))
+    stored = embeddings.compare_with_base(trained=frozenset(), is_tied=is_tied)
     trained = {name for name, parameter in embeddings.model.named_parameters() if parameter.requires_grad}
     own = {key for key in embeddings.model.state_dict() if keys.base_key(key) is not None}
     others = own - stored.left_out - trained
@@ -119,7 +144,7 @@ def _compare(embeddings: PeftTransformerEmbeddings, *, is_whole: bool, is_given:
             "%s of %s weights in the file are not those of '%s' (%s): the checkpoint holds them.",
             len(others),
             len(own),
-            embeddings.base_model_name,
+            embeddings.base_model_name if stored.record is None else stored.record.name,
             name_some(others, 3),
         )
     # What was trained goes on to be trained: it belongs to the checkpoint even where it is equal.

@@ -128,13 +128,14 @@ class Storable(StoredWeights):
         part = planned(self)
         return part is None or not part.stored.is_needed
 
-    def compare_with_base(self, trained: Set[str] | None = None) -> StoredBase:
+    def compare_with_base(self, trained: Set[str] | None = None, *, is_tied: bool = True) -> StoredBase:
         """Return which of the weights are the base's own, bit by bit, and need not be stored.
 
         The base is read anew from its source. Where that is gone, everything has to be stored.
 
         Args:
             trained: names of those to be stored in any case; None means all that require a gradient.
+            is_tied: tensors in one storage will be so after loading, too.
         """
         if self._placed_start is not None and self._record is not None:
             record = bases.source_of_quantised(self._record, self.base_model, cache_dir=self._cache_dir)
@@ -151,7 +152,7 @@ class Storable(StoredWeights):
         if trained is None:
             named = self.model.named_parameters(remove_duplicate=False)
             trained = {name for name, parameter in named if parameter.requires_grad}
-        return learned.compare(self.model.state_dict(), trained, found)
+        return learned.compare(self.model.state_dict(), trained, found, is_tied=is_tied)
 
     def find_base_(self) -> bool:
         """Take note of the base model that these weights may come from, if there is one of their shape.

@@ -17,7 +17,7 @@ import pytest
 import torch
 from flair.data import Sentence
 from flair.nn import Model
-from peft import LoraConfig
+from peft import GraloraConfig, HRAConfig, IA3Config, LoraConfig, PeftConfig, UniLoraConfig
 
 import flair_peft
 from flair_peft import cli
@@ -262,6 +262,39 @@ def test_convert_without_an_alpha_is_refused_with_the_call(run: Run, stock: Path
     assert is_paragraph(errors)
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "text"),
+    [
+        (GraloraConfig(target_modules=["query"], alpha=6), (), "alpha=…, gralora_k=…"),
+        (UniLoraConfig(target_modules=["query"], proj_seed=7), (), "proj_seed=…, theta_d_length=…"),
+        (HRAConfig(target_modules=["query"], apply_GS=True), (), "apply_GS=…"),
+        (IA3Config(target_modules=["query"], feedforward_modules=[]), ("--lora-alpha", "6"), "Cannot use lora_alpha"),
+    ],
+)
+def test_convert_of_a_method_whose_tensors_do_not_say_everything_needs_a_config(
+    config: PeftConfig, options: tuple[str, ...], text: str, run: Run, converter: Converter, base: Base, tmp_path: Path
+) -> None:
+    """No scale and no seed is taken from PEFT's defaults, and no setting that the method lacks is taken at all."""
+    flair_peft.uninstall()
+    made = build("text-classifier", base("bert"), config, is_stock=True)
+    flair_peft.install()
+    code, output, errors = run("convert", save_stock(made, tmp_path / "stock.pt"), "out", *options)
+    assert (code, output, converter.calls) == (2, "", [])
+    assert text in " ".join(errors.split())
+    assert is_paragraph(errors)
+
+
+@pytest.mark.parametrize("alpha", ["nan", "inf", "0", "-3"])
+def test_convert_with_an_alpha_that_is_no_scale_is_refused(
+    alpha: str, run: Run, stock: Path, converter: Converter
+) -> None:
+    """Before anything is written that could not be loaded."""
+    code, text, errors = run("convert", stock, "out", f"--lora-alpha={alpha}")
+    assert (code, text, converter.calls) == (2, "", [])
+    assert "--lora-alpha" in errors
+    assert is_paragraph(errors)
+
+
 def test_convert_takes_the_config_of_the_training(run: Run, stock: Path, converter: Converter, tmp_path: Path) -> None:
     """PEFT's own file is taken as it is, and nothing beside it."""
     lora(lora_dropout=0.3).save_pretrained(tmp_path)
@@ -430,6 +463,35 @@ def test_hostile_input_is_a_paragraph_and_exit_code_two(
         assert (code, text) == (2, ""), path
         assert is_paragraph(errors), path
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("command", ["verify", "merge", "export", "push"])
+def test_directory_that_is_no_checkpoint_is_called_that(command: str, run: Run, tmp_path: Path) -> None:
+    """Nobody is told that what never was a checkpoint was changed."""
+    (tmp_path / "folder").mkdir()
+    more = {"merge": ["x.pt"], "export": ["x.onnx", "x.pt"], "push": ["me/x"]}
+    code, text, errors = run(command, tmp_path / "folder", *more.get(command, []))
+    assert (code, text) == (2, "")
+    assert "no checkpoint of flair_peft" in " ".join(errors.split())
+
+
+def test_device_is_called_neither_file_nor_directory(run: Run) -> None:
+    """It is there, but holds no model."""
+    code, _, errors = run("inspect", os.devnull)
+    assert code == 2
+    assert "neither a file nor a directory" in " ".join(errors.split())
+
+
+@pytest.mark.parametrize("targets", [("x.pt", "x.pt"), ("x.onnx", "missing/x.pt"), ("missing/x.onnx", "x.pt")])
+def test_export_finds_out_first_where_it_cannot_write(
+    targets: tuple[str, str], run: Run, directory: Path, tmp_path: Path
+) -> None:
+    """Neither of the two files is written, nor a folder made, before both can be."""
+    code, text, errors = run("export", directory, *(tmp_path / name for name in targets))
+    assert (code, text) == (2, "")
+    assert is_paragraph(errors)
+    assert "not expected" not in errors
+    assert not list(tmp_path.iterdir())
 
 
 def test_traceback_is_shown_to_who_asks(run: Run, tmp_path: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+import io
 import json
 import math
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from flair.data import Dictionary
 from flair.nn import Model
 from peft import get_peft_model
 from transformers import AutoModel
@@ -30,6 +35,14 @@ def diff(first: Path, second: Path) -> Comparison:
     found = compare(inspect(first), inspect(second))
     json.dumps(found.to_dict())
     return found
+
+
+def numbered(*items: str, span_labels: bool = False) -> Dictionary:
+    dictionary = Dictionary(add_unk=False)
+    for item in items:
+        dictionary.add_item(item)
+    dictionary.span_labels = span_labels
+    return dictionary
 
 
 def adapted(model: Model) -> PeftTransformerEmbeddings:
@@ -153,6 +166,126 @@ def test_comparison_of_a_stock_file_and_its_own_kind(base: Base, tmp_path: Path)
         model.decoder.bias += 1
     (row,) = diff(first, save_stock(model, second)).values
     assert (row.name, row.largest) == ("decoder.bias", pytest.approx(1.0))
+
+
+def _with_decoder(base: Base, path: Path, *dropouts: float) -> Path:
+    torch.manual_seed(0)
+    first, second = map(torch.nn.Dropout, dropouts)
+    decoder = torch.nn.Sequential(torch.nn.Linear(32, 8), first, torch.nn.Linear(8, 8), second, torch.nn.Linear(8, 3))
+    model = build("text-classifier", base("bert"), lora(), is_stock=True)
+    model.decoder = decoder
+    model._custom_decoder = True
+    return save_stock(model, path)
+
+
+@pytest.mark.parametrize("dropouts", [(0.5, 0.1), (0.1, 0.5), (0.5, 0.5)])
+def test_comparison_names_settings_of_a_pickled_decoder(
+    dropouts: tuple[float, float], base: Base, tmp_path: Path
+) -> None:
+    """Whatever a pickle says of an object is compared, however deep it lies."""
+    flair_peft.uninstall()
+    first = _with_decoder(base, tmp_path / "a.pt", 0.1, 0.1)
+    second = _with_decoder(base, tmp_path / "b.pt", *dropouts)
+    flair_peft.install()
+    changes = [(change.name, change.first, change.second) for change in diff(first, second).config]
+    assert [name for name, *_ in changes if name.endswith(".p")] == [name for name, *_ in changes]
+    assert [change[1:] for change in changes] == [(0.1, dropout) for dropout in dropouts if dropout != 0.1]
+    assert diff(first, first).is_equal
+
+
+def _save(path: Path, **state: Any) -> Path:
+    torch.save({"state_dict": {"x": torch.ones(1)}, "__cls__": "TextClassifier", **state}, path)
+    return path
+
+
+@dataclasses.dataclass
+class Holder:
+    """Something that a model could hold."""
+
+    value: Any
+
+
+STRIPES = torch.arange(6.0)
+
+DIFFERENT: dict[str, tuple[Any, Any]] = {
+    "arguments of a call": (functools.partial(round, 1.5), functools.partial(round, 2.5)),
+    "function": (torch.nn.functional.relu, torch.nn.functional.gelu),
+    "entries under keys that are no text": ({b"a": 1, b"b": 2, (1,): 1}, {b"a": 2, b"b": 2, (1,): 1}),
+    "entries under long names": ({"a" * 300 + "b": 1, "a" * 300 + "c": 2}, {"a" * 300 + "b": 2, "a" * 300 + "c": 2}),
+    "bytes": (b"abc", b"abd"),
+    "many bytes": (b"x" * 20_000 + b"a", b"x" * 20_000 + b"b"),
+    "a name that only embeddings do not mean": ({"name": "a", "part": 1}, {"name": "b", "part": 2}),
+    "a dictionary in a list": ([numbered("a", "b")], [numbered("b", "a")]),
+    "flags of a dictionary": (numbered("a"), numbered("a", span_labels=True)),
+    "objects of the same kind": ([Holder([1]), Holder([2])], [Holder([1]), Holder([3])]),
+    "a set": ({"a", "b", "c"}, {"a", "b", "d"}),
+    "complex numbers": (torch.tensor([1 + 2j]), torch.tensor([1 + 3j])),
+    "large integers": (torch.tensor([2**60]), torch.tensor([2**60 + 1])),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_comparison_finds_every_difference_of_a_pickled_state(name: str, tmp_path: Path) -> None:
+    """No value is passed over, and a copy of it is equal."""
+    first, second = (_save(tmp_path / f"{index}.pt", thing=value) for index, value in enumerate(DIFFERENT[name]))
+    again = _save(tmp_path / "again.pt", thing=copy.deepcopy(DIFFERENT[name][0]))
+    found = diff(first, again)
+    assert found == Comparison(equal=found.equal)
+    assert not diff(first, second).is_equal
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_comparison_names_items_of_every_dictionary(kind: str, base: Base, tmp_path: Path) -> None:
+    """The characters of a lemmatizer and the labels of TARS's other tasks are compared like those of the model."""
+    for name in ("lemmatizer", "tars-classifier"):
+        first = build(name, base("bert"), lora())
+        second = copy.deepcopy(first)
+        if name == "lemmatizer":
+            _swap_last_(second.char_dictionary)
+        else:
+            for task in second._task_specific_attributes.values():
+                task["label_dictionary"] = copy.deepcopy(task["label_dictionary"])
+                _swap_last_(task["label_dictionary"])
+        paths = []
+        for index, model in enumerate((first, second)):
+            (tmp_path / f"{name}-{index}").mkdir()
+            paths.append(save_as(kind, model, tmp_path / f"{name}-{index}"))
+        found = diff(*paths)
+        assert len(found.labels) >= 2
+        assert not found.config
+        assert diff(paths[0], paths[0]).is_equal
+
+
+def _swap_last_(dictionary: Dictionary) -> None:
+    items = dictionary.idx2item
+    items[-1], items[-2] = items[-2], items[-1]
+    dictionary.item2idx = {item: index for index, item in enumerate(items)}
+
+
+def test_comparison_of_tokenizers_in_stock_files_is_of_their_files(base: Base, tmp_path: Path) -> None:
+    """Not of when they were written, nor of their size alone."""
+    paths = []
+    for name, content, day in (("a", b"x", 1), ("b", b"x", 2), ("c", b"y", 1)):
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr(zipfile.ZipInfo("vocab.txt", (2020, 1, day, 0, 0, 0)), content * 20_000)
+        params = {"__cls__": "TransformerDocumentEmbeddings", "model": "x", "tokenizer_data": archive}
+        paths.append(_save(tmp_path / f"{name}.pt", document_embeddings=params))
+    assert diff(paths[0], paths[1]).is_equal
+    assert [change.name for change in diff(paths[0], paths[2]).tokenizer] == ["document_embeddings.tokenizer_data"]
+
+
+def test_comparison_finds_differences_between_views_of_one_storage(base: Base, tmp_path: Path) -> None:
+    """Tensors in one storage are several, unless they are the same elements."""
+    paths = []
+    for index, change in enumerate((0.0, 1.0)):
+        storage = STRIPES.clone()
+        storage[4] += change
+        weights = {f"embeddings.model.layer.{i}.weight": storage[2 * i : 2 * i + 2] for i in range(3)}
+        weights["embeddings.model.layer.0.lora_A.default.weight"] = torch.ones(1, 2)
+        params = {"__cls__": "TransformerDocumentEmbeddings", "model": "x"}
+        paths.append(_save(tmp_path / f"{index}.pt", state_dict=weights, document_embeddings=params))
+    assert [row.name for row in diff(*paths).values] == ["layer.2.weight"]
 
 
 def test_comparison_of_an_adapter_with_a_checkpoint_meets_in_its_tensors(base: Base, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -269,3 +271,18 @@ def test_config_by_default_on_bert_leaves_the_pooler_alone(base: Callable[[str],
     adapted = {name for name, _ in embeddings.model.named_parameters() if "lora_A" in name}
     assert len(adapted) == 2 * 6
     assert not [name for name in adapted if "pooler" in name]
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"lora_alpha": math.nan}, "LoraConfig.lora_alpha is nan"),
+        ({"alpha_pattern": {"query": math.inf}}, "LoraConfig.alpha_pattern.query is inf"),
+    ],
+)
+def test_config_with_a_number_that_is_none_is_refused(settings: dict[str, Any], where: str) -> None:
+    """Given or read, before it makes predictions none and files unreadable."""
+    config = LoraConfig(**settings)
+    for refuse in (lambda: own_config(config), lambda: decode_config(config.to_dict())):
+        with pytest.raises(AdapterConfigError, match=re.escape(where)):
+            refuse()

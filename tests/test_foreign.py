@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from flair.models import SequenceTagger, TextClassifier
 from peft import (
     AdaLoraConfig,
     AdaptionPromptConfig,
+    FrodConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -27,7 +29,11 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    PveraConfig,
+    RandLoraConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
+    UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     get_peft_model,
@@ -140,6 +146,10 @@ def _adalora() -> PeftConfig:
     )
 
 
+def _tinylora(**options: Any) -> PeftConfig:
+    return TinyLoraConfig(r=2, u=8, init_weights="uniform", init_v_bound=0.5, **options)
+
+
 # Name → architecture, source, config.
 METHODS: dict[str, tuple[str, str, Callable[[], PeftConfig]]] = {
     "dora": ("bert", "tokens", _dora),
@@ -185,6 +195,16 @@ METHODS: dict[str, tuple[str, str, Callable[[], PeftConfig]]] = {
         "llama",
         "causal-lm",
         lambda: lora(target_modules=["q_proj"], modules_to_save=["model.embed_tokens"]),
+    ),
+    "a module of modules saved": (
+        "bert",
+        "tokens",
+        lambda: lora(target_modules=["query"], modules_to_save=["bert.embeddings"]),
+    ),
+    "an unread copy of the embeddings saved": (
+        "t5",
+        "seq2seq",
+        lambda: lora(target_modules=["q"], modules_to_save=["shared"]),
     ),
     "modules saved that the bare model has once more": (
         "roberta",
@@ -249,6 +269,39 @@ METHODS: dict[str, tuple[str, str, Callable[[], PeftConfig]]] = {
             rank_pattern={"model.layers.0.self_attn.q_proj": 2},
         ),
     ),
+    "vera with a head beside": (
+        "bert",
+        "masked-lm",
+        lambda: VeraConfig(r=4, target_modules=["query", "dense", "decoder"], init_weights=False, d_initial=0.5),
+    ),
+    "pvera with a head beside": (
+        "bert",
+        "masked-lm",
+        lambda: PveraConfig(r=4, target_modules=["query", "dense", "decoder"], init_weights=False, d_initial=0.5),
+    ),
+    "randlora with a head beside": (
+        "bert",
+        "masked-lm",
+        lambda: RandLoraConfig(r=8, randlora_alpha=12, target_modules=["query", "dense"], init_weights=False),
+    ),
+    "unilora": (
+        "bert",
+        "masked-lm",
+        lambda: UniLoraConfig(r=4, theta_d_length=64, target_modules=["query"], init_weights=False),
+    ),
+    "unilora with indices and a decoder beside": (
+        "t5",
+        "seq2seq",
+        lambda: UniLoraConfig(
+            r=4, theta_d_length=64, target_modules=["q", "wo"], init_weights=False, save_indices=True
+        ),
+    ),
+    "tinylora": ("bert", "tokens", lambda: _tinylora(target_modules=["query"])),
+    "tinylora with ties": (
+        "llama",
+        "causal-lm",
+        lambda: _tinylora(target_modules=["q_proj", "v_proj"], weight_tying=0.5, save_projection=False),
+    ),
     "vera": ("llama", "causal-lm", lambda: VeraConfig(r=4, target_modules=["q_proj"], init_weights=False)),
     "vblora": (
         "llama",
@@ -276,6 +329,112 @@ def test_foreign_adapter_of_any_method_computes_what_it_computed_in_its_class(
     again = PeftTransformerEmbeddings.from_params(embeddings.to_params())
     again.load_state_dict(embeddings.state_dict())
     assert largest_difference(states, _states(again, trained.input_ids)) == 0.0
+
+
+# Name → architecture, source, config of adapters that compute something else without the modules beside.
+DRAWN_TOGETHER: dict[str, tuple[str, str, Callable[[], PeftConfig]]] = {
+    "vera": (
+        "t5",
+        "seq2seq",
+        lambda: VeraConfig(r=4, target_modules=["q", "wo"], init_weights=False, save_projection=False),
+    ),
+    "randlora": (
+        "bert",
+        "masked-lm",
+        lambda: RandLoraConfig(r=8, target_modules=["query", "decoder"], init_weights=False, save_projection=False),
+    ),
+    "randlora of another shape": (
+        "bert",
+        "masked-lm",
+        lambda: RandLoraConfig(r=8, target_modules=["query", "decoder"], init_weights=False),
+    ),
+    "unilora": (
+        "t5",
+        "seq2seq",
+        lambda: UniLoraConfig(r=4, theta_d_length=64, target_modules=["q", "wo"], init_weights=False),
+    ),
+    "unilora on a head": (
+        "bert",
+        "masked-lm",
+        lambda: UniLoraConfig(r=4, theta_d_length=64, target_modules=["query", "decoder"], init_weights=False),
+    ),
+    "tinylora": ("bert", "masked-lm", lambda: _tinylora(target_modules=["query", "transform.dense"])),
+    "frod": ("t5", "seq2seq", lambda: FrodConfig(sparse_rate=0.1, target_modules=["q"], progressbar=False)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", DRAWN_TOGETHER)
+def test_foreign_adapter_with_one_random_part_for_modules_beside_is_refused(
+    method: str, base: Bases, tmp_path: Path
+) -> None:
+    """What was drawn for more modules than embeddings have is not drawn anew for these alone."""
+    architecture, source, config = DRAWN_TOGETHER[method]
+    train(base(architecture), tmp_path, source, config())
+    with pytest.raises(UnsupportedMethodError, match="one random part for all modules"):
+        PeftTransformerEmbeddings.from_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "("},
+        {"target_modules": 5},
+        {"rank_pattern": {"(": 3}},
+        {"rank_pattern": [1]},
+        {"modules_to_save": 5},
+        {"layers_to_transform": "a"},
+        {"exclude_modules": "["},
+        {"lora_alpha": math.inf},
+    ],
+    ids=str,
+)
+def test_foreign_adapter_with_settings_that_make_no_sense_is_refused(
+    settings: dict[str, Any], base: Bases, tmp_path: Path
+) -> None:
+    """A file that somebody edited is named, whatever is wrong with it."""
+    train(base("bert"), tmp_path, "tokens", lora(target_modules=["query"]))
+    _set(tmp_path, **settings)
+    with pytest.raises(AdapterConfigError, match=r"(?s)adapter_config\.json.*\. Correct|lora_alpha is inf"):
+        PeftTransformerEmbeddings.from_adapter(str(tmp_path))
+
+
+def test_foreign_adapter_with_a_value_that_lora_refuses_is_told_to_correct_it(base: Bases, tmp_path: Path) -> None:
+    """Nobody who uses LoRA is told to choose LoRA."""
+    train(base("bert"), tmp_path, "tokens", lora(target_modules=["query"]))
+    _set(tmp_path, bias="some")
+    with pytest.raises(AdapterConfigError, match="Correct the config"):
+        PeftTransformerEmbeddings.from_adapter(str(tmp_path))
+
+
+def test_foreign_adapter_with_a_trained_copy_of_the_embeddings_leaves_those_of_the_base(
+    base: Bases, tmp_path: Path
+) -> None:
+    """With the adapter switched off, the model is the base."""
+    config = lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    trained = train(base("llama"), tmp_path, "bare", config)
+    embeddings, states = _embed(trained)
+    assert largest_difference(trained.hidden_states, states) <= TOLERANCE
+    with embeddings.model.disable_adapter():
+        assert largest_difference(trained.without, _states(embeddings, trained.input_ids)) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_foreign_unilora_of_an_unknown_class_is_refused(base: Bases, tmp_path: Path) -> None:
+    """Its file does not say which modules it adapted, so the class has to."""
+    config = UniLoraConfig(r=4, theta_d_length=64, target_modules=["query"], init_weights=False)
+    train(base("bert"), tmp_path, "masked-lm", config)
+    _set(tmp_path, auto_mapping={"base_model_class": "MyBert", "parent_library": "mine"})
+    with pytest.raises(UnsupportedMethodError, match="one random part"):
+        PeftTransformerEmbeddings.from_adapter(str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_foreign_adapter_whose_start_was_drawn_at_random_is_refused(base: Bases, tmp_path: Path) -> None:
+    """PiSSA's fast decomposition takes something else out of the base each time."""
+    train(base("bert"), tmp_path, "tokens", lora(target_modules=["query"], init_lora_weights="pissa_niter_4"))
+    with pytest.raises(UnsupportedMethodError, match="path_initial_model_for_weight_conversion"):
+        PeftTransformerEmbeddings.from_adapter(str(tmp_path))
 
 
 def test_foreign_adalora_with_a_spent_budget_computes_the_same_and_keeps_its_full_rank(

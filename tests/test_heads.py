@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from flair.data import Dictionary, Sentence
+from flair.embeddings import DocumentPoolEmbeddings, OneHotEmbeddings, StackedEmbeddings
 from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenClassifier
 
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, take_over_head
@@ -213,3 +214,20 @@ def test_take_over_head_that_was_only_adapted_is_refused(base: Bases, tmp_path: 
     model.embeddings.foreign_head = type(head)(adapted, head.labels, head.source_class, head.reads)
     with pytest.raises(HeadMismatchError, match="only what an adapter adds"):
         take_over_head(model, labels=LABELS)
+
+
+def test_take_over_head_that_reads_the_last_token_is_refused_over_pooled_words(base: Bases, tmp_path: Path) -> None:
+    """A mean of words is no last token, though both come from the same transformer."""
+    trained = train(base("gpt2"), tmp_path, "sequence", lora(target_modules=["c_attn"]), num_labels=3, pad_token_id=0)
+    pooled = DocumentPoolEmbeddings([_words(trained.folder)])
+    with pytest.raises(HeadMismatchError, match="what DocumentPoolEmbeddings makes of them"):
+        take_over_head(_classifier(pooled, LABELS), labels=LABELS)
+
+
+def test_take_over_head_reads_through_a_stack_of_one(base: Bases, tmp_path: Path) -> None:
+    """A stack of one passes its vectors on, and one of several does not."""
+    _train(base("bert"), tmp_path, "tokens", "bert")
+    assert take_over_head(_tagger(StackedEmbeddings([_words(tmp_path)]), LABELS), labels=LABELS) == []
+    several = StackedEmbeddings([_words(tmp_path), OneHotEmbeddings(_dictionary(["a"]))])
+    with pytest.raises(HeadMismatchError, match="what StackedEmbeddings makes of them"):
+        take_over_head(_tagger(several, LABELS), labels=LABELS)

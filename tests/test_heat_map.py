@@ -13,11 +13,18 @@ import pytest
 import torch
 from flair.nn import Model
 from peft import IA3Config
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import flair_peft
 from flair_peft import heat_map
-from flair_peft.errors import BaseModelNotFoundError, MissingConfigError, ModelFileError, UnsupportedMethodError
+from flair_peft.errors import (
+    BaseMismatchError,
+    BaseModelNotFoundError,
+    MissingConfigError,
+    ModelFileError,
+    UnsupportedMethodError,
+)
 from flair_peft.heat_map import Map, Move, draw, effective_rank, measure, singular_values
 from flair_peft.inspection import inspect
 from tests.test_inspection import build, lora, save_as, save_stock
@@ -107,7 +114,7 @@ def test_moves_without_the_base_are_absolute_and_say_so(base: Base, tmp_path: Pa
     assert not without.is_relative
     assert "not at hand" in without.notes[0]
     assert [move.norm for move in without.moves] == [move.norm for move in with_base.moves]
-    assert measure(inspect(path), base_model=str(moved)) == with_base
+    assert measure(inspect(path), base_model=str(moved)).moves == with_base.moves
     with pytest.raises(BaseModelNotFoundError, match="nowhere"):
         measure(inspect(path), base_model=str(tmp_path / "nowhere"))
 
@@ -134,7 +141,7 @@ def test_moves_read_bases_in_shards_and_pickles(shards: str, base: Base, tmp_pat
     else:
         (tmp_path / "base").mkdir()
         torch.save({f"bert.{k}": v for k, v in bare.state_dict().items()}, tmp_path / "base" / "pytorch_model.bin")
-    assert measure(inspect(path), base_model=str(tmp_path / "base")) == measure(inspect(path))
+    assert measure(inspect(path), base_model=str(tmp_path / "base")).moves == measure(inspect(path)).moves
 
 
 def test_moves_of_several_adapters_are_told_apart(base: Base, tmp_path: Path) -> None:
@@ -190,6 +197,30 @@ def test_drawing_of_an_unknown_format_is_refused(tmp_path: Path) -> None:
     """The error names the endings that work."""
     with pytest.raises(ModelFileError, match=r"\.png"):
         draw(Map((Move("a", 1.0, None, 1.0, 2),), ()), tmp_path / "x.doc", title="x")
+
+
+@pytest.mark.parametrize("name", ["folder", "image"])
+def test_drawing_to_a_folder_or_without_an_ending_is_refused(name: str, tmp_path: Path) -> None:
+    """Nothing is written beside what was asked for."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ModelFileError, match=r"Use \.png"):
+        draw(Map((Move("layer.0.query", 1.0, None, 1.0, 2),), ()), tmp_path / name, title="x")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_moves_against_a_base_that_the_user_names_say_that_it_is_not_checked(base: Base, tmp_path: Path) -> None:
+    """Another model of the same shape is drawn with a word, and one of another shape is refused."""
+    model = build("text-classifier", base("bert"), lora(target_modules=["query"]))
+    found = inspect(save_as("directory", model, tmp_path))
+    (note,) = measure(found, base_model=base("roberta")).notes
+    assert "was not checked" in note
+    assert not measure(found).notes
+    weights = load_file(Path(base("bert")) / "model.safetensors")
+    (tmp_path / "other").mkdir()
+    smaller = {name: weight[:16].clone() for name, weight in weights.items()}
+    save_file(smaller, tmp_path / "other" / "model.safetensors")
+    with pytest.raises(BaseMismatchError, match="has the shape"):
+        measure(found, base_model=str(tmp_path / "other"))
 
 
 def test_drawing_puts_each_move_in_its_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

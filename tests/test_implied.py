@@ -12,7 +12,8 @@ from peft import IA3Config, LoraConfig, PeftConfig
 from transformers import AutoModel
 
 from flair_peft import adapters, implied
-from tests.methods import Method
+from flair_peft import config as configs
+from tests.methods import METHODS, Method
 from tests.test_methods import cases, make
 
 Base = Callable[[str], str]
@@ -102,3 +103,36 @@ def test_text_of_a_given_config_shows_what_can_be_compared(base: Base) -> None:
     assert found is not None
     assert implied.text_of(lora(r=8), found) == "LoraConfig(lora_alpha=12, r=8, target_modules=['query', 'value'])"
     assert implied.text_of(IA3Config(target_modules="all-linear"), found) == "IA3Config(target_modules='all-linear')"
+
+
+SPEAKING = {"BEFT", "IA3", "LN_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "VERA"}
+"""Methods that need no config: what their tensors say is all that changes predictions."""
+
+
+@pytest.mark.parametrize(("method", "kind"), cases(working=True))
+def test_methods_whose_tensors_do_not_say_everything_have_open_settings(method: Method, kind: str, base: Base) -> None:
+    """A scale or a seed that no tensor shows is asked for, whatever the method; no module is named after a wrapper."""
+    embeddings = make(method, kind, base, torch.float32)
+    found = implied.read_config(shapes_of(embeddings.model, "embeddings.model."))
+    assert found is not None
+    says_everything = found.method in SPEAKING and method.name != "vera_without_projection"
+    assert bool(found.open) != says_everything
+    assert all(f"{name}=…" in found.text for name in found.open)
+    assert "base_model" not in found.settings.get("target_modules", [])
+    if says_everything and kind == "encoder":
+        expected, again = shapes_of(embeddings.model), AutoModel.from_pretrained(base("bert"))
+        again.resize_token_embeddings(embeddings.model.get_input_embeddings().weight.shape[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert shapes_of(adapters.inject(again, configs.own_config(found.to_config()))) == expected
+
+
+def test_open_settings_of_gralora_are_those_that_change_predictions(base: Base) -> None:
+    """The call is printed with what has to be filled in, and nothing of what only starts or trains an adapter."""
+    embeddings = make(METHODS["GRALORA"], "encoder", base, torch.float32)
+    found = implied.read_config(shapes_of(embeddings.model))
+    assert found is not None
+    assert found.open == ("r", "hybrid_r", "alpha", "gralora_k")
+    assert found.text == (
+        "GraloraConfig(r=…, hybrid_r=…, alpha=…, gralora_k=…, target_modules=['intermediate.dense', 'query', 'value'])"
+    )

@@ -175,7 +175,7 @@ def test_inspection_of_a_stock_file_names_the_config_that_is_lost(base: Base, tm
         assert torch.equal(tensor.read(), live[name])
     assert (found.kind, found.flair_class, adapter.has_config) == ("stock", "TextClassifier", False)
     assert (adapter.method, adapter.alpha, adapter.ranks, adapter.names) == ("LORA", None, (4,), ("default",))
-    assert adapter.open == ("lora_alpha", "use_rslora", "lora_dropout")
+    assert adapter.open == ("lora_alpha", "use_rslora", "lora_dropout", "alpha_pattern")
     assert adapter.suggestion == "LoraConfig(r=4, lora_alpha=…, target_modules=['query', 'value'])"
     assert adapter.base["name"] == base("bert")
     assert found.sizes["base"] > 10 * found.sizes["adapter"]

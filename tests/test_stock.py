@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,14 @@ from transformers import AutoModel
 
 import flair_peft
 from flair_peft import frozen
-from flair_peft.errors import ConfigMismatchError, MissingConfigError, ModelFileError, UnsafeFileError
+from flair_peft.errors import (
+    BaseMismatchError,
+    BaseModelNotFoundError,
+    ConfigMismatchError,
+    MissingConfigError,
+    ModelFileError,
+    UnsafeFileError,
+)
 from tests.methods import perturb_
 from tests.test_patch import CLASSIFIER, lora, make
 from tests.zoo import ZOO, Entry
@@ -80,6 +88,21 @@ def test_file_without_a_config_prints_the_one_that_it_implies(base: Base, tmp_pa
     for call in (flair_peft.load_legacy, lambda path: flair_peft.convert_legacy(path, tmp_path / "new")):
         with pytest.raises(MissingConfigError, match=text):
             call(tmp_path / "old.pt")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [("nowhere", BaseModelNotFoundError), ("roberta", BaseModelNotFoundError), ("distilbert", BaseMismatchError)],
+)
+def test_conversion_with_another_base_than_the_one_trained_on_is_refused(
+    given: str, error: type[Exception], base: Base, tmp_path: Path
+) -> None:
+    """What was asked for is named, and no checkpoint is written that silently does without it."""
+    stock_file(base("bert"), tmp_path / "old.pt")
+    path = str(tmp_path / given) if given == "nowhere" else base(given)
+    with pytest.raises(error, match=re.escape(path)):
+        flair_peft.convert_legacy(tmp_path / "old.pt", tmp_path / "new", peft_config=lora(), base_model=path)
     assert not (tmp_path / "new").exists()
 
 
@@ -321,3 +344,12 @@ def test_conversion_shows_how_far_it_is(base: Base, tmp_path: Path, monkeypatch:
     assert len(moved) > 10
     assert totals == [3 * (tmp_path / "old.pt").stat().st_size]
     assert 0.8 * totals[0] < sum(moved) < 1.3 * totals[0]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_conversion_keeps_layers_that_a_replication_made(is_known: bool, base: Base, tmp_path: Path) -> None:
+    """Also where the config given does not say that they were made of others."""
+    config = lora(layer_replication=[(0, 2), (0, 2)])
+    expected, _ = stock_file(base("bert"), tmp_path / "old.pt", config)
+    flair_peft.convert_legacy(tmp_path / "old.pt", tmp_path / "new", peft_config=config if is_known else lora())
+    assert CLASSIFIER.predict(flair_peft.from_pretrained(tmp_path / "new"), CLASSIFIER.corpus()) == expected
