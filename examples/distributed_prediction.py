@@ -13,11 +13,11 @@ start the same command again, and it does the shards that are missing.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import os
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,55 +32,32 @@ import flair_peft
 Record = dict[str, Any]
 
 LABEL = "predicted"
-WINDOW = 1024  # texts in memory at a time
-PROBE = "This is a sentence ."
-
-
-def predict_stream(model: Classifier, sentences: Iterable[Sentence], *, mini_batch_size: int) -> Iterator[Sentence]:
-    """Yield the sentences with their labels, in order."""
-    remaining = iter(sentences)
-    while window := list(itertools.islice(remaining, WINDOW)):
-        model.predict(window, mini_batch_size=mini_batch_size, label_name=LABEL)
-        yield from window
 
 
 def predict_texts(model: Classifier, texts: Iterable[bytes], *, mini_batch_size: int) -> Iterator[Record]:
     """Yield one record for each text, in order; what is wrong with one text is the matter of its record alone."""
-    remaining = iter(texts)
-    while window := list(itertools.islice(remaining, WINDOW)):
-        parsed = [parse(text) for text in window]
-        sentences = [item for item in parsed if isinstance(item, Sentence)]
-        try:
-            for _ in predict_stream(model, sentences, mini_batch_size=mini_batch_size):
-                pass
-        except Exception:
-            model.predict(Sentence(PROBE))  # if this fails too, it is not the fault of a text
-            yield from (predict_alone(model, parse(text)) for text in window)
-        else:
-            yield from map(to_record, parsed)
+    unreadable: deque[Exception | None] = deque()
+
+    def decoded() -> Iterator[str]:
+        for text in texts:
+            try:
+                unreadable.append(None)
+                yield text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                unreadable[-1] = error
+                yield ""
+
+    stream = flair_peft.predict_stream(model, decoded(), mini_batch_size=mini_batch_size, label_name=LABEL)
+    for sentence in stream:
+        yield to_record(sentence, unreadable.popleft())
 
 
-def parse(text: bytes) -> Sentence | Exception:
-    """Return the sentence, or why there is none."""
-    try:
-        return Sentence(text.decode("utf-8"))
-    except Exception as error:
-        return error
-
-
-def predict_alone(model: Classifier, parsed: Sentence | Exception) -> Record:
-    try:
-        if isinstance(parsed, Sentence):
-            model.predict(parsed, label_name=LABEL)
-    except Exception as error:
-        return to_record(error)
-    return to_record(parsed)
-
-
-def to_record(parsed: Sentence | Exception) -> Record:
-    if isinstance(parsed, Exception):
-        return {"error": f"{type(parsed).__name__}: {parsed}"}
-    return {"labels": [[label.data_point.text, label.value, label.score] for label in parsed.get_labels(LABEL)]}
+def to_record(sentence: Sentence, error: Exception | None) -> Record:
+    if error is None and sentence.has_metadata("prediction_error"):
+        error = sentence.get_metadata("prediction_error")
+    if error is not None:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"labels": [[label.data_point.text, label.value, label.score] for label in sentence.get_labels(LABEL)]}
 
 
 def predict_shard(model: Classifier, shard: Path, output: Path, *, mini_batch_size: int) -> int:

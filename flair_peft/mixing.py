@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,15 +36,74 @@ Output = Mapping[str, Any]
 class MixedBatches:
     """Forward passes of several models on one base, one for all of them where PEFT can mix their adapters.
 
-    Named adapters stand side by side in module trees of their own, one for each method, around the very tensors of the
-    models: these are looked up before each pass, so that training, moving or converting a model shows at once. No
-    model has an active adapter to switch.
+    A module tree of its own, one for each method, has places for as many adapters as one pass needs. The tensors of the
+    models are put there for a pass and taken away after it: training, moving or converting a model shows at once, and
+    no model has an active adapter to switch.
     """
 
     def __init__(self) -> None:
         self._trees: dict[tuple[int, str], _Tree] = {}
-        self._said: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
+
+    def start(self) -> Session:
+        """Return what runs the passes of one prediction, in which models stay what they are."""
+        return Session(self)
+
+    def run(self, passes: Sequence[ForwardPass], found: Mapping[int, _Guest | None], *, rows: int) -> list[Output]:
+        """Return the output of each pass, in the order of the passes; see :meth:`Session.run`."""
+        numbers: dict[_Tree | None, list[int]] = {}
+        for number, forward_pass in enumerate(passes):
+            guest = found[id(forward_pass.embeddings)]
+            is_mixed = guest is not None and len(passes) > 1 and set(forward_pass.inputs) - _SETTINGS == _PADDABLE
+            numbers.setdefault(guest.tree if guest is not None and is_mixed else None, []).append(number)
+        outputs: dict[int, Output] = {}
+        for tree, same in numbers.items():
+            for group in [[number] for number in same] if tree is None else _chunks(same, passes, rows):
+                if tree is None or len(group) == 1:
+                    outputs.update({number: passes[number].run() for number in group})
+                else:
+                    outputs.update(zip(group, self._mixed(tree, [passes[n] for n in group], found), strict=True))
+        return [outputs[number] for number in range(len(passes))]
+
+    def admit(self, embeddings: PeftTransformerEmbeddings) -> _Guest | None:
+        """Return the adapter as a tree takes it in, or ``None`` if it has to run on its own."""
+        if not _is_as_trained(embeddings):
+            return None
+        method, frozen = adapters.method_name(embeddings.adapter_config), embeddings._frozen
+        reason = adapters.why_not_mixed(embeddings.adapter_config)
+        if reason is None and frozen is None:
+            reason = "it has a base of its own"
+        if reason is None and frozen is not None:
+            with self._lock:
+                guest = _Guest.of(embeddings, self._trees.setdefault((id(frozen), method), _Tree(frozen)))
+                reason = guest.tree.why_not(guest)
+            if reason is None:
+                return guest
+        if (method, str(reason)) not in self._said:
+            self._said.add((method, str(reason)))
+            log.info("%s adapters get forward passes of their own: %s. The results are the same.", method, reason)
+        return None
+
+    def _mixed(self, tree: _Tree, passes: Sequence[ForwardPass], found: Mapping[int, _Guest | None]) -> list[Output]:
+        guests = [guest for forward_pass in passes if (guest := found[id(forward_pass.embeddings)]) is not None]
+        with self._lock, contextlib.ExitStack() as stack:
+            for forward_pass in passes:
+                stack.enter_context(forward_pass.embeddings.in_use())
+            try:
+                return tree.run(passes, guests)
+            except BaseException:
+                # PEFT leaves its hooks in place when a pass fails (huggingface/peft#3475): the tree is built anew.
+                self._trees = {key: kept for key, kept in self._trees.items() if kept is not tree}
+                raise
+
+
+class Session:
+    """The forward passes of one prediction."""
+
+    def __init__(self, batches: MixedBatches) -> None:
+        self._batches = batches
+        self._guests: dict[int, _Guest | None] = {}
 
     def run(self, passes: Sequence[ForwardPass], *, rows: int) -> list[Output]:
         """Return the output of each pass, (batch, subtokens, hidden) for each layer, as its own model would give it.
@@ -52,106 +112,115 @@ class MixedBatches:
             passes: none of them needs a gradient.
             rows: most sentences, or windows of long ones, in one forward pass.
         """
-        outputs: dict[int, Output] = {}
-        with torch.no_grad(), self._lock:
-            for tree, numbers in self._sorted_into_trees(passes).items():
-                for group in _chunks(numbers, passes, rows) if tree is not None else ([number] for number in numbers):
-                    if tree is None or len(group) == 1:
-                        outputs.update({number: passes[number].run() for number in group})
-                    else:
-                        found = self._mixed(tree, [passes[number] for number in group])
-                        outputs.update(zip(group, found, strict=True))
-        return [outputs[number] for number in range(len(passes))]
+        with torch.no_grad():
+            for embeddings in (forward_pass.embeddings for forward_pass in passes):
+                if id(embeddings) not in self._guests:
+                    self._guests[id(embeddings)] = self._batches.admit(embeddings)
+            return self._batches.run(passes, self._guests, rows=rows)
 
-    def forget(self, embeddings: PeftTransformerEmbeddings) -> None:
-        """Let go of the adapter, which keeps its place in the model."""
-        with self._lock:
-            for tree in self._trees.values():
-                tree.drop(embeddings)
 
-    def _sorted_into_trees(self, passes: Sequence[ForwardPass]) -> dict[_Tree | None, list[int]]:
-        found: dict[_Tree | None, list[int]] = {}
-        for number, forward_pass in enumerate(passes):
-            tree = self._tree_of(forward_pass) if len(passes) > 1 else None
-            found.setdefault(tree, []).append(number)
-        return found
+@dataclass
+class _Places:
+    """Where the parameters and settings of one adapter are in a model.
 
-    def _tree_of(self, forward_pass: ForwardPass) -> _Tree | None:
-        """Return the tree that holds the adapter of a pass, or ``None`` if that has to run on its own."""
-        embeddings, names = forward_pass.embeddings, set(forward_pass.inputs)
-        if names - _SETTINGS != _PADDABLE or not _is_as_trained(embeddings):
-            return None
-        method = adapters.method_name(embeddings.adapter_config)
-        frozen, reason = embeddings._frozen, adapters.why_not_mixed(embeddings.adapter_config)
-        if reason is None and frozen is not None and _stands_on(frozen, embeddings):
-            tree = self._trees.setdefault((id(frozen), method), _Tree(frozen))
-            reason = tree.add(embeddings)
-            if reason is None:
-                return tree
-        self._say(method, reason or "its base was changed, so that it is not the others' any more")
-        return None
+    Attributes:
+        parameters: name, without that of the adapter → module and name in it.
+        settings: name → dictionary of a layer that has the setting of each adapter, such as its scaling.
+    """
 
-    def _mixed(self, tree: _Tree, passes: Sequence[ForwardPass]) -> list[Output]:
-        try:
-            return tree.run(passes)
-        except BaseException:
-            # PEFT leaves its hooks in place when a pass fails (huggingface/peft#3475): the tree is built anew.
-            self._trees = {key: kept for key, kept in self._trees.items() if kept is not tree}
-            raise
+    parameters: dict[str, tuple[torch.nn.Module, str]]
+    settings: dict[str, dict[str, Any]]
 
-    def _say(self, method: str, reason: str) -> None:
-        if (method + reason) not in self._said:
-            self._said.add(method + reason)
-            log.info("%s adapters get forward passes of their own: %s. The results are the same.", method, reason)
+    @classmethod
+    def of(cls, model: torch.nn.Module, adapter_name: str) -> _Places:
+        """Return the places of the adapter of this name."""
+        parameters, settings = {}, {}
+        for path, module in model.named_modules():
+            segments = path.split(".")
+            for key, value in module._parameters.items():
+                if value is not None and adapter_name in (*segments, key):
+                    parts = ("" if part == adapter_name else part for part in (*segments, key))
+                    parameters[".".join(parts)] = (module, key)
+            for name in module.other_param_names if isinstance(module, BaseTunerLayer) else ():
+                setting = getattr(module, name, None)
+                if isinstance(setting, dict) and adapter_name in setting:
+                    settings[f"{path}:{name}"] = setting
+        return cls(parameters, settings)
+
+    def fits(self, other: _Places) -> bool:
+        return self.parameters.keys() == other.parameters.keys() and self.settings.keys() == other.settings.keys()
+
+
+@dataclass(frozen=True)
+class _Guest:
+    """An adapter that takes part in a prediction.
+
+    Attributes:
+        embeddings: it belongs to.
+        tree: that has slots for it.
+        kind: what adapters have in common that fit into the same slots: shapes, targets and settings.
+        places: of its own tensors.
+    """
+
+    embeddings: PeftTransformerEmbeddings
+    tree: _Tree
+    kind: str
+    places: _Places
+
+    @classmethod
+    def of(cls, embeddings: PeftTransformerEmbeddings, tree: _Tree) -> _Guest:
+        config = configs.encode_config(embeddings.adapter_config)
+        apart = {"base_model_name_or_path": None, "revision": None, "inference_mode": None}
+        kind = json.dumps({**config, **apart}, sort_keys=True, default=str)
+        return cls(embeddings, tree, kind, _Places.of(embeddings.model, adapters.ADAPTER_NAME))
 
 
 class _Tree:
-    """A module tree with the adapters of one method that stand on the same base."""
+    """A module tree with places for adapters of one method, around the base that they stand on."""
 
     def __init__(self, frozen: FrozenBase) -> None:
         self._frozen = frozen
         self._model: PeftModel | None = None
-        self._links: dict[str, list[_Link | _SettingLink]] = {}
-        self._names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
-        self._refused: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
-        self._count = 0
+        # Adapters whose configs are alike fit into the same slots, which are numbered.
+        self._slots: dict[str, list[tuple[str, _Places]]] = {}
+        self._refused: dict[str, str] = {}
 
-    def add(self, embeddings: PeftTransformerEmbeddings) -> str | None:
-        """Take the adapter in; return why it cannot be mixed, or ``None`` if it can."""
-        self._drop_dead()
-        if embeddings in self._names or embeddings in self._refused:
-            return self._refused.get(embeddings)
-        name = f"model{self._count}"
-        self._count += 1
+    def why_not(self, guest: _Guest) -> str | None:
+        """Return why the adapter cannot be mixed, or ``None`` if it can; tried once for adapters that are alike."""
+        if not self._holds_base_of(guest):
+            return "the base below was changed, so that it is not the others' any more"
+        if guest.kind not in self._slots and guest.kind not in self._refused:
+            try:
+                self._try_out(guest)
+            except (AdapterConfigError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+                self._slots, self._model = {}, None
+                self._refused[guest.kind] = f"PEFT cannot mix it ({type(error).__name__}: {str(error)[:200]})"
+        return self._refused.get(guest.kind)
+
+    def run(self, passes: Sequence[ForwardPass], guests: Sequence[_Guest]) -> list[Output]:
+        """Return the outputs of passes that are padded to one length, each cut to the length that it has itself.
+
+        Args:
+            passes: of models on this base.
+            guests: the adapter of each.
+        """
+        names: dict[int, str] = {}
+        places: list[_Places] = []
+        taken: dict[str, int] = {}
         try:
-            self._insert(name, embeddings)
-            self._try_out(name, embeddings)
-        except (AdapterConfigError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-            self._remove(name)
-            self._refused[embeddings] = f"PEFT cannot mix it ({type(error).__name__}: {str(error)[:200]})"
-            return self._refused[embeddings]
-        self._names[embeddings] = name
-        return None
-
-    def drop(self, embeddings: PeftTransformerEmbeddings) -> None:
-        name = self._names.pop(embeddings, None)
-        if name is not None:
-            self._remove(name)
-
-    def run(self, passes: Sequence[ForwardPass]) -> list[Output]:
-        """Return the outputs of passes that are padded to one length, each cut to the length that it has itself."""
-        names = [self._names[forward_pass.embeddings] for forward_pass in passes]
-        with contextlib.ExitStack() as stack:
-            for forward_pass in passes:
-                stack.enter_context(forward_pass.embeddings.in_use())
-            return self._forward([forward_pass.inputs for forward_pass in passes], names)
+            for guest in {id(guest.embeddings): guest for guest in guests}.values():
+                name, target = self._slot(guest, taken.get(guest.kind, 0))
+                names[id(guest.embeddings)], taken[guest.kind] = name, taken.get(guest.kind, 0) + 1
+                places.append(target)
+                _fill_(target, name, guest.places)
+            return self._forward([p.inputs for p in passes], [names[id(p.embeddings)] for p in passes])
+        finally:
+            for target in places:
+                _empty_(target)
 
     def _forward(self, inputs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Output]:
         assert self._model is not None
         padding = getattr(self._model.get_base_model().config, "pad_token_id", None) or 0
-        for name in set(names):
-            for link in self._links[name]:
-                link.renew()
         length = max(given["input_ids"].shape[1] for given in inputs)
         counts = [len(given["input_ids"]) for given in inputs]
         fill = {"input_ids": padding, "attention_mask": 0}
@@ -168,33 +237,39 @@ class _Tree:
             first += count
         return outputs
 
-    def _insert(self, name: str, embeddings: PeftTransformerEmbeddings) -> None:
-        config = adapters.without_costly_init(configs.own_config(embeddings.adapter_config))
-        with adapters.building, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT said it when the model was loaded
-            if self._model is None:
-                self._model = PeftModel(
-                    self._frozen.copy(), config, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False
-                )
-            else:
-                self._model.add_adapter(name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-        self._model.eval().requires_grad_(False)
-        self._links[name] = list(_link(self._model, name, embeddings.model))
-        linked = {link.source_name for link in self._links[name] if isinstance(link, _Link)}
-        own = {key for key, _ in embeddings.model.named_parameters() if keys.base_key(key) is None}
-        if own != linked:
-            raise AdapterConfigError("its tensors have no place beside those of others")
+    def _slot(self, guest: _Guest, number: int) -> tuple[str, _Places]:
+        """Return name and places of the slot of this number for adapters like this one, made if there is none yet."""
+        slots = self._slots.setdefault(guest.kind, [])
+        if number == len(slots):
+            name = f"slot{sum(map(len, self._slots.values()))}"
+            config = adapters.without_costly_init(configs.own_config(guest.embeddings.adapter_config))
+            with adapters.building, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT said it when the model was loaded
+                if self._model is None:
+                    self._model = PeftModel(
+                        self._frozen.copy(), config, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+                    )
+                else:
+                    self._model.add_adapter(name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+            self._model.eval().requires_grad_(False)
+            slots.append((name, _Places.of(self._model, name)))
+        return slots[number]
 
-    def _try_out(self, name: str, embeddings: PeftTransformerEmbeddings) -> None:
+    def _try_out(self, guest: _Guest) -> None:
         """Return if two sentences of different length give in one batch what each gives alone.
 
         Raises:
-            AdapterConfigError: they do not.
+            AdapterConfigError: they do not, or not every tensor of the adapter has a place.
         """
+        embeddings = guest.embeddings
+        added = [key for key, _ in embeddings.model.named_parameters() if keys.base_key(key) is None]
+        _, target = self._slot(guest, 0)
+        if not target.fits(guest.places) or len(added) != len(guest.places.parameters):
+            raise AdapterConfigError("its tensors have no place beside those of others")
         ids = proof.probe_ids(embeddings)
         sentences = [_as_pass(embeddings, ids), _as_pass(embeddings, ids[: max(1, len(ids) // 2)])]
         with embeddings.in_use():
-            mixed = self._forward([sentence.inputs for sentence in sentences], [name, name])
+            mixed = self.run(sentences, [guest, guest])
         for sentence, found in zip(sentences, mixed, strict=True):
             alone = sentence.run()
             states = alone.get("hidden_states")
@@ -203,63 +278,33 @@ class _Tree:
             if not apart <= _TOLERANCE.get(embeddings.base_dtype, 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")
 
-    def _drop_dead(self) -> None:
-        for name in set(self._links) - set(self._names.values()):
-            self._remove(name)
-
-    def _remove(self, name: str) -> None:
-        self._links.pop(name, None)
-        if self._model is not None and len(self._model.peft_config) <= 1:
-            self._model = None  # PEFT keeps the last adapter
-        elif self._model is not None and name in self._model.peft_config:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the active adapter changes, which nothing here reads
-                self._model.delete_adapter(name)
+    def _holds_base_of(self, guest: _Guest) -> bool:
+        """Whether every weight below the adapter is the shared one still."""
+        own = {id(module._parameters[key]) for module, key in guest.places.parameters.values()}
+        return all(self._frozen.is_shared(p) for p in guest.embeddings.model.parameters() if id(p) not in own)
 
 
-class _Link:
-    """A parameter or setting of an adapter in a tree, and the one of the model that it stands for."""
-
-    def __init__(self, target: Any, name: str, source: Any, source_key: str, source_name: str) -> None:
-        self._target, self._name, self.source_name = target, name, source_name
-        self._source, self._source_key = weakref.ref(source), source_key
-
-    def renew(self) -> None:
-        """Let the tree have the tensor that the model has now."""
-        source = self._source()
-        assert source is not None
-        tensor, own = source._parameters[self._source_key], self._target._parameters[self._name]
-        if own.device == tensor.device:
-            own.data = tensor.data
+def _fill_(target: _Places, name: str, source: _Places) -> None:
+    """Let a slot have the tensors and settings that a model's adapter has now."""
+    for key, (module, own) in target.parameters.items():
+        holder, theirs = source.parameters[key]
+        parameter, tensor = module._parameters[own], holder._parameters[theirs]
+        assert parameter is not None
+        assert tensor is not None
+        if parameter.device == tensor.device:
+            parameter.data = tensor.data
         else:
-            self._target._parameters[self._name] = torch.nn.Parameter(tensor.data, requires_grad=False)
+            module._parameters[own] = torch.nn.Parameter(tensor.data, requires_grad=False)
+    for key, setting in target.settings.items():
+        setting[name] = source.settings[key][adapters.ADAPTER_NAME]
 
 
-class _SettingLink:
-    """A setting of an adapter's layer in a tree, such as its scaling, and the one of the model."""
-
-    def __init__(self, target: dict[str, Any], name: str, source: dict[str, Any]) -> None:
-        self._target, self._name, self._source = target, name, source
-
-    def renew(self) -> None:
-        """Let the tree have the value that the model has now."""
-        self._target[self._name] = self._source[adapters.ADAPTER_NAME]
-
-
-def _link(tree: PeftModel, name: str, model: PeftModel) -> Iterator[_Link | _SettingLink]:
-    """Yield the links of each parameter of an adapter of the tree, and of its settings."""
-    for path, module in list(tree.named_modules()):
-        segments = path.split(".")
-        for own in [key for key, value in module._parameters.items() if value is not None]:
-            if name in (*segments, own):
-                *holder, key = (adapters.ADAPTER_NAME if part == name else part for part in (*segments, own))
-                yield _Link(module, own, model.get_submodule(".".join(holder)), key, ".".join((*holder, key)))
-        if isinstance(module, BaseTunerLayer):
-            source = model.get_submodule(path)
-            for setting in module.other_param_names:
-                ours, theirs = getattr(module, setting, None), getattr(source, setting, None)
-                if isinstance(ours, dict) and isinstance(theirs, dict) and adapters.ADAPTER_NAME in theirs:
-                    yield _SettingLink(ours, name, theirs)
+def _empty_(target: _Places) -> None:
+    """Let a slot hold no tensor of any model."""
+    for module, key in target.parameters.values():
+        parameter = module._parameters[key]
+        if parameter is not None and not parameter.is_meta:
+            parameter.data = parameter.data.new_empty(0)
 
 
 def _is_as_trained(embeddings: PeftTransformerEmbeddings) -> bool:
@@ -271,12 +316,6 @@ def _is_as_trained(embeddings: PeftTransformerEmbeddings) -> bool:
     except AdapterConfigError:
         return False
     return True
-
-
-def _stands_on(frozen: FrozenBase, embeddings: PeftTransformerEmbeddings) -> bool:
-    """Whether every weight of the base is the shared one still."""
-    named = embeddings.model.named_parameters()
-    return all(frozen.is_shared(parameter) for name, parameter in named if keys.base_key(name) is not None)
 
 
 def _as_pass(embeddings: PeftTransformerEmbeddings, ids: Sequence[int]) -> ForwardPass:

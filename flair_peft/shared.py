@@ -141,7 +141,6 @@ class SharedBase:
             )
         self._models.discard(model)
         for embeddings in _embeddings_of(model):
-            self._batches.forget(embeddings)
             if self._memory is not None:
                 self._memory.forget(embeddings)
 
@@ -174,14 +173,14 @@ class SharedBase:
                     f"Cannot predict with a {type(job.model).__name__}: it is no Flair model. predict takes a "
                     "dictionary from models to their sentences. Pass {model: sentences}."
                 )
-        total = sum(len(job.data_points) for job in jobs)
+        total, session = sum(len(job.data_points) for job in jobs), self._batches.start()
         with tqdm(total=total, desc="Batch inference", disable=not verbose) as bar:
             for wave in _waves(jobs, limit=mini_batch_size, label_name=options.get("label_name")):
                 count = sum(len(job.data_points) for job in wave)
                 rounds = max(1, -(-count // mini_batch_size))
                 rendezvous.run(
                     [functools.partial(job.run, rounds, bar.update, options) for job in wave],
-                    functools.partial(self._batches.run, rows=mini_batch_size),
+                    functools.partial(session.run, rows=mini_batch_size),
                 )
 
 
@@ -206,14 +205,17 @@ class _Job:
         """Yield what tells data points apart, also those that are parts of pairs."""
         for data_point in self.data_points:
             yield id(data_point)
-            yield from (id(part) for part in vars(data_point).values() if isinstance(part, Sentence))
+            if not isinstance(data_point, Sentence):
+                yield from (id(part) for part in vars(data_point).values() if isinstance(part, Sentence))
 
     def may_take_turns_with(self, other: _Job, label_name: str | None) -> bool:
         """Whether both models may predict for the same sentence in turns, as if one had come after the other."""
-        is_simple = all(
-            type(job.model) in _READ_ONLY_TEXT and len(_embeddings_of(job.model)) == 1 for job in (self, other)
-        )
-        return is_simple and label_name is None and self.model.label_type != other.model.label_type
+        are_other_labels = label_name is None and self.model.label_type != other.model.label_type
+        return are_other_labels and self._reads_words_once and other._reads_words_once
+
+    @functools.cached_property
+    def _reads_words_once(self) -> bool:
+        return type(self.model) in _READ_ONLY_TEXT and len(_embeddings_of(self.model)) == 1
 
 
 def _waves(jobs: Sequence[_Job], *, limit: int, label_name: str | None) -> Iterator[list[_Job]]:

@@ -8,6 +8,7 @@ pairs in one process; memory is that of a process that loads one model, or twent
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -89,10 +90,15 @@ def seconds(action: Action) -> float:
     return time.perf_counter() - start
 
 
-def compare(one: Action, other: Action, pairs: int) -> dict[str, Any]:
+def compare(one: Action, other: Action, pairs: int, before: Action = lambda: None) -> dict[str, Any]:
     """Return the ratio of the times of two actions, run in turn, with its interval and the medians."""
-    one(), other()
-    times = [(seconds(one), seconds(other)) if n % 2 else (seconds(other), seconds(one))[::-1] for n in range(pairs)]
+
+    def timed(action: Action) -> float:
+        before()
+        return seconds(action)
+
+    timed(one), timed(other)
+    times = [(timed(one), timed(other)) if n % 2 else (timed(other), timed(one))[::-1] for n in range(pairs)]
     these, those = ([pair[index] for pair in times] for index in range(2))
     return {**ratio(these, those), "seconds": [statistics.median(these), statistics.median(those)]}
 
@@ -137,11 +143,16 @@ def measure_loads(folder: Path, pairs: int) -> list[dict[str, Any]]:
             kept.append(shared.load(folder / str(next(counter) % MODELS), verify=verify))
 
         def peft_alone() -> None:
-            number = next(counter)
-            theirs.load_adapter(folder / str(number % MODELS), adapter_name=str(number))
+            theirs.load_adapter(folder / str(next(counter) % MODELS), adapter_name="next")
+
+        def forget() -> None:
+            kept.clear()
+            if "next" in theirs.peft_config:
+                theirs.delete_adapter("next")  # a tree with more adapters takes longer to extend
+            gc.collect()
 
         rows.append({"what": f"adding a model, {what} / PEFT's load_adapter", "wanted": "≤ 2"})
-        rows[-1] |= compare(ours, peft_alone, pairs)
+        rows[-1] |= compare(ours, peft_alone, pairs, before=forget)
     return rows
 
 

@@ -1,0 +1,121 @@
+"""A 4-bit base in memory, against what the same weights take in fp16.
+
+``python -m tests.benchmarks.quantised`` builds a base in the shape of BERT-base with random weights, loads it in 4 bits
+in a process of its own, predicts, saves, loads the checkpoint in another process, compares what both predict bit by
+bit, and writes the figures to ``resources/benchmarks``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import flair
+import torch
+from flair.data import Dictionary
+from flair.models import TextClassifier
+from peft import LoraConfig
+from transformers import AutoModel, BitsAndBytesConfig
+
+import flair_peft
+from flair_peft.compat import versions
+from tests.benchmarks.checkpoints import RESULTS, ROOT
+from tests.benchmarks.serving import resident, scores, sentences
+from tests.benchmarks.shapes import SHAPES
+
+WANTED = 0.35
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def make(folder: Path) -> TextClassifier:
+    torch.manual_seed(0)
+    embeddings = flair_peft.PeftTransformerDocumentEmbeddings(
+        str(folder / "base"),
+        peft_config=LoraConfig(r=8, lora_alpha=32, init_lora_weights=False),
+        transformers_model_kwargs={"quantization_config": BitsAndBytesConfig(**FOUR_BITS)},
+    )
+    labels = Dictionary(add_unk=False)
+    for label in ("good", "bad"):
+        labels.add_item(label)
+    return TextClassifier(embeddings, label_type="sentiment", label_dictionary=labels).eval()
+
+
+def measure(folder: Path, is_loaded: bool) -> dict[str, Any]:
+    """Return what a process takes for the model beyond its imports, in bytes, and what it predicts."""
+    torch.nn.Linear(8, 8)(torch.zeros(1, 8))  # what the first product sets up is not the model's
+    before = resident()
+    model = flair_peft.from_pretrained(folder / "model") if is_loaded else make(folder)
+    gc.collect()
+    taken = resident() - before
+    found = scores(model, sentences(4)).tolist()
+    if not is_loaded:
+        flair_peft.save_pretrained(model, folder / "model")
+    tensors = [*model.embeddings.model.parameters(), *model.embeddings.model.buffers()]
+    return {"bytes": taken, "tensors": sum(tensor.nbytes for tensor in tensors), "scores": found}
+
+
+def sizes(folder: Path) -> tuple[int, int]:
+    """Return the bytes of the weights that are quantised, in fp16, and of all else, as it is kept."""
+    base = AutoModel.from_pretrained(folder / "base")
+    linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear))
+    total = sum(parameter.numel() for parameter in base.parameters())
+    return 2 * linear, 4 * (total - linear)
+
+
+def run(folder: Path, way: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.benchmarks.quantised", "--folder", str(folder), "--way", way]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, help="where the model is made and kept; a temporary one if left out")
+    parser.add_argument("--way", choices=("made", "loaded"), help="do this in this process, and print what it took")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    flair.device = torch.device("cpu")
+    if options.way is not None:
+        print(json.dumps(measure(options.folder, options.way == "loaded")))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        if not (folder / "base").exists():
+            SHAPES["bert-base"](folder / "base")
+        linear, rest = sizes(folder)
+        made, loaded = run(folder, "made"), run(folder, "loaded")
+    assert made["scores"] == loaded["scores"], "the reload predicts something else"
+    report = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU used",
+        "versions": {**versions(), "bitsandbytes": bitsandbytes.__version__},
+        "bytes of linear weights in fp16": linear,
+        "bytes of the rest": rest,
+        "made": {name: made[name] for name in ("bytes", "tensors")},
+        "loaded": {name: loaded[name] for name in ("bytes", "tensors")},
+        "share": {way: (found["bytes"] - rest) / linear for way, found in (("made", made), ("loaded", loaded))},
+        "share of tensors": (loaded["tensors"] - rest) / linear,
+        "wanted": WANTED,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "quantised.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
