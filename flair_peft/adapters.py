@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -206,13 +206,18 @@ def _merge_apart(tuner: torch.nn.Module, name: str, before_merge: Callable[[], N
     return getattr(type(tuner), name)(tuner, *args, **kwargs)
 
 
-def refuse_unstorable(model: PeftModel) -> None:
+def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None = None) -> None:
     """Return if a file that holds the adapter and not the base would give the model back as it is now.
+
+    Args:
+        model: with its adapter.
+        layers: those of the adapter, if they were looked up already.
 
     Raises:
         AdapterConfigError: the adapter is merged or switched off, or there are several.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if layers is None:
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     others = sorted(set(model.peft_config) - {ADAPTER_NAME})
     if ADAPTER_NAME not in model.peft_config:
         raise AdapterConfigError(

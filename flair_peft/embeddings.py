@@ -335,7 +335,8 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
 
         ``state_dict`` and files hold the exact values.
         """
-        if self.training or adapters.why_not_mixed(self.adapter_config) is not None:
+        is_half = self.base_dtype.itemsize < torch.float32.itemsize
+        if not is_half or self.training or adapters.why_not_mixed(self.adapter_config) is not None:
             return
         added = {name: p for name, p in self.model.named_parameters() if keys.base_key(name) is None}
         dtypes.cast_(self.model, added, self.base_dtype)

@@ -68,15 +68,20 @@ class MixedBatches:
 
     def admit(self, embeddings: PeftTransformerEmbeddings) -> _Guest | None:
         """Return the adapter as a tree takes it in, or ``None`` if it has to run on its own."""
-        if not _is_as_trained(embeddings):
+        if embeddings.training or not isinstance(embeddings.model, PeftModel):
             return None
+        places = _Places.of(embeddings.model, adapters.ADAPTER_NAME)
+        try:
+            adapters.refuse_unstorable(embeddings.model, places.layers)
+        except AdapterConfigError:
+            return None  # merged or switched off, which its own pass follows
         method, frozen = adapters.method_name(embeddings.adapter_config), embeddings._frozen
         reason = adapters.why_not_mixed(embeddings.adapter_config)
         if reason is None and frozen is None:
             reason = "it has a base of its own"
         if reason is None and frozen is not None:
             with self._lock:
-                guest = _Guest.of(embeddings, self._trees.setdefault((id(frozen), method), _Tree(frozen)))
+                guest = _Guest.of(embeddings, self._trees.setdefault((id(frozen), method), _Tree(frozen)), places)
                 reason = guest.tree.why_not(guest)
             if reason is None:
                 return guest
@@ -126,26 +131,33 @@ class _Places:
     Attributes:
         parameters: name, without that of the adapter → module and name in it.
         settings: name → dictionary of a layer that has the setting of each adapter, such as its scaling.
+        layers: those of adapters.
+        others: parameters that are not of this adapter.
     """
 
     parameters: dict[str, tuple[torch.nn.Module, str]]
     settings: dict[str, dict[str, Any]]
+    layers: list[BaseTunerLayer]
+    others: list[torch.nn.Parameter]
 
     @classmethod
     def of(cls, model: torch.nn.Module, adapter_name: str) -> _Places:
         """Return the places of the adapter of this name."""
-        parameters, settings = {}, {}
+        found = cls({}, {}, [], [])
         for path, module in model.named_modules():
             segments = path.split(".")
             for key, value in module._parameters.items():
                 if value is not None and adapter_name in (*segments, key):
                     parts = ("" if part == adapter_name else part for part in (*segments, key))
-                    parameters[".".join(parts)] = (module, key)
-            for name in module.other_param_names if isinstance(module, BaseTunerLayer) else ():
-                setting = getattr(module, name, None)
-                if isinstance(setting, dict) and adapter_name in setting:
-                    settings[f"{path}:{name}"] = setting
-        return cls(parameters, settings)
+                    found.parameters[".".join(parts)] = (module, key)
+                elif value is not None:
+                    found.others.append(value)
+            if isinstance(module, BaseTunerLayer):
+                found.layers.append(module)
+                held = ((name, getattr(module, name, None)) for name in module.other_param_names)
+                settings = {f"{path}:{name}": value for name, value in held if isinstance(value, dict)}
+                found.settings.update({key: value for key, value in settings.items() if adapter_name in value})
+        return found
 
     def fits(self, other: _Places) -> bool:
         return self.parameters.keys() == other.parameters.keys() and self.settings.keys() == other.settings.keys()
@@ -168,11 +180,11 @@ class _Guest:
     places: _Places
 
     @classmethod
-    def of(cls, embeddings: PeftTransformerEmbeddings, tree: _Tree) -> _Guest:
+    def of(cls, embeddings: PeftTransformerEmbeddings, tree: _Tree, places: _Places) -> _Guest:
         config = configs.encode_config(embeddings.adapter_config)
         apart = {"base_model_name_or_path": None, "revision": None, "inference_mode": None}
         kind = json.dumps({**config, **apart}, sort_keys=True, default=str)
-        return cls(embeddings, tree, kind, _Places.of(embeddings.model, adapters.ADAPTER_NAME))
+        return cls(embeddings, tree, kind, places)
 
 
 class _Tree:
@@ -187,7 +199,7 @@ class _Tree:
 
     def why_not(self, guest: _Guest) -> str | None:
         """Return why the adapter cannot be mixed, or ``None`` if it can; tried once for adapters that are alike."""
-        if not self._holds_base_of(guest):
+        if not all(map(self._frozen.is_shared, guest.places.others)):
             return "the base below was changed, so that it is not the others' any more"
         if guest.kind not in self._slots and guest.kind not in self._refused:
             try:
@@ -278,11 +290,6 @@ class _Tree:
             if not apart <= _TOLERANCE.get(embeddings.base_dtype, 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")
 
-    def _holds_base_of(self, guest: _Guest) -> bool:
-        """Whether every weight below the adapter is the shared one still."""
-        own = {id(module._parameters[key]) for module, key in guest.places.parameters.values()}
-        return all(self._frozen.is_shared(p) for p in guest.embeddings.model.parameters() if id(p) not in own)
-
 
 def _fill_(target: _Places, name: str, source: _Places) -> None:
     """Let a slot have the tensors and settings that a model's adapter has now."""
@@ -305,17 +312,6 @@ def _empty_(target: _Places) -> None:
         parameter = module._parameters[key]
         if parameter is not None and not parameter.is_meta:
             parameter.data = parameter.data.new_empty(0)
-
-
-def _is_as_trained(embeddings: PeftTransformerEmbeddings) -> bool:
-    """Whether the model of the embeddings has its one adapter, switched on, in evaluation mode."""
-    if embeddings.training or not isinstance(embeddings.model, PeftModel):
-        return False
-    try:
-        adapters.refuse_unstorable(embeddings.model)
-    except AdapterConfigError:
-        return False
-    return True
 
 
 def _as_pass(embeddings: PeftTransformerEmbeddings, ids: Sequence[int]) -> ForwardPass:

@@ -135,11 +135,10 @@ def measure_loads(folder: Path, pairs: int) -> list[dict[str, Any]]:
     with torch.no_grad():
         expected = theirs.eval()(ids).last_hidden_state
         torch.testing.assert_close(model.embeddings.hidden_states(ids)[-1], expected, atol=TOLERANCE, rtol=TOLERANCE)
-    counter = iter(range(2, 10**6))
+    counter, kept = iter(range(2, 10**6)), list[Any]()
     for verify, what in ((False, "not proven"), (True, "proven by its probe")):
-        kept: list[Any] = []
 
-        def ours(verify: bool = verify, kept: list[Any] = kept) -> None:
+        def ours(verify: bool = verify) -> None:
             kept.append(shared.load(folder / str(next(counter) % MODELS), verify=verify))
 
         def peft_alone() -> None:
