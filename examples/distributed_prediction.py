@@ -62,12 +62,15 @@ def to_record(sentence: Sentence, error: Exception | None) -> Record:
 
 def predict_shard(model: Classifier, shard: Path, output: Path, *, mini_batch_size: int) -> int:
     """Write the records of a shard to ``output``, which appears whole or not at all; how many there are."""
-    count = 0
+    count = failed = 0
     unfinished = output.with_name(f"{output.stem}.{uuid.uuid4().hex}.unfinished")
     with shard.open("rb") as texts, unfinished.open("w", encoding="utf-8") as file:
         for record in predict_texts(model, (line.rstrip(b"\r\n") for line in texts), mini_batch_size=mini_batch_size):
             file.write(json.dumps(record) + "\n")
             count += 1
+            failed += "error" in record
+        if failed == count > 0:
+            model.predict(Sentence("one plain text"))  # raises where it is not the texts that are at fault
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(output)

@@ -452,9 +452,10 @@ def _explain_injection(model: PreTrainedModel, config: PeftConfig, error: Except
             f"match no module that it can adapt. Its linear modules are called {name_some(linear, limit=12)}. "
             'Pass some of these, or target_modules="all-linear".'
         )
+    other = "another method" if config.peft_type == PeftType.LORA else "another method, LoRA for example,"
     return UnsupportedMethodError(
         f"Cannot use this {method_name(config)} config on {type(model).__name__}. The reason: PEFT says: "
-        f"{str(error).rstrip('.')}. Correct the config, or choose another method or another base model."
+        f"{str(error).rstrip('.')}. Correct the config, or choose {other} or another base model."
     )
 
 

@@ -588,7 +588,9 @@ def test_stream_shows_a_bar_when_asked(tagger: Model, capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    "item", ["a text", Sentence(["a"]), DataPair(Sentence(["a"]), Sentence(["b"])), None, b"x"], ids=repr
+    "item",
+    ["a text", Sentence(["a"]), DataPair(Sentence(["a"]), Sentence(["b"])), None, b"x"],
+    ids=lambda item: type(item).__name__,
 )
 def test_stream_of_one_item_is_refused_at_once(tagger: Model, item: Any) -> None:
     """A text is not taken for a stream of letters, nor a sentence for one of words."""
