@@ -97,7 +97,7 @@ def inject(model: PreTrainedModel, config: PeftConfig, *, is_filled_later: bool 
             peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     except _INJECTION_ERRORS as error:
         raise _explain_injection(model, config, error) from error
-    if not trainable_parameters(peft_model):
+    if not any(parameter.requires_grad for parameter in peft_model.parameters()):
         raise _unsupported(model, config, "it finds nothing to train in this model")
     repair_(peft_model)
     _refuse_training_offloaded(peft_model, is_filled_later=is_filled_later)

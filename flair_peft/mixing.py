@@ -132,18 +132,20 @@ class _Places:
         parameters: name, without that of the adapter → module and name in it.
         settings: name → dictionary of a layer that has the setting of each adapter, such as its scaling.
         layers: those of adapters.
+        entries: dictionary of modules that has one for each adapter, and the module of this one.
         others: parameters that are not of this adapter.
     """
 
     parameters: dict[str, tuple[torch.nn.Module, str]]
     settings: dict[str, dict[str, Any]]
     layers: list[BaseTunerLayer]
+    entries: list[tuple[torch.nn.ModuleDict, torch.nn.Module]]
     others: list[torch.nn.Parameter]
 
     @classmethod
     def of(cls, model: torch.nn.Module, adapter_name: str) -> _Places:
         """Return the places of the adapter of this name."""
-        found = cls({}, {}, [], [])
+        found = cls({}, {}, [], [], [])
         for path, module in model.named_modules():
             segments = path.split(".")
             for key, value in module._parameters.items():
@@ -152,6 +154,8 @@ class _Places:
                     found.parameters[".".join(parts)] = (module, key)
                 elif value is not None:
                     found.others.append(value)
+            if isinstance(module, torch.nn.ModuleDict) and adapter_name in module:
+                found.entries.append((module, module[adapter_name]))
             if isinstance(module, BaseTunerLayer):
                 found.layers.append(module)
                 held = ((name, getattr(module, name, None)) for name in module.other_param_names)
@@ -217,18 +221,18 @@ class _Tree:
             guests: the adapter of each.
         """
         names: dict[int, str] = {}
-        places: list[_Places] = []
+        filled: dict[str, _Places] = {}
         taken: dict[str, int] = {}
         try:
             for guest in {id(guest.embeddings): guest for guest in guests}.values():
                 name, target = self._slot(guest, taken.get(guest.kind, 0))
                 names[id(guest.embeddings)], taken[guest.kind] = name, taken.get(guest.kind, 0) + 1
-                places.append(target)
+                filled[name] = target
                 _fill_(target, name, guest.places)
             return self._forward([p.inputs for p in passes], [names[id(p.embeddings)] for p in passes])
         finally:
-            for target in places:
-                _empty_(target)
+            for name, target in filled.items():
+                _empty_(target, name)
 
     def _forward(self, inputs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Output]:
         assert self._model is not None
@@ -292,10 +296,12 @@ class _Tree:
 
 
 def _fill_(target: _Places, name: str, source: _Places) -> None:
-    """Let a slot have the tensors and settings that a model's adapter has now."""
+    """Let a slot have the tensors and settings that a model's adapter has now, and be a part of its tree."""
+    for holder, entry in target.entries:
+        holder[name] = entry
     for key, (module, own) in target.parameters.items():
-        holder, theirs = source.parameters[key]
-        parameter, tensor = module._parameters[own], holder._parameters[theirs]
+        source_module, theirs = source.parameters[key]
+        parameter, tensor = module._parameters[own], source_module._parameters[theirs]
         assert parameter is not None
         assert tensor is not None
         if parameter.device == tensor.device:
@@ -306,8 +312,11 @@ def _fill_(target: _Places, name: str, source: _Places) -> None:
         setting[name] = source.settings[key][adapters.ADAPTER_NAME]
 
 
-def _empty_(target: _Places) -> None:
-    """Let a slot hold no tensor of any model."""
+def _empty_(target: _Places, name: str) -> None:
+    """Let a slot hold no tensor of any model, and be no part of its tree, which PEFT walks through in each pass."""
+    for holder, _ in target.entries:
+        if name in holder:
+            del holder[name]
     for module, key in target.parameters.values():
         parameter = module._parameters[key]
         if parameter is not None and not parameter.is_meta:

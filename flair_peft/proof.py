@@ -111,13 +111,12 @@ def reachable(embeddings: Any, names: list[str]) -> list[str]:
 
 def report_untrained(embeddings: Any, names: list[str]) -> None:
     """Say which parameters of the adapter are as they were before training."""
-    total = len(adapters.trainable_parameters(embeddings.model))
     if names:
         log.warning(
             "%s of %s parameters of the adapter of '%s' never left their start: %s. It was saved before it was "
             "trained, or they learned nothing.",
             len(names),
-            total,
+            len(adapters.trainable_parameters(embeddings.model)),
             embeddings.name,
             name_some(names, limit=3),
         )

@@ -190,9 +190,10 @@ class StoredWeights(TransformerBaseEmbeddings):
         that is being loaded is nobody else's, so that its tensors can be taken as they are.
         """
         settled, is_ours = set(), load_options().owns_state and not self._frozen
-        for key, parameter in self.model.named_parameters(remove_duplicate=False):
-            tensor = tensors.get(key)
-            if tensor is None or keys.base_key(key) is None:
+        of_base = {key: tensor for key, tensor in tensors.items() if keys.base_key(key) is not None}
+        for key, parameter in self.model.named_parameters(remove_duplicate=False) if of_base else ():
+            tensor = of_base.get(key)
+            if tensor is None:
                 continue
             if self._frozen is not None and self._frozen.is_shared(parameter):
                 if are_same_bits(parameter, tensor):
@@ -237,12 +238,12 @@ class StoredWeights(TransformerBaseEmbeddings):
             log.warning("Not checked for '%s': whether it gives the vectors that it gave when it was saved.", self.name)
         untrained, self._pending_untrained = self._pending_untrained, ()
         proof.report_untrained(self, list(untrained))
-        started = dict(self.model.named_parameters())
+        started = dict(self.model.named_parameters()) if untrained else {}
         self._start = {name: fingerprint.of_tensor(started[name]) for name in untrained if name in started}
 
     def _train_base_again(self) -> None:
         """Let those weights of the base require a gradient that did so when the file was written."""
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters()) if self._pending_trained else {}
         trained = [parameters[name] for name in self._pending_trained if name in parameters]
         if self._frozen is not None:
             self._frozen.own_(trained)

@@ -2,7 +2,8 @@
 
 ``python -m tests.benchmarks.serving`` builds a base in the shape of BERT-base with random weights and fifty classifiers
 on it, compares what they predict, and writes the figures to ``resources/benchmarks``. Times are ratios of interleaved
-pairs in one process; memory is that of a process that loads one model, or twenty, and predicts with each.
+pairs, each group of rows in a process of its own; memory is that of a process that loads one model, or twenty, and
+predicts with each.
 """
 
 from __future__ import annotations
@@ -103,17 +104,17 @@ def compare(one: Action, other: Action, pairs: int, before: Action = lambda: Non
     return {**ratio(these, those), "seconds": [statistics.median(these), statistics.median(those)]}
 
 
+def in_process(folder: Path, *arguments: object) -> Any:
+    """Return what this program prints in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.serving", "--folder", folder, *arguments]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure_memory(folder: Path) -> dict[str, Any]:
     """Return the resident memory with twenty models over that with one."""
-
-    def run(count: int) -> int:
-        command = [sys.executable, "-m", "tests.benchmarks.serving", "--folder", str(folder), "--resident", str(count)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        return int(done.stdout.splitlines()[-1])
-
-    found = [run(RESIDENT) / run(1) for _ in range(3)]
-    value = statistics.median(found)
-    return {"median": value, "low": min(found), "high": max(found)}
+    found = [in_process(folder, "--resident", RESIDENT) / in_process(folder, "--resident", 1) for _ in range(3)]
+    return {"median": statistics.median(found), "low": min(found), "high": max(found)}
 
 
 def print_resident(folder: Path, count: int) -> None:
@@ -183,6 +184,33 @@ def measure_mixed(folder: Path, pairs: int) -> list[dict[str, Any]]:
     ]
 
 
+def measure_mixed_by_peft(folder: Path, pairs: int) -> list[dict[str, Any]]:
+    """Return the first of these ratios for the forward pass of PEFT alone, which is in ours."""
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(folder / "base"), folder / "0", adapter_name="0").eval()
+    for number in range(1, MIXED):
+        model.load_adapter(folder / str(number), adapter_name=str(number))
+    torch.manual_seed(0)
+    inputs = {"input_ids": torch.randint(5, 1000, (BATCH, 24)), "attention_mask": torch.ones(BATCH, 24)}
+    names = [str(row % MIXED) for row in range(BATCH)]
+
+    @torch.no_grad()
+    def mixed() -> torch.Tensor:
+        return model(**inputs, adapter_names=names).last_hidden_state
+
+    @torch.no_grad()
+    def single() -> torch.Tensor:
+        return model(**inputs).last_hidden_state
+
+    torch.testing.assert_close(mixed()[::MIXED], single()[::MIXED], atol=TOLERANCE, rtol=TOLERANCE)
+    return [
+        {
+            "what": "batch of 32 for 8 adapters / for one, PEFT's forward pass alone",
+            "wanted": "",
+            **compare(mixed, single, pairs),
+        }
+    ]
+
+
 def measure_merged(folder: Path, pairs: int) -> list[dict[str, Any]]:
     """Return the time of a merged model over that of a plain one, and of an unmerged one in bf16 over plain bf16."""
     shared = flair_peft.SharedBase(str(folder / "base"))
@@ -221,11 +249,12 @@ def measure_one_sentence(folder: Path, pairs: int) -> list[dict[str, Any]]:
     def any_of_many() -> None:
         models[next(turn) % MODELS].predict(given)
 
-    def two_of_many() -> None:
+    def two_of(base: flair_peft.SharedBase, loaded: list[Any]) -> None:
         number = next(turn)
-        many.predict({models[number % MODELS]: given, models[(number + 1) % MODELS]: given[:]})
+        base.predict({loaded[(number + step) % len(loaded)]: given[:] for step in range(2)})
 
-    pair = [few.load(folder / str(number), verify=False) for number in (1, 2)]
+    three = [first, *(few.load(folder / str(number), verify=False) for number in (1, 2))]
+    few.predict({model: sentences(1) for model in three}, mini_batch_size=BATCH)
     return [
         {
             "what": "a sentence for any of 50 models / for the only one",
@@ -235,7 +264,7 @@ def measure_one_sentence(folder: Path, pairs: int) -> list[dict[str, Any]]:
         {
             "what": "two models at once, 50 loaded / 3 loaded",
             "wanted": "1 in the interval",
-            **compare(two_of_many, lambda: few.predict(dict.fromkeys(pair, given)), pairs),
+            **compare(lambda: two_of(many, models), lambda: two_of(few, three), pairs),
         },
     ]
 
@@ -259,12 +288,22 @@ def to_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+GROUPS: dict[str, Callable[[Path, int], list[dict[str, Any]]]] = {
+    "loads": measure_loads,
+    "mixed": measure_mixed,
+    "peft": measure_mixed_by_peft,
+    "merged": measure_merged,
+    "sentence": measure_one_sentence,
+}
+
+
 def main() -> None:
     """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=21)
     parser.add_argument("--folder", type=Path, help="where the models are made and kept; a temporary one if left out")
     parser.add_argument("--resident", type=int, help="load so many models and print the resident memory")
+    parser.add_argument("--group", choices=GROUPS, help="measure these rows in this process and print them")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -273,16 +312,16 @@ def main() -> None:
     if options.resident is not None:
         print_resident(options.folder, options.resident)
         return
+    if options.group is not None:
+        print(json.dumps(GROUPS[options.group](options.folder, options.pairs)))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         if not (folder / str(MODELS - 1)).exists():
             write_models(folder)
         rows = [
             {"what": "resident memory with 20 models / with one", "wanted": "≤ 1.15", **measure_memory(folder)},
-            *measure_loads(folder, options.pairs),
-            *measure_mixed(folder, options.pairs),
-            *measure_merged(folder, options.pairs),
-            *measure_one_sentence(folder, options.pairs),
+            *(row for group in GROUPS for row in in_process(folder, "--group", group, "--pairs", options.pairs)),
         ]
     report = {
         "date": time.strftime("%Y-%m-%d"),
