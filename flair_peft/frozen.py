@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flair_peft import backbone, capacity, fingerprint, quantised, rows
+from flair_peft import backbone, capacity, fingerprint, quantised, residency, rows
 from flair_peft.dtypes import DtypeLike
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
 from flair_peft.sources import BaseRecord
@@ -328,7 +328,9 @@ class _Placed(FrozenBase):
     def known_record(self) -> BaseRecord:
         """The record of the source, with the settings by which it is quantised."""
         attention, settings = str(self.config._attn_implementation), quantised.settings_of(self.config)
-        return dataclasses.replace(self._source().known_record, attention=attention, quantization=settings)
+        record = dataclasses.replace(self._source().known_record, attention=attention, quantization=settings)
+        residency.give_back_freed()
+        return record
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -445,6 +447,8 @@ def _load(
     if is_quantised_before or not _QUANTISING.isdisjoint(kwargs):
         arguments.setdefault("device_map", {"": str(device)})
     model, random_names = backbone.find_model(record.name, copy.deepcopy(config), dtype=dtype, kwargs=arguments)
+    if is_placed(model):
+        residency.give_back_freed()
     if is_placed(model) and not is_quantised_before:
         return _Placed(model, record, random_names, source=functools.partial(find_source, record, config, kwargs))
     base = FrozenBase(model, record, random_names)
