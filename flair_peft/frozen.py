@@ -34,7 +34,7 @@ _NO_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtyp
 
 # What says how the weights are quantised, and where they go.
 _QUANTISING = frozenset({"load_in_4bit", "load_in_8bit", "quantization_config"})
-_PLACING = _QUANTISING | {"device_map", "max_memory", "offload_folder"}
+PLACING = _QUANTISING | {"device_map", "max_memory", "offload_folder"}
 
 # How the source is reached, which does not change what is in it.
 _ACCESS = frozenset({"cache_dir", "force_download", "local_files_only", "proxies", "token"})
@@ -358,7 +358,7 @@ def find_source(record: BaseRecord, config: PretrainedConfig, kwargs: Mapping[st
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     plain.dtype = None  # that of the trained model: "auto" reads it before it looks into the files
-    kept = {name: value for name, value in kwargs.items() if name not in _PLACING}
+    kept = {name: value for name, value in kwargs.items() if name not in PLACING}
     return find_again(record, plain, dtype="auto", kwargs=kept)
 
 
@@ -488,7 +488,7 @@ def _identity(
     source = _state_of_source(record)
     if (
         source is None
-        or not _PLACING.isdisjoint(kwargs)
+        or not PLACING.isdisjoint(kwargs)
         or not all(isinstance(value, _PLAIN) for value in kwargs.values())
     ):
         return None

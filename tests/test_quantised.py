@@ -13,7 +13,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from flair.data import Sentence
+from flair.data import Dictionary, Sentence
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import TextClassifier
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
@@ -313,6 +313,13 @@ def test_settings_may_be_given_as_flair_takes_them(base: Base, tmp_path: Path) -
     )
     assert embeddings.is_quantised
     assert embeddings.base_record.quantization["bnb_4bit_quant_type"] == "nf4"
+    perturb_(embeddings.model, 0)
+    labels = Dictionary(add_unk=False)
+    for label in ("good", "bad"):
+        labels.add_item(label)
+    live = TextClassifier(embeddings, label_type="opinion", label_dictionary=labels).eval()
+    live.save(tmp_path / "model.pt")
+    assert is_same(vectors(TextClassifier.load(tmp_path / "model.pt")), vectors(live))
 
 
 @pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="only CPUs with AVX512-BF16 are affected")
