@@ -23,7 +23,7 @@ import sys
 import tempfile
 import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,7 +150,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            self.process.wait()
+            self.close()
             said = self.errors.read_text(encoding="utf-8", errors="replace")[-4000:]
             raise RuntimeError(f"{self.name} ended with {self.process.returncode}: {said}")
         return json.loads(line)
@@ -158,7 +158,10 @@ class Worker:
     def close(self) -> None:
         """Let the process end."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        assert self.process.stdout is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
         self.process.wait()
 
 
@@ -413,6 +416,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         "a linear head of two labels on the vector of the first token, texts of 10 to 20 words. All libraries start",
         "from the same adapters and heads; their scores agreed within 1e-4 before anything was timed (Flair's whole",
         "models: with those of base and head alone). Files were warm; the libraries took turns. Figures are medians.",
+        "Where a library writes no tokenizer, transformers writes it beside. For texts of a model at a time, adapters",
+        "are switched on by the library's own call. Flair's models are whole, each with weights of its own.",
         "",
     ]
     for name, versions in report["versions"].items():
