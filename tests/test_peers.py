@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from tests.benchmarks import peers
+from tests.benchmarks import peer_rows, peers
 from tests.benchmarks.__main__ import BENCHMARKS, write_index
 from tests.benchmarks.report import ROOT
+from tests.benchmarks.workers.process import WORKERS
 
 
 def _pins(path: Path) -> dict[str, str]:
@@ -23,10 +24,10 @@ def _pins(path: Path) -> dict[str, str]:
     return {each.name: str(each.specifier) for each in wanted}
 
 
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", peer_rows.PEERS)
 def test_peers_environment_of_each_library_has_exact_versions_and_the_same_torch(name: str) -> None:
     """Every list names exact versions, and no library is measured on another torch than the rest."""
-    held, pins = _pins(ROOT / "resources" / "constraints.txt"), _pins(peers.WORKERS / f"{name}.txt")
+    held, pins = _pins(ROOT / "resources" / "constraints.txt"), _pins(WORKERS / f"{name}.txt")
     assert pins["torch"] == held["torch"]
     # sentence-transformers stands on another major version of transformers than Flair 0.15.1 can.
     if name != "by_sentence_transformers":
@@ -57,22 +58,34 @@ def test_peers_scores_that_differ_are_refused() -> None:
 
 def test_peers_row_that_a_library_cannot_do_has_a_dash_and_a_reason() -> None:
     """No figure stands where nothing was measured; equal reasons share a footnote."""
-    runs: peers.Runs = {"mixed": {"by_flair_peft": [2.0, 4.0], "by_peft": [1.0, 2.0]}}
-    peers.add(runs, "by_flair", {"mixed": 1.0})
+    runs: peer_rows.Runs = {"mixed": {"by_flair_peft": [2.0, 4.0], "by_peft": [1.0, 2.0]}}
+    peer_rows.add(runs, "by_flair", {"mixed": 1.0})
     assert "by_flair" not in runs["mixed"]
-    (row,) = peers.summarise(runs)
+    (row,) = peer_rows.summarise(runs)
     assert row["ours / theirs"]["by_peft"]["median"] == 2.0
     report = {
         "date": "2026-01-01",
         "machine": "a machine",
         "shape": "tiny",
-        "versions": {name: {} for name in peers.PEERS},
+        "versions": {name: {} for name in peer_rows.PEERS},
         "devices": {"CPU": [row]},
     }
-    page = peers.to_markdown(report)
+    page = peer_rows.to_markdown(report)
     assert "| 3 s | – [1] | 1.5 s | – [2] | – [3] |" in page
     assert "1. Each model is a whole one" in page
     assert "3. It was not measured." in page
+
+
+def test_peers_row_without_the_probe_is_compared_with_loads_that_have_none() -> None:
+    """What only this package can leave out is no reason to leave the comparison out."""
+    runs: peer_rows.Runs = {
+        "load": {"by_flair_peft": [3.0], "by_peft": [2.0]},
+        "load_unproven": {"by_flair_peft": [2.0]},
+    }
+    load, unproven = peer_rows.summarise(runs)
+    assert load["ours / theirs"]["by_peft"]["median"] == 1.5
+    assert unproven["ours / theirs"]["by_peft"]["median"] == 1.0
+    assert unproven["median"] == {"by_flair_peft": 2.0}
 
 
 def test_peers_worker_that_ends_is_reported_with_what_it_said(tmp_path: Path) -> None:
@@ -94,9 +107,9 @@ def test_peers_that_are_installed_here_are_compared_in_all_rows(
     peers.main([*arguments, "--folder", str(tmp_path / "models")])
     report: dict[str, Any] = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
     (rows,) = report["devices"].values()
-    assert [row["row"] for row in rows] == [name for name in peers.ROWS if not name.endswith("_device")]
+    assert [row["row"] for row in rows] == [name for name in peer_rows.ROWS if not name.endswith("_device")]
     for row in rows:
-        assert row["median"].keys() | row["absent"].keys() >= set(peers.HERE)
+        assert row["median"].keys() | row["absent"].keys() >= set(peer_rows.HERE)
         assert row["row"] == "each" or all(value > 0 for values in row["values"].values() for value in values)
     assert capsys.readouterr().out == (tmp_path / "peers.md").read_text(encoding="utf-8") + "\n"
     write_index(tmp_path)

@@ -15,154 +15,45 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoTokenizer
 
 from tests import tiny
-from tests.benchmarks.report import RESULTS, ROOT, processor, ratio, today, total_memory, write
+from tests.benchmarks.peer_rows import (
+    ADAPTERS,
+    BATCH,
+    HERE,
+    MIXED,
+    OURS,
+    PEERS,
+    REFERENCE,
+    ROWS,
+    TRAINING_BATCH,
+    Runs,
+    add,
+    empty,
+    summarise,
+    to_markdown,
+)
+from tests.benchmarks.report import RESULTS, heading, write
 from tests.benchmarks.shapes import SHAPES
+from tests.benchmarks.workers.process import Worker, make_environment
 
-WORKERS = Path(__file__).parent / "workers"
-ADAPTERS, MIXED, BATCH, TRAINING_BATCH = 20, 8, 32, 8
 TOLERANCE = 1e-4
 """Of probabilities: sums in another order, by another version of transformers."""
 APART = 1e-2
 """What an adapter has to change the probability of some text by, at least."""
-
-
-class Peer(NamedTuple):
-    """A library in the comparison."""
-
-    title: str
-    has_adapters: bool = True
-    mixes: bool = True
-    kept: int = ADAPTERS
-    """How many different checkpoints are made; whole models are large."""
-
-
-OURS, REFERENCE = "by_flair_peft", "by_peft"
-PEERS = {
-    OURS: Peer("flair_peft"),
-    "by_flair": Peer("Flair, whole models", has_adapters=False, mixes=False, kept=MIXED),
-    REFERENCE: Peer("PEFT and transformers"),
-    "by_sentence_transformers": Peer("sentence-transformers", mixes=False),
-    "by_adapters": Peer("adapters (AdapterHub)"),
-}
-HERE = (OURS, "by_flair", REFERENCE)
 GROUPS = ("files", "loads", "training", "prediction", "many", "mixed")
-
-_NO_PROOF = "It has no check of what it loads that could be left out."
-_NO_MIXING = "Its forward pass knows one adapter at a time."
-_WHOLE = "Each model is a whole one; no two of them can share a forward pass."
-_INSIDE = "The tokenizer is inside the one file."
-
-
-class Row(NamedTuple):
-    """A line of the comparison: what it is, its unit, who has no figure and why."""
-
-    what: str
-    unit: str
-    absent: Mapping[str, str] = {}
-
-
-_OTHERS = [name for name in PEERS if name != OURS]
-_UNPROVEN = dict.fromkeys(_OTHERS, _NO_PROOF)
-ROWS = {
-    "bytes": Row("checkpoint, all files", "MB"),
-    "learned": Row("the same without the tokenizer's files", "MB", {"by_flair": _INSIDE}),
-    "save": Row("save, the first in a process", "s"),
-    "save_again": Row("save, once more", "s"),
-    "import": Row("import of the library in a new process", "s"),
-    "load": Row("load to first prediction in that process", "s"),
-    "load_unproven": Row("the same without the probe (`verify=False`)", "s", _UNPROVEN),
-    "load_peak": Row("peak memory of that process", "MB"),
-    "load_beyond": Row("the same beyond what the imports take", "MB"),
-    "load_device": Row("peak memory of the GPU for it", "MB"),
-    "step": Row(f"training step, {TRAINING_BATCH} texts", "s"),
-    "step_peak": Row("peak memory of the process that trains", "MB"),
-    "step_device": Row("peak memory of the GPU for it", "MB"),
-    "predict": Row(f"prediction of {BATCH} texts", "s"),
-    "resident": Row(f"memory of a process with {ADAPTERS} models, on one base if it can", "MB"),
-    "each": Row("memory that each model after the first adds", "MB"),
-    "add": Row("adding one of them", "s"),
-    "add_unproven": Row("the same without the probe (`verify=False`)", "s", _UNPROVEN),
-    "mixed": Row(
-        f"{BATCH} texts for {MIXED} models, in one batch",
-        "s",
-        {"by_flair": _WHOLE, "by_sentence_transformers": _NO_MIXING},
-    ),
-    "grouped": Row(f"the same, {BATCH // MIXED} texts of a model at a time", "s"),
-}
-
-Runs = dict[str, dict[str, list[float]]]
-"""Row → peer → values, in the order in which they were measured."""
-
-
-class Worker:
-    """A process of a peer, which answers requests."""
-
-    def __init__(self, name: str, python: Path, folder: Path, *, device: str, threads: int) -> None:
-        self.name, self.errors = name, folder / f"{name}.err"
-        command = [python, "-m", "tests.benchmarks.workers", name, folder, device]
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": str(threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": str(ROOT),
-        }
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                list(map(str, command)),
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-        self.hello = self._answer()
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Return the answer to a request.
-
-        Raises:
-            RuntimeError: the process ended; the message has the end of what it said.
-        """
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.close()
-            said = self.errors.read_text(encoding="utf-8", errors="replace")[-4000:]
-            raise RuntimeError(f"{self.name} ended with {self.process.returncode}: {said}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Let the process end."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
 
 
 class Comparison:
@@ -317,18 +208,6 @@ class Comparison:
                     add(runs, name, {row: seconds} if number >= 0 else {})
 
 
-def empty(*rows: str) -> Runs:
-    """Return rows without values."""
-    return {row: {} for row in rows}
-
-
-def add(runs: Runs, name: str, values: Mapping[str, float]) -> None:
-    """Add the values of a peer to their rows, in place; a row in which it has no figure stays without."""
-    for row, value in values.items():
-        if name not in ROWS[row].absent:
-            runs[row].setdefault(name, []).append(value)
-
-
 def apart(these: Any, those: Any) -> float:
     """Return the largest difference of two lists of numbers."""
     return float((torch.tensor(these) - torch.tensor(those)).abs().max())
@@ -374,96 +253,6 @@ def make_texts(base: Path, count: int) -> list[str]:
     return [" ".join(generator.choices(words, k=10 + number % 11)) for number in range(count)]
 
 
-def make_environment(name: str, folder: Path) -> Path:
-    """Return the Python of a peer's environment, which is made if it is missing or of other versions."""
-    wanted, python = WORKERS / f"{name}.txt", folder / name / "bin" / "python"
-    installed = folder / name / "installed.txt"
-    if not installed.exists() or installed.read_text(encoding="utf-8") != wanted.read_text(encoding="utf-8"):
-        venv.create(folder / name, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", wanted], check=True)
-        installed.write_text(wanted.read_text(encoding="utf-8"), encoding="utf-8")
-    return python
-
-
-def summarise(runs: Runs) -> list[dict[str, Any]]:
-    """Return for each row with figures the medians of the peers, and the paired ratios of ours to theirs."""
-    rows = []
-    for row, values in runs.items():
-        if not values:
-            continue
-        mine = values.get(OURS, [])
-        ratios = {name: ratio(mine, theirs) for name, theirs in values.items() if name != OURS and mine}
-        medians = {name: statistics.median(found) for name, found in values.items()}
-        absent = dict(ROWS[row].absent)
-        what = {"row": row, "what": ROWS[row].what, "unit": ROWS[row].unit}
-        rows.append({**what, "median": medians, "ours / theirs": ratios, "absent": absent, "values": values})
-    return rows
-
-
-def figure(value: float, unit: str) -> str:
-    """Return a value in its unit with three digits."""
-    value, unit = (value / 1e6, "MB") if unit == "MB" else (value, "s") if value >= 1 else (value * 1e3, "ms")
-    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-
-
-def to_markdown(report: dict[str, Any]) -> str:
-    """Return the report as a page."""
-    lines = [
-        "# Beside other libraries",
-        "",
-        f"`python -m tests.benchmarks.peers`, {report['date']}, {report['machine']}.",
-        f"A base in the shape of {report['shape']} with random weights, fp32, LoRA (r=8, alpha=32) on query and value,",
-        "a linear head of two labels on the vector of the first token, texts of 10 to 20 words. All libraries start",
-        "from the same adapters and heads; their scores agreed within 1e-4 before anything was timed (Flair's whole",
-        "models: with those of base and head alone). Files were warm; the libraries took turns. Figures are medians.",
-        "Where a library writes no tokenizer, transformers writes it beside. For texts of a model at a time, adapters",
-        "are switched on by the library's own call. Flair's models are whole, each with weights of its own.",
-        "",
-    ]
-    for name, versions in report["versions"].items():
-        found = ", ".join(f"{library} {version}" for library, version in versions.items())
-        lines.append(f"- {PEERS[name].title}: {found}")
-    for device, rows in report["devices"].items():
-        lines += ["", f"## {device}", "", *_table(rows, list(report["versions"]))]
-    return "\n".join(lines) + "\n"
-
-
-def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    notes: list[str] = []
-    lines = [f"| | {' | '.join(PEERS[name].title for name in names)} |", f"|---|{'---|' * len(names)}"]
-    for row in rows:
-        cells = [_cell(row, name, notes) for name in names]
-        lines.append(f"| {row['what']} | {' | '.join(cells)} |")
-    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
-    others = [name for name in names if name != OURS]
-    compared = [row for row in rows if row["ours / theirs"]]
-    if not others or not compared:
-        return lines
-    lines += ["", "flair_peft's share of the others, medians of pairs with 95 % bootstrap intervals:", ""]
-    lines += [f"| | pairs | {' | '.join(PEERS[name].title for name in others)} |", f"|---|---|{'---|' * len(others)}"]
-    for row in compared:
-        ratios = [row["ours / theirs"].get(name) for name in others]
-        cells = [_share(found) for found in ratios]
-        lines.append(f"| {row['what']} | {len(row['values'][OURS])} | {' | '.join(cells)} |")
-    return lines
-
-
-def _share(found: Mapping[str, float] | None) -> str:
-    if found is None:
-        return "–"
-    is_one = found["low"] == found["high"]
-    return f"{found['median']:.2f}" + ("" if is_one else f" ({found['low']:.2f} to {found['high']:.2f})")
-
-
-def _cell(row: Mapping[str, Any], name: str, notes: list[str]) -> str:
-    if name in row["median"]:
-        return figure(row["median"][name], row["unit"])
-    why = row["absent"].get(name, "It was not measured.")
-    if why not in notes:
-        notes.append(why)
-    return f"– [{notes.index(why) + 1}]"
-
-
 def measure(comparison: Comparison, groups: Sequence[str], *, pairs: int, processes: int) -> list[dict[str, Any]]:
     """Return the rows of one device."""
     counts = {"files": processes, "loads": pairs, "many": processes}
@@ -502,8 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             on_gpu = Comparison(pythons, folder, device="cuda", threads=options.threads)
             devices[next(iter(comparison.gpus.values())) or ""] = measure(on_gpu, options.groups, **counts)
     report = {
-        "date": today(),
-        "machine": f"{processor()}, {os.cpu_count()} CPU cores, {total_memory() / 2**30:.0f} GiB",
+        **heading(),
         "shape": options.shape,
         **counts,
         "versions": comparison.versions,

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: where results go, what machine they are of, ratios of paired values."""
+"""What the benchmarks have in common: times and their ratios, processes that print JSON, reports."""
 
 from __future__ import annotations
 
@@ -7,18 +7,33 @@ import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from flair_peft.compat import versions
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "resources" / "benchmarks"
 
 
-def today() -> str:
-    """Return the date as it stands in reports."""
-    return time.strftime("%Y-%m-%d")
+def heading(*notes: str, **versions_of_others: str) -> dict[str, str]:
+    """Return what every report starts with: the date, the machine with what is to be noted of it, and the versions."""
+    found = versions() | versions_of_others
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": ", ".join([machine(), *notes]),
+        "versions": ", ".join(f"{name} {version}" for name, version in found.items()),
+    }
+
+
+def machine() -> str:
+    """Return the processor, the number of its cores, and the memory."""
+    gibibytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{processor()}, {os.cpu_count()} CPU cores, {gibibytes:.0f} GiB"
 
 
 def processor() -> str:
@@ -29,9 +44,24 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def total_memory() -> int:
-    """Return the memory of this machine, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def seconds(action: Callable[[], object]) -> float:
+    """Return how long an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def in_process(module: str, *arguments: object) -> Any:
+    """Return what a module of this project prints last, in JSON, in a process of its own.
+
+    Raises:
+        RuntimeError: the process failed; the message has the end of what it said.
+    """
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def ratio(these: Sequence[float], those: Sequence[float]) -> dict[str, float]:
