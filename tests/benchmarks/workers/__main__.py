@@ -41,7 +41,9 @@ class Session:
         self.texts = json.loads((peer.folder / "texts.json").read_text(encoding="utf-8"))
         self.action: Callable[[], Any] = lambda: None
         self.is_on_gpu = peer.device != "cpu"
-        self.before = reset_peak()
+        torch.zeros(1, device=peer.device)  # what the device sets up once is no library's
+        self.reset()
+        self.before = peak()
 
     def timed(self, action: Callable[[], Any]) -> tuple[float, Any]:
         """Return the seconds of an action with all that it started on the device, and its result."""
@@ -50,6 +52,13 @@ class Session:
         if self.is_on_gpu:
             self.torch.cuda.synchronize()
         return time.perf_counter() - start, result
+
+    def reset(self) -> None:
+        """Let the peaks of :meth:`memory` start from now."""
+        gc.collect()
+        reset_peak()
+        if self.is_on_gpu:
+            self.torch.cuda.reset_peak_memory_stats()
 
     def memory(self) -> dict[str, int]:
         """Return the peak of this process, beyond its imports as well, and that of the device."""
@@ -129,8 +138,7 @@ class Session:
             changes[kind] = max(changes[kind], change)
         count = sum(parameter.numel() for parameter in trained)
         del before
-        gc.collect()
-        reset_peak()
+        self.reset()
         self.action = step
         return {"loss": loss, "changes": changes, "trained": count}
 
