@@ -27,6 +27,7 @@ PAGES = {
     "CONTRIBUTING.md": "/contributing/index.md",
     "README.md": "/index.md",
     "resources/format.md": "/reference/format.md",
+    "examples/README.md": "/guide/examples.md",
     "examples/distributed_training.py": "/guide/examples.md#distributed-training",
     "examples/distributed_prediction.py": "/guide/examples.md#distributed-prediction",
     "examples/ray_prediction.py": "/guide/examples.md#prediction-with-ray",
