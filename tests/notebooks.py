@@ -96,7 +96,9 @@ def _quiet(outputs: list[Any], *, folder: str) -> Iterator[Any]:
     for output in _joined(outputs):
         if output.output_type == "stream":
             lines = re.split(r"(?<=[\n\r])", output.text.replace("\r\n", "\n"))
-            output.text = "".join(line for line in lines if not _NOISE.search(line)).replace(folder, "/…")
+            # What ends in a carriage return is overwritten on a terminal: bars, and the blanks that erase them.
+            kept = (line for line in lines if not line.endswith("\r") and not _NOISE.search(line))
+            output.text = "".join(kept).replace(folder, "/…")
             if not output.text.strip():
                 continue
         elif "image/png" in output.get("data", {}):
