@@ -445,6 +445,7 @@ def without_costly_init(config: PeftConfig) -> PeftConfig:
 
 def _explain_injection(model: PreTrainedModel, config: PeftConfig, error: Exception) -> AdapterConfigError:
     targets = getattr(config, "target_modules", None)
+    targets = sorted(targets) if isinstance(targets, set) else targets
     if "target" in str(error).lower() and "found" in str(error).lower():
         linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
         return AdapterConfigError(

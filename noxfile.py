@@ -1,0 +1,75 @@
+"""Checks in virtual environments of their own: ``nox -s lint tests docs``; what follows ``--`` goes to pytest.
+
+Interpreters that are not installed are skipped. torch keeps the version of the constraints in every session: on a
+machine without a GPU, another one may come with gigabytes for CUDA.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nox
+
+CONSTRAINTS = Path("resources/constraints.txt")
+LOWEST = Path("resources/constraints-lowest.txt")
+
+# What depends most on the versions of the libraries.
+CLOSE_TO_LIBRARIES = [
+    *("matrix", "methods", "training", "config", "patch", "checkpoint", "checkpoints", "slim_files", "quantised"),
+]
+
+nox.options.sessions = ["lint", "tests", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = False
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+def tests(session: nox.Session) -> None:
+    """Run the tests with the exact versions of the constraints."""
+    session.install("-c", str(CONSTRAINTS), "-e", ".[test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python="3.11")
+def lowest(session: nox.Session) -> None:
+    """Run what depends most on the libraries with the lowest versions that setup.cfg allows."""
+    session.install("-c", str(LOWEST), "-e", ".[test]")
+    session.run("python", "-m", "pytest", *(session.posargs or _close_to_libraries()))
+
+
+@nox.session(python="3.11")
+def newest(session: nox.Session) -> None:
+    """Run the same with the newest versions that setup.cfg allows, torch apart."""
+    torch = re.search(r"^torch==.+$", CONSTRAINTS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text(torch[0] if torch else "", encoding="utf-8")
+    session.install("--upgrade", "-c", str(constraints.resolve()), "-e", ".[test]")
+    session.run("python", "-m", "pytest", *(session.posargs or _close_to_libraries()))
+
+
+def _close_to_libraries() -> list[str]:
+    return [*(f"tests/test_{name}.py" for name in CLOSE_TO_LIBRARIES), "tests/regression"]
+
+
+@nox.session(python="3.11")
+def docs(session: nox.Session) -> None:
+    """Build the site into build/docs; every warning is an error."""
+    session.install("-c", str(CONSTRAINTS), "-e", ".[docs]")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-E", "-q", "docs", "build/docs")
+
+
+@nox.session(python="3.11")
+def lint(session: nox.Session) -> None:
+    """Run ruff and mypy, which reads torch's types."""
+    session.install("-c", str(CONSTRAINTS), "-e", ".[dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session(python="3.11")
+def coverage(session: nox.Session) -> None:
+    """Print which lines and branches the tests do not reach, those of processes that tests start included."""
+    session.install("-c", str(CONSTRAINTS), "-e", ".[test,dev]")
+    session.run("python", "-m", "pytest", "--cov", "--cov-report=term-missing:skip-covered", *session.posargs)
