@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -30,6 +31,8 @@ from flair_peft.errors import (
     StateMismatchError,
 )
 from flair_peft.inspection import Adapter, Inspection
+
+log = logging.getLogger("flair_peft")
 
 OK, DIFFERENT, TROUBLE, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 
@@ -59,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _make_parser()
     chosen = parser.parse_args(arguments)
+    log.addFilter(_print_plainly)
     try:
         code: int = chosen.run(chosen)
         sys.stdout.flush()
@@ -75,6 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _complain(_explain(error))
         return DIFFERENT if chosen.command == "verify" and isinstance(error, StateMismatchError) else TROUBLE
+    finally:
+        log.removeFilter(_print_plainly)
+
+
+def _print_plainly(record: logging.LogRecord) -> bool:
+    """Let a warning that names what stands in a file be printed as such a name is printed elsewhere."""
+    record.msg, record.args = _printable(record.getMessage()), None
+    return True
 
 
 def _explain(error: Exception) -> str:
@@ -103,7 +115,16 @@ def _printable(value: object) -> str:
 
 
 def _print_json(value: Any) -> None:
-    _print(json.dumps(value, indent=2, default=str))
+    _print(json.dumps(_without_infinity(value), indent=2, default=str, allow_nan=False))
+
+
+def _without_infinity(value: Any) -> Any:
+    """Return the value with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager
@@ -323,6 +344,11 @@ def _push(chosen: argparse.Namespace) -> int:
     }
     if chosen.source.is_file():
         address = flair_peft.push_to_hub(_load(chosen.source, chosen), chosen.repository, **options)
+    elif chosen.base_model is not None or chosen.trust_remote_code:
+        raise SaveError(
+            f"Cannot push '{chosen.source}' with --base-model or --trust-remote-code: a directory is uploaded as it "
+            "lies there, and its base is not loaded. Leave them out, or use verify with them first."
+        )
     else:
         with _showing("verifying"):
             address = hub.push_directory(chosen.source, chosen.repository, **options)

@@ -153,7 +153,7 @@ def _tensors_of(found: outline.Outline, value: Any, path: Path) -> dict[str, Sto
 def _read_checkpoint(path: Path) -> Contents:
     place, document = checkpoint.read_document(path)
     parts, state = document.body.get("parts"), document.body.get("model")
-    if not isinstance(state, dict) or not isinstance(parts, list) or not all(map(_is_part, parts)):
+    if not isinstance(state, dict) or not isinstance(parts, list) or not all(map(layout.is_part, parts)):
         raise _odd(path, "what it says of its model does not make sense")
     files, tensors = dict[str, int](), dict[str, StoredTensor]()
     damage = [*_compare_files(place, {name: entry.bytes for name, entry in document.files.items()}, files)]
@@ -181,17 +181,6 @@ def _read_checkpoint(path: Path) -> Contents:
         prefixes=tuple(tuple(part["prefixes"]) for part in parts),
         twins=twins,
         damage=tuple(damage),
-    )
-
-
-def _is_part(part: Any) -> bool:
-    return (
-        isinstance(part, dict)
-        and all(
-            isinstance(part.get(key), list) and all(isinstance(name, str) for name in part[key])
-            for key in ("prefixes", "only_for_peft")
-        )
-        and bool(part["prefixes"])
     )
 
 

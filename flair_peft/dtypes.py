@@ -22,6 +22,9 @@ from flair_peft.errors import AdapterConfigError, DtypeMismatchError
 
 DtypeLike = str | torch.dtype
 
+# The keywords by which transformers takes the dtype of a model's weights.
+SPELLINGS = ("dtype", "torch_dtype")
+
 _MASTERS = "_flair_peft_head_masters"
 
 
@@ -63,7 +66,7 @@ def requested_dtype(dtype: DtypeLike | None, *keyword_arguments: Mapping[str, An
     Raises:
         AdapterConfigError: two different dtypes are asked for.
     """
-    spellings = [(kwargs, name) for kwargs in keyword_arguments for name in ("dtype", "torch_dtype")]
+    spellings = [(kwargs, name) for kwargs in keyword_arguments for name in SPELLINGS]
     asked: list[DtypeLike | None] = [dtype, *(kwargs.get(name) for kwargs, name in spellings)]
     distinct = {value if value == "auto" else parse_dtype(value) for value in asked if value is not None}
     if len(distinct) > 1:

@@ -151,17 +151,19 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         config_kwargs = {**(transformers_config_kwargs or {}), **kwargs}
         model_kwargs = {**(transformers_model_kwargs or {}), **kwargs}
         asked_dtype = dtypes.requested_dtype(dtype, model_kwargs)
-        model_kwargs = {key: value for key, value in model_kwargs.items() if key not in ("dtype", "torch_dtype")}
+        model_kwargs = {key: value for key, value in model_kwargs.items() if key not in dtypes.SPELLINGS}
         given_config = None if peft_config is None else configs.own_config(peft_config)
         is_new = saved_config is None
+        # A tokenizer keeps every keyword, and cannot be saved with those that only models understand.
+        for_others = {key: value for key, value in kwargs.items() if key not in (*frozen.PLACING, *dtypes.SPELLINGS)}
 
         self._set_tokenizer(
             model,
             tokenizer or model,
             tokenizer_data,
             feature_extractor_data,
-            {**(transformers_tokenizer_kwargs or {}), **kwargs},
-            kwargs,
+            {**(transformers_tokenizer_kwargs or {}), **for_others},
+            for_others,
         )
         if use_context_separator:
             with tokenizer_files.exclusively(self.tokenizer):

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flair_peft import backbone, capacity, fingerprint, quantised, rows
+from flair_peft import backbone, capacity, fingerprint, quantised, residency, rows
 from flair_peft.dtypes import DtypeLike
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
 from flair_peft.sources import BaseRecord
@@ -34,7 +34,7 @@ _NO_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtyp
 
 # What says how the weights are quantised, and where they go.
 _QUANTISING = frozenset({"load_in_4bit", "load_in_8bit", "quantization_config"})
-_PLACING = _QUANTISING | {"device_map", "max_memory", "offload_folder"}
+PLACING = _QUANTISING | {"device_map", "max_memory", "offload_folder"}
 
 # How the source is reached, which does not change what is in it.
 _ACCESS = frozenset({"cache_dir", "force_download", "local_files_only", "proxies", "token"})
@@ -328,7 +328,9 @@ class _Placed(FrozenBase):
     def known_record(self) -> BaseRecord:
         """The record of the source, with the settings by which it is quantised."""
         attention, settings = str(self.config._attn_implementation), quantised.settings_of(self.config)
-        return dataclasses.replace(self._source().known_record, attention=attention, quantization=settings)
+        record = dataclasses.replace(self._source().known_record, attention=attention, quantization=settings)
+        residency.give_back_freed()
+        return record
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -356,7 +358,7 @@ def find_source(record: BaseRecord, config: PretrainedConfig, kwargs: Mapping[st
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     plain.dtype = None  # that of the trained model: "auto" reads it before it looks into the files
-    kept = {name: value for name, value in kwargs.items() if name not in _PLACING}
+    kept = {name: value for name, value in kwargs.items() if name not in PLACING}
     return find_again(record, plain, dtype="auto", kwargs=kept)
 
 
@@ -445,6 +447,8 @@ def _load(
     if is_quantised_before or not _QUANTISING.isdisjoint(kwargs):
         arguments.setdefault("device_map", {"": str(device)})
     model, random_names = backbone.find_model(record.name, copy.deepcopy(config), dtype=dtype, kwargs=arguments)
+    if is_placed(model):
+        residency.give_back_freed()
     if is_placed(model) and not is_quantised_before:
         return _Placed(model, record, random_names, source=functools.partial(find_source, record, config, kwargs))
     base = FrozenBase(model, record, random_names)
@@ -484,7 +488,7 @@ def _identity(
     source = _state_of_source(record)
     if (
         source is None
-        or not _PLACING.isdisjoint(kwargs)
+        or not PLACING.isdisjoint(kwargs)
         or not all(isinstance(value, _PLAIN) for value in kwargs.values())
     ):
         return None

@@ -36,7 +36,8 @@ def take_over_head(model: Model, *, labels: Sequence[str] | None = None) -> list
     Labels are matched by name. Heads of one linear layer on the same vectors can be taken over: those of token
     classification, for a ``SequenceTagger`` without RNN, CRF and reprojection or a ``TokenClassifier``; and those of
     sequence classification with decoders such as GPT-2 or Llama, which read the last token, for a ``TextClassifier``
-    (``cls_pooling="cls"`` reads the same token). Where the labels match, logits are those of the source model.
+    (``cls_pooling="cls"`` reads the same token). Where the labels match, logits are those of the source model. The
+    model predicts without dropout afterwards, as a loaded one does; Flair's new models are in training mode.
 
     Args:
         model: whose embeddings come from ``from_adapter``; its dictionary names the labels.
@@ -61,6 +62,7 @@ def take_over_head(model: Model, *, labels: Sequence[str] | None = None) -> list
     if not rows:
         raise _refused(model, f"it knows the labels {name_some(names)}, and this one {name_some(items)}")
     _copy_(own, foreign, rows)
+    model.eval()  # Flair does so in its load and its trainer, never in predict
     lacking, unused = [name for name in items if name not in names], [name for name in names if name not in items]
     if lacking or unused:
         log.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,9 +74,10 @@ def quantize_onnx(
         )
     before, score = _predict(model, data_points), _evaluate(model, data_points, gold_label_type)
     sizes = sum(Path(embeddings.onnx_model).stat().st_size for embeddings in embedded)
-    for embeddings in embedded:
-        path = Path(embeddings.onnx_model)
-        embeddings.quantize_model(str(path.with_name(f"{path.stem}-int8{path.suffix}")))
+    with _without_advice():
+        for embeddings in embedded:
+            path = Path(embeddings.onnx_model)
+            embeddings.quantize_model(str(path.with_name(f"{path.stem}-int8{path.suffix}")))
     after, score_after = _predict(model, data_points), _evaluate(model, data_points, gold_label_type)
     pairs = list(zip(before, after, strict=True))
     cost = AccuracyCost(
@@ -87,6 +89,26 @@ def quantize_onnx(
     )
     log.info("int8: %s.", cost)
     return cost
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Inside, onnxruntime does not advise to prepare the graph in another program.
+
+    It does so through the root logger, by a function that gives this one a handler if it has none.
+    """
+    root, placeholder = logging.getLogger(), logging.NullHandler()
+    root.addHandler(placeholder)
+    root.addFilter(_is_no_advice)
+    try:
+        yield
+    finally:
+        root.removeFilter(_is_no_advice)
+        root.removeHandler(placeholder)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "pre-processing before quantization" not in record.getMessage()
 
 
 def _predict(model: Any, data_points: Sequence[DataPoint]) -> list[Labels]:

@@ -76,7 +76,7 @@ def from_files(
         ModelFileError: parts of it do not fit each other.
     """
     parts, model = document.get("parts"), json.loads(json.dumps(document.get("model")))
-    if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
+    if not isinstance(parts, list) or not all(is_part(part) for part in parts):
         raise _damaged("its list of embeddings is not one")
     found: Tensors = {**tensors.get(HEAD, {}), **tensors.get(BASE, {})}
     known = {HEAD, BASE, *(folder_of(index) + ADAPTER_WEIGHTS for index in range(len(parts)))}
@@ -223,12 +223,11 @@ def _read_config(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
         raise _damaged(f"'{name}' cannot be read: {error}") from error
 
 
-def _is_part(part: Any) -> bool:
-    if not isinstance(part, dict):
-        return False
-    lists = [part.get("prefixes"), part.get("only_for_peft")]
-    return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists) and bool(
-        lists[0]
+def is_part(part: Any) -> bool:
+    """Whether this describes an adapter of a directory: whose tensors are its, and which only PEFT reads."""
+    lists = [part.get("prefixes"), part.get("only_for_peft")] if isinstance(part, dict) else [None]
+    return bool(lists[0]) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists
     )
 
 

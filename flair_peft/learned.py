@@ -224,7 +224,7 @@ class _Weights:
         if self.state[key].is_meta:
             return "offloaded"
         take = fingerprint.sampled if self.is_spread or key in self.placed else fingerprint.full
-        return take({"": self.state[key]})
+        return take(quantised.parts_of(self.state[key]))
 
 
 def quantised_keys(model: torch.nn.Module) -> frozenset[str]:

@@ -29,7 +29,6 @@ from flair_peft.errors import (
 
 State = dict[str, Any]
 
-_LORA_MARK = "lora_A"
 
 _MOST_THREADS = 8
 _CHUNK = 1 << 18  # fits into the cache of a core

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from peft import prepare_model_for_kbit_training
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
 
-# Engines whose settings files hold. What others need beside their settings, such as calibration data, is in no file.
-_STORED_ENGINES = frozenset({"bitsandbytes"})
+# torchao's ways to quantise weights alone: a gradient passes those that quantise what goes in as well by none.
+_WEIGHT_ONLY = frozenset({"Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"})
+
+# What torchao finds by its name for the fields of these.
+_GRANULARITIES = frozenset({"PerRow", "PerTensor", "PerGroup", "PerAxis"})
+_CHOICES = frozenset({"MappingType", "IntxPackingFormat", "IntxChooseQParamsAlgorithm", "Float8PackingFormat"})
 
 # What peft.prepare_model_for_kbit_training takes, as files hold it.
 _PREPARING = frozenset({"use_gradient_checkpointing", "gradient_checkpointing_kwargs"})
@@ -49,17 +54,57 @@ def read_settings(stored: Mapping[str, Any]) -> Any:
             f"settings of {name_some(sorted(_STORED_ENGINES))}. It is damaged or was not written by flair_peft."
         )
     try:
-        settings = AutoQuantizationConfig.from_dict(copy.deepcopy(dict(stored)))
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        is_sound = _STORED_ENGINES[str(stored["quant_method"])](stored)
+        settings = AutoQuantizationConfig.from_dict(copy.deepcopy(dict(stored))) if is_sound else None
+    except (ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
         raise ModelFileError(
             f"Cannot quantise the base model as the file says: {type(error).__name__}: {error}. Its settings are "
             "damaged. Copy or save it again."
         ) from error
-    is_dtype = isinstance(settings.bnb_4bit_compute_dtype, torch.dtype)
-    skipped = settings.llm_int8_skip_modules or []
-    if not is_dtype or not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+    if settings is None:
         raise ModelFileError("Cannot quantise the base model: its settings are damaged. Copy or save the file again.")
     return settings
+
+
+def _is_sound_for_bitsandbytes(stored: Mapping[str, Any]) -> bool:
+    dtype = getattr(torch, str(stored.get("bnb_4bit_compute_dtype", "float32")), None)
+    return isinstance(dtype, torch.dtype) and _are_names(stored.get("llm_int8_skip_modules"))
+
+
+def _is_sound_for_torchao(stored: Mapping[str, Any]) -> bool:
+    """Whether the settings hold known names only: torchao looks up every name that it is given."""
+    described = stored["quant_type"]["default"]
+    is_known = described["_type"] in _WEIGHT_ONLY and all(map(_is_known, described["_data"].values()))
+    return is_known and _are_names(stored.get("modules_to_not_convert"))
+
+
+def _is_known(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return value is None or isinstance(value, bool | int | float | str)
+    if value["_type"] in _GRANULARITIES:
+        return all(isinstance(number, int) for number in value["_data"].values())
+    if value["_type"] in _CHOICES:
+        return isinstance(value["_data"], str) and value["_data"].isupper()
+    return value["_type"] == "torch.dtype" and isinstance(getattr(torch, value["_data"]), torch.dtype)
+
+
+def _are_names(names: Any) -> bool:
+    return names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
+
+
+# Engines whose settings files hold. What others need beside their settings, such as calibration data, is in no file.
+_STORED_ENGINES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "bitsandbytes": _is_sound_for_bitsandbytes,
+    "torchao": _is_sound_for_torchao,
+}
+
+
+def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return name → tensor of what a weight consists of: torchao's are made of several, all others of themselves."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return {"": tensor}
+    names, _ = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}
 
 
 def check_storable(model: PreTrainedModel, name: str) -> None:
@@ -74,6 +119,15 @@ def check_storable(model: PreTrainedModel, name: str) -> None:
             f"Cannot store '{name}': its base is quantised by {found}, and files hold the settings of "
             f"{name_some(sorted(_STORED_ENGINES))} only. Quantise it with transformers' BitsAndBytesConfig to be able "
             "to save."
+        )
+    settings = settings_of(model.config) or {}
+    kind = settings.get("quant_type") if found == "torchao" else None
+    kind = kind["default"]["_type"] if isinstance(kind, dict) else kind
+    if kind is not None and kind not in _WEIGHT_ONLY:
+        raise AdapterConfigError(
+            f"Cannot store '{name}': its base is quantised with torchao's {kind}, and files hold the settings of "
+            f"{name_some(sorted(_WEIGHT_ONLY))} only. Others quantise what goes into a layer, and no gradient passes "
+            "them, or were not tried. Use one of these."
         )
 
 

@@ -1,4 +1,4 @@
-"""Memory of tensors that are mapped from files: what was read once need not stay in it."""
+"""Memory that nobody needs any more, and that stays with the process until it is given back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -34,6 +35,28 @@ def let_go(tensor: torch.Tensor) -> None:
     """
     if _is_sparing.get():
         page_out(tensor)
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory is that of a file, which the system can drop and read again; known on Linux only."""
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return False
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        span, _, _, _, inode = line.split()[:5]
+        first, last = (int(address, 16) for address in span.split("-"))
+        if first <= tensor.data_ptr() < last:
+            return inode != "0"
+    return False
+
+
+def give_back_freed() -> None:
+    """Give back what was freed and what the C library keeps for later: a copy of a base, layer by layer, is much.
+
+    Elsewhere than with glibc nothing happens.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def page_out(tensor: torch.Tensor) -> None:

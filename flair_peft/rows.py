@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from flair_peft import fingerprint
+from flair_peft import fingerprint, residency
 
 log = logging.getLogger("flair_peft")
 
+_ROWS_AT_ONCE = 4096
 _HEADER_LENGTH = struct.Struct("<Q")
 
 
@@ -23,10 +24,16 @@ def mean_rows(matrix: torch.Tensor, count: int) -> torch.Tensor:
     """Return ``count`` new rows for a matrix of shape (rows, length): each is the mean of all rows.
 
     transformers draws new rows from a normal distribution around that mean whose covariance, over all rows, takes
-    seconds to compute and is scaled to nearly nothing.
+    seconds to compute and is scaled to nearly nothing. Of a matrix that is mapped from a file, a piece at a time is in
+    memory.
     """
-    with torch.no_grad():
-        return matrix.float().mean(dim=0).to(matrix.dtype).repeat(count, 1)
+    is_mapped, total = residency.is_mapped(matrix), torch.zeros((), device=matrix.device)
+    for start in range(0, len(matrix), _ROWS_AT_ONCE):
+        end = start + _ROWS_AT_ONCE
+        total = total + matrix[start:end].detach().sum(dim=0, dtype=torch.float32)
+        if is_mapped:
+            residency.page_out(matrix[:end])  # from the start: pages can be reclaimed in large groups only
+    return (total / len(matrix)).to(matrix.dtype).repeat(count, 1)
 
 
 def append_rows_(model: PreTrainedModel, rows: torch.Tensor, folder: Path | None) -> None:

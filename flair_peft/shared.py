@@ -67,7 +67,7 @@ class SharedBase:
         """
         model_kwargs = {**(transformers_model_kwargs or {}), **kwargs}
         asked = dtypes.requested_dtype(dtype, model_kwargs)
-        model_kwargs = {key: value for key, value in model_kwargs.items() if key not in ("dtype", "torch_dtype")}
+        model_kwargs = {key: value for key, value in model_kwargs.items() if key not in dtypes.SPELLINGS}
         config_kwargs = {**(transformers_config_kwargs or {}), **kwargs}
         base = bases.find_new(model, dtype=asked, config_kwargs=config_kwargs, model_kwargs=model_kwargs)
         if base.is_placed:

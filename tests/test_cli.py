@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -20,7 +21,7 @@ from flair.nn import Model
 from peft import GraloraConfig, HRAConfig, IA3Config, LoraConfig, PeftConfig, UniLoraConfig
 
 import flair_peft
-from flair_peft import cli
+from flair_peft import cli, proof
 from tests.hub import HubStandIn, online
 from tests.round_trip import largest_difference
 from tests.test_inspection import Payload, build, lora, save_as, save_stock
@@ -121,6 +122,28 @@ def test_inspect_prints_no_character_that_moves_the_cursor(run: Run, tmp_path: P
     assert not set("\x1b\r\x07\u202e") & set(text)
 
 
+def test_warning_prints_no_character_that_moves_the_cursor(
+    run: Run, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Names of embeddings come from files, too; logging is as it was after the command."""
+    parameters = [p for p in model.embeddings.model.parameters() if p.requires_grad]
+    name, model.embeddings.name = model.embeddings.name, "evil\x1b[31m\r"
+    start, model.embeddings._start = model.embeddings._start, proof.start_of(model.embeddings.model)
+    try:
+        path = save_as("file", model, tmp_path)
+    finally:
+        model.embeddings.name, model.embeddings._start = name, start
+    assert parameters
+    caplog.clear()
+    assert run("verify", path)[0] == 0
+    said = [record.getMessage() for record in caplog.records if "never left" in record.getMessage()]
+    assert len(said) == 1
+    assert not set("\x1b\r") & set(said[0])
+    assert r"\x1b" in said[0]
+    logging.getLogger("flair_peft").warning("a\x1b")
+    assert caplog.records[-1].getMessage() == "a\x1b"
+
+
 def test_verify_of_a_whole_model_says_that_it_is(run: Run, directory: Path, file: Path) -> None:
     """What was saved is proved, by directory and by file."""
     for path in (directory, file):
@@ -175,6 +198,22 @@ def test_diff_exits_like_diff(run: Run, directory: Path, file: Path, model: Mode
     assert is_paragraph(errors)
 
 
+def test_diff_as_json_is_json_where_a_tensor_was_zero(run: Run, model: Model, tmp_path: Path) -> None:
+    """JSON has no number for a change relative to nothing."""
+    bias = model.decoder.bias
+    kept = bias.detach().clone()
+    with torch.no_grad():
+        bias.zero_()
+        first = save_as("file", model, tmp_path)
+        bias.fill_(0.5)
+        second = save_as("directory", model, tmp_path)
+        bias.copy_(kept)
+    code, text, _ = run("diff", first, second, "--json")
+    assert code == 1
+    (row,) = json.loads(text, parse_constant=lambda name: pytest.fail(name))["values"]
+    assert (row["largest"], row["relative"]) == (0.5, None)
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[HubStandIn]:
     with HubStandIn() as stand_in, online(stand_in, None, tmp_path / "cache", token=stand_in.token):
@@ -218,6 +257,17 @@ def test_push_of_a_damaged_directory_uploads_nothing(
     code, _, errors = run("push", tmp_path / "x", "me/model")
     assert code == 2
     assert "head.safetensors" in errors
+    assert not server.requests
+
+
+@pytest.mark.parametrize("option", [["--base-model", "elsewhere"], ["--trust-remote-code"]], ids=" ".join)
+def test_push_of_a_directory_with_options_of_a_load_is_refused(
+    option: list[str], run: Run, server: HubStandIn, directory: Path
+) -> None:
+    """An option that would change nothing is not taken."""
+    code, _, errors = run("push", directory, "me/model", *option)
+    assert code == 2
+    assert "its base is not loaded" in " ".join(errors.split())
     assert not server.requests
 
 

@@ -1,10 +1,12 @@
-"""The examples of several processes, as their first lines say that they are run."""
+"""The examples, as their first lines say that they are run."""
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -247,3 +249,58 @@ def test_training_in_two_processes_reaches_what_one_reaches(tmp_path: Path) -> N
     assert min(scores) > 0.8
     assert scores[0] == pytest.approx(scores[1], abs=0.05)
     assert (tmp_path / "two" / "best-model.pt").is_file()
+
+
+TEXTS = ("The soup was cold and the waiter was rude.", "Not a dull moment: the show made us smile.")
+
+
+def test_sentiment_example_differs_from_stock_flair_in_two_lines() -> None:
+    """A script for Flair becomes one for LoRA by another import and another name, and by nothing else."""
+    stock, ours = ((EXAMPLES / name).read_text().splitlines() for name in ("sentiment_stock_flair.py", "sentiment.py"))
+    found = [line for line in difflib.ndiff(stock, ours) if line[0] in "+-" and line[2:].strip()]
+    assert found == [
+        "- from flair.embeddings import TransformerDocumentEmbeddings",
+        "+ from flair_peft import PeftTransformerDocumentEmbeddings",
+        "-     embeddings = TransformerDocumentEmbeddings(arguments.model)",
+        "+     embeddings = PeftTransformerDocumentEmbeddings(arguments.model)",
+    ]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["sentiment.py", "sentiment_stock_flair.py"])
+def test_sentiment_example_predicts_what_a_reader_would(name: str, tmp_path: Path) -> None:
+    """Both scripts learn, save, load and label two sentences; the one with LoRA leaves a file a tenth as large."""
+    printed = run([sys.executable, EXAMPLES / name, "--output", tmp_path / "model"], tmp_path)
+    labels = re.findall(r"^(\w+) \(\d\.\d+\): (.*)$", printed, re.MULTILINE)
+    assert labels == [("negative", TEXTS[0]), ("positive", TEXTS[1])]
+    size = (tmp_path / "model" / "final-model.pt").stat().st_size
+    assert (size < 1_000_000) == (name == "sentiment.py")
+
+
+@pytest.mark.matrix
+def test_ner_example_tags_the_lines_of_a_file(tmp_path: Path) -> None:
+    """The tagger of the directory that it saved prints each line with its names."""
+    (tmp_path / "text.txt").write_text("Many students live in Egypt.\nNobody came.\n")
+    options = ["--output", tmp_path / "tagger", "--text", tmp_path / "text.txt", "--epochs", "3", "--dtype", "bfloat16"]
+    printed = run([sys.executable, EXAMPLES / "ner.py", *options], tmp_path).splitlines()
+    assert printed[-2:] == ["Many students live in Egypt.  →  Egypt (LOC)", "Nobody came.  →  no names"]
+    assert (tmp_path / "tagger" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.matrix
+def test_decoder_example_trains_and_loads_a_decoder(tmp_path: Path) -> None:
+    """The script finds its random decoder when it loads what it trained, and labels both sentences."""
+    printed = run([sys.executable, EXAMPLES / "decoder.py", "--output", tmp_path / "model", "--epochs", "1"], tmp_path)
+    labels = re.findall(r"^(?:negative|positive) \(\d\.\d+\): (.*)$", printed, re.MULTILINE)
+    assert labels == list(TEXTS)
+
+
+@pytest.mark.matrix
+def test_few_shot_example_learns_a_task_that_it_was_not_trained_on(tmp_path: Path) -> None:
+    """The new topics are those of the test reviews alone, and the saved model has them."""
+    options = ["--output", tmp_path / "model.pt", "--epochs", "1", "--shots", "2"]
+    printed = run([sys.executable, EXAMPLES / "few_shot.py", *options], tmp_path)
+    assert "trained on: airline, campsite, concert, dentist, laptop, museum" in printed
+    scores = [float(score) for score in re.findall(r"accuracy .*: (\d\.\d{3})$", printed, re.MULTILINE)]
+    assert len(scores) == 2
+    assert (tmp_path / "model.pt").stat().st_size < 1_000_000

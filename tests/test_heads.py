@@ -96,6 +96,21 @@ def test_take_over_head_of_token_classification_gives_its_logits(
             assert (_word_logits(model, text) - expected).abs().max() <= TOLERANCE
 
 
+def test_take_over_head_of_a_new_model_predicts_without_dropout(base: Bases, tmp_path: Path) -> None:
+    """What predict gives right after the head was taken over are the probabilities of the source class."""
+    trained = _train(base("bert"), tmp_path, "tokens", "bert")
+    model = _tagger(_words(tmp_path), LABELS).train()
+    take_over_head(model, labels=LABELS)
+    for text in TEXTS:
+        sentence = Sentence(text)
+        model.predict(sentence, return_probabilities_for_all_classes=True)
+        rows = _first_subtokens(model.embeddings, text)
+        expected = _source_logits(trained, model.embeddings, text)[rows].softmax(-1)
+        found = [{label.value: label.score for label in token.get_tags_proba_dist("ner")} for token in sentence]
+        scores = torch.tensor([[float(scores[label]) for label in LABELS] for scores in found])
+        assert (scores - expected).abs().max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "mistral", "gemma"])
 def test_take_over_head_of_a_decoder_over_its_last_token_gives_its_logits(
     architecture: str, base: Bases, tmp_path: Path

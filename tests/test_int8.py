@@ -57,6 +57,22 @@ def test_exported_model_in_int8_is_smaller_and_says_what_changed(
     assert labels_of(again) == labels_of(after)
 
 
+def test_quantisation_leaves_logging_as_it_was(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime gives advice that nobody can follow here, and would set up logging for the whole process."""
+    _, live = save("text-classifier", base("bert"), tmp_path / "model")
+    exported = flair_peft.export_onnx(live, tmp_path / "model.onnx")
+    flair_peft.quantize_onnx(exported, points_of("text-classifier"))
+    assert not [message for message in caplog.messages if "pre-processing" in message]
+    root = logging.getLogger()
+    assert not root.filters
+    monkeypatch.setattr(root, "handlers", [])
+    exported = flair_peft.export_onnx(live, tmp_path / "again.onnx")
+    flair_peft.quantize_onnx(exported, points_of("text-classifier"))
+    assert root.handlers == []
+
+
 def test_cost_counts_evaluations_where_gold_labels_are_named(base: Callable[[str], str], tmp_path: Path) -> None:
     """Flair's own evaluation, before and after."""
     _, live = save("text-classifier", base("bert"), tmp_path / "model")

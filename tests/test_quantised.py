@@ -13,7 +13,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from flair.data import Sentence
+from flair.data import Dictionary, Sentence
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import TextClassifier
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
@@ -44,6 +44,7 @@ SETTINGS: dict[str, Callable[[], BitsAndBytesConfig]] = {
     "fp4": lambda: BitsAndBytesConfig(load_in_4bit=True),
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
 }
+BY_DEFAULT = [n if n in ("nf4", "int8") else pytest.param(n, marks=pytest.mark.matrix) for n in SETTINGS]
 LAYERS = {"nf4": Linear4bit, "nf4-double": Linear4bit, "fp4": Linear4bit, "int8": Linear8bitLt}
 
 _TARGETS = ["query", "value"]
@@ -89,7 +90,7 @@ def is_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", BY_DEFAULT)
 def test_what_was_saved_is_quantised_again_and_gives_the_same_bits(
     settings: str, method: str, base: Base, tmp_path: Path
 ) -> None:
@@ -115,7 +116,7 @@ def test_what_was_saved_is_quantised_again_and_gives_the_same_bits(
     assert not [name for name in stored if name.endswith((".SCB", ".absmax", "query.weight"))]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", BY_DEFAULT)
 def test_training_runs_through_and_its_best_model_is_the_one_loaded(settings: str, base: Base, tmp_path: Path) -> None:
     """Flair's own training: evaluation between epochs, the best model's reload, the final file."""
     model = quantised_classifier(base("bert"), settings)
@@ -313,6 +314,13 @@ def test_settings_may_be_given_as_flair_takes_them(base: Base, tmp_path: Path) -
     )
     assert embeddings.is_quantised
     assert embeddings.base_record.quantization["bnb_4bit_quant_type"] == "nf4"
+    perturb_(embeddings.model, 0)
+    labels = Dictionary(add_unk=False)
+    for label in ("good", "bad"):
+        labels.add_item(label)
+    live = TextClassifier(embeddings, label_type="opinion", label_dictionary=labels).eval()
+    live.save(tmp_path / "model.pt")
+    assert is_same(vectors(TextClassifier.load(tmp_path / "model.pt")), vectors(live))
 
 
 @pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="only CPUs with AVX512-BF16 are affected")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flair_peft import residency
+from flair_peft import residency, rows
 
 
 def resident() -> int:
@@ -37,3 +37,27 @@ def test_let_go_gives_memory_back_and_keeps_the_values(tmp_path: Path) -> None:
         residency.let_go(own[::2])
         residency.let_go(torch.empty(0))
     assert float(own.sum()) == 1_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_mean_of_a_mapped_matrix_leaves_it_on_the_disk(tmp_path: Path) -> None:
+    """New rows are the mean of all; a matrix in memory of its own is left in it."""
+    torch.manual_seed(0)
+    own = torch.randn(60_000, 128)
+    save_file({"weight": own}, tmp_path / "large.safetensors")
+    weight = load_file(tmp_path / "large.safetensors")["weight"]
+    assert residency.is_mapped(weight)
+    assert not residency.is_mapped(own)
+    before = resident()
+    found = rows.mean_rows(weight, 2)
+    assert resident() < before + weight.nbytes / 4
+    torch.testing.assert_close(found, own.mean(dim=0).repeat(2, 1))
+    assert torch.equal(rows.mean_rows(own, 2), found)
+    assert torch.equal(weight, own)
+
+
+def test_freed_memory_is_given_back() -> None:
+    """Nothing that is in use changes."""
+    kept = torch.ones(1_000_000)
+    residency.give_back_freed()
+    assert float(kept.sum()) == 1_000_000

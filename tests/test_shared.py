@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import shutil
 import threading
 import warnings
@@ -20,7 +21,7 @@ from flair.nn import Model
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase
@@ -535,11 +536,31 @@ def test_shared_base_multitask_model_has_one_adapter_for_the_tasks_that_share(
     assert frozen_addresses(model) == frozen_addresses(other)
 
 
+def test_shared_base_model_trained_on_a_quantised_base_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
+    """On weights that were never rounded it would predict something else."""
+    directory, _ = save("text-classifier", base("bert"), tmp_path, quantization_config=BitsAndBytesConfig(True))
+    with pytest.raises(BaseMismatchError, match="trained on a quantised base"):
+        SharedBase(base("bert")).load(directory)
+
+
+def test_predict_together_says_once_what_gets_passes_of_its_own(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of each method and reason, however often it predicts and for however many models."""
+    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, use_dora=True)
+    shared = SharedBase(base("bert"))
+    saved = [save("text-classifier", base("bert"), tmp_path / str(i), config=config, seed=i)[0] for i in range(2)]
+    models = [shared.load(directory) for directory in saved]
+    with caplog.at_level(logging.INFO, logger="flair_peft"):
+        for _ in range(2):
+            shared.predict({model: [Sentence(text) for text in TEXTS] for model in models})
+    said = [record.getMessage() for record in caplog.records if "passes of their own" in record.getMessage()]
+    assert len(said) == 1
+    assert "DoRA" in said[0]
+
+
 def test_shared_base_quantised_is_refused(base: Callable[[str], str]) -> None:
     """Weights that cannot be shared are not loaded to be shared."""
-    pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
     with pytest.raises(AdapterConfigError, match="quantised or spread over devices"):
         SharedBase(base("bert"), quantization_config=BitsAndBytesConfig(load_in_4bit=True))
 

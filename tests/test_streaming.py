@@ -100,7 +100,7 @@ def points_of(name: str, copies: int = 4) -> list[Any]:
     return [copy_point(split[i]) for _ in range(copies) for split in splits for i in range(len(split))]
 
 
-@pytest.mark.parametrize("window", [2, 100])
+@pytest.mark.parametrize("window", [2, pytest.param(100, marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("name", ZOO)
 def test_stream_of_any_model_gives_what_its_own_predict_gives(base: BASE, name: str, window: int) -> None:
     """Every model class of Flair labels a stream as it labels a list, in windows of any size, and keeps the order."""
@@ -217,7 +217,7 @@ def test_stream_reads_no_further_than_it_must(tagger: Model) -> None:
     assert len(read) == 104
 
 
-@pytest.mark.parametrize("name", ["tagger", "reader_of_context"])
+@pytest.mark.parametrize("name", ["tagger", pytest.param("reader_of_context", marks=pytest.mark.matrix)])
 def test_stream_keeps_no_more_than_two_windows_alive(name: str, request: pytest.FixtureRequest) -> None:
     """What the caller let go of is collected; links between neighbours do not keep the stream in memory."""
     alive: weakref.WeakSet[Sentence] = weakref.WeakSet()
@@ -355,7 +355,9 @@ ODD: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("long", [True, False], ids=["allow_long_sentences", "cut"])
+@pytest.mark.parametrize(
+    "long", [pytest.param(True, marks=pytest.mark.matrix), False], ids=["allow_long_sentences", "cut"]
+)
 @pytest.mark.parametrize("name", ["sequence-tagger", "sequence-tagger-rnn-crf", "text-classifier", "tars-classifier"])
 def test_stream_with_odd_sentences_gives_what_flair_gives(base: BASE, name: str, long: bool) -> None:
     """What Flair can predict comes out as Flair predicts it, at its place, and the good ones do not mind."""

@@ -8,17 +8,11 @@ writes the figures to ``resources/benchmarks``. Pairs are interleaved, since oth
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import platform
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +23,9 @@ from flair.models import TextClassifier
 from peft import LoraConfig
 
 import flair_peft
-from flair_peft.compat import versions
+from tests.benchmarks.report import RESULTS, ROOT, heading, in_process, ratio, seconds, write
 from tests.benchmarks.shapes import SHAPES
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "resources" / "benchmarks"
 TOLERANCE = 1e-4
 
 # Way → the way that it is measured against, and the largest ratio of their times that we want.
@@ -62,17 +54,11 @@ def write_files(folder: Path) -> dict[str, float]:
     stock = TextClassifier(TransformerDocumentEmbeddings(base, use_context_separator=False), **settings)
     model.save(folder / "slim.pt")  # the first save reads all of the base once
     return {
-        "slim.pt": timed(lambda: model.save(folder / "slim.pt")),
-        "checkpoint": timed(lambda: flair_peft.save_pretrained(model, folder / "checkpoint")),
-        "whole.pt": timed(lambda: model.save(folder / "whole.pt", save_base=True)),
-        "stock.pt": timed(lambda: stock.save(folder / "stock.pt")),
+        "slim.pt": seconds(lambda: model.save(folder / "slim.pt")),
+        "checkpoint": seconds(lambda: flair_peft.save_pretrained(model, folder / "checkpoint")),
+        "whole.pt": seconds(lambda: model.save(folder / "whole.pt", save_base=True)),
+        "stock.pt": seconds(lambda: stock.save(folder / "stock.pt")),
     }
-
-
-def timed(action: Any) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -93,9 +79,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def run(way: str, folder: Path) -> dict[str, Any]:
     """Return what one load in a new process measured."""
-    command = [sys.executable, "-m", "tests.benchmarks.loads", way, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_process("tests.benchmarks.loads", way, folder)
 
 
 def measure(folder: Path, *, pairs: int, stock_pairs: int) -> dict[str, list[dict[str, Any]]]:
@@ -120,14 +104,6 @@ def check(runs: dict[str, list[dict[str, Any]]]) -> None:
             vector = torch.tensor(result["vector"])
             if way != "load_stock_file" and vector.numel():
                 torch.testing.assert_close(vector, expected, atol=TOLERANCE, rtol=TOLERANCE)
-
-
-def ratio(these: Sequence[float], those: Sequence[float]) -> dict[str, float]:
-    """Return the median of the paired ratios with the 95 % interval of 2,000 bootstrap samples."""
-    pairs = [a / b for a, b in zip(these, those, strict=False)]
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(pairs, k=len(pairs))) for _ in range(2000))
-    return {"median": statistics.median(pairs), "low": medians[50], "high": medians[1949]}
 
 
 def import_seconds(statement: str) -> float:
@@ -229,17 +205,8 @@ def main() -> None:
             if not (folder / "base").exists():
                 SHAPES[shape](folder / "base")
             rows += evaluate(shape, folder, pairs=options.pairs, stock_pairs=options.stock_pairs)
-    report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU used",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "pairs": options.pairs,
-        "rows": rows,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "checkpoints.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.out / "checkpoints.md").write_text(to_markdown(report), encoding="utf-8")
-    print(to_markdown(report))
+    report = {**heading("no GPU used"), "pairs": options.pairs, "rows": rows}
+    write("checkpoints", report, to_markdown(report), out=options.out)
 
 
 if __name__ == "__main__":

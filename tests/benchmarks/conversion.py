@@ -24,7 +24,7 @@ from flair.models import TextClassifier
 from peft import LoraConfig
 
 import flair_peft
-from tests.benchmarks.loads import peak, reset_peak
+from tests.benchmarks.memory import peak, reset_peak
 from tests.benchmarks.shapes import SHAPES
 
 _TEXT = "a wonderful film in Berlin"

@@ -26,6 +26,7 @@ from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
 import flair_peft
+from tests.benchmarks.memory import peak, reset_peak
 
 TEXT = "a bb ab ba the aaab , aba ?"
 """Words that the made vocabularies hold or spell."""
@@ -97,18 +98,6 @@ WAYS: dict[str, Callable[[Path], torch.Tensor]] = {
         load_stock_file,
     )
 }
-
-
-def peak() -> int:
-    """Return the largest resident memory of this process since the last reset, in bytes."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
-
-
-def reset_peak() -> int:
-    """Let :func:`peak` start from the memory of now, and return that."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
 
 
 def main(way: str, folder: Path) -> None:

@@ -21,16 +21,11 @@ import gc
 import itertools
 import json
 import logging
-import os
-import platform
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +37,9 @@ from flair.models import SequenceTagger
 from peft import LoraConfig
 
 from flair_peft import PeftTransformerWordEmbeddings, predict_stream
-from flair_peft.compat import versions
 from tests import tiny
-from tests.benchmarks.checkpoints import RESULTS, ROOT, ratio
-from tests.benchmarks.loads import peak, reset_peak
+from tests.benchmarks.memory import peak, reset_peak
+from tests.benchmarks.report import RESULTS, heading, in_process, ratio, seconds, write
 from tests.benchmarks.shapes import SHAPES
 
 MINI_BATCH = 32
@@ -85,13 +79,6 @@ def check_equal(tagger: SequenceTagger, given: list[str]) -> None:
     mine, flairs = ([[str(label) for label in point.labels] for point in points] for points in (found, expected))
     assert any(mine)
     assert mine == flairs
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """Return how long an action takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def consume(stream: Iterator[Any], count: int | None = None) -> None:
@@ -183,9 +170,7 @@ def memory(folder: Path) -> None:
 
 def of_memory(folder: Path, *, runs: int) -> dict[str, Any]:
     """Return the peak memory of a process after a long stream, as a multiple of that after its first part."""
-    command = [sys.executable, "-m", __spec__.name, "--memory", str(folder)]
-    done = [subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True) for _ in range(runs)]
-    found = [json.loads(each.stdout.splitlines()[-1]) for each in done]
+    found = [in_process("tests.benchmarks.prediction", "--memory", folder) for _ in range(runs)]
     what = f"peak memory after {LAST:,} / after {FIRST:,} streamed sentences, tiny model"
     measured = ratio([each["last"] for each in found], [each["first"] for each in found])
     beyond = {name: statistics.median(each[name] - each["before"] for each in found) for name in ("first", "last")}
@@ -240,17 +225,12 @@ def main() -> None:
         rows += against_length(small, pairs=options.pairs)
         rows += [of_flair(small), of_memory(small, runs=options.runs)]
     report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores ({torch.get_num_threads()} threads), {platform.machine()}, no GPU used",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        **heading(f"{torch.get_num_threads()} thread(s)", "no GPU used"),
         "pairs": options.pairs,
         "runs": options.runs,
         "rows": rows,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "prediction.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.out / "prediction.md").write_text(to_markdown(report), encoding="utf-8")
-    print(to_markdown(report))
+    write("prediction", report, to_markdown(report), out=options.out)
 
 
 if __name__ == "__main__":

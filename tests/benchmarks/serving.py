@@ -12,13 +12,8 @@ import argparse
 import gc
 import json
 import logging
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +27,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModel
 
 import flair_peft
-from flair_peft.compat import versions
-from tests.benchmarks.checkpoints import RESULTS, ROOT, ratio
+from tests.benchmarks.memory import resident
+from tests.benchmarks.report import RESULTS, heading, in_process, ratio, seconds, write
 from tests.benchmarks.shapes import SHAPES
 
 MODELS, RESIDENT, MIXED, BATCH = 50, 20, 8, 32
@@ -79,18 +74,6 @@ def read(model: TextClassifier, given: list[Sentence]) -> torch.Tensor:
     return torch.tensor([[label.score for label in labels] for labels in found])
 
 
-def resident() -> int:
-    """Return the resident memory of this process, in bytes."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) * 1024
-
-
-def seconds(action: Action) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 def compare(one: Action, other: Action, pairs: int, before: Action = lambda: None) -> dict[str, Any]:
     """Return the ratio of the times of two actions, run in turn, with its interval and the medians."""
 
@@ -104,16 +87,10 @@ def compare(one: Action, other: Action, pairs: int, before: Action = lambda: Non
     return {**ratio(these, those), "seconds": [statistics.median(these), statistics.median(those)]}
 
 
-def in_process(folder: Path, *arguments: object) -> Any:
-    """Return what this program prints in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.serving", "--folder", folder, *arguments]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure_memory(folder: Path) -> dict[str, Any]:
     """Return the resident memory with twenty models over that with one."""
-    found = [in_process(folder, "--resident", RESIDENT) / in_process(folder, "--resident", 1) for _ in range(3)]
+    command = ("tests.benchmarks.serving", "--folder", folder, "--resident")
+    found = [in_process(*command, RESIDENT) / in_process(*command, 1) for _ in range(3)]
     return {"median": statistics.median(found), "low": min(found), "high": max(found)}
 
 
@@ -319,21 +296,13 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         if not (folder / str(MODELS - 1)).exists():
             write_models(folder)
+        command = ("tests.benchmarks.serving", "--folder", folder)
         rows = [
             {"what": "resident memory with 20 models / with one", "wanted": "≤ 1.15", **measure_memory(folder)},
-            *(row for group in GROUPS for row in in_process(folder, "--group", group, "--pairs", options.pairs)),
+            *(row for group in GROUPS for row in in_process(*command, "--group", group, "--pairs", options.pairs)),
         ]
-    report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU used",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "pairs": options.pairs,
-        "rows": rows,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "serving.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.out / "serving.md").write_text(to_markdown(report), encoding="utf-8")
-    print(to_markdown(report))
+    report = {**heading("no GPU used"), "pairs": options.pairs, "rows": rows}
+    write("serving", report, to_markdown(report), out=options.out)
 
 
 if __name__ == "__main__":

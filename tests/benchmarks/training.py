@@ -11,14 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import platform
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +28,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoTokenizer
 
 import flair_peft
-from flair_peft.compat import versions
-from tests.benchmarks.checkpoints import RESULTS, ROOT, ratio
-from tests.benchmarks.loads import peak, reset_peak
+from tests.benchmarks.memory import peak, private, reset_peak
+from tests.benchmarks.report import RESULTS, heading, in_process, ratio, seconds, write
 from tests.benchmarks.shapes import SHAPES
 
 WANTED = 1.05
@@ -155,14 +149,13 @@ def times(base: Path, *, pairs: int) -> dict[str, list[float]]:
     """Return the seconds of each step of both loops, taken in turn, the first of a pair changing."""
     loops = {name: make(base) for name, make in LOOPS.items()}
     check(loops["flair"], loops["bare"])
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    found: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(-3, pairs):
         for name in sorted(loops, reverse=bool(number % 2)):
-            start = time.perf_counter()
-            loops[name][2]()
+            taken = seconds(loops[name][2])
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                found[name].append(taken)
+    return found
 
 
 def one_process(name: str, base: Path, *, steps: int = 4) -> None:
@@ -178,27 +171,18 @@ def one_process(name: str, base: Path, *, steps: int = 4) -> None:
     print(json.dumps({"peak": peak() - before, "private": private() - private_before}))
 
 
-def private() -> int:
-    """Return the resident memory of this process that is not that of files, in bytes."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
-
-
 def memory(base: Path, *, pairs: int) -> dict[str, list[dict[str, int]]]:
     """Return the memory of processes, taken in turn."""
     found: dict[str, list[dict[str, int]]] = {name: [] for name in LOOPS}
     for _ in range(pairs):
         for name in LOOPS:
-            command = [sys.executable, "-m", "tests.benchmarks.training", "--loop", name, "--base", str(base)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            found[name].append(in_process("tests.benchmarks.training", "--loop", name, "--base", base))
     return found
 
 
 def evaluate(base: Path, *, pairs: int) -> dict[str, Any]:
     """Return what was measured and what we want."""
-    seconds, sizes = times(base, pairs=pairs), memory(base, pairs=pairs)
-    found = {"time of a step": seconds}
+    found, sizes = {"time of a step": times(base, pairs=pairs)}, memory(base, pairs=pairs)
     for kind in ("peak", "private"):
         found[f"{kind} memory"] = {name: [size[kind] for size in those] for name, those in sizes.items()}
     rows = [
@@ -206,9 +190,7 @@ def evaluate(base: Path, *, pairs: int) -> dict[str, Any]:
         for what, values in found.items()
     ]
     return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores, of which one is used, {platform.machine()}, no GPU used",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        **heading("one core used", "no GPU used"),
         "pairs": pairs,
         "rows": [{**row, "wanted": f"≤ {WANTED}"} for row in rows],
         "figures": {
@@ -266,10 +248,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         report = evaluate(options.base or SHAPES["bert-base"](Path(temporary) / "base"), pairs=options.pairs)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.out / "training.md").write_text(to_markdown(report), encoding="utf-8")
-    print(to_markdown(report))
+    write("training", report, to_markdown(report), out=options.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""All benchmarks with one command: ``python -m tests.benchmarks``, or some of them by name.
+
+Each runs in a process of its own, one after the other, and writes its results as JSON and as a page into
+``resources/benchmarks``; ``README.md`` there lists them. ``--quick`` tries whether they run, with the fewest
+repetitions, and writes into a temporary folder unless ``--out`` names one. A benchmark that fails does not keep the
+others from running; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.benchmarks.report import RESULTS, ROOT
+
+
+class Benchmark(NamedTuple):
+    """What a module of this package measures, and its arguments for a trial."""
+
+    what: str
+    quick: tuple[str, ...] = ("--pairs", "1")
+
+
+BENCHMARKS = {
+    "checkpoints": Benchmark(
+        "sizes, loads and their memory, beside PEFT alone and whole files of Flair",
+        ("--pairs", "1", "--stock-pairs", "1", "--shapes", "bert-base"),
+    ),
+    "training": Benchmark("a training step, beside a bare loop of PEFT"),
+    "prediction": Benchmark("streams of sentences: time, and memory over their length"),
+    "serving": Benchmark("many models on one base"),
+    "quantised": Benchmark("a 4-bit base in memory", ()),
+    "peers": Benchmark(
+        "the same work with Flair, PEFT, sentence-transformers and adapters", ("--pairs", "1", "--processes", "1")
+    ),
+}
+
+
+def run(name: str, arguments: Sequence[object]) -> float | None:
+    """Return the minutes that a benchmark took in a process of its own, or nothing where it failed."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", f"tests.benchmarks.{name}", *map(str, arguments)], cwd=ROOT)
+    return (time.perf_counter() - start) / 60 if done.returncode == 0 else None
+
+
+def write_index(out: Path) -> None:
+    """Write the list of the results in a folder, with the date and the machine of each."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "`python -m tests.benchmarks` measures all of them, `python -m tests.benchmarks NAME` one.",
+        "",
+        "| | what | when | where |",
+        "|---|---|---|---|",
+    ]
+    for name, benchmark in BENCHMARKS.items():
+        if not (out / f"{name}.json").exists():
+            continue
+        report = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        title = f"[{name}]({name}.md)" if (out / f"{name}.md").exists() else f"[{name}]({name}.json)"
+        lines.append(f"| {title} | {benchmark.what} | {report['date']} | {report['machine']} |")
+    (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Run the benchmarks that were named, or all, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all of them if left out")
+    parser.add_argument("--quick", action="store_true", help="as few repetitions as there can be")
+    parser.add_argument("--environments", type=Path, help="where peers makes and keeps its virtual environments")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - set(BENCHMARKS))
+    if unknown:
+        parser.error(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    out = (options.out or (Path(tempfile.mkdtemp()) if options.quick else RESULTS)).resolve()
+    minutes = {}
+    for name in options.names or BENCHMARKS:
+        arguments: list[object] = ["--out", out, *(BENCHMARKS[name].quick if options.quick else ())]
+        if name == "peers" and options.environments:
+            arguments += ["--environments", options.environments.resolve()]
+        minutes[name] = run(name, arguments)
+    write_index(out)
+    for name, taken in minutes.items():
+        print(f"{name}: failed" if taken is None else f"{name}: {taken:.0f} minutes")
+    print(f"The results are in {out}.")
+    return 1 if None in minutes.values() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The README's code runs as it stands there, with tiny models under the names of the real ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flair.data import Dictionary, Sentence
+from flair.embeddings import TransformerDocumentEmbeddings
+from flair.models import SequenceTagger, TextClassifier
+from flair.trainers import ModelTrainer
+from peft import AdaLoraConfig, LoraConfig, TaskType, get_peft_model
+from transformers import AutoModelForTokenClassification, BitsAndBytesConfig
+
+import flair_peft
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, cli
+from tests.hub import HubStandIn, online
+from tests.zoo import sentence_corpus
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    line
+    for language, code in BLOCKS
+    if language == "bash"
+    for line in code.splitlines()
+    if line.startswith("flair-peft")
+]
+
+# Under these names the README's base models are looked for; a directory of that name comes before the Hub.
+BASES = {
+    "bert-base-uncased": "bert",
+    "xlm-roberta-base": "xlm-roberta",
+    "xlm-roberta-large": "xlm-roberta",
+    "path/of/the/same/base": "bert",
+    "path/of/its/base": "bert",
+}
+TEXTS = ["Berlin is large .", "I love this wonderful movie , it is great !"]
+
+
+class World:
+    """A folder with base models in which a reader stands, and the names that his code has by then."""
+
+    def __init__(self, folder: Path, server: HubStandIn) -> None:
+        self.folder, self.server = folder, server
+        self.corpus = sentence_corpus()
+        self.names: dict[str, Any] = {
+            **vars(flair_peft),
+            "flair_peft": flair_peft,
+            "torch": torch,
+            "corpus": self.corpus,
+            "labels": self.corpus.make_label_dictionary("sentiment"),
+            "tags": self.corpus.make_label_dictionary("ner", add_unk=False),
+            "sentences": [Sentence(text) for text in TEXTS],
+            "others": [Sentence("a bad film")],
+            **{
+                kind.__name__: kind
+                for kind in (
+                    BitsAndBytesConfig,
+                    LoraConfig,
+                    ModelTrainer,
+                    SequenceTagger,
+                    TextClassifier,
+                    TransformerDocumentEmbeddings,
+                )
+            },
+        }
+
+    def run(self, code: str) -> None:
+        exec(compile(code.replace("hf_…", str(self.server.token)), "README.md", "exec"), self.names)
+
+    def classifier(self, base: str = "bert-base-uncased", *, config: Any = None) -> TextClassifier:
+        embeddings = PeftTransformerDocumentEmbeddings(base, peft_config=config or LoraConfig(r=8, lora_alpha=32))
+        return TextClassifier(embeddings, label_dictionary=self.names["labels"], label_type="sentiment")
+
+    def tagger(self, base: str = "xlm-roberta-large") -> SequenceTagger:
+        embeddings = PeftTransformerWordEmbeddings(base, peft_config=LoraConfig(r=8, lora_alpha=32))
+        return SequenceTagger(embeddings, self.names["tags"], "ner", use_rnn=False, use_crf=False)
+
+    def old_file(self, name: str) -> None:
+        """Write a file as stock Flair does."""
+        flair_peft.uninstall()
+        embeddings = TransformerDocumentEmbeddings("bert-base-uncased", peft_config=LoraConfig(r=8, lora_alpha=32))
+        model = TextClassifier(embeddings, label_dictionary=self.names["labels"], label_type="sentiment")
+        model.save(name)
+        flair_peft.install()
+
+    def adapter(self, folder: str) -> None:
+        """Write an adapter of PEFT with a head for the labels of the README."""
+        base = AutoModelForTokenClassification.from_pretrained("bert-base-uncased", num_labels=3)
+        base.config.id2label = dict(enumerate(["O", "B-PER", "I-PER"]))
+        config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, task_type=TaskType.TOKEN_CLS)
+        get_peft_model(base, config).save_pretrained(folder)
+
+
+@pytest.fixture
+def world(base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.chdir(tmp_path)
+    for name, architecture in BASES.items():
+        shutil.copytree(base(architecture), tmp_path / name)
+    with HubStandIn() as server, online(server, None, tmp_path / "cache", token=server.token):
+        yield World(tmp_path, server)
+
+
+def _nothing(_: World) -> None:
+    """What the code needs, it makes."""
+
+
+def _model(world: World) -> None:
+    world.names["model"] = world.classifier().eval()
+
+
+def _best_model(world: World) -> None:
+    _model(world)
+    world.names["model"].save("best-model.pt")
+    shutil.rmtree("bert-base-uncased")
+    shutil.copytree("path/of/the/same/base", "bert-base-uncased")
+
+
+def _hub(world: World) -> None:
+    world.names["model"] = world.tagger().eval()
+    flair_peft.push_to_hub(world.names["model"], "me/my-tagger", revision="v1")
+
+
+def _trainer(world: World) -> None:
+    _model(world)
+    world.names["trainer"] = ModelTrainer(world.names["model"], world.corpus)
+
+
+def _plugins(world: World) -> None:
+    config = AdaLoraConfig(target_r=2, init_r=4, tinit=1, tfinal=1, total_step=100)
+    world.names["adalora_tagger"], world.names["lora_tagger"] = world.classifier(config=config), world.classifier()
+
+
+def _stream(world: World) -> None:
+    _model(world)
+    Path("ten-million-lines.txt").write_text("\n".join(TEXTS))
+
+
+def _spread(world: World) -> None:
+    flair_peft.save_pretrained(world.tagger().eval(), "my-tagger")
+
+
+def _shared(world: World) -> None:
+    flair_peft.save_pretrained(world.tagger("xlm-roberta-base").eval(), "ner-dir")
+    flair_peft.push_to_hub(world.classifier("xlm-roberta-base").eval(), "me/sentiment")
+
+
+def _adapters(world: World) -> None:
+    world.adapter("path/of/adapter")
+    files = {path.name: path.read_bytes() for path in Path("path/of/adapter").iterdir()}
+    world.server.add_repo("user/adapter", files, revision="v1")
+    world.names["tags"] = Dictionary(add_unk=False)
+    for label in ("O", "B-PER", "I-PER"):
+        world.names["tags"].add_item(label)
+
+
+def _old(world: World) -> None:
+    world.old_file("old.pt")
+
+
+# What stands in a block → what a reader has by then.
+READERS: dict[str, Callable[[World], None]] = {
+    "instead of TransformerDocumentEmbeddings": lambda world: world.classifier().save("sentiment.pt"),
+    "path/of/the/same/base": _best_model,
+    "push_to_hub(model": _hub,
+    "save_optimizer_state": _trainer,
+    "join_processes": _model,
+    "ten-million-lines": _stream,
+    'peft_config=LoraConfig(), dtype="bfloat16"': _nothing,
+    "four_bits": _nothing,
+    "spread": _spread,
+    "SharedBase": _shared,
+    "from_adapter": _adapters,
+    "convert_legacy": _old,
+    "quantize_onnx": _model,
+    "RankAllocationPlugin": _plugins,
+}
+SNIPPETS = PYTHON[1:]
+
+
+def test_stock_flair_fails_as_the_readme_says(world: World) -> None:
+    """The first block of the README is what this package exists for; a release of Flair that loads it ends this."""
+    flair_peft.uninstall()
+    (said,) = (code for language, code in BLOCKS if language == "text" and "state_dict" in code)
+    with pytest.raises(RuntimeError) as error:
+        world.run(PYTHON[0])
+    for line in said.splitlines():
+        assert line.strip().removeprefix("RuntimeError: ").rstrip("…").rstrip(", ") in " ".join(
+            str(error.value).split()
+        )
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_code_of_the_readme_runs(number: int, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, from the folder of its reader."""
+    code = SNIPPETS[number]
+    prepare = next(found for mark, found in READERS.items() if mark in code)
+    prepare(world)
+    _train_shortly(monkeypatch)
+    world.run(code)
+
+
+def test_every_block_has_a_reader() -> None:
+    """A new block of code is run, and none is prepared for that is gone."""
+    marks = [next((mark for mark in READERS if mark in code), None) for code in SNIPPETS]
+    assert None not in marks
+    assert set(marks) == set(READERS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1])
+def test_command_of_the_readme_runs(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 0, or 1 where ``diff`` finds what differs."""
+    model = world.classifier()
+    model.save("final-model.pt")
+    with torch.no_grad():
+        for name, parameter in model.embeddings.model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    model.eval()
+    model.save("best-model.pt")
+    flair_peft.save_pretrained(model, "my-tagger")
+    world.old_file("old.pt")
+    if "convert" in command:
+        shutil.rmtree("my-tagger")
+    _, *arguments = shlex.split(command, comments=True)
+    assert cli.main(arguments) == int("diff" in command), capsys.readouterr().err
+
+
+def _train_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``fine_tune`` take two epochs, whatever the README says."""
+    plain = ModelTrainer.fine_tune
+
+    def fine_tune(self: ModelTrainer, path: str, **options: Any) -> Any:
+        return plain(self, path, **{**options, "max_epochs": 2, "use_final_model_for_eval": True})
+
+    monkeypatch.setattr(ModelTrainer, "fine_tune", fine_tune)
