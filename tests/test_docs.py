@@ -557,6 +557,8 @@ def test_links_of_inserted_texts_lead_to_pages_or_end_the_build(extensions: dict
     """A link that is right in the repository is right in the site."""
     insert = extensions["insert"]
     text = "[a](resources/format.md) [b](https://example.org) [c](#here)"
+    figures = "[a](../resources/benchmarks/methods.json)"
+    assert insert.with_links_of_site(figures, "docs/x.md") == "[a](/../resources/benchmarks/methods.json)"
     assert insert.with_links_of_site(text, "README.md") == text.replace("resources/format.md", "/reference/format.md")
     with pytest.raises(LookupError, match=r"resources/absent\.md"):
         insert.with_links_of_site("[a](absent.md)", "resources/format.md")

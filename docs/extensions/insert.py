@@ -7,6 +7,7 @@ name, or the paragraphs that begin with it in bold. ``% insert resources/format.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,12 +27,9 @@ PAGES = {
     "CHANGELOG.md": "/reference/changelog.md",
     "CONTRIBUTING.md": "/contributing/index.md",
     "README.md": "/index.md",
-    "resources/format.md": "/reference/format.md",
     "examples/README.md": "/guide/examples.md",
-    "examples/distributed_training.py": "/guide/examples.md#distributed-training",
-    "examples/distributed_prediction.py": "/guide/examples.md#distributed-prediction",
-    "examples/ray_prediction.py": "/guide/examples.md#prediction-with-ray",
-    "examples/quickstart.py": "/guide/examples.md#quick-start",
+    "resources/benchmarks/README.md": "/reference/measured/index.md",
+    "resources/format.md": "/reference/format.md",
     "resources/benchmarks/checkpoints.md": "/reference/measured/checkpoints.md",
     "resources/benchmarks/prediction.md": "/reference/measured/prediction.md",
     "resources/benchmarks/serving.md": "/reference/measured/serving.md",
@@ -93,17 +91,19 @@ def _in_code(lines: list[str]) -> list[bool]:
 
 
 def with_links_of_site(text: str, source: str) -> str:
-    """Return the text with its relative links turned to pages.
+    """Return the text with its relative links turned to pages; scripts, notebooks and figures are downloads.
 
     Raises:
         LookupError: no page stands for the target of one.
     """
 
     def page(link: re.Match[str]) -> str:
-        target = (Path(source).parent / link[1]).as_posix()
-        if target not in PAGES:
+        target = os.path.normpath(Path(source).parent / link[1])
+        if target in PAGES:
+            return f"]({PAGES[target]})"
+        if target.endswith(".md") or not (ROOT / target).is_file():
             raise LookupError(f"No page stands for '{target}', to which {source} links: see PAGES in insert.py.")
-        return f"]({PAGES[target]})"
+        return f"](/../{target})"
 
     return LINK.sub(page, text)
 
