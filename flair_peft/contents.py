@@ -166,8 +166,13 @@ def _read_checkpoint(path: Path) -> Contents:
         if folder + layout.ADAPTER_CONFIG in files:
             configs[index] = _read_json(place / folder / layout.ADAPTER_CONFIG)
         if folder + layout.ADAPTER_WEIGHTS in files:
-            for name, tensor in read_safetensors(place / folder / layout.ADAPTER_WEIGHTS).items():
-                (twins if name in part["only_for_peft"] else tensors)[part["prefixes"][0] + name] = tensor
+            first, adapter = part["prefixes"][0], read_safetensors(place / folder / layout.ADAPTER_WEIGHTS)
+            for name, tensor in adapter.items():
+                (twins if name in part["only_for_peft"] else tensors)[first + name] = tensor
+            for name, other in part.get("same_as", {}).items():
+                held = adapter.get(other) or tensors.get(first + other)
+                if held is not None:
+                    tensors[first + name] = held
     model_class = document.body.get("class")
     return Contents(
         path=path,

@@ -15,7 +15,7 @@ import torch
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from flair_peft import adapters, codec, keys
+from flair_peft import adapters, codec, fingerprint, keys
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
@@ -60,8 +60,10 @@ def to_files(description: Description, embedded: list[PeftTransformerEmbeddings]
         files[folder + ADAPTER_WEIGHTS], only_for_peft, rest = _split(embeddings, own)
         base = {name for name in rest if keys.base_key(name) is not None} if embeddings.is_stored_whole else set()
         files.setdefault(BASE, {}).update({prefixes[0] + name: rest.pop(name) for name in base})
-        tensors.update({prefixes[0] + name: tensor for name, tensor in rest.items()})
-        parts.append({"prefixes": prefixes, "only_for_peft": only_for_peft})
+        same_as = _held_elsewhere(rest, files[folder + ADAPTER_WEIGHTS])
+        tensors.update({prefixes[0] + name: tensor for name, tensor in rest.items() if name not in same_as})
+        twice = {"same_as": same_as} if same_as else {}
+        parts.append({"prefixes": prefixes, "only_for_peft": only_for_peft, **twice})
     # Equal archives are one tensor: two embeddings on one base have the same tokenizer.
     files[HEAD] = {name: tensor for name, tensor in tensors.items() if name not in archives}
     return {"parts": parts, "model": document}, {name: content for name, content in files.items() if content != {}}
@@ -174,12 +176,34 @@ def _split(embeddings: PeftTransformerEmbeddings, own: Tensors) -> tuple[Tensors
     return dict(theirs), sorted(set(theirs) - set(exact.values())), rest
 
 
+def _held_elsewhere(rest: Tensors, theirs: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return key → key of PEFT's file, or of an earlier tensor, that holds the same bits.
+
+    Some methods register one tensor under the name of each layer, as VeRA does, or compute what PEFT's file holds from
+    what is trained, as prefixes are.
+    """
+    held = {fingerprint.of_tensor(tensor): name for name, tensor in sorted(theirs.items())}
+    found = {}
+    for name in sorted(name for name in rest if keys.base_key(name) is None):
+        digest = fingerprint.of_tensor(rest[name])
+        if digest in held:
+            found[name] = held[digest]
+        elif name not in theirs:
+            held[digest] = name
+    return found
+
+
 def _give_weights(part: Mapping[str, Any], adapter: Tensors, tensors: Tensors) -> None:
-    first = part["prefixes"][0]
+    first, whole = part["prefixes"][0], dict(adapter)
     for name in part["only_for_peft"]:
         if adapter.pop(name, None) is None:
             raise _damaged(f"'{name}' is missing")
     own = {name.removeprefix(first): tensor for name, tensor in tensors.items() if name.startswith(first)}
+    same_as = part.get("same_as", {})
+    missing, again = set(same_as.values()) - {*whole, *own}, set(same_as) & {*adapter, *own}
+    if missing or again:
+        raise _damaged(f"{name_some(missing or again)} {'are missing' if missing else 'are there twice'}")
+    own |= {name: whole[other] if other in whole else own[other] for name, other in same_as.items()}
     if set(adapter) & set(own):
         raise _damaged(f"{name_some(set(adapter) & set(own))} are there twice")
     for prefix in part["prefixes"]:
@@ -226,8 +250,12 @@ def _read_config(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 def is_part(part: Any) -> bool:
     """Whether this describes an adapter of a directory: whose tensors are its, and which only PEFT reads."""
     lists = [part.get("prefixes"), part.get("only_for_peft")] if isinstance(part, dict) else [None]
-    return bool(lists[0]) and all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists
+    same_as = part.get("same_as", {}) if isinstance(part, dict) else None
+    return (
+        bool(lists[0])
+        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
+        and isinstance(same_as, dict)
+        and all(isinstance(name, str) for name in same_as.values())
     )
 
 

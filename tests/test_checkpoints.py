@@ -21,12 +21,12 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoTokenizer, T5EncoderModel
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, compat, frozen, keys
+from flair_peft import PeftTransformerDocumentEmbeddings, comparison, compat, frozen, inspection, keys, manifest
 from flair_peft.adapters import trainable_parameters
 from flair_peft.embeddings import PeftTransformerEmbeddings
-from flair_peft.errors import ModelFileError, UnsupportedMethodError, UnsupportedStateError
+from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedMethodError, UnsupportedStateError
 from tests import round_trip, tiny
-from tests.methods import Method, perturb_
+from tests.methods import METHODS, Method, perturb_
 from tests.round_trip import Factories, largest_difference
 from tests.test_methods import KINDS, TEXTS, cases, make
 from tests.zoo import ZOO
@@ -411,6 +411,51 @@ def test_tied_weights_are_stored_once_and_stay_tied(base: Base, tmp_path: Path, 
     base_model = loaded.embeddings.base_model
     assert base_model.shared.weight is base_model.encoder.embed_tokens.weight
     assert torch.equal(base_model.shared.weight, matrix)
+
+
+@pytest.mark.parametrize("method", ["VERA", "PVERA", "VBLORA", "GLORA", "PREFIX_TUNING", "PROMPT_TUNING"])
+def test_tensor_that_a_method_registers_several_times_is_stored_once(
+    method: str, base: Base, tmp_path: Path, load: Load
+) -> None:
+    """Each storage of the adapter is in one file once, what PEFT's file has already among them, and all come back."""
+    live = on(make(METHODS[method], "encoder", base, torch.float32))
+    perturb_(live.embeddings.model, 3)
+    flair_peft.save_pretrained(live, tmp_path)
+    added = {n: t for n, t in live.embeddings.model.state_dict().items() if keys.base_key(n) is None}
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in added.values()}
+    beside = ("head.safetensors: embeddings.model.", "adapter_model.safetensors: ")
+    stored = {name: tensor for name, tensor in tensors_in(tmp_path).items() if name.startswith(beside)}
+    assert sum(tensor.nbytes for tensor in stored.values()) <= sum(sizes.values())
+    again = load(tmp_path).embeddings.model.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in added.items())
+    live.save(tmp_path / "model.pt")
+    files = (tmp_path, tmp_path / "model.pt")
+    assert comparison.compare(*map(inspection.inspect, files)).is_equal
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda same_as: same_as.update(dict.fromkeys(same_as, "nothing")),
+        lambda same_as: same_as.update({"x": next(iter(same_as))}),
+        lambda same_as: same_as.update(dict.fromkeys(same_as, 3)),
+        lambda same_as: same_as.update({next(iter(same_as.values())): next(iter(same_as.values()))}),
+        lambda same_as: same_as.clear(),
+    ],
+    ids=["of nothing", "of another", "of a number", "of itself", "left out"],
+)
+def test_tensor_that_is_said_to_be_another_one_has_to_be_there(
+    change: Callable[[dict[str, Any]], Any], base: Base, tmp_path: Path
+) -> None:
+    """Whoever writes such a file gets an error in this package's words."""
+    flair_peft.save_pretrained(on(make(METHODS["VERA"], "encoder", base, torch.float32)), tmp_path)
+    document = document_of(tmp_path)
+    assert document["parts"][0]["same_as"]
+    change(document["parts"][0]["same_as"])
+    document["sha256"] = manifest.hash_of(document)
+    (tmp_path / "flair_peft.json").write_text(json.dumps(document))
+    with pytest.raises(FlairPeftError):
+        flair_peft.from_pretrained(tmp_path)
 
 
 def test_added_tokens_of_a_relation_classifier_keep_their_rows(base: Base, tmp_path: Path, load: Load) -> None:
