@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -46,15 +47,21 @@ def read_settings(stored: Mapping[str, Any]) -> Any:
     """Return the settings for ``from_pretrained`` that :func:`settings_of` described.
 
     Raises:
-        ModelFileError: they are damaged, or those of an engine whose settings no file of ours holds.
+        ModelFileError: they are damaged, or those of an engine that is not installed, or whose settings no file holds.
     """
     if str(stored.get("quant_method")) not in _STORED_ENGINES:
         raise ModelFileError(
             f"Cannot quantise the base model: the file asks for {stored.get('quant_method')!r}, and files hold the "
             f"settings of {name_some(sorted(_STORED_ENGINES))}. It is damaged or was not written by flair_peft."
         )
+    wanted = str(stored["quant_method"])
+    if importlib.util.find_spec(wanted) is None:
+        raise ModelFileError(
+            f"Cannot quantise the base model: it was trained on one that {wanted} quantised, and {wanted} is not "
+            f"installed. Weights that are not quantised would predict something else. Run `pip install {wanted}`."
+        )
     try:
-        is_sound = _STORED_ENGINES[str(stored["quant_method"])](stored)
+        is_sound = _STORED_ENGINES[wanted](stored)
         settings = AutoQuantizationConfig.from_dict(copy.deepcopy(dict(stored))) if is_sound else None
     except (ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
         raise ModelFileError(

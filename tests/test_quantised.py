@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import pickle
 from collections.abc import Callable
@@ -267,6 +268,14 @@ def test_settings_that_are_damaged_are_refused(change: dict[str, Any]) -> None:
     assert quantised.read_settings(stored).to_dict() == SETTINGS["nf4"]().to_dict()
     with pytest.raises(ModelFileError, match="quantise the base"):
         quantised.read_settings({**stored, **change})
+
+
+@pytest.mark.parametrize("engine", ["bitsandbytes", "torchao"])
+def test_engine_that_is_not_installed_is_named(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the file that is at fault."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelFileError, match=f"pip install {engine}"):
+        quantised.read_settings({"quant_method": engine})
 
 
 def test_file_that_asks_for_another_engine_is_refused(base: Base, tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         if not (folder / "base").exists():
             SHAPES["bert-base"](folder / "base")
+        if not (folder / "tiny").exists():
             tiny.build("bert", folder / "tiny")
         linear, rest = sizes(folder)
         made, loaded = run(folder, "made"), run(folder, "loaded")
