@@ -28,7 +28,7 @@ from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedMethodE
 from tests import round_trip, tiny
 from tests.methods import METHODS, Method, perturb_
 from tests.round_trip import Factories, largest_difference
-from tests.test_methods import KINDS, TEXTS, cases, make
+from tests.test_methods import KINDS, TEXTS, cases, make, one_kind_each
 from tests.zoo import ZOO
 
 Base = Callable[[str], str]
@@ -237,16 +237,6 @@ def check_method(method: Method, kind: str, base: Base, dtype: torch.dtype, dire
         assert torch.equal(expected, vectors_of_peft(load_with_peft(directory)))
     else:
         assert method.lossy_peft_file
-
-
-def one_kind_each() -> list[Any]:
-    """Return every method on an encoder, or on a decoder if it works there only; the others are for the matrix."""
-    found = [(case.id.rpartition("-")[0], case) for case in cases(working=True)]
-    first = dict(reversed(found))
-    return [
-        case if first[name] is case else pytest.param(*case.values, id=case.id, marks=pytest.mark.matrix)
-        for name, case in found
-    ]
 
 
 # What PEFT says of each method is asserted in test_methods.py.

@@ -154,7 +154,8 @@ def test_base_stays_as_its_source_has_it(launched: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("launcher", [accelerate_launch, pytest.param(flair_launch, marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("launcher", [accelerate_launch, flair_launch])
 def test_other_launchers_give_the_same(launcher: Callable[[], list[str]], bases: Path, tmp_path: Path) -> None:
     """accelerate launch, and Flair's own, whose process group join_processes leaves alone."""
     launch(launcher(), tmp_path, ["adamw"], bases)

@@ -123,6 +123,7 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
             process.communicate(timeout=60)
 
 
+@pytest.mark.matrix
 def test_prediction_whose_worker_was_killed_is_finished_by_the_same_command(
     prediction: ModuleType, model: TextClassifier, started: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:

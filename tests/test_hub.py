@@ -632,6 +632,7 @@ def test_hub_model_is_verified_whole(hub: _Hub, pushed: tuple[str, list[Any]], s
         flair_peft.verify(REPO, base_model="new/other")
 
 
+@pytest.mark.matrix
 def test_hub_new_process_loads_with_flair_alone(hub: _Hub, pushed: tuple[str, list[Any]], tmp_path: Path) -> None:
     """A process that knows Flair, this package and the name of the model predicts what was pushed."""
     script = f"""

@@ -26,7 +26,8 @@ from flair_peft.errors import AdapterConfigError, SaveError, UnsupportedMethodEr
 from tests import tiny
 from tests.methods import Method
 from tests.round_trip import largest_difference
-from tests.test_methods import TEXTS, cases, make
+from tests.selection import few
+from tests.test_methods import TEXTS, make, one_kind_each
 from tests.test_patch import CLASSIFIER, lora
 from tests.test_patch import make as make_model
 from tests.test_quantised import quantised_classifier
@@ -90,7 +91,7 @@ def test_merged_model_of_every_class_is_flairs_own_and_predicts_the_same(name: s
     assert entry.predict(live, corpus) == expected
 
 
-@pytest.mark.parametrize("name", ["text-classifier", "sequence-tagger"])
+@pytest.mark.parametrize("name", few(["text-classifier", "sequence-tagger"], ["text-classifier"]))
 def test_merged_model_loads_where_neither_package_is_installed(name: str, base: Base, tmp_path: Path) -> None:
     live = make_model(ZOO[name], base("bert"), lora())
     texts = ["Berlin is a wonderful city .", "George Washington was bad ."]
@@ -110,7 +111,7 @@ def test_merged_model_loads_where_neither_package_is_installed(name: str, base: 
         assert all(abs(a[2] - b[2]) < 1e-5 for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize(("method", "kind"), cases(working=True))
+@pytest.mark.parametrize(("method", "kind"), one_kind_each())
 def test_method_merges_or_is_refused_by_name(method: Method, kind: str, base: Base) -> None:
     """What PEFT can merge gives the vectors of the unmerged model; all else says why not."""
     embeddings = make(method, kind, base, torch.float32)

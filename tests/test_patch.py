@@ -655,7 +655,8 @@ def test_load_in_two_threads_leaves_random_initialisation_on(
     Building without initialisation is a switch of the process in transformers. If one thread finds it off and leaves
     last, it stays off.
     """
-    path = save(make(CLASSIFIER, base("bert"), lora()), tmp_path)
+    # A file with its base builds the model anew; others of the same base share one.
+    path = save(make(CLASSIFIER, base("bert"), lora()), tmp_path, save_base=True)
     first_is_in, second_is_in, first_is_out = threading.Event(), threading.Event(), threading.Event()
     original = transformers.AutoModel.from_config
 
@@ -683,6 +684,7 @@ def test_load_in_two_threads_leaves_random_initialisation_on(
             thread.start()
         for thread in threads:
             thread.join(timeout=60)
+        assert all(event.is_set() for event in (first_is_in, second_is_in, first_is_out))
         assert transformers.modeling_utils._init_weights is True
     finally:
         transformers.modeling_utils._init_weights = True

@@ -24,6 +24,7 @@ from flair_peft.errors import FormatVersionError, TrainingSetupError, Unsupporte
 from flair_peft.resume import ResumePlugin
 from tests.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS
 from tests.round_trip import Factories
+from tests.selection import few
 from tests.zoo import BATCH, ZOO
 
 EPOCHS = 4
@@ -209,7 +210,7 @@ def plugins_of(method: str) -> Callable[[], list[TrainerPlugin]]:
 @pytest.mark.parametrize(
     ("entry", "schedule"), [("text-classifier", "fine_tune"), ("sequence-tagger-rnn-crf", "train")]
 )
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", few(CONFIGS, ["lora", "adalora"]))
 def test_resumed_training_of_each_method_equals_one_that_never_stopped(
     method: str, entry: str, schedule: str, journey: Journeys
 ) -> None:
@@ -246,7 +247,7 @@ def test_resumed_training_of_every_method_equals_one_that_never_stopped(name: st
     journey(config=lambda: method.config("encoder"), plugins=plugins).compare(Stop("before_training_batch", 2, 1))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", few(SCHEDULES, ["fine_tune"]))
 @pytest.mark.parametrize(
     "stop",
     [

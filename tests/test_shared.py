@@ -29,6 +29,7 @@ from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError
 from tests.methods import perturb_
 from tests.round_trip import Factories, largest_difference
+from tests.selection import ONE_OF_A_KIND, few
 from tests.test_methods import KINDS, cases, make
 from tests.zoo import ZOO, copy_point, sentence_corpus
 
@@ -90,7 +91,7 @@ def test_shared_base_model_predicts_what_it_predicts_alone(
     assert shared.models == [model]
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
 def test_predict_together_gives_the_labels_of_separate_predictions(
     name: str, base: Callable[[str], str], tmp_path: Path
 ) -> None:

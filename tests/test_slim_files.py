@@ -45,8 +45,7 @@ from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
 from tests import tiny
 from tests.methods import METHODS, Method, perturb_
 from tests.round_trip import SCORE_TOLERANCE, Factories, largest_difference
-from tests.test_checkpoints import one_kind_each
-from tests.test_methods import KINDS, make
+from tests.test_methods import KINDS, make, one_kind_each
 from tests.zoo import ZOO
 
 Base = Callable[[str], str]
@@ -209,6 +208,7 @@ for path, *loaders in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.matrix
 def test_file_loads_in_a_process_that_knows_only_flair(base: Base, tmp_path: Path) -> None:
     """Concrete and abstract classes of Flair load it there, and predict what the live model predicts."""
     from flair.data import Sentence

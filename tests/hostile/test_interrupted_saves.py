@@ -342,12 +342,12 @@ SCENARIOS = {
 @pytest.mark.parametrize(
     "scenarios",
     [
-        ["kill_first_save"],
+        pytest.param(["kill_first_save"], marks=pytest.mark.matrix),
         ["kill_overwrite"],
-        ["kill_renamings"],
+        pytest.param(["kill_renamings"], marks=pytest.mark.matrix),
         ["kill_file", "full_disk", "read_only"],
-        ["race_readers", "race_writers"],
-        ["race_readers_renamings", "race_writers_renamings"],
+        pytest.param(["race_readers", "race_writers"], marks=pytest.mark.matrix),
+        pytest.param(["race_readers_renamings", "race_writers_renamings"], marks=pytest.mark.matrix),
     ],
     ids="-".join,
 )
