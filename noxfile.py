@@ -14,10 +14,8 @@ import nox
 CONSTRAINTS = Path("resources/constraints.txt")
 LOWEST = Path("resources/constraints-lowest.txt")
 
-# What depends most on the versions of the libraries.
-CLOSE_TO_LIBRARIES = [
-    *("matrix", "methods", "training", "config", "patch", "checkpoint", "checkpoints", "slim_files", "quantised"),
-]
+# What depends most on the versions of the libraries; one list for this file and for continuous integration.
+CLOSE_TO_LIBRARIES = Path("resources/tests-close-to-libraries.txt")
 
 nox.options.sessions = ["lint", "tests", "docs"]
 nox.options.reuse_existing_virtualenvs = True
@@ -49,7 +47,7 @@ def newest(session: nox.Session) -> None:
 
 
 def _close_to_libraries() -> list[str]:
-    return [*(f"tests/test_{name}.py" for name in CLOSE_TO_LIBRARIES), "tests/regression"]
+    return [f"@{CLOSE_TO_LIBRARIES}"]
 
 
 @nox.session(python="3.11")

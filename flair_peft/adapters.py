@@ -300,6 +300,15 @@ def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
         raise _unsupported(model, config, "it asks for a bounding box per row, and virtual tokens have none")
     if method in _PREFIXING and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise _unsupported(model, config, "its forward takes no past key values, which carry the prefix")
+    places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if method in _PREFIXING and places and places <= {"cpu", "disk"}:
+        raise _unsupported(model, config, "PEFT puts a prefix on a GPU alone where the base is spread (peft#3619)")
+
+
+def preparation(config: PeftConfig | None) -> dict[str, bool]:
+    """Return what ``peft.prepare_model_for_kbit_training`` is to do unless the user says something else."""
+    # transformers passes no past key values, which carry the prefix, through a checkpointed layer.
+    return {"use_gradient_checkpointing": config is None or method_name(config) not in _PREFIXING}
 
 
 def try_out(model: PeftModel, forward: Callable[[], tuple[torch.Tensor, ...]], *, rows: int) -> None:

@@ -89,6 +89,9 @@ def find_model(
         )
     if dtype is not None and not getattr(model, "quantization_method", None):
         _cast_left_overs_(model)
+    if set(map(str, getattr(model, "hf_device_map", {}).values())) == {"cpu"}:
+        # It says nothing, and PEFT looks for a GPU in it to put a prefix there (peft#3619).
+        del model.hf_device_map
     return model.eval(), frozenset(found["missing_keys"])
 
 

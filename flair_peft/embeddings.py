@@ -182,7 +182,8 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
             found = bases.find_stored(stored, saved_config, dtype=asked_dtype, name=name or model)
         base = found.copy() if found else bases.build_stored(stored, saved_config, dtype=asked_dtype)
         read_dtype = base.get_input_embeddings().weight.dtype
-        base = quantised.prepare_(base, peft_gradient_checkpointing_kwargs)
+        how = {**adapters.preparation(given_config), **(peft_gradient_checkpointing_kwargs or {})}
+        base = quantised.prepare_(base, how)
         own_config = given_config or configs.own_config(_default_config(base))
         adapters.refuse_unsupported(base, own_config)
         configs.encode_config(own_config)  # a config that no file can hold is refused now, not after the training

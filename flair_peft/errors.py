@@ -28,7 +28,8 @@ Each also subclasses what callers of Flair, torch or transformers already catch 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 
 class FlairPeftError(Exception):
@@ -76,7 +77,15 @@ class SaveError(FlairPeftError, OSError):
 
 
 class StateMismatchError(FlairPeftError, RuntimeError):
-    """Tensors of a file and of the model it should fill do not fit each other."""
+    """Tensors of a file and of the model it should fill do not fit each other.
+
+    Attributes:
+        problems: what does not fit → names of tensors, where these are known one by one; else empty.
+    """
+
+    def __init__(self, message: str = "", *, problems: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
+        super().__init__(message)
+        self.problems = dict(problems)
 
 
 class ConfigMismatchError(StateMismatchError, AdapterConfigError):

@@ -219,8 +219,10 @@ def explain_mismatch(error: StateMismatchError, state: State, given: PeftConfig,
         if params.get("peft_config") is None and _is_meant(prefix, prefixes):
             of_file = implied_config(state["state_dict"], prefix)
             if of_file is not None:
+                unfit = "; ".join(f"{what}: {name_some(names, 1)}" for what, names in error.problems.items())
+                details = f" ({unfit})" if unfit else ""
                 return ConfigMismatchError(
-                    f"Cannot load '{source}' with the config given, {implied.text_of(given, of_file)}: its tensors are "
-                    f"those of {of_file.text}. {error} Pass the config that it was trained with."
+                    f"Cannot load '{source}' with the config given, {implied.text_of(given, of_file)}. Its tensors are "
+                    f"those of {of_file.text}{details}. Pass the config that it was trained with."
                 )
     return error

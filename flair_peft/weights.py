@@ -267,12 +267,14 @@ class StoredWeights(TransformerBaseEmbeddings):
                 key for key, theirs in match.renamed.items() if _are_other_numbers(stored[theirs], own[key])
             ],
         }
-        found = "; ".join(f"{what}: {name_some(names)}" for what, names in problems.items() if names)
-        if found:
+        problems = {what: names for what, names in problems.items() if names}
+        if problems:
+            found = "; ".join(f"{what}: {name_some(names)}" for what, names in problems.items())
             raise StateMismatchError(
                 f"Cannot load the weights of '{self.name}': {found}. The adapter is "
                 f"{adapters.describe(self.adapter_config)} on {type(self.base_model).__name__}. Load the "
-                "file with the PEFT config and the base model that it was trained with."
+                "file with the PEFT config and the base model that it was trained with.",
+                problems=problems,
             )
 
     def _take_dtypes_of(self, tensors: Mapping[str, torch.Tensor]) -> None:

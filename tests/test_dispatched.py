@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flair
@@ -12,7 +13,8 @@ import torch
 from flair.data import Sentence
 from flair.models import TextClassifier
 from flair.trainers import ModelTrainer
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PrefixTuningConfig
+from peft.utils.integrations import get_layer_device_map
 from safetensors.torch import load_file
 
 import flair_peft
@@ -163,6 +165,22 @@ def test_dispatched_base_refuses_a_file_that_holds_what_is_offloaded(
     flair_peft.save_pretrained(whole, tmp_path / "model")
     with pytest.raises(StateMismatchError, match="the device_map offloads them"):
         flair_peft.from_pretrained(tmp_path / "model", device_map=ON_DISK, offload_folder=tmp_path / "offload")
+
+
+def test_prefix_on_a_base_that_is_mapped_to_the_cpu_is_that_of_any_base(base: Callable[[str], str]) -> None:
+    """PEFT looks for a GPU in the map (peft#3619); where the disk is in it too, the prefix is refused with that."""
+    config = PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3)
+    mapped = make(base("bert"), config, transformers_model_kwargs={"device_map": "cpu"})
+    assert predicted(mapped) == predicted(make(base("bert"), config))
+    with pytest.raises(StopIteration):  # once this fails, no map has to go and no prefix has to be refused
+        get_layer_device_map(SimpleNamespace(hf_device_map={"": "cpu"}, config=SimpleNamespace(num_hidden_layers=2)))
+
+
+def test_prefix_on_a_base_that_is_partly_on_the_disk_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
+    """With the reason, before anything is trained."""
+    config = PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3)
+    with pytest.raises(UnsupportedMethodError, match=r"PEFT puts a prefix on a GPU alone .*peft#3619"):
+        make(base("bert"), config, folder=tmp_path / "offload")
 
 
 def test_load_refuses_options_that_it_does_not_have(base: Callable[[str], str], tmp_path: Path) -> None:

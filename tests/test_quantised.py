@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from flair.data import Dictionary, Sentence
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import TextClassifier
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 
@@ -63,6 +63,7 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
     "ia3": lambda: IA3Config(target_modules=[*_TARGETS, "output.dense"], feedforward_modules=["output.dense"]),
     "layer-norms": lambda: LNTuningConfig(target_modules=["LayerNorm"]),
     "prompt": lambda: PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3),
+    "prefix": lambda: PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3),
 }
 
 

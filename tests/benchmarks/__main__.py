@@ -37,6 +37,11 @@ BENCHMARKS = {
     "prediction": Benchmark("streams of sentences: time, and memory over their length"),
     "serving": Benchmark("many models on one base"),
     "quantised": Benchmark("a 4-bit base in memory", ()),
+    "methods": Benchmark("what each method of PEFT costs"),
+    "quality": Benchmark(
+        "what adapters reach on real text, against full fine-tuning",
+        ("--only", "step", "--pairs", "1"),
+    ),
     "peers": Benchmark(
         "the same work with Flair, PEFT, sentence-transformers and adapters", ("--pairs", "1", "--processes", "1")
     ),

@@ -12,8 +12,6 @@ import argparse
 import gc
 import json
 import logging
-import os
-import platform
 import re
 import statistics
 import tempfile
@@ -32,10 +30,9 @@ from transformers import BitsAndBytesConfig
 
 import flair_peft
 from flair_peft.adapters import REFUSED_METHODS, trainable_parameters
-from flair_peft.compat import versions
 from flair_peft.errors import FlairPeftError
 from tests import tiny
-from tests.benchmarks.checkpoints import RESULTS
+from tests.benchmarks.report import RESULTS, heading
 from tests.benchmarks.shapes import bert_base
 from tests.benchmarks.training import LABELS, texts
 from tests.methods import METHODS, perturb_
@@ -148,21 +145,18 @@ def measure(name: str, base: Path, reference: Loop, *, pairs: int) -> dict[str, 
 
 def in_4_bits(name: str, base: Path) -> dict[str, Any]:
     """Return whether the method takes a base in 4 bits, with gradient checkpointing or without, or why not."""
-    for checkpointing in (True, False):
-        why_not = why_not_in_4_bits(name, base, checkpointing=checkpointing)
-        if why_not is None:
-            return {"works": True, "checkpointing": checkpointing}
-    return {"works": False, "why_not": why_not}
+    found = try_in_4_bits(name, base)
+    return found if found["works"] else try_in_4_bits(name, base, use_gradient_checkpointing=False)
 
 
-def why_not_in_4_bits(name: str, base: Path, *, checkpointing: bool) -> str | None:
-    """Return what prevents the method from training, being saved and coming back on a base in 4 bits."""
+def try_in_4_bits(name: str, base: Path, **preparing: bool) -> dict[str, Any]:
+    """Return what prevents the method from training, being saved and coming back on a base in 4 bits, if anything."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     options: dict[str, Any] = {"transformers_model_kwargs": {"quantization_config": settings}}
-    if not checkpointing:
-        options["peft_gradient_checkpointing_kwargs"] = {"use_gradient_checkpointing": False}
+    options["peft_gradient_checkpointing_kwargs"] = preparing
     try:
         loop = Loop(base, METHODS[name].config("encoder"), **options)
+        checkpointing = loop.model.embeddings.base_model.is_gradient_checkpointing
         perturb_(loop.model.embeddings.model, 0)
         check(loop)
         loop.model.eval()
@@ -171,10 +165,12 @@ def why_not_in_4_bits(name: str, base: Path, *, checkpointing: bool) -> str | No
             loaded = flair_peft.from_pretrained(folder)
         found = vectors(loop.model), vectors(loaded)
     except FlairPeftError as error:
-        return str(error).replace(str(base), "…")
+        return {"works": False, "why_not": str(error).replace(str(base), "…")}
     except Exception as error:  # whatever a library says
-        return f"{type(error).__name__}: {error}"
-    return None if torch.equal(*found) else "it gives other vectors after loading"
+        return {"works": False, "why_not": f"{type(error).__name__}: {error}"}
+    if torch.equal(*found):
+        return {"works": True, "checkpointing": checkpointing}
+    return {"works": False, "why_not": "it gives other vectors after loading"}
 
 
 def vectors(model: TextClassifier) -> torch.Tensor:
@@ -199,18 +195,13 @@ def evaluate(*, pairs: int) -> dict[str, Any]:
             }
             print(name, json.dumps(rows[name]), flush=True)
             gc.collect()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores, of which one is used, {platform.machine()}, no GPU used",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "pairs": pairs,
-        "methods": rows,
-    }
+    return {**heading("one of them used", "no GPU used"), "pairs": pairs, "methods": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     logging.getLogger("flair").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -218,7 +209,8 @@ def main() -> None:
     flair.device = torch.device("cpu")
     report = evaluate(pairs=chosen.pairs)
     text = re.sub(r"0x[0-9a-f]+", "0x…", json.dumps(report, indent=2, ensure_ascii=False))
-    (RESULTS / "methods.json").write_text(text + "\n", encoding="utf-8")
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    (chosen.out / "methods.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

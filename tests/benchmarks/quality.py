@@ -17,7 +17,6 @@ import logging
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -37,8 +36,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from flair_peft import PeftTransformerDocumentEmbeddings
-from flair_peft.compat import versions
-from tests.benchmarks.checkpoints import RESULTS, ratio
+from tests.benchmarks.report import RESULTS, heading, ratio, write
 from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.training import LABELS, texts
 from tests.benchmarks.ways import BATCH, LORA, TASKS, WAYS, Task, minilm, train
@@ -49,6 +47,7 @@ SEED_OF_CHOICE = 0
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 FURTHER_RATES = 2
 
+conditions = functools.partial(heading, "each training uses one of them", "no GPU used")
 task_of: Callable[[str], Task] = functools.cache(lambda name: TASKS[name]())
 
 
@@ -137,6 +136,7 @@ def measure(runs: Path, settings: dict[str, Any], *, workers: int) -> dict[str, 
     rows = [row(measured, task, way) for task in TASKS for way in WAYS]
     return {
         **conditions(),
+        "load": f"{os.getloadavg()[0]:.1f}",
         "settings": {**settings, "batch": BATCH},
         "rows": rows,
         "differences": [difference(measured, task) for task in TASKS],
@@ -240,15 +240,6 @@ def check_losses(loops: list[Loop]) -> None:
         losses = [model.eval().forward_loss(sentences)[0] for model, sentences in loops]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=1e-5)
-
-
-def conditions() -> dict[str, str]:
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores, of which each training uses one, {platform.machine()}, no GPU used",
-        "load": f"{os.getloadavg()[0]:.1f}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-    }
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -364,9 +355,7 @@ def main() -> None:
         plot(report["quality"], options.out / "quality.png")
     if options.only != "quality":
         report["step"] = step_times(pairs=options.pairs)
-    file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (options.out / "quality.md").write_text(to_markdown(report), encoding="utf-8")
-    print(to_markdown(report))
+    write("quality", {**report, **conditions()}, to_markdown(report), out=options.out)
 
 
 if __name__ == "__main__":

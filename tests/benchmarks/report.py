@@ -66,7 +66,7 @@ def in_process(module: str, *arguments: object) -> Any:
 
 def ratio(these: Sequence[float], those: Sequence[float]) -> dict[str, float]:
     """Return the median of the paired ratios with the 95 % interval of 2,000 bootstrap samples."""
-    pairs = [a / b for a, b in zip(these, those, strict=False)]
+    pairs = [a / b for a, b in zip(these, those, strict=True)]
     generator = random.Random(0)
     medians = sorted(statistics.median(generator.choices(pairs, k=len(pairs))) for _ in range(2000))
     return {"median": statistics.median(pairs), "low": medians[50], "high": medians[1949]}
