@@ -1,79 +1,32 @@
-"""PEFT model ⇄ adapter: inject, try, read."""
+"""PEFT model ⇄ adapter: inject, repair, read."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from flair_peft.errors import AdapterConfigError, FlairPeftError, UnsupportedMethodError, name_some
-
-ADAPTER_NAME = "default"
+from flair_peft import methods, refusals
+from flair_peft.errors import AdapterConfigError, name_some
+from flair_peft.methods import ADAPTER_NAME
 
 # transformers builds models on the meta device, or without initialising them, by switches for the whole process: one
 # thread at a time makes modules, or those of another would be empty.
 building = threading.RLock()
 
-# Methods that put rows of their own in front of the sentence's rows.
-_PREPENDING = frozenset({"PROMPT_TUNING", "P_TUNING"})
-
-# Methods that put past key values in front of the sentence, so that its positions start later.
-_PREFIXING = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
-
-# Methods that decompose the base's weights when they are added and keep results that no state dict holds.
-# Trained tokens keep the rows that they replace, to put them back after merging.
-_DERIVED_FROM_BASE = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS"})
-
-# Initialisations of LoRA that leave the base's weights as they are; all others take something out of them.
-_INITS_BESIDE_BASE = frozenset({True, False, "gaussian", "eva", "orthogonal"})
-
-# Methods whose layers take the name of an adapter for each sentence of a batch.
-_MIXABLE = frozenset({"LORA", "HIRA", "ROAD", "GLORA"})
-
-_NEEDS_TASK_IDS = "it needs a task id with every sentence, and Flair has none to give"
-REFUSED_METHODS: Mapping[str, str] = {
-    "CPT": "PEFT offers it for causal language models only, and Flair reads hidden states",
-    "MULTITASK_PROMPT_TUNING": _NEEDS_TASK_IDS,
-    "POLY": _NEEDS_TASK_IDS,
-    "XLORA": "it mixes adapters that were trained before, given as paths, instead of training one",
-}
-
-
-_REFUSED_SETTINGS: Mapping[str, str] = {
-    "alora_invocation_tokens": "activated LoRA switches on at a token of a prompt, and Flair has no prompts",
-    "sample_at_inference": "every prediction would be drawn anew",
-    "use_qalora": "it is written for GPTQ layers, and elsewhere PEFT trains plain LoRA without a word",
-}
-_NEEDS_DATA_FIRST = ("corda", "lora_ga")
-_WANTS_DATA = "must see data before the adapter is added, and Flair's embeddings embed only afterwards"
-
-
 # What PEFT raises where a method does not fit; AssertionError comes from torch without CUDA.
 _INJECTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, re.error)
-
-
-def method_name(config: PeftConfig) -> str:
-    """Return PEFT's name of the method, such as ``"LORA"``."""
-    return str(getattr(config.peft_type, "value", config.peft_type))
-
-
-def describe(config: PeftConfig) -> str:
-    """Return the method with the setting that shapes its tensors, such as ``"LORA (r=8)"``."""
-    shaping = [name for name in ("r", "num_virtual_tokens") if isinstance(getattr(config, name, None), int)]
-    return method_name(config) + "".join(f" ({name}={getattr(config, name)})" for name in shaping[:1])
 
 
 def inject(model: PreTrainedModel, config: PeftConfig, *, is_filled_later: bool = False) -> PeftModel:
@@ -88,7 +41,7 @@ def inject(model: PreTrainedModel, config: PeftConfig, *, is_filled_later: bool 
         UnsupportedMethodError: the method cannot work on this architecture.
         AdapterConfigError: the config does not fit the model, for example because its targets match no module.
     """
-    refuse_unsupported(model, config)
+    refusals.refuse_unsupported(model, config)
     _refuse_reading_offloaded(model, config)
     _spell_out_layers_(model, config)
     _fill_in_sizes_(model, config)
@@ -96,9 +49,9 @@ def inject(model: PreTrainedModel, config: PeftConfig, *, is_filled_later: bool 
         with building, _standing_in_for_offloaded(model):
             peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     except _INJECTION_ERRORS as error:
-        raise _explain_injection(model, config, error) from error
+        raise refusals.explain_injection(model, config, error) from error
     if not any(parameter.requires_grad for parameter in peft_model.parameters()):
-        raise _unsupported(model, config, "it finds nothing to train in this model")
+        raise refusals.unsupported(model, config, "it finds nothing to train in this model")
     repair_(peft_model)
     _refuse_training_offloaded(peft_model, is_filled_later=is_filled_later)
     return peft_model
@@ -131,9 +84,9 @@ def _standing_in_for_offloaded(model: PreTrainedModel) -> Iterator[None]:
 
 def _refuse_reading_offloaded(model: PreTrainedModel, config: PeftConfig) -> None:
     """Return unless the method computes with weights that accelerate offloads."""
-    reads_base = rewrites_base(config) or bool(getattr(config, "use_dora", False))
+    reads_base = methods.rewrites_base(config) or bool(getattr(config, "use_dora", False))
     if reads_base and any(parameter.is_meta for parameter in model.parameters()):
-        raise _unsupported(model, config, "it reads weights of the base that are offloaded")
+        raise refusals.unsupported(model, config, "it reads weights of the base that are offloaded")
 
 
 def _refuse_training_offloaded(model: PeftModel, *, is_filled_later: bool) -> None:
@@ -165,7 +118,7 @@ def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: 
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
     _refuse_reading_offloaded(model, config)
-    peft_model = inject(model, without_costly_init(config), is_filled_later=True)
+    peft_model = inject(model, methods.without_costly_init(config), is_filled_later=True)
     completed = peft_model.peft_config[ADAPTER_NAME]
     config.base_model_name_or_path = completed.base_model_name_or_path
     for field in dataclasses.fields(config):
@@ -174,23 +127,6 @@ def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: 
             setattr(config, field.name, getattr(completed, field.name, None))
     peft_model.peft_config[ADAPTER_NAME] = config
     return peft_model
-
-
-def is_derived_from_base(config: PeftConfig) -> bool:
-    """Whether the method keeps results computed from the base's weights, so that these must be there before it."""
-    trains_tokens = bool(getattr(config, "trainable_token_indices", None))
-    return method_name(config) in _DERIVED_FROM_BASE or trains_tokens
-
-
-def rewrites_base(config: PeftConfig) -> bool:
-    """Whether adding the adapter, or filling it, may change frozen weights of the base."""
-    init = getattr(config, "init_lora_weights", True)
-    return (
-        init not in _INITS_BESIDE_BASE
-        or bool(getattr(config, "kasa_config", None))
-        or bool(getattr(config, "layer_replication", None))
-        or is_derived_from_base(config)
-    )
 
 
 def protect_(model: PeftModel, before_merge: Callable[[], None]) -> None:
@@ -204,38 +140,6 @@ def protect_(model: PeftModel, before_merge: Callable[[], None]) -> None:
 def _merge_apart(tuner: torch.nn.Module, name: str, before_merge: Callable[[], None], *args: Any, **kwargs: Any) -> Any:
     before_merge()
     return getattr(type(tuner), name)(tuner, *args, **kwargs)
-
-
-def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None = None) -> None:
-    """Return if a file that holds the adapter and not the base would give the model back as it is now.
-
-    Args:
-        model: with its adapter.
-        layers: those of the adapter, if they were looked up already.
-
-    Raises:
-        AdapterConfigError: the adapter is merged or switched off, or there are several.
-    """
-    if layers is None:
-        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    others = sorted(set(model.peft_config) - {ADAPTER_NAME})
-    if ADAPTER_NAME not in model.peft_config:
-        raise AdapterConfigError(
-            f"Cannot store the adapter: it is called {name_some(others) or 'nothing'}, and files hold the one called "
-            f"'{ADAPTER_NAME}', which was deleted. Make embeddings with the adapter that you want to store."
-        )
-    if others:
-        reason, remedy = f"is one of several, beside {name_some(others)}, and files hold one", "delete_adapter(name)"
-    elif any(layer.merged for layer in layers):
-        reason, remedy = "is merged into the base, onto which a load would add it once more", "unmerge_adapter()"
-    elif model._adapters_disabled or any(layer.disable_adapters for layer in layers):
-        reason, remedy = "is switched off, and a load would switch it on", "leave disable_adapter() first"
-    else:
-        return
-    raise AdapterConfigError(
-        f"Cannot store the {describe(model.peft_config[ADAPTER_NAME])} adapter as it is: it {reason}. The model would "
-        f"predict something else after loading. Undo that on embeddings.model, here by {remedy}."
-    )
 
 
 def derived_state(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -272,7 +176,7 @@ def repair_(model: PeftModel) -> None:
     config = model.peft_config[ADAPTER_NAME]
     if config.peft_type == PeftType.ADALORA:
         _freeze_rank_counts_(model)
-    if method_name(config) == "OSF":
+    if methods.method_name(config) == "OSF":
         _reattach_projections_(model)
     if config.is_prompt_learning:
         # PEFT freezes the children of the base, but no parameter that the base holds itself, such as XLNet's mask_emb.
@@ -282,71 +186,14 @@ def repair_(model: PeftModel) -> None:
         model.prepare_inputs_for_generation = model.base_model.prepare_inputs_for_generation = None
 
 
-def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
-    """Return if the method is not known to fail on this architecture.
-
-    Raises:
-        UnsupportedMethodError: it is; the message names the method, the architecture and the reason.
-    """
-    method = method_name(config)
-    if method in REFUSED_METHODS:
-        raise _unsupported(model, config, REFUSED_METHODS[method])
-    for setting, reason in _REFUSED_SETTINGS.items():
-        if getattr(config, setting, None):
-            raise _unsupported(model, config, f"{setting}: {reason}")
-    if getattr(config, "init_lora_weights", None) in _NEEDS_DATA_FIRST:
-        raise _unsupported(model, config, f"init_lora_weights={config.init_lora_weights!r} {_WANTS_DATA}")
-    if method in _PREPENDING and "bbox" in inspect.signature(model.forward).parameters:
-        raise _unsupported(model, config, "it asks for a bounding box per row, and virtual tokens have none")
-    if method in _PREFIXING and "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise _unsupported(model, config, "its forward takes no past key values, which carry the prefix")
-    places = set(map(str, getattr(model, "hf_device_map", {}).values()))
-    if method in _PREFIXING and places and places <= {"cpu", "disk"}:
-        raise _unsupported(model, config, "PEFT puts a prefix on a GPU alone where the base is spread (peft#3619)")
-
-
-def preparation(config: PeftConfig | None) -> dict[str, bool]:
-    """Return what ``peft.prepare_model_for_kbit_training`` is to do unless the user says something else."""
-    # transformers passes no past key values, which carry the prefix, through a checkpointed layer.
-    return {"use_gradient_checkpointing": config is None or method_name(config) not in _PREFIXING}
-
-
-def try_out(model: PeftModel, forward: Callable[[], tuple[torch.Tensor, ...]], *, rows: int) -> None:
-    """Return if one small forward pass with the adapter gives hidden states of the right shape.
-
-    Args:
-        model: the PEFT model; only named in errors.
-        forward: runs the pass and returns hidden states, each of shape (batch, rows, hidden).
-        rows: the number of rows that each sentence must have.
-
-    Raises:
-        UnsupportedMethodError: it fails or gives another shape.
-    """
-    config = model.peft_config[ADAPTER_NAME]
-    base = model.get_base_model()
-    try:
-        with torch.no_grad():
-            hidden_states = forward()
-    except FlairPeftError:
-        raise
-    except Exception as error:
-        reason = f"its first forward pass fails with {type(error).__name__}: {str(error) or 'no message'}"
-        raise _unsupported(base, config, reason) from error
-    found = {states.shape[1] for states in hidden_states}
-    if any(count < rows for count in found):
-        raise _unsupported(base, config, f"it gives {sorted(found)} rows for a sentence of {rows} subtokens")
-
-
 def virtual_rows(model: PeftModel) -> int:
     """Return how many rows of the hidden states stand in front of the sentence's own."""
     config = model.peft_config[ADAPTER_NAME]
-    return virtual_tokens(config) if method_name(config) in _PREPENDING and not model._adapters_disabled else 0
-
-
-def virtual_tokens(config: PeftConfig) -> int:
-    """Return how many positions of the transformer the method takes from each sentence."""
-    takes_positions = method_name(config) in _PREPENDING | _PREFIXING
-    return int(getattr(config, "num_virtual_tokens", 0) or 0) if takes_positions else 0
+    return (
+        methods.virtual_tokens(config)
+        if methods.method_name(config) in methods.PREPENDING and not model._adapters_disabled
+        else 0
+    )
 
 
 def trainable_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
@@ -363,17 +210,6 @@ def require_input_gradients_(model: PeftModel) -> None:
     base = model.get_base_model()
     if getattr(base, "is_gradient_checkpointing", False) and not getattr(base, "_require_grads_hook", None):
         base.enable_input_require_grads()
-
-
-def refuse_lost_prefix(model: PeftModel) -> None:
-    """Return unless transformers would drop the prefix: it passes no past key values through a checkpointed layer.
-
-    Raises:
-        UnsupportedMethodError: gradient checkpointing was switched on after a prefix was added.
-    """
-    config, base = model.peft_config[ADAPTER_NAME], model.get_base_model()
-    if method_name(config) in _PREFIXING and getattr(base, "is_gradient_checkpointing", False):
-        raise _unsupported(base, config, "gradient checkpointing drops past key values, which carry the prefix")
 
 
 def without_cache(model: PeftModel) -> dict[str, bool]:
@@ -427,86 +263,10 @@ def _fill_in_sizes_(model: PreTrainedModel, config: PeftConfig) -> None:
     Rows in front of the sentence are as wide as the input embeddings, which ELECTRA and ALBERT project afterwards.
     """
     sizes = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
-    if method_name(config) not in _PREPENDING:
+    if methods.method_name(config) not in methods.PREPENDING:
         return
     for setting, name in sizes.items():
         if getattr(config, setting, None) is None:
             setattr(config, setting, getattr(model.config, name))
     if config.token_dim is None:
         config.token_dim = model.get_input_embeddings().embedding_dim
-
-
-def without_costly_init(config: PeftConfig) -> PeftConfig:
-    """Return a copy whose initialisation neither reads base weights nor data; tensors have the same shapes."""
-    fields = {field.name for field in dataclasses.fields(config)}
-    skeleton = copy.deepcopy(config)
-    skeleton.base_model_name_or_path = None  # PEFT warns of a base under another name; loads compare its weights
-    if isinstance(getattr(config, "init_lora_weights", None), str):
-        skeleton.init_lora_weights = True
-    if config.peft_type == PeftType.ADALORA:
-        skeleton.rank_pattern = {}  # says which ranks are masked, not how many there are
-    if "prompt_tuning_init" in fields:
-        from peft.tuners.prompt_tuning import PromptTuningInit
-
-        skeleton.prompt_tuning_init = PromptTuningInit.RANDOM
-    return skeleton
-
-
-def _explain_injection(model: PreTrainedModel, config: PeftConfig, error: Exception) -> AdapterConfigError:
-    targets = getattr(config, "target_modules", None)
-    targets = sorted(targets) if isinstance(targets, set) else targets
-    if "target" in str(error).lower() and "found" in str(error).lower():
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
-        return AdapterConfigError(
-            f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: its target_modules {targets!r} "
-            f"match no module that it can adapt. Its linear modules are called {name_some(linear, limit=12)}. "
-            'Pass some of these, or target_modules="all-linear".'
-        )
-    other = "another method" if config.peft_type == PeftType.LORA else "another method, LoRA for example,"
-    return UnsupportedMethodError(
-        f"Cannot use this {method_name(config)} config on {type(model).__name__}. The reason: PEFT says: "
-        f"{str(error).rstrip('.')}. Correct the config, or choose {other} or another base model."
-    )
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, torch.nn.Linear) or type(base).__name__ == "Conv1D"
-
-
-def _unsupported(model: PreTrainedModel, config: PeftConfig, reason: str) -> UnsupportedMethodError:
-    return UnsupportedMethodError(
-        f"Cannot use {method_name(config)} on {type(model).__name__}. The reason: {reason.rstrip('.')}. "
-        "Choose another method, LoRA for example, or another base model."
-    )
-
-
-def needs_step_hook(config: PeftConfig) -> bool:
-    """Whether the method must be told after each optimiser step, so that it can move its rank budget."""
-    uses_asa = method_name(config) == "ADAMSS" and bool(getattr(config, "use_asa", False))
-    return config.peft_type == PeftType.ADALORA or uses_asa
-
-
-def depends_on_batch(config: PeftConfig) -> bool:
-    """Whether the vectors of a sentence depend on the sentences that are embedded together with it."""
-    return method_name(config) == "LILY"
-
-
-def why_not_mixed(config: PeftConfig) -> str | None:
-    """Return why sentences of this adapter cannot share a forward pass with those of others; ``None`` if they may."""
-    if method_name(config) not in _MIXABLE:
-        return "PEFT mixes no adapters of this method in one batch"
-    reasons = {
-        "bias": "it changes biases of the base",
-        "use_dora": "PEFT mixes no DoRA in one batch",
-        "modules_to_save": "it replaces modules of the base",
-        "trainable_token_indices": "it replaces rows of the base",
-        "target_parameters": "it adapts bare parameters",
-    }
-    found = (reason for name, reason in reasons.items() if getattr(config, name, None) not in (None, False, "none", []))
-    return next(found, None)
-
-
-def keeps_graph(config: PeftConfig) -> bool:
-    """Whether modules of the adapter keep tensors of their last forward pass, which torch does not copy."""
-    return method_name(config) == "SHADOW" or bool(getattr(config, "monteclora_config", None))

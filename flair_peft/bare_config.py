@@ -19,8 +19,8 @@ from peft.utils.other import get_pattern_key
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from flair_peft import adapters, keys, origins
 from flair_peft import config as configs
+from flair_peft import keys, methods, origins
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, UnsupportedMethodError, name_some
 
 log = logging.getLogger("flair_peft")
@@ -48,7 +48,7 @@ def own_prompt(config: Any, tensors: Tensors) -> tuple[PeftConfig, dict[str, tor
     """
     config, kept, outside = copy.deepcopy(config), dict(tensors), dict[str, torch.Tensor]()
     count, rows = config.num_virtual_tokens, kept.get(PROMPT)
-    method = adapters.method_name(config)
+    method = methods.method_name(config)
     if rows is not None and method in ("PROMPT_TUNING", "P_TUNING") and config.num_transformer_submodules == 2:
         kept[PROMPT], outside[f"decoder.{PROMPT}"] = rows[:count], rows[count:]
         config.num_transformer_submodules = 1
@@ -79,7 +79,7 @@ def refuse_drawn_together(
     Raises:
         UnsupportedMethodError: it does, or nothing tells which modules those were.
     """
-    method = adapters.method_name(config)
+    method = methods.method_name(config)
     if method not in _DRAWN_TOGETHER or any(_DRAWN_TOGETHER[method] in name.split(".") for name in tensors):
         return
     beside: set[str] = set()
@@ -123,7 +123,7 @@ def resolve_(config: Any, modules: list[str], prefix: str, placed: Tensors) -> N
     """
     of_method = (name for name in placed if keys.has_container(name) and ".token_adapter." not in name)
     # Adaption prompts name the attention by the end of its name and count layers, which is the same in both.
-    counts_layers = adapters.method_name(config) == "ADAPTION_PROMPT"
+    counts_layers = methods.method_name(config) == "ADAPTION_PROMPT"
     adapted = set() if counts_layers else {keys.carrier(name) for name in of_method} - {""}
     original = copy.deepcopy(config)
     _resolve_saved_(config, modules, prefix, placed)
@@ -131,7 +131,7 @@ def resolve_(config: Any, modules: list[str], prefix: str, placed: Tensors) -> N
     if adapted and hasattr(config, "target_modules") and not getattr(config, "target_parameters", None):
         _resolve_targets_(config, original, modules, prefix, adapted)
     for setting in configs.PATTERNS:
-        if getattr(config, setting, None) and adapters.method_name(config) != "ADALORA":
+        if getattr(config, setting, None) and methods.method_name(config) != "ADALORA":
             _refuse_rivals(getattr(config, setting), setting, prefix, adapted)
             _resolve_pattern_(config, setting, prefix, adapted)
     if getattr(config, "feedforward_modules", None) is not None:
@@ -220,7 +220,7 @@ def take_ranks_(config: Any, prefix: str, placed: Tensors) -> dict[str, list[boo
 
     A new adapter has all ranks; PEFT takes the names of matrices in this pattern for those of modules, and warns.
     """
-    if adapters.method_name(config) != "ADALORA" or not config.rank_pattern:
+    if methods.method_name(config) != "ADALORA" or not config.rank_pattern:
         return None
     ranks = {name.removeprefix(prefix): chosen for name, chosen in config.rank_pattern.items()}
     config.rank_pattern = None

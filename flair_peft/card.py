@@ -8,7 +8,7 @@ from typing import Any
 from flair.data import Dictionary
 from flair.nn import Model
 
-from flair_peft import adapters
+from flair_peft import adapters, methods
 from flair_peft.compat import versions
 from flair_peft.embeddings import PeftTransformerEmbeddings
 
@@ -37,7 +37,7 @@ def write_card(model: Model, embedded: list[PeftTransformerEmbeddings], *, size:
     base = embedded[0].base_model_name
     sections = [
         _metadata(embedded),
-        f"# {type(model).__name__} with {adapters.describe(embedded[0].adapter_config)} on {_code(base)}",
+        f"# {type(model).__name__} with {methods.describe(embedded[0].adapter_config)} on {_code(base)}",
         "A [Flair](https://github.com/flairNLP/flair) model whose transformer carries a "
         "[PEFT](https://github.com/huggingface/peft) adapter. This folder holds what was learned; the base model is "
         "found where it is named below.",
@@ -106,7 +106,7 @@ def _facts(model: Model, embedded: list[PeftTransformerEmbeddings], size: int) -
         revision = f", revision {_code(embeddings.base_revision)}" if embeddings.base_revision else ""
         rows += [
             ("base model", f"{_code(embeddings.base_model_name)}{revision}"),
-            ("method", adapters.describe(embeddings.adapter_config)),
+            ("method", methods.describe(embeddings.adapter_config)),
             ("trained in the transformer", f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"),
             ("precision of the base", _code(str(embeddings.base_dtype).removeprefix("torch."))),
         ]

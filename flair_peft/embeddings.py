@@ -32,8 +32,10 @@ from flair_peft import (
     foreign,
     frozen,
     keys,
+    methods,
     proof,
     quantised,
+    refusals,
     rendezvous,
     tokenizer_files,
 )
@@ -182,15 +184,15 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
             found = bases.find_stored(stored, saved_config, dtype=asked_dtype, name=name or model)
         base = found.copy() if found else bases.build_stored(stored, saved_config, dtype=asked_dtype)
         read_dtype = base.get_input_embeddings().weight.dtype
-        how = {**adapters.preparation(given_config), **(peft_gradient_checkpointing_kwargs or {})}
+        how = {**methods.preparation(given_config), **(peft_gradient_checkpointing_kwargs or {})}
         base = quantised.prepare_(base, how)
         own_config = given_config or configs.own_config(_default_config(base))
-        adapters.refuse_unsupported(base, own_config)
+        refusals.refuse_unsupported(base, own_config)
         configs.encode_config(own_config)  # a config that no file can hold is refused now, not after the training
         shared = found
         if frozen.is_placed(base):
             shared = None
-        elif found is not None and adapters.rewrites_base(own_config):
+        elif found is not None and methods.rewrites_base(own_config):
             shared, base = None, found.private_copy()
 
         # From here on, attributes with the names and meanings that the stock constructor gives them.
@@ -199,7 +201,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         self.allow_long_sentences = allow_long_sentences and self.truncate and self.tokenizer.is_fast
         if is_new and self.truncate:
             # Virtual tokens take positions of the transformer that long sentences would need too.
-            self.tokenizer.model_max_length -= adapters.virtual_tokens(own_config)
+            self.tokenizer.model_max_length -= methods.virtual_tokens(own_config)
         self.stride = self.tokenizer.model_max_length // 2 if self.allow_long_sentences else 0
         self.force_max_length = force_max_length
         self.use_lang_emb = bool(getattr(base, "use_lang_emb", False))
@@ -306,7 +308,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
     @property
     def adapter_config(self) -> PeftConfig:
         """The config of the adapter, as it was trained."""
-        return self._pending_config or self.model.peft_config[adapters.ADAPTER_NAME]
+        return self._pending_config or self.model.peft_config[methods.ADAPTER_NAME]
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -339,7 +341,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         ``state_dict`` and files hold the exact values.
         """
         is_half = self.base_dtype.itemsize < torch.float32.itemsize
-        if not is_half or self.training or adapters.why_not_mixed(self.adapter_config) is not None:
+        if not is_half or self.training or methods.why_not_mixed(self.adapter_config) is not None:
             return
         added = {name: p for name, p in self.model.named_parameters() if keys.base_key(name) is None}
         dtypes.cast_(self.model, added, self.base_dtype)
@@ -412,7 +414,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
             )
         if self.training:
             adapters.require_input_gradients_(self.model)
-            adapters.refuse_lost_prefix(self.model)
+            refusals.refuse_lost_prefix(self.model)
         if torch.is_grad_enabled() and self._frozen is not None:
             self._frozen.own_(adapters.trainable_parameters(self.model).values())
         device = self.base_model.device
@@ -471,16 +473,16 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         encoded = self.tokenizer("a", return_tensors="pt") if not self.tokenizer_needs_ocr_boxes else None
         ids = torch.tensor([[0]]) if encoded is None or encoded["input_ids"].numel() == 0 else encoded["input_ids"]
         inputs = {"attention_mask": torch.ones_like(ids)}
-        adapters.try_out(self.model, lambda: self.hidden_states(ids, **inputs), rows=ids.shape[1])
+        refusals.try_out(self.model, lambda: self.hidden_states(ids, **inputs), rows=ids.shape[1])
 
     def _report(self) -> None:
         trainable, total = self.model.get_nb_trainable_parameters()
         log.info("%s: %s of %s parameters are trained (%.2f %%).", self.name, trainable, total, 100 * trainable / total)
-        if adapters.depends_on_batch(self.adapter_config):
+        if methods.depends_on_batch(self.adapter_config):
             log.warning(
                 "%s weighs its parts by an average over the batch: the vectors of a sentence depend on the sentences "
                 "that are embedded with it. Predict with the same mini_batch_size and order to get the same labels.",
-                adapters.method_name(self.adapter_config),
+                methods.method_name(self.adapter_config),
             )
         if not self.fine_tune:
             log.warning(
@@ -627,7 +629,7 @@ def _default_config(base: PreTrainedModel) -> PeftConfig:
 
 def _unique_name(base_model_name: str, config: PeftConfig) -> str:
     """Return a name that no other adapter has; names sort in the order of creation."""
-    method = adapters.method_name(config).lower().replace("_", "-")
+    method = methods.method_name(config).lower().replace("_", "-")
     return f"transformer-{base_model_name}-{method}-{time.time_ns():x}{os.urandom(2).hex()}"
 
 

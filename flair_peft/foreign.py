@@ -14,7 +14,7 @@ from flair.embeddings.transformer import SENTENCE_BOUNDARY_TAG
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flair_peft import adapters, backbone, bare_config, keys, origins
+from flair_peft import adapters, backbone, bare_config, keys, methods, origins, refusals
 from flair_peft.adapter_files import CONFIG, AdapterFiles
 from flair_peft.errors import (
     AdapterConfigError,
@@ -191,7 +191,7 @@ def _base_name(files: AdapterFiles, base_model: str | None) -> str:
 
 def _usable_config(files: AdapterFiles, model: PreTrainedModel) -> PeftConfig:
     config = copy.deepcopy(files.config)
-    adapters.refuse_unsupported(model, config)
+    refusals.refuse_unsupported(model, config)
     if getattr(config, "layer_replication", None):
         raise UnsupportedMethodError(
             f"Cannot use the adapter '{files.source}': it replicates layers of its base. Which tensors belong to which "
@@ -221,7 +221,7 @@ def fill_(embeddings: Any, plan: Plan, *, allow_untrained: bool) -> None:
     if plan.matrix is not None and not plan.is_copy:
         _fill_matrix_(embeddings, plan)
     if plan.ranks:
-        model.peft_config[adapters.ADAPTER_NAME].rank_pattern = dict(plan.ranks)
+        model.peft_config[methods.ADAPTER_NAME].rank_pattern = dict(plan.ranks)
     own = _stored_state(model)
     match = keys.match_keys(plan.tensors, own)
     missing = [key for key in match.missing if not keys.is_unread(keys.plain_key(key)) or keys.has_container(key)]
@@ -371,7 +371,7 @@ def _base_matrix(model: PreTrainedModel) -> torch.nn.Parameter:
 def _fit(tensors: Tensors, own: Tensors, plan: Plan) -> dict[str, torch.Tensor]:
     """Return the tensors in the shapes of the model, which differ by rows that Flair adds to the vocabulary."""
     fitted = {key: _grown(_cut(key, tensor, own[key]), own[key], plan.rows) for key, tensor in tensors.items()}
-    method = adapters.method_name(plan.config)
+    method = methods.method_name(plan.config)
     if method == "RANDLORA" and any("randlora_" in key and fitted[key].shape != own[key].shape for key in fitted):
         raise bare_config.drawn_together(method, ())
     wrong = [
@@ -430,11 +430,11 @@ def _check_learned(plan: Plan, fitted: Tensors, *, allow_untrained: bool) -> Non
 
 def _set_(model: PeftModel, tensors: Tensors, ranks: Mapping[str, list[bool]] | None) -> None:
     """Let PEFT put the tensors in place; AdaLoRA keeps its full rank, with zeros where its budget left nothing."""
-    config: Any = model.peft_config[adapters.ADAPTER_NAME]
+    config: Any = model.peft_config[methods.ADAPTER_NAME]
     if ranks:
         config.rank_pattern = None
         tensors = _at_full_rank(tensors, _stored_state(model), ranks)
-    set_peft_model_state_dict(model, dict(tensors), adapter_name=adapters.ADAPTER_NAME)
+    set_peft_model_state_dict(model, dict(tensors), adapter_name=methods.ADAPTER_NAME)
     if ranks:
         config.rank_pattern = dict(ranks)
 
@@ -456,6 +456,6 @@ def _misfit(plan: Plan, problems: Mapping[str, Collection[str]]) -> AdapterMisma
     found = "; ".join(f"{what}: {name_some(names)}" for what, names in problems.items() if names)
     return AdapterMismatchError(
         f"Cannot place every tensor of '{plan.source}' on '{plan.base}': {found}. The adapter is "
-        f"{adapters.describe(plan.config)}, and its file and its config do not go together on this base. Pass "
+        f"{methods.describe(plan.config)}, and its file and its config do not go together on this base. Pass "
         "base_model= with the model that it was trained on, and check that both files are of one save."
     )

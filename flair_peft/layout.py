@@ -15,7 +15,7 @@ import torch
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from flair_peft import adapters, codec, fingerprint, keys
+from flair_peft import codec, fingerprint, keys, methods
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
@@ -166,9 +166,7 @@ def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def _split(embeddings: PeftTransformerEmbeddings, own: Tensors) -> tuple[Tensors, list[str], Tensors]:
     """Return PEFT's own file, the keys in it that only PEFT reads, and the weights that it does not hold exactly."""
-    theirs = get_peft_model_state_dict(
-        embeddings.model, adapter_name=adapters.ADAPTER_NAME, save_embedding_layers=False
-    )
+    theirs = get_peft_model_state_dict(embeddings.model, adapter_name=methods.ADAPTER_NAME, save_embedding_layers=False)
     match, rest = keys.match_keys(theirs, own), dict(own)
     exact = {key: name for key, name in match.renamed.items() if are_same_bits(theirs[name], own[key])}
     for key in exact:
@@ -226,7 +224,7 @@ def _adapter_config(embeddings: PeftTransformerEmbeddings) -> bytes:
 
 def _resolve_patterns_(config: PeftConfig, embeddings: PeftTransformerEmbeddings) -> None:
     """Let the config give each module the same rank and alpha in any order of its patterns: PEFT sorts them."""
-    if adapters.method_name(config) in ("ADALORA", "OSF"):
+    if methods.method_name(config) in ("ADALORA", "OSF"):
         return  # their patterns are no regular expressions
     layers = embeddings.base_model.named_modules()
     names = [name for name, module in layers if isinstance(module, BaseTunerLayer)]

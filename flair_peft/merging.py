@@ -8,7 +8,7 @@ from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbedding
 from flair.nn import Model
 from transformers import PreTrainedModel
 
-from flair_peft import adapters, assembly, codec, dtypes, models, proof, quantised, tokenizer_files
+from flair_peft import assembly, codec, dtypes, methods, models, proof, quantised, tokenizer_files
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
 
@@ -109,14 +109,14 @@ def _merged_transformer(embeddings: PeftTransformerEmbeddings) -> PreTrainedMode
         merged = embeddings.model.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
         raise UnsupportedMethodError(
-            f"Cannot merge {adapters.describe(config)} into {kind}. The reason: it has no weights to merge it into, or "
+            f"Cannot merge {methods.describe(config)} into {kind}. The reason: it has no weights to merge it into, or "
             f"PEFT cannot do it ({type(error).__name__}: {str(error)[:200]}). Keep the adapter beside its base, as "
             "save_pretrained and model.save do."
         ) from error
     distance = proof.distance(_hidden_states(merged, ids), expected)
     if not distance <= _TOLERANCE:
         raise StateMismatchError(
-            f"Cannot merge {adapters.describe(config)} into {kind}: the merged model's hidden states are "
+            f"Cannot merge {methods.describe(config)} into {kind}: the merged model's hidden states are "
             f"{distance:.2g} of their norm away from those before, and rounding explains {_TOLERANCE:g}. PEFT merges "
             "this method wrongly here. Keep the adapter beside its base."
         )

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from flair_peft import adapters, keys, proof
+from flair_peft import adapters, keys, methods, proof, refusals
 from flair_peft import config as configs
 from flair_peft.embeddings import ForwardPass, PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError
@@ -70,13 +70,13 @@ class MixedBatches:
         """Return the adapter as a tree takes it in, or ``None`` if it has to run on its own."""
         if embeddings.training or not isinstance(embeddings.model, PeftModel):
             return None
-        places = _Places.of(embeddings.model, adapters.ADAPTER_NAME)
+        places = _Places.of(embeddings.model, methods.ADAPTER_NAME)
         try:
-            adapters.refuse_unstorable(embeddings.model, places.layers)
+            refusals.refuse_unstorable(embeddings.model, places.layers)
         except AdapterConfigError:
             return None  # merged or switched off, which its own pass follows
-        method, frozen = adapters.method_name(embeddings.adapter_config), embeddings._frozen
-        reason = adapters.why_not_mixed(embeddings.adapter_config)
+        method, frozen = methods.method_name(embeddings.adapter_config), embeddings._frozen
+        reason = methods.why_not_mixed(embeddings.adapter_config)
         if reason is None and frozen is None:
             reason = "it has a base of its own"
         if reason is None and frozen is not None:
@@ -258,7 +258,7 @@ class _Tree:
         slots = self._slots.setdefault(guest.kind, [])
         if number == len(slots):
             name = f"slot{sum(map(len, self._slots.values()))}"
-            config = adapters.without_costly_init(configs.own_config(guest.embeddings.adapter_config))
+            config = methods.without_costly_init(configs.own_config(guest.embeddings.adapter_config))
             with adapters.building, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT said it when the model was loaded
                 if self._model is None:
@@ -309,7 +309,7 @@ def _fill_(target: _Places, name: str, source: _Places) -> None:
         else:
             module._parameters[own] = torch.nn.Parameter(tensor.data, requires_grad=False)
     for key, setting in target.settings.items():
-        setting[name] = source.settings[key][adapters.ADAPTER_NAME]
+        setting[name] = source.settings[key][methods.ADAPTER_NAME]
 
 
 def _empty_(target: _Places, name: str) -> None:

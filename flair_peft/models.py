@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from flair.nn import Model
 
-from flair_peft import adapters, assembly, card, checkpoint, codec, hub, layout, learned, legacy, states
+from flair_peft import assembly, card, checkpoint, codec, hub, layout, learned, legacy, refusals, states
 from flair_peft.compat import versions
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
@@ -265,7 +265,7 @@ def describing(
             "format holds what was learned on top of a base model. Use model.save(path)."
         )
     for embeddings in embedded:
-        adapters.refuse_unstorable(embeddings.model)
+        refusals.refuse_unstorable(embeddings.model)
     stored = (_stored_base(embeddings, save_base) if plan is None else plan(embeddings) for embeddings in embedded)
     parts = {id(embeddings): Part(i, base) for i, (embeddings, base) in enumerate(zip(embedded, stored, strict=True))}
     # The probe switches dropout off for a moment, which no other save may see.

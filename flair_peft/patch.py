@@ -42,12 +42,12 @@ from flair.trainers import ModelTrainer
 from peft import PeftConfig, PeftModel
 
 from flair_peft import (
-    adapters,
     assembly,
     compat,
     dtypes,
     hub,
     legacy,
+    methods,
     models,
     parallel,
     resume,
@@ -241,7 +241,7 @@ def _keeping_config(original: Callable[..., dict[str, Any]]) -> Callable[..., di
         params = original(self)
         if not _installed or isinstance(self, PeftTransformerEmbeddings) or not isinstance(self.model, PeftModel):
             return params
-        encoded = configs.encode_config(self.model.peft_config[adapters.ADAPTER_NAME])
+        encoded = configs.encode_config(self.model.peft_config[methods.ADAPTER_NAME])
         # Mark the layout, so that loading in a process that never imported flair_peft imports it.
         return {**params, "peft_config": encoded, "flair_peft_format": compat.FormatVersion(compat.FORMAT_VERSION)}
 

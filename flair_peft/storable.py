@@ -16,7 +16,19 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from flair_peft import adapters, backbone, bases, dtypes, frozen, keys, learned, proof, quantised, tokenizer_files
+from flair_peft import (
+    adapters,
+    backbone,
+    bases,
+    dtypes,
+    frozen,
+    keys,
+    learned,
+    methods,
+    proof,
+    quantised,
+    tokenizer_files,
+)
 from flair_peft import config as configs
 from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_version
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
@@ -100,7 +112,7 @@ class Storable(StoredWeights):
             "save_base": self.save_base,
             # Without this, transformers makes a fast tokenizer of the files of a slow one.
             "transformers_tokenizer_kwargs": {} if self.tokenizer.is_fast else {"use_fast": False},
-            "derived_state": adapters.derived_state(self.model) if adapters.is_derived_from_base(config) else {},
+            "derived_state": adapters.derived_state(self.model) if methods.is_derived_from_base(config) else {},
         }
         part = planned(self)
         return params if part is None else {**params, **self._proof_params(part)}
@@ -252,7 +264,7 @@ class Storable(StoredWeights):
     def _copy(self, memo: dict[int, Any]) -> Self:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        if isinstance(self.model, PeftModel) and adapters.keeps_graph(self.adapter_config):
+        if isinstance(self.model, PeftModel) and methods.keeps_graph(self.adapter_config):
             clone.__setstate__(self.__getstate__())
             return clone
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))

@@ -13,7 +13,7 @@ from flair.trainers.plugins.base import TrainerPlugin
 from peft import PeftConfig, PeftModel, PeftType
 from peft.optimizers import create_loraplus_optimizer
 
-from flair_peft import adapters, dtypes, models, quantised
+from flair_peft import adapters, dtypes, methods, models, quantised
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import TrainingSetupError, name_some
 
@@ -60,7 +60,7 @@ class RankAllocationPlugin(TrainerPlugin):
                 log.warning(
                     "%s plans for total_step=%s optimiser steps, but this training has %s. Its rank budget will follow "
                     "the plan. Pass total_step=%s.",
-                    adapters.method_name(config),
+                    methods.method_name(config),
                     planned,
                     steps,
                     steps,
@@ -86,14 +86,14 @@ class RankAllocationPlugin(TrainerPlugin):
         """Rank the singular values by importance and mask those beyond the budget."""
         self._step += 1
         for model, config in zip(_peft_models(self.model), self._configs(), strict=True):
-            if adapters.needs_step_hook(config):
+            if methods.needs_step_hook(config):
                 for parameter in adapters.trainable_parameters(model).values():
                     if parameter.grad is None:  # of a layer that Flair does not read, such as the pooler
                         parameter.grad = torch.zeros_like(parameter)
                 model.base_model.update_and_allocate(self._step)
 
     def _configs(self) -> list[PeftConfig]:
-        return [model.peft_config[adapters.ADAPTER_NAME] for model in _peft_models(self.model)]
+        return [model.peft_config[methods.ADAPTER_NAME] for model in _peft_models(self.model)]
 
 
 class LoraPlusPlugin(TrainerPlugin):
@@ -180,13 +180,13 @@ class AdapterGuard(TrainerPlugin):
             self._report_missing_gradients(peft_model)
 
     def _report_missing_plugin(self, peft_model: PeftModel) -> None:
-        config = peft_model.peft_config[adapters.ADAPTER_NAME]
+        config = peft_model.peft_config[methods.ADAPTER_NAME]
         has_plugin = any(isinstance(plugin, RankAllocationPlugin) for plugin in self.trainer.plugins)
-        if adapters.needs_step_hook(config) and not has_plugin:
+        if methods.needs_step_hook(config) and not has_plugin:
             log.warning(
                 "%s is trained without RankAllocationPlugin, so its ranks will not change: it has to be told of every "
                 "step. Pass plugins=[flair_peft.RankAllocationPlugin()] to the trainer.",
-                adapters.method_name(config),
+                methods.method_name(config),
             )
 
     def _report_missing_gradients(self, peft_model: PeftModel) -> None:

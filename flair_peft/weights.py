@@ -13,7 +13,7 @@ from flair.embeddings.transformer import TransformerBaseEmbeddings
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from flair_peft import adapters, fingerprint, keys, learned, proof, quantised
+from flair_peft import adapters, fingerprint, keys, learned, methods, proof, quantised
 from flair_peft.errors import StateMismatchError, name_some
 from flair_peft.fingerprint import are_same_bits
 from flair_peft.frozen import FrozenBase
@@ -61,7 +61,7 @@ class StoredWeights(TransformerBaseEmbeddings):
             has_weights: which of the two.
         """
         self._awaits_weights = True
-        if adapters.is_derived_from_base(config):
+        if methods.is_derived_from_base(config):
             self.model, self._pending_config = base, config
         else:
             self.model = adapters.inject_skeleton(base, config, has_weights=has_weights)
@@ -272,7 +272,7 @@ class StoredWeights(TransformerBaseEmbeddings):
             found = "; ".join(f"{what}: {name_some(names)}" for what, names in problems.items())
             raise StateMismatchError(
                 f"Cannot load the weights of '{self.name}': {found}. The adapter is "
-                f"{adapters.describe(self.adapter_config)} on {type(self.base_model).__name__}. Load the "
+                f"{methods.describe(self.adapter_config)} on {type(self.base_model).__name__}. Load the "
                 "file with the PEFT config and the base model that it was trained with.",
                 problems=problems,
             )

@@ -24,9 +24,9 @@ from peft import (
 from peft.tuners.lora.config import CordaConfig
 
 from flair_peft import PeftTransformerWordEmbeddings
-from flair_peft.adapters import REFUSED_METHODS
 from flair_peft.config import decode_config, default_config, encode_config, own_config
 from flair_peft.errors import AdapterConfigError
+from flair_peft.refusals import REFUSED_METHODS
 from tests.methods import LORA_VARIANTS, METHODS
 
 TARGETS = ["query", "value"]

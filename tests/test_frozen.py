@@ -19,9 +19,9 @@ from transformers import AutoConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, frozen
-from flair_peft.adapters import REFUSED_METHODS
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.frozen import FrozenBase
+from flair_peft.refusals import REFUSED_METHODS
 from flair_peft.sources import BaseRecord
 from tests import methods
 from tests.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS

@@ -29,6 +29,8 @@ FLOORS = (
     "implied",
     "outline",
     "config",
+    "methods",
+    "refusals",
     "adapters",
     "fingerprint",
     "sources",

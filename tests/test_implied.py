@@ -11,7 +11,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig
 from transformers import AutoModel
 
-from flair_peft import adapters, implied
+from flair_peft import adapters, implied, methods
 from flair_peft import config as configs
 from tests.methods import METHODS, Method
 from tests.test_methods import make, one_kind_each
@@ -30,7 +30,7 @@ def test_method_is_read_from_the_tensors_of_every_method(method: Method, kind: s
     embeddings = make(method, kind, base, torch.float32)
     found = implied.read_config(shapes_of(embeddings.model, "embeddings.model."))
     assert found is not None
-    assert found.method == adapters.method_name(embeddings.adapter_config)
+    assert found.method == methods.method_name(embeddings.adapter_config)
 
 
 def lora(**settings: Any) -> LoraConfig:

@@ -16,8 +16,9 @@ from peft import PeftType
 from transformers import AutoTokenizer
 
 from flair_peft import PeftTransformerDocumentEmbeddings
-from flair_peft.adapters import REFUSED_METHODS, trainable_parameters
+from flair_peft.adapters import trainable_parameters
 from flair_peft.errors import UnsupportedMethodError
+from flair_peft.refusals import REFUSED_METHODS
 from tests.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method, perturb_
 
 KINDS = {"encoder": "bert", "decoder": "llama"}

@@ -19,7 +19,8 @@ import insert
 import peft
 from peft import LoraConfig, PeftConfig, PeftType
 
-from flair_peft import adapters, cli
+from flair_peft import cli, refusals
+from flair_peft.methods import why_not_mixed
 from tests.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def works(method: Method) -> frozenset[str]:
     """Return the kinds of models that the method works on here, as ``tests/test_methods.py`` tests it."""
     if method.name in constant("tests/test_methods.py", "WORKS_HERE"):
         return frozenset(KINDS)
-    is_refused = method.name in adapters.REFUSED_METHODS or method.before is not None
+    is_refused = method.name in refusals.REFUSED_METHODS or method.before is not None
     return frozenset() if is_refused else method.works
 
 
@@ -86,7 +87,7 @@ def methods() -> str:
         found = works(method)
         if not found:
             continue
-        mixes = YES if adapters.why_not_mixed(_config(method)) is None else NO
+        mixes = YES if why_not_mixed(_config(method)) is None else NO
         costs = _costs(measured[name]) if name in measured else [UNKNOWN] * 4
         rows.append([_class_of(name), _on(found), *costs, _on(method.mergeable & found), mixes])
     return _table(["config", "works on", "trained", "file", "step", "4 bits", "merges", "mixes"], rows)
@@ -132,7 +133,7 @@ def refused() -> str:
     for name, method in METHODS.items():
         lacking = [kind for kind in KINDS if kind not in works(method)]
         if lacking:
-            reason = adapters.REFUSED_METHODS.get(name, method.reason)
+            reason = refusals.REFUSED_METHODS.get(name, method.reason)
             rows.append([_class_of(name), " and ".join(f"{kind}s" for kind in lacking), reason])
     for method in (*LORA_VARIANTS.values(), *OTHER_VARIANTS.values()):
         lacking = [kind for kind in KINDS if kind not in works(method)]

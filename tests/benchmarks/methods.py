@@ -29,8 +29,9 @@ from peft import PeftConfig, PeftType
 from transformers import BitsAndBytesConfig
 
 import flair_peft
-from flair_peft.adapters import REFUSED_METHODS, trainable_parameters
+from flair_peft.adapters import trainable_parameters
 from flair_peft.errors import FlairPeftError
+from flair_peft.refusals import REFUSED_METHODS
 from tests import tiny
 from tests.benchmarks.report import RESULTS, heading
 from tests.benchmarks.shapes import bert_base

@@ -1,0 +1,156 @@
+"""What cannot work with an adapter, found before it fails or predicts something else, with the reason."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+from flair_peft.errors import AdapterConfigError, FlairPeftError, UnsupportedMethodError, name_some
+from flair_peft.methods import ADAPTER_NAME, PREFIXING, PREPENDING, describe, method_name
+
+_NEEDS_TASK_IDS = "it needs a task id with every sentence, and Flair has none to give"
+
+REFUSED_METHODS: Mapping[str, str] = {
+    "CPT": "PEFT offers it for causal language models only, and Flair reads hidden states",
+    "MULTITASK_PROMPT_TUNING": _NEEDS_TASK_IDS,
+    "POLY": _NEEDS_TASK_IDS,
+    "XLORA": "it mixes adapters that were trained before, given as paths, instead of training one",
+}
+
+_REFUSED_SETTINGS: Mapping[str, str] = {
+    "alora_invocation_tokens": "activated LoRA switches on at a token of a prompt, and Flair has no prompts",
+    "sample_at_inference": "every prediction would be drawn anew",
+    "use_qalora": "it is written for GPTQ layers, and elsewhere PEFT trains plain LoRA without a word",
+}
+
+_NEEDS_DATA_FIRST = ("corda", "lora_ga")
+
+_WANTS_DATA = "must see data before the adapter is added, and Flair's embeddings embed only afterwards"
+
+
+def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Return if the method is not known to fail on this architecture.
+
+    Raises:
+        UnsupportedMethodError: it is; the message names the method, the architecture and the reason.
+    """
+    method = method_name(config)
+    if method in REFUSED_METHODS:
+        raise unsupported(model, config, REFUSED_METHODS[method])
+    for setting, reason in _REFUSED_SETTINGS.items():
+        if getattr(config, setting, None):
+            raise unsupported(model, config, f"{setting}: {reason}")
+    if getattr(config, "init_lora_weights", None) in _NEEDS_DATA_FIRST:
+        raise unsupported(model, config, f"init_lora_weights={config.init_lora_weights!r} {_WANTS_DATA}")
+    if method in PREPENDING and "bbox" in inspect.signature(model.forward).parameters:
+        raise unsupported(model, config, "it asks for a bounding box per row, and virtual tokens have none")
+    if method in PREFIXING and "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise unsupported(model, config, "its forward takes no past key values, which carry the prefix")
+    places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if method in PREFIXING and places and places <= {"cpu", "disk"}:
+        raise unsupported(model, config, "PEFT puts a prefix on a GPU alone where the base is spread (peft#3619)")
+
+
+def try_out(model: PeftModel, forward: Callable[[], tuple[torch.Tensor, ...]], *, rows: int) -> None:
+    """Return if one small forward pass with the adapter gives hidden states of the right shape.
+
+    Args:
+        model: the PEFT model; only named in errors.
+        forward: runs the pass and returns hidden states, each of shape (batch, rows, hidden).
+        rows: the number of rows that each sentence must have.
+
+    Raises:
+        UnsupportedMethodError: it fails or gives another shape.
+    """
+    config = model.peft_config[ADAPTER_NAME]
+    base = model.get_base_model()
+    try:
+        with torch.no_grad():
+            hidden_states = forward()
+    except FlairPeftError:
+        raise
+    except Exception as error:
+        reason = f"its first forward pass fails with {type(error).__name__}: {str(error) or 'no message'}"
+        raise unsupported(base, config, reason) from error
+    found = {states.shape[1] for states in hidden_states}
+    if any(count < rows for count in found):
+        raise unsupported(base, config, f"it gives {sorted(found)} rows for a sentence of {rows} subtokens")
+
+
+def refuse_lost_prefix(model: PeftModel) -> None:
+    """Return unless transformers would drop the prefix: it passes no past key values through a checkpointed layer.
+
+    Raises:
+        UnsupportedMethodError: gradient checkpointing was switched on after a prefix was added.
+    """
+    config, base = model.peft_config[ADAPTER_NAME], model.get_base_model()
+    if method_name(config) in PREFIXING and getattr(base, "is_gradient_checkpointing", False):
+        raise unsupported(base, config, "gradient checkpointing drops past key values, which carry the prefix")
+
+
+def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None = None) -> None:
+    """Return if a file that holds the adapter and not the base would give the model back as it is now.
+
+    Args:
+        model: with its adapter.
+        layers: those of the adapter, if they were looked up already.
+
+    Raises:
+        AdapterConfigError: the adapter is merged or switched off, or there are several.
+    """
+    if layers is None:
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    others = sorted(set(model.peft_config) - {ADAPTER_NAME})
+    if ADAPTER_NAME not in model.peft_config:
+        raise AdapterConfigError(
+            f"Cannot store the adapter: it is called {name_some(others) or 'nothing'}, and files hold the one called "
+            f"'{ADAPTER_NAME}', which was deleted. Make embeddings with the adapter that you want to store."
+        )
+    if others:
+        reason, remedy = f"is one of several, beside {name_some(others)}, and files hold one", "delete_adapter(name)"
+    elif any(layer.merged for layer in layers):
+        reason, remedy = "is merged into the base, onto which a load would add it once more", "unmerge_adapter()"
+    elif model._adapters_disabled or any(layer.disable_adapters for layer in layers):
+        reason, remedy = "is switched off, and a load would switch it on", "leave disable_adapter() first"
+    else:
+        return
+    raise AdapterConfigError(
+        f"Cannot store the {describe(model.peft_config[ADAPTER_NAME])} adapter as it is: it {reason}. The model would "
+        f"predict something else after loading. Undo that on embeddings.model, here by {remedy}."
+    )
+
+
+def explain_injection(model: PreTrainedModel, config: PeftConfig, error: Exception) -> AdapterConfigError:
+    """Return what PEFT raised while it added the adapter as an error with what would fit."""
+    targets = getattr(config, "target_modules", None)
+    targets = sorted(targets) if isinstance(targets, set) else targets
+    if "target" in str(error).lower() and "found" in str(error).lower():
+        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+        return AdapterConfigError(
+            f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: its target_modules {targets!r} "
+            f"match no module that it can adapt. Its linear modules are called {name_some(linear, limit=12)}. "
+            'Pass some of these, or target_modules="all-linear".'
+        )
+    other = "another method" if config.peft_type == PeftType.LORA else "another method, LoRA for example,"
+    return UnsupportedMethodError(
+        f"Cannot use this {method_name(config)} config on {type(model).__name__}. The reason: PEFT says: "
+        f"{str(error).rstrip('.')}. Correct the config, or choose {other} or another base model."
+    )
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, torch.nn.Linear) or type(base).__name__ == "Conv1D"
+
+
+def unsupported(model: PreTrainedModel, config: PeftConfig, reason: str) -> UnsupportedMethodError:
+    """Return the error that says why the method cannot work on this model."""
+    return UnsupportedMethodError(
+        f"Cannot use {method_name(config)} on {type(model).__name__}. The reason: {reason.rstrip('.')}. "
+        "Choose another method, LoRA for example, or another base model."
+    )
