@@ -1,4 +1,4 @@
-"""``flair-peft``: the command line over the public functions, and the only place that prints."""
+"""``flair-peft``: the command line over the public functions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import logging
 import math
 import os
 import sys
-import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +18,8 @@ from flair.data import Sentence
 from peft import PeftConfig
 
 import flair_peft
-from flair_peft import comparison, heat_map, hub, inspection, progress
+from flair_peft import comparison, heat_map, hub, inspection, wording
 from flair_peft import config as configs
-from flair_peft.comparison import Comparison
 from flair_peft.errors import (
     AdapterConfigError,
     FlairPeftError,
@@ -30,28 +28,11 @@ from flair_peft.errors import (
     SaveError,
     StateMismatchError,
 )
-from flair_peft.inspection import Adapter, Inspection
+from flair_peft.terminal import complain, echo, echo_json, print_plainly, printable, showing, size, some
 
 log = logging.getLogger("flair_peft")
 
 OK, DIFFERENT, TROUBLE, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
-
-_SHOWN_LABELS = 20
-_SHOWN_CHANGES = 20
-_KINDS = {
-    "checkpoint": "checkpoint of flair_peft",
-    "file": ".pt file of flair_peft",
-    "stock": ".pt file of Flair's own",
-    "adapter": "adapter of PEFT",
-}
-_PARTS = {
-    "adapter": "adapter",
-    "head": "head",
-    "base": "base weights",
-    "tokenizer": "tokenizer",
-    "training": "state of the training",
-    "other": "text and other",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _make_parser()
     chosen = parser.parse_args(arguments)
-    log.addFilter(_print_plainly)
+    log.addFilter(print_plainly)
     try:
         code: int = chosen.run(chosen)
         sys.stdout.flush()
@@ -77,16 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # whatever it is, a user gets a paragraph
         if chosen.traceback:
             traceback.print_exc()
-        _complain(_explain(error))
+        complain(_explain(error))
         return DIFFERENT if chosen.command == "verify" and isinstance(error, StateMismatchError) else TROUBLE
     finally:
-        log.removeFilter(_print_plainly)
-
-
-def _print_plainly(record: logging.LogRecord) -> bool:
-    """Let a warning that names what stands in a file be printed as such a name is printed elsewhere."""
-    record.msg, record.args = _printable(record.getMessage()), None
-    return True
+        log.removeFilter(print_plainly)
 
 
 def _explain(error: Exception) -> str:
@@ -96,42 +71,6 @@ def _explain(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{type(error).__name__}: {error}"
     return f"{type(error).__name__}: {error}. This was not expected; --traceback in front of the command shows where."
-
-
-def _complain(text: str) -> None:
-    _print(textwrap.fill(_printable(f"flair-peft: {text}"), width=100, break_on_hyphens=False), to_errors=True)
-
-
-def _print(text: str = "", *, to_errors: bool = False) -> None:
-    stream = sys.stderr if to_errors else sys.stdout
-    encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
-
-
-def _printable(value: object) -> str:
-    """Return a text in which nothing moves the cursor or colours the screen: names and labels come from files."""
-    text = " ".join(str(value).split()) if isinstance(value, str) else str(value)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
-
-
-def _print_json(value: Any) -> None:
-    _print(json.dumps(_without_infinity(value), indent=2, default=str, allow_nan=False))
-
-
-def _without_infinity(value: Any) -> Any:
-    """Return the value with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _without_infinity(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinity(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextlib.contextmanager
-def _showing(text: str, total: int | None = None) -> Iterator[None]:
-    """Show on a terminal how many bytes were read."""
-    with progress.shown(text, total=total, leave=False, file=sys.stderr):
-        yield
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -182,86 +121,16 @@ def _add_inspect(commands: Any, name: str) -> None:
 def _inspect(chosen: argparse.Namespace) -> int:
     found = inspection.inspect(chosen.path)
     if chosen.json:
-        _print_json(found.to_dict())
+        echo_json(found.to_dict())
     else:
-        _print_rows(_describe(found))
+        wording.echo_inspection(found)
     if chosen.plot:
-        with _showing("measuring"):
+        with showing("measuring"):
             measured = heat_map.measure(found, base_model=chosen.base_model)
         heat_map.draw(measured, chosen.plot, title=chosen.path.name or str(chosen.path))
         for note in measured.notes:
-            _complain(note)
+            complain(note)
     return OK
-
-
-def _print_rows(rows: Iterator[tuple[str, str]]) -> None:
-    for name, value in rows:
-        _print(f"{name:<16}{_printable(value)}".rstrip())
-
-
-def _describe(found: Inspection) -> Iterator[tuple[str, str]]:
-    """Yield the name and the value of each line about a model."""
-    yield "path", str(found.contents.path)
-    yield "kind", _KINDS[found.kind]
-    yield from (("Flair class", name) for name in [found.flair_class] if name)
-    sizes = found.sizes
-    parts = ", ".join(f"{text} {_size(sizes[part])}" for part, text in _PARTS.items() if sizes[part])
-    yield "size", f"{_size(sizes['total'])}: {parts}"
-    for adapter in found.adapters:
-        yield from _describe_adapter(adapter)
-    for name, labels in found.labels.items():
-        described = f"{name} ({labels.type or 'no type'}, {len(labels.items)})"
-        yield "labels", f"{described}: {_some(labels.items, _SHOWN_LABELS)}"
-    for part, dtypes in found.dtypes.items():
-        yield f"{part} dtypes", ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.items())
-    for title, named in (("versions", found.versions), ("scores", found.scores)):
-        if named:
-            yield title, ", ".join(f"{name} {_number(value)}" for name, value in named.items())
-    yield from (("missing", text) for text in found.missing)
-    yield from (("note", text) for text in found.notes)
-
-
-def _describe_adapter(adapter: Adapter) -> Iterator[tuple[str, str]]:
-    yield "", ""
-    if adapter.embeddings:
-        yield "embeddings", f"{adapter.embeddings} ({adapter.place})"
-    rank = f", rank {' / '.join(map(str, adapter.ranks))}" if adapter.ranks else ""
-    alpha = f", alpha {adapter.alpha:g}" if adapter.alpha is not None else ", alpha unknown" if rank else ""
-    yield "method", f"{adapter.method or 'unknown'}{rank}{alpha}"
-    if adapter.modules:
-        yield "on", ", ".join(f"{name} ({count})" for name, count in adapter.modules.items())
-    settings = ", ".join(f"{name}={value!r}" for name, value in adapter.settings.items())
-    yield ("config" if adapter.has_config else "config, implied"), adapter.suggestion or settings
-    base = adapter.base
-    yield "base", ", ".join(_facts_of_base(base))
-
-
-def _facts_of_base(base: Any) -> Iterator[str]:
-    yield base["name"] or "not named"
-    if base["revision"]:
-        yield f"revision {base['revision']}"
-    if base["dtype"]:
-        yield base["dtype"]
-    if base["quantization"]:
-        bits = [name for name in ("load_in_4bit", "load_in_8bit") if base["quantization"].get(name)]
-        yield f"quantised ({', '.join(bits) or 'settings in the JSON'})"
-
-
-def _size(count: int) -> str:
-    """Return a number of bytes in the unit that reads best."""
-    for unit, limit in (("bytes", 10**3), ("kB", 10**6), ("MB", 10**9)):
-        if count < limit:
-            return f"{count} {unit}" if unit == "bytes" else f"{count / limit * 1000:.3g} {unit}"
-    return f"{count / 10**9:.3g} GB"
-
-
-def _some(items: Sequence[object], limit: int) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(map(str, items[:limit])) + more
-
-
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _add_verify(commands: Any, name: str) -> None:
@@ -272,9 +141,9 @@ def _add_verify(commands: Any, name: str) -> None:
 
 
 def _verify(chosen: argparse.Namespace) -> int:
-    with _showing("verifying"):
+    with showing("verifying"):
         flair_peft.verify(chosen.path, base_model=chosen.base_model, trust_remote_code=chosen.trust_remote_code)
-    _print(f"{_printable(chosen.path)}: every tensor, every weight of the base and the probe are as they were.")
+    echo(f"{printable(chosen.path)}: every tensor, every weight of the base and the probe are as they were.")
     return OK
 
 
@@ -290,37 +159,13 @@ def _add_diff(commands: Any, name: str) -> None:
 def _diff(chosen: argparse.Namespace) -> int:
     first, second = inspection.inspect(chosen.first), inspection.inspect(chosen.second)
     total = first.sizes["total"] + second.sizes["total"]
-    with _showing("comparing", total):
+    with showing("comparing", total):
         found = comparison.compare(first, second)
     if chosen.json:
-        _print_json(found.to_dict())
+        echo_json(found.to_dict())
     else:
-        _print_comparison(found)
+        wording.echo_comparison(found)
     return OK if found.is_equal else DIFFERENT
-
-
-def _print_comparison(found: Comparison) -> None:
-    changed = {"config": found.config, "labels": found.labels, "tokenizer": found.tokenizer, "shapes": found.reshaped}
-    for title, changes in changed.items():
-        _print_some(title, [f"{change.name}: {_side(change.first)} → {_side(change.second)}" for change in changes])
-    _print_some("only in the first", found.removed)
-    _print_some("only in the second", found.added)
-    rows = [f"{row.name}: at most {row.largest:.3g}, relative {row.relative:.3g}" for row in found.values]
-    _print_some("values", rows)
-    _print(f"{found.equal} tensors are equal." if not found.is_equal else f"Equal: {found.equal} tensors and all else.")
-
-
-def _side(value: object) -> str:
-    return "–" if value is None else repr(value) if isinstance(value, str) else str(value)
-
-
-def _print_some(title: str, lines: Sequence[str]) -> None:
-    if lines:
-        _print(f"{title} ({len(lines)})")
-        for line in lines[:_SHOWN_CHANGES]:
-            _print(f"  {_printable(line)}")
-        if len(lines) > _SHOWN_CHANGES:
-            _print(f"  … and {len(lines) - _SHOWN_CHANGES} more; --json lists all")
 
 
 def _add_push(commands: Any, name: str) -> None:
@@ -350,15 +195,15 @@ def _push(chosen: argparse.Namespace) -> int:
             "lies there, and its base is not loaded. Leave them out, or use verify with them first."
         )
     else:
-        with _showing("verifying"):
+        with showing("verifying"):
             address = hub.push_directory(chosen.source, chosen.repository, **options)
-    _print(address)
+    echo(address)
     return OK
 
 
 def _load(source: Path, chosen: argparse.Namespace) -> Any:
     _refuse_missing(source)
-    with _showing("loading"):
+    with showing("loading"):
         return flair_peft.from_pretrained(
             source, base_model=chosen.base_model, trust_remote_code=chosen.trust_remote_code
         )
@@ -389,8 +234,8 @@ def _convert(chosen: argparse.Namespace) -> int:
     config = _config_of(chosen)
     options = {"base_model": chosen.base_model, "trust_pickle": chosen.trust_pickle}
     flair_peft.convert_legacy(chosen.source, chosen.directory, peft_config=config, **options)
-    with_config = f" with {_printable(_settings_of(config))}" if config is not None else ""
-    _print(f"{_printable(chosen.directory)} holds the model{with_config}.")
+    with_config = f" with {printable(_settings_of(config))}" if config is not None else ""
+    echo(f"{printable(chosen.directory)} holds the model{with_config}.")
     return OK
 
 
@@ -409,7 +254,7 @@ def _config_of(chosen: argparse.Namespace) -> PeftConfig | None:
     if chosen.config is not None:
         if given:
             raise AdapterConfigError(
-                f"Cannot use {_some([*given], 3)} beside --config: the file '{chosen.config}' holds all settings, and "
+                f"Cannot use {some([*given], 3)} beside --config: the file '{chosen.config}' holds all settings, and "
                 "it is not clear which were meant. Change the file, or leave it out."
             )
         return _read_config(chosen.config)
@@ -424,7 +269,7 @@ def _config_of(chosen: argparse.Namespace) -> PeftConfig | None:
         return None
     implied = [other for adapter in lacking if (other := inspection.implied_config(found, adapter)) is not None]
     if len(implied) < len(lacking) or any(other.text != implied[0].text for other in implied):
-        found_texts = _some([other.text for other in implied], 3)
+        found_texts = some([other.text for other in implied], 3)
         raise AdapterConfigError(
             f"Cannot tell one config for '{chosen.source}': its adapters are of several shapes, or of a method that "
             f"cannot be told by its tensors ({found_texts}). The command takes one config. Pass it with --config."
@@ -439,14 +284,14 @@ def _refuse_guessing(source: Path, implied: Any, given: dict[str, Any]) -> None:
     lost = [name for name in implied.open if name not in given]
     if lost:
         raise MissingConfigError(
-            f"Cannot convert '{source}': it does not hold the {_some(lost, 3)} that it was trained with, and a wrong "
+            f"Cannot convert '{source}': it does not hold the {some(lost, 3)} that it was trained with, and a wrong "
             f"value changes predictions silently. By its tensors it was {implied.text}. Pass --lora-alpha for LoRA, or "
             "--config with the adapter_config.json of the training."
         )
     useless = [name for name in given if name not in (*implied.open, *implied.optional)]
     if useless:
         raise AdapterConfigError(
-            f"Cannot use {_some(useless, 3)} for '{source}': by its tensors it was {implied.text}, a method without "
+            f"Cannot use {some(useless, 3)} for '{source}': by its tensors it was {implied.text}, a method without "
             "such a setting. Leave it out."
         )
 
@@ -490,7 +335,7 @@ def _merge(chosen: argparse.Namespace) -> int:
         )
     _refuse_overwriting(chosen.source, chosen.target)
     flair_peft.merge(_load(chosen.source, chosen)).save(chosen.target)
-    _print(f"{_printable(chosen.target)} holds the merged model, {_size(chosen.target.stat().st_size)}.")
+    echo(f"{printable(chosen.target)} holds the merged model, {size(chosen.target.stat().st_size)}.")
     return OK
 
 
@@ -531,9 +376,9 @@ def _export(chosen: argparse.Namespace) -> int:
     _refuse_overwriting(chosen.source, chosen.onnx, chosen.target)
     model = flair_peft.export_onnx(_load(chosen.source, chosen), chosen.onnx.absolute())
     if sentences:
-        _print(f"int8: {flair_peft.quantize_onnx(model, sentences)}.")
+        echo(f"int8: {flair_peft.quantize_onnx(model, sentences)}.")
     model.save(chosen.target)
-    _print(f"{_printable(chosen.target)} holds the model, and {_printable(chosen.onnx)} its transformer.")
+    echo(f"{printable(chosen.target)} holds the model, and {printable(chosen.onnx)} its transformer.")
     return OK
 
 
