@@ -8,17 +8,15 @@ import functools
 import json
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flair_peft import backbone, capacity, fingerprint, quantised, residency, rows
+from flair_peft import backbone, capacity, copies, fingerprint, quantised, residency, rows
 from flair_peft.dtypes import DtypeLike
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
 from flair_peft.sources import BaseRecord
@@ -150,7 +148,7 @@ class FrozenBase:
         memo: dict[int, Any] = {}
         for parameter in self._model.parameters():
             memo[id(parameter)] = torch.nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
-        return _copy_modules(self._model, memo)
+        return copies.copy_modules(self._model, memo)
 
     def private_copy(self) -> PreTrainedModel:
         """Return a model with storage of its own."""
@@ -276,35 +274,6 @@ class FrozenBase:
     def own_all_(self, model: torch.nn.Module) -> None:
         """Give each parameter of the model that shares storage with this base a storage of its own, in place."""
         self.own_(model.parameters())
-
-
-# What copy.deepcopy gives back as it is.
-_ATOMIC = frozenset(
-    {NoneType, bool, int, float, str, bytes, torch.dtype, torch.device, FunctionType, BuiltinFunctionType}
-)
-_CONTAINERS = frozenset({dict, OrderedDict, list, set})
-
-
-def _copy_modules(module: Any, memo: dict[int, Any]) -> Any:
-    """Return what ``copy.deepcopy`` returns, in a third of the time: most of what modules hold needs no look."""
-    if id(module) in memo:
-        return memo[id(module)]
-    kind = type(module)
-    if any(
-        name in vars(base) for base in kind.__mro__[:-1] for name in ("__deepcopy__", "__reduce_ex__", "__reduce__")
-    ):
-        return copy.deepcopy(module, memo)
-    memo[id(module)] = copied = object.__new__(kind)
-    for name, value in vars(module).items():
-        if name == "_modules":
-            children = ((key, None if child is None else _copy_modules(child, memo)) for key, child in value.items())
-            value = type(value)(children)
-        elif type(value) in _CONTAINERS and not value:
-            value = memo.setdefault(id(value), type(value)())
-        elif type(value) not in _ATOMIC:
-            value = copy.deepcopy(value, memo)
-        copied.__dict__[name] = value
-    return copied
 
 
 class _Placed(FrozenBase):

@@ -38,6 +38,7 @@ FLOORS = (
     "capacity",
     "tokenizer_files",
     "rows",
+    "copies",
     "quantised",
     "frozen",
     "learned",
