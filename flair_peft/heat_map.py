@@ -118,7 +118,10 @@ def measure(found: Inspection, *, base_model: str | None = None) -> Map:
         notes.extend(around + note for note in _notes(adapter))
         own = list(_measure(found, adapter, weights, around))
         lacking = [move.module.removeprefix(around) for move in own if weights is not None and move.base_norm is None]
-        notes.extend([f"{around}the base lacks {name_some(lacking, 3)}"] if lacking else [])
+        if lacking:
+            notes.append(
+                f"{around}no weight of {name_some(lacking, 3)} is in the base's file: there is no ‖W‖ to compare with"
+            )
         moves.extend(own)
     if not moves:
         raise ModelFileError(

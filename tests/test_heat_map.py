@@ -125,7 +125,7 @@ def test_moves_on_a_base_without_a_pooler_leave_only_that_cell_empty(base: Base,
     measured = measure(inspect(save_as("file", build("text-classifier", base("bert-mlm"), config), tmp_path)))
     assert measured.is_relative
     assert [move.module for move in measured.moves if move.base_norm is None] == ["pooler.dense"]
-    assert "the base lacks 'pooler.dense'" in measured.notes
+    assert "no weight of 'pooler.dense' is in the base's file: there is no ‖W‖ to compare with" in measured.notes
     draw(measured, tmp_path / "x.png", title="x")
 
 
