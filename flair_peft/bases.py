@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +98,7 @@ def find_new(
     """
     config = backbone.find_config(name, config_kwargs)
     record = BaseRecord(
-        name=str(Path(name).absolute()) if Path(name).is_dir() else name,
+        name=_located(name),
         revision=getattr(config, "_commit_hash", None),
         needs_remote_code=bool(model_kwargs.get("trust_remote_code")),
         arguments=kept_arguments(model_kwargs),
@@ -258,8 +259,7 @@ def candidate(name: str, model: PreTrainedModel, *, dtype: torch.dtype) -> BaseR
     source, _ = options.source_of(BaseRecord(name))
     try:
         config = backbone.find_config(source, options.arguments())
-        located = str(Path(source).absolute()) if Path(source).is_dir() else source
-        record = BaseRecord(located, revision=getattr(config, "_commit_hash", None))
+        record = BaseRecord(_located(source), revision=getattr(config, "_commit_hash", None))
         found = frozen.find_again(record, model.config, dtype=dtype, kwargs=options.arguments())
     except (BaseModelNotFoundError, BaseMismatchError):
         if options.base_model is not None:
@@ -308,3 +308,13 @@ def _explain(
         "cache, and it could not be downloaded. The file holds only what was learned on top of it. Pass base_model= "
         "with the directory or Hub id of that model."
     )
+
+
+def _located(name: str) -> str:
+    """Return the whole path of a directory, without detours; a name on the Hub as it is."""
+    if not Path(name).is_dir():
+        return name
+    path = Path(name).absolute()
+    short = Path(os.path.normpath(path))
+    # Behind a link, ".." can lead elsewhere.
+    return str(short if short.is_dir() and short.samefile(path) else path)

@@ -659,3 +659,21 @@ def test_revision_of_what_is_here_is_refused(base: Callable[[str], str], tmp_pat
         with pytest.raises(ModelFileError, match="Leave out revision"):
             load(tmp_path / "model.pt", revision="v1")
     assert isinstance(flair_peft.from_pretrained(tmp_path / "model.pt"), TextClassifier)
+
+
+def test_file_names_its_base_without_detours_unless_a_link_makes_one_needed(base: Base, tmp_path: Path) -> None:
+    """What users read in messages is short, and never another directory."""
+    own, elsewhere = tmp_path / "own", tmp_path / "elsewhere" / "inner"
+    shutil.copytree(base("bert"), own / "bert")
+    elsewhere.mkdir(parents=True)
+    assert base_name(classifier(f"{own}/../own/bert")) == str(own / "bert")
+    (own / "link").symlink_to(elsewhere, target_is_directory=True)
+    shutil.copytree(base("bert"), elsewhere.parent / "bert")
+    shutil.rmtree(own / "bert")
+    assert base_name(classifier(f"{own}/link/../bert")) == f"{own}/link/../bert"
+
+
+def base_name(model: TextClassifier) -> str:
+    record = model.embeddings.base_record
+    assert record is not None
+    return str(record.name)
