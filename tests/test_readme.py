@@ -124,9 +124,8 @@ def _best_model(world: World) -> None:
     shutil.copytree("path/of/the/same/base", "bert-base-uncased")
 
 
-def _hub(world: World) -> None:
+def _tagger(world: World) -> None:
     world.names["model"] = world.tagger().eval()
-    flair_peft.push_to_hub(world.names["model"], "me/my-tagger", revision="v1")
 
 
 def _trainer(world: World) -> None:
@@ -168,9 +167,9 @@ def _old(world: World) -> None:
 
 # What stands in a block → what a reader has by then.
 READERS: dict[str, Callable[[World], None]] = {
-    "instead of TransformerDocumentEmbeddings": lambda world: world.classifier().save("sentiment.pt"),
+    "instead of TransformerDocumentEmbeddings": _nothing,
     "path/of/the/same/base": _best_model,
-    "push_to_hub(model": _hub,
+    "push_to_hub(model": _tagger,
     "save_optimizer_state": _trainer,
     "join_processes": _model,
     "ten-million-lines": _stream,

@@ -31,7 +31,10 @@ PAGES = {
     "resources/benchmarks/README.md": "/reference/measured/index.md",
     "resources/format.md": "/reference/format.md",
     "resources/benchmarks/checkpoints.md": "/reference/measured/checkpoints.md",
+    "resources/benchmarks/peers.md": "/reference/measured/peers.md",
     "resources/benchmarks/prediction.md": "/reference/measured/prediction.md",
+    "resources/benchmarks/quality.md": "/reference/measured/quality.md",
+    "resources/benchmarks/quantised.md": "/reference/measured/quantised.md",
     "resources/benchmarks/serving.md": "/reference/measured/serving.md",
     "resources/benchmarks/training.md": "/reference/measured/training.md",
 }
