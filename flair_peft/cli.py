@@ -197,6 +197,9 @@ def _push(chosen: argparse.Namespace) -> int:
     else:
         with showing("verifying"):
             address = hub.push_directory(chosen.source, chosen.repository, **options)
+        for adapter in inspection.inspect(chosen.source).adapters:
+            if adapter.base["name"] and Path(adapter.base["name"]).is_absolute():
+                hub.report_local_base(adapter.base["name"])
     echo(address)
     return OK
 

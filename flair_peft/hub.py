@@ -169,6 +169,15 @@ def upload(
     return str(commit.commit_url)
 
 
+def report_local_base(name: str) -> None:
+    """Warn that what is published names a directory of this machine as its base."""
+    log.warning(
+        "The base model is the directory '%s', which others do not have; its path is published. Train on a base from "
+        "the Hub, so that a checkpoint there names it.",
+        name,
+    )
+
+
 def push_directory(
     directory: str | Path,
     repo_id: str,

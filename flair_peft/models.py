@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +20,6 @@ from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
 from flair_peft.learned import Part
 from flair_peft.sources import LoadOptions, StoredBase, loading_with
-
-log = logging.getLogger("flair_peft")
 
 # Flair's trainer writes these at protocol 4, whose frames torch's restricted unpickler does not read.
 _PICKLE_PROTOCOL = 2
@@ -208,11 +205,7 @@ def push_to_hub(
         save_pretrained(model, Path(folder, "model"), save_base=save_base)
         for embeddings in (module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)):
             if embeddings.base_record is None or Path(embeddings.base_record.name).is_dir():
-                log.warning(
-                    "The base model is the directory '%s', which others do not have; its path is published. Train on "
-                    "a base from the Hub, so that a checkpoint there names it.",
-                    embeddings.base_model_name,
-                )
+                hub.report_local_base(embeddings.base_model_name)
         return hub.upload(
             Path(folder, "model"),
             repo_id,

@@ -211,6 +211,8 @@ def explain_mismatch(error: StateMismatchError, state: State, given: PeftConfig,
         given: by the user.
         source: named in the message.
     """
+    if not error.problems:
+        return error  # of the head, say, about which the config says nothing
     for task in state.get("model_states", {}).values():
         if (found := explain_mismatch(error, task, given, source=source)) is not error:
             return found
@@ -220,9 +222,8 @@ def explain_mismatch(error: StateMismatchError, state: State, given: PeftConfig,
             of_file = implied_config(state["state_dict"], prefix)
             if of_file is not None:
                 unfit = "; ".join(f"{what}: {name_some(names, 1)}" for what, names in error.problems.items())
-                details = f" ({unfit})" if unfit else ""
                 return ConfigMismatchError(
                     f"Cannot load '{source}' with the config given, {implied.text_of(given, of_file)}. Its tensors are "
-                    f"those of {of_file.text}{details}. Pass the config that it was trained with."
+                    f"those of {of_file.text} ({unfit}). Pass the config that it was trained with."
                 )
     return error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -10,17 +10,18 @@ import pytest
 ONE_OF_A_KIND = frozenset(
     {
         "text-classifier",
-        "text-classifier-multi-label",
         "text-classifier-prototypes",
-        "text-classifier-rnn",
         "sequence-tagger",
         "sequence-tagger-rnn-crf",
         "sequence-tagger-stacked",
         "token-classifier-spans",
+        "relation-classifier",
         "relation-extractor",
-        "text-pair-classifier",
+        "text-pair-regressor",
         "text-regressor",
         "tars-classifier",
+        "tars-tagger",
+        "prefixed-sequence-tagger",
         "lemmatizer",
         "multitask",
         "multitask-word-and-document",
@@ -29,6 +30,8 @@ ONE_OF_A_KIND = frozenset(
 """Models of the zoo that differ in how they read, decode or hold their parts."""
 
 
-def few(values: Iterable[Any], always: Container[Any]) -> list[Any]:
+def few(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
     """Return the values as parameters: those of ``always`` as they are, the others for the matrix."""
+    values = list(values)
+    assert all(value in values for value in always), "a value to run always is none of them"
     return [value if value in always else pytest.param(value, marks=pytest.mark.matrix) for value in values]

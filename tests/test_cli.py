@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -221,7 +222,12 @@ def server(tmp_path: Path) -> Iterator[HubStandIn]:
 
 
 def test_push_of_a_directory_uploads_it_as_it_is(
-    run: Run, server: HubStandIn, directory: Path, model: Model, tmp_path: Path
+    run: Run,
+    server: HubStandIn,
+    directory: Path,
+    model: Model,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The card that somebody edited goes along, other files do not, and what is loaded predicts the same."""
     copy = tmp_path / "copy"
@@ -232,6 +238,7 @@ def test_push_of_a_directory_uploads_it_as_it_is(
     code, text, errors = run("push", copy, "me/model", "--private")
     assert code == 0, errors
     assert "me/model" in text
+    assert "which others do not have; its path is published" in caplog.text
     files = server.files("me/model")
     assert files["README.md"].decode() == card
     assert "notes.txt" not in files
@@ -580,6 +587,20 @@ def test_module_runs_as_a_program(file: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert b"TextClassifier" in output
+
+
+def test_output_that_nobody_reads_ends_the_command_quietly(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in ``flair-peft inspect … | head -1``."""
+
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert cli.main(["inspect", str(file)]) == cli.CLOSED
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.matrix

@@ -37,10 +37,10 @@ def test_peers_environment_of_each_library_has_exact_versions_and_the_same_torch
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("by_peft", {"adapter": 0.0, "layers": 0.0, "rest": 1.0}, "does not change the adapter"),
-        ("by_peft", {"adapter": 1.0, "layers": 0.1, "rest": 1.0}, "changes the base"),
-        ("by_flair", {"adapter": 0.0, "layers": 0.0, "rest": 1.0}, "does not change the model"),
-        ("by_adapters", {"adapter": 1.0, "layers": 0.0, "rest": 0.0}, "does not change the head"),
+        ("by_peft", {"adapter": 0.0, "base": 0.0, "head": 1.0}, "does not change the adapter"),
+        ("by_peft", {"adapter": 1.0, "base": 0.1, "head": 1.0}, "changes the base"),
+        ("by_flair", {"adapter": 0.0, "base": 0.0, "head": 1.0}, "does not change the model"),
+        ("by_adapters", {"adapter": 1.0, "base": 0.0, "head": 0.0}, "does not change the head"),
     ],
 )
 def test_peers_step_that_trains_something_else_is_refused(name: str, changes: dict[str, float], message: str) -> None:

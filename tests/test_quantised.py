@@ -118,10 +118,24 @@ def test_what_was_saved_is_quantised_again_and_gives_the_same_bits(
     assert not [name for name in stored if name.endswith((".SCB", ".absmax", "query.weight"))]
 
 
-@pytest.mark.parametrize("settings", BY_DEFAULT)
-def test_training_runs_through_and_its_best_model_is_the_one_loaded(settings: str, base: Base, tmp_path: Path) -> None:
-    """Flair's own training: evaluation between epochs, the best model's reload, the final file."""
-    model = quantised_classifier(base("bert"), settings)
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ("nf4", "lora"),
+        ("nf4", "prefix"),
+        ("int8", "lora"),
+        *(pytest.param(name, "lora", marks=pytest.mark.matrix) for name in ("nf4-double", "fp4")),
+    ],
+)
+def test_training_runs_through_and_its_best_model_is_the_one_loaded(
+    settings: str, method: str, base: Base, tmp_path: Path
+) -> None:
+    """Flair's own training: evaluation between epochs, the best model's reload, the final file.
+
+    A prefix does not pass gradient checkpointing, which is on for all other methods.
+    """
+    model = quantised_classifier(base("bert"), settings, method)
+    assert model.embeddings.base_model.is_gradient_checkpointing == (method != "prefix")
     start = {name: p.detach().clone() for name, p in model.embeddings.model.named_parameters() if p.requires_grad}
     train(model, tmp_path, max_epochs=2)
     trained = dict(model.embeddings.model.named_parameters())

@@ -25,6 +25,7 @@ from flair_peft.errors import (
     ConfigMismatchError,
     MissingConfigError,
     ModelFileError,
+    StateMismatchError,
     UnsafeFileError,
 )
 from tests.methods import perturb_
@@ -128,6 +129,17 @@ def test_config_that_does_not_fit_is_named_beside_the_one_that_does(
         assert "LoraConfig(r=4, lora_alpha=…, target_modules=['query', 'value'])" in str(caught.value)
         assert says in str(caught.value)
         assert len(str(caught.value).replace(str(tmp_path), "")) < 500
+
+
+def test_head_that_does_not_fit_is_not_blamed_on_the_config(base: Base, tmp_path: Path) -> None:
+    """With the right config, the error is that of the head."""
+    stock_file(base("bert"), tmp_path / "old.pt")
+    state = torch.load(tmp_path / "old.pt", weights_only=False)
+    state["state_dict"]["decoder.weight"] = torch.zeros(7, 5)
+    torch.save(state, tmp_path / "old.pt")
+    with pytest.raises(StateMismatchError, match=r"decoder\.weight") as caught:
+        TextClassifier.load(tmp_path / "old.pt", peft_config=lora())
+    assert not isinstance(caught.value, ConfigMismatchError)
 
 
 @pytest.mark.parametrize("name", ["text-classifier", "sequence-tagger", "sequence-tagger-stacked", "multitask"])

@@ -31,6 +31,7 @@ PAGES = {
     "resources/benchmarks/README.md": "/reference/measured/index.md",
     "resources/format.md": "/reference/format.md",
     "resources/benchmarks/checkpoints.md": "/reference/measured/checkpoints.md",
+    "resources/benchmarks/conversion.md": "/reference/measured/conversion.md",
     "resources/benchmarks/peers.md": "/reference/measured/peers.md",
     "resources/benchmarks/prediction.md": "/reference/measured/prediction.md",
     "resources/benchmarks/quality.md": "/reference/measured/quality.md",

@@ -1,4 +1,4 @@
-"""What converting a file of stock Flair takes: ``python -m tests.benchmarks.conversion --shape xlm-roberta-large``.
+"""What converting a file of stock Flair takes: ``python -m tests.benchmarks.conversion``.
 
 The file is written by stock embeddings with the hook taken out, in the shape of a real model. The conversion runs in a
 process of its own, whose peak memory is compared with the size of the file; what was in use before it began is not
@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import flair
 import torch
@@ -25,7 +24,10 @@ from peft import LoraConfig
 
 import flair_peft
 from tests.benchmarks.memory import peak, reset_peak
+from tests.benchmarks.report import RESULTS, heading, in_process, write
 from tests.benchmarks.shapes import SHAPES
+
+MODULE = "tests.benchmarks.conversion"
 
 _TEXT = "a wonderful film in Berlin"
 
@@ -65,11 +67,52 @@ def convert(path: Path, directory: Path) -> None:
     print(json.dumps({"seconds": seconds, "peak": used, "scores": scores(model)}))
 
 
+def measure(folder: Path, shape: str) -> dict[str, Any]:
+    """Return what the conversion takes in a process of its own; what it wrote has to predict the same."""
+    base, path, directory = folder / "base", folder / "stock.pt", folder / "converted"
+    if not (base / "config.json").exists():
+        SHAPES[shape](base)
+    expected = write_stock_file(base, path)
+    found = in_process(MODULE, "--convert", path, directory)
+    assert max(abs(a - b) for a, b in zip(found["scores"], expected, strict=True)) < 1e-5
+    size = path.stat().st_size
+    return {
+        "shape": shape,
+        "file_bytes": size,
+        "directory_bytes": sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()),
+        "seconds": round(found["seconds"], 1),
+        "peak_to_file": round(found["peak"] / size, 2),
+    }
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """Return the report as a page."""
+    return "\n".join(
+        [
+            "# Converting a file of stock Flair",
+            "",
+            f"`python -m {MODULE}`, {report['date']}, {report['machine']}, {report['versions']}.",
+            f"A text classifier with LoRA (r=8) in the shape of {report['shape']}, fp32, as stock Flair saves it,",
+            "with its base; `convert_legacy` in a process of its own, with everything imported. The directory predicts",
+            "the same.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| file of stock Flair | {report['file_bytes'] / 1e6:,.0f} MB |",
+            f"| directory | {report['directory_bytes'] / 1e6:.3g} MB |",
+            f"| time | {report['seconds']} s |",
+            f"| peak memory / size of the file | {report['peak_to_file']:.2f} |",
+            "",
+        ]
+    )
+
+
 def main() -> None:
-    """Write the file, convert it and print the figures as JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", choices=SHAPES, default="bert-base")
+    """Write the file, convert it and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="xlm-roberta-large")
     parser.add_argument("--folder", type=Path, help="where base and file stay; a temporary one if left out")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--convert", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     flair.device = torch.device("cpu")
@@ -79,28 +122,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)) / arguments.shape
-        base, path = folder / "base", folder / "stock.pt"
-        if not (base / "config.json").exists():
-            SHAPES[arguments.shape](base)
-        expected = write_stock_file(base, path)
-        command = [sys.executable, "-m", __spec__.name, "--convert", str(path), str(folder / "converted")]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        assert max(abs(a - b) for a, b in zip(found["scores"], expected, strict=True)) < 1e-5
-        size = path.stat().st_size
-        converted = sum(file.stat().st_size for file in (folder / "converted").rglob("*") if file.is_file())
-        print(
-            json.dumps(
-                {
-                    "shape": arguments.shape,
-                    "file_bytes": size,
-                    "directory_bytes": converted,
-                    "seconds": round(found["seconds"], 1),
-                    "peak_to_file": round(found["peak"] / size, 2),
-                },
-                indent=2,
-            )
-        )
+        report = {**heading("no GPU used"), **measure(folder, arguments.shape)}
+    write("conversion", report, to_markdown(report), out=arguments.out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers import BitsAndBytesConfig
 import flair_peft
 from flair_peft.adapters import trainable_parameters
 from flair_peft.errors import FlairPeftError
+from flair_peft.methods import needs_step_hook
 from flair_peft.refusals import REFUSED_METHODS
 from tests import tiny
 from tests.benchmarks.report import RESULTS, heading
@@ -99,6 +101,8 @@ class Loop:
         self.seconds_to_make = time.perf_counter() - start
         self.batch = sentences()
         self.trained = trainable_parameters(self.model.embeddings.model)
+        self.hooked = self.model.embeddings.model.base_model if needs_step_hook(config) else None
+        self.steps = 0
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)
         self.model.train()
 
@@ -107,6 +111,11 @@ class Loop:
         loss = self.model.forward_loss(self.batch)[0]
         loss.backward()
         self.optimizer.step()
+        if self.hooked is not None:  # as RankAllocationPlugin does it
+            self.steps += 1
+            for parameter in self.trained.values():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.hooked.update_and_allocate(self.steps)
         for sentence in self.batch:
             sentence.clear_embeddings()
         return float(loss.detach())
@@ -182,14 +191,14 @@ def vectors(model: TextClassifier) -> torch.Tensor:
     return torch.stack([sentence.get_embedding().cpu() for sentence in found])
 
 
-def evaluate(*, pairs: int) -> dict[str, Any]:
-    """Return the figures of every method."""
+def evaluate(*, pairs: int, names: Sequence[str]) -> dict[str, Any]:
+    """Return the figures of these methods."""
     with tempfile.TemporaryDirectory() as folder:
         base, small = bert_base(Path(folder) / "base"), tiny.build("bert", Path(folder) / "tiny")
         reference = Loop(base, config_of(REFERENCE))
         check(reference)
         rows = {}
-        for name in methods():
+        for name in names:
             rows[name] = {
                 **measure(name, base, reference, pairs=pairs),
                 "in_4_bits": in_4_bits(name, small),
@@ -199,16 +208,25 @@ def evaluate(*, pairs: int) -> dict[str, Any]:
     return {**heading("one of them used", "no GPU used"), "pairs": pairs, "methods": rows}
 
 
+def with_rows(report: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return what the file holds with the rows of the report in the place of its own."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {**found, "methods": {name: report["methods"].get(name, row) for name, row in found["methods"].items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=methods(), help="these methods; the others stay as they are")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     logging.getLogger("flair").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     flair.device = torch.device("cpu")
-    report = evaluate(pairs=chosen.pairs)
+    report = evaluate(pairs=chosen.pairs, names=chosen.only or methods())
+    if chosen.only:
+        report = with_rows(report, chosen.out / "methods.json")
     text = re.sub(r"0x[0-9a-f]+", "0x…", json.dumps(report, indent=2, ensure_ascii=False))
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "methods.json").write_text(text + "\n", encoding="utf-8")

@@ -49,8 +49,8 @@ _UNPROVEN = dict.fromkeys(_OTHERS, _NO_PROOF)
 ROWS = {
     "bytes": Row("checkpoint, all files", "MB"),
     "learned": Row("the same without the tokenizer's files", "MB", {"by_flair": _INSIDE}),
-    "save": Row("save, the first in a process", "s"),
-    "save_again": Row("save, once more", "s"),
+    "save": Row("save into a new directory, the first in a process", "s"),
+    "save_again": Row("save over that one", "s"),
     "import": Row("import of the library in a new process", "s"),
     "load": Row("load to first prediction in that process", "s"),
     "load_unproven": Row("the same without the probe (`verify=False`)", "s", _UNPROVEN),

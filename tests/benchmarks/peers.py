@@ -90,7 +90,7 @@ class Comparison:
         found = {}
         for name in self.pythons:
             with self.worker(name) as worker:
-                found[name] = worker.ask("make", count=PEERS[name].kept, check=checked)["scores"]
+                found[name] = worker.ask("make", count=PEERS[name].kept, check=[*checked, ADAPTERS - 1])["scores"]
                 if name == REFERENCE:
                     bare = [worker.ask("without_adapter", number=number)["scores"] for number in checked]
         expected = {"with": found[REFERENCE], "without": {str(number): bare[number] for number in checked}}
@@ -98,7 +98,7 @@ class Comparison:
             assert apart(expected["with"][str(number)], expected["without"][str(number)]) > APART, "a no-op"
         for name, scores in found.items():
             kind = "with" if PEERS[name].has_adapters else "without"
-            for number in map(str, checked):
+            for number in scores:
                 assert_close(scores[number], expected[kind][number], f"{name} as built")
         self.expected = {name: expected["with" if PEERS[name].has_adapters else "without"] for name in found}
 
@@ -138,15 +138,18 @@ class Comparison:
     def training(self, pairs: int) -> Runs:
         """Measure training steps of models that are trained side by side."""
         runs = empty("step", "step_peak", "step_device")
+        checked = {}
+        for name in self.pythons:
+            with self.worker(name) as worker:
+                checked[name] = worker.ask("start_training", check=True)
+        for name, found in checked.items():
+            check_changes(name, found["changes"])
+            if PEERS[name].has_adapters:
+                assert abs(found["loss"] - checked[REFERENCE]["loss"]) < TOLERANCE, checked
+                assert found["trained"] == checked[REFERENCE]["trained"], checked
         with self.all_workers() as workers:
-            losses = {}
             for name, worker in workers.items():
-                found = worker.ask("start_training")
-                losses[name] = found["loss"]
-                check_changes(name, found["changes"])
-            for name in workers:
-                if PEERS[name].has_adapters:
-                    assert abs(losses[name] - losses[REFERENCE]) < TOLERANCE, losses
+                assert worker.ask("start_training", check=False)["loss"] == checked[name]["loss"]
             self.take_turns(workers, "step", pairs, runs)
             for name, worker in workers.items():
                 found = worker.ask("memory")
@@ -172,6 +175,8 @@ class Comparison:
                 for prove in (True, False) if name == OURS else (True,):
                     with self.worker(name) as worker:
                         found = worker.ask("many", models=ADAPTERS, kept=PEERS[name].kept, prove=prove)
+                    for which, scores in zip((0, (ADAPTERS - 1) % PEERS[name].kept), found["scores"], strict=True):
+                        assert_close(scores, self.expected[name][str(which)], f"{name}, model {which} of {ADAPTERS}")
                     seconds = statistics.median(found["seconds"])
                     each = (found["all"] - found["one"]) / (ADAPTERS - 1)
                     values = {"resident": found["all"], "each": each, "add": seconds}
@@ -223,10 +228,10 @@ def check_changes(name: str, changes: Mapping[str, float]) -> None:
     """Raise unless a step trained what it should: adapter and head alone, or the whole model."""
     if PEERS[name].has_adapters:
         assert changes["adapter"] > 0, f"{name}: a step does not change the adapter"
-        assert changes["layers"] == 0, f"{name}: a step changes the base"
+        assert changes["base"] == 0, f"{name}: a step changes the base"
     else:
-        assert changes["layers"] > 0, f"{name}: a step does not change the model"
-    assert changes["rest"] > 0, f"{name}: a step does not change the head"
+        assert changes["base"] > 0, f"{name}: a step does not change the model"
+    assert changes["head"] > 0, f"{name}: a step does not change the head"
 
 
 def write_material(folder: Path, build: Callable[[Path], Any]) -> None:

@@ -47,7 +47,7 @@ Tagged = tuple[list[str], list[str]]
 
 @dataclass(frozen=True)
 class Task:
-    """A data set in three parts that share no sentence, and the model for it.
+    """A data set in three parts, which share no sentence but short ones that occur several times, and the model for it.
 
     Attributes:
         label_type: Flair's name for the labels.
@@ -225,6 +225,7 @@ def train(
     Raises:
         AssertionError: the score differs from a count by hand, or the saved file predicts something else.
     """
+    assert count % BATCH == 0, "OfOneLength would mix lengths behind a short batch"
     before = reset_peak()
     drawn = sorted(random.Random(seed).sample(task.pool, count), key=lambda those: len(those[0]))
     corpus = Corpus(train=FlairDatapointDataset(sentences(drawn, task.label_type)), sample_missing_splits=False)

@@ -346,7 +346,7 @@ SCENARIOS = {
         ["kill_overwrite"],
         pytest.param(["kill_renamings"], marks=pytest.mark.matrix),
         ["kill_file", "full_disk", "read_only"],
-        pytest.param(["race_readers", "race_writers"], marks=pytest.mark.matrix),
+        ["race_readers", "race_writers"],
         pytest.param(["race_readers_renamings", "race_writers_renamings"], marks=pytest.mark.matrix),
     ],
     ids="-".join,

@@ -1011,10 +1011,8 @@ BATCHES = [(name, layout, family) for family, f in FAMILIES.items() for layout i
 # Flair stores the tensors of several tasks under each of them: no single state_dict to damage.
 BATCHES = [batch for batch in BATCHES if batch[::2] != ("tasks", "signed stock file")]
 # The layouts of one model that a user saves in are damaged by default, all else with the matrix.
-DAMAGED = [
-    b if b[:2] in (("classifier", "file"), ("classifier", "directory")) else pytest.param(*b, marks=pytest.mark.matrix)
-    for b in BATCHES
-]
+BY_DEFAULT = [("classifier", layout) for layout in ("file", "directory", "stock file")]
+DAMAGED = [b if b[:2] in BY_DEFAULT else pytest.param(*b, marks=pytest.mark.matrix) for b in BATCHES]
 
 
 def test_mutations_are_a_thousand() -> None:

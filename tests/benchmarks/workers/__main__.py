@@ -13,6 +13,8 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
+import shutil
 import sys
 import time
 import warnings
@@ -27,6 +29,9 @@ LIBRARIES = (
     *("flair_peft", "flair", "sentence-transformers", "adapters", "peft", "transformers"),
     *("torch", "tokenizers", "safetensors"),
 )
+HEAD = re.compile(r"(^|\.)(decoder|heads|linear)\.|^(weight|bias)$")
+"""Names of the parameters of heads: Flair's, those of adapters and of sentence-transformers, and a layer by itself."""
+
 TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "added_tokens.json"}
 )
@@ -84,6 +89,7 @@ class Session:
     def save(self) -> dict[str, Any]:
         """Return the seconds of the first save in this process and of the next, and the bytes that were written."""
         path = self.own / "saved"
+        shutil.rmtree(path, ignore_errors=True)
         model = self.peer.build(0)
         for module in self.peer.modules(model):
             module.eval()
@@ -107,8 +113,11 @@ class Session:
         seconds, scores = self.timed(load_and_predict)
         return {"seconds": seconds, **self.memory(), "scores": scores.tolist()}
 
-    def start_training(self) -> dict[str, Any]:
-        """Make a loop over one batch; return its loss without dropout, and what a step of it changes."""
+    def start_training(self, check: bool) -> dict[str, Any]:
+        """Make a loop over one batch; return its loss without dropout, and what a step of it changes if that is asked.
+
+        The check copies the whole model: a process that is to be measured does not do it.
+        """
         model = self.peer.build(0)
         modules = self.peer.modules(model)
         parameters = [pair for module in modules for pair in module.named_parameters()]
@@ -129,18 +138,17 @@ class Session:
         self.peer.forget(batch)
         for module in modules:
             module.train()
-        before = [parameter.detach().clone() for _, parameter in parameters]
-        step()
-        changes = {"adapter": 0.0, "layers": 0.0, "rest": 0.0}
-        for (name, parameter), value in zip(parameters, before, strict=True):
-            change = float((parameter.detach() - value).abs().max())
-            kind = "adapter" if "lora" in name else "layers" if "encoder.layer" in name else "rest"
-            changes[kind] = max(changes[kind], change)
-        count = sum(parameter.numel() for parameter in trained)
-        del before
-        self.reset()
         self.action = step
-        return {"loss": loss, "changes": changes, "trained": count}
+        changes = {"adapter": 0.0, "head": 0.0, "base": 0.0}
+        if check:
+            before = [parameter.detach().clone() for _, parameter in parameters]
+            step()
+            for (name, parameter), value in zip(parameters, before, strict=True):
+                change = float((parameter.detach() - value).abs().max())
+                kind = "adapter" if "lora" in name else "head" if HEAD.search(name) else "base"
+                changes[kind] = max(changes[kind], change)
+        self.reset()
+        return {"loss": loss, "changes": changes, "trained": sum(parameter.numel() for parameter in trained)}
 
     def start_predicting(self) -> dict[str, Any]:
         """Load a model and return the scores of a batch."""
@@ -166,19 +174,25 @@ class Session:
         return {"seconds": self.timed(self.action)[0]}
 
     def many(self, models: int, kept: int, prove: bool) -> dict[str, Any]:
-        """Return the memory with one model and with all, once each has predicted, and the seconds of each addition."""
+        """Return the memory with one model and with all, once each has predicted, and the seconds of each addition.
+
+        The scores are those that the first and the last one give when all are there.
+        """
         many = self.peer.open()
         texts = self.texts["prediction"]
-        seconds, sizes = [], []
+        keys, seconds, sizes = [], [], []
         for number in range(models):
             taken, key = self.timed(
                 lambda number=number: self.peer.add(many, self.own / str(number % kept), prove=prove)
             )
+            keys.append(key)
             seconds.append(taken)
             self.peer.scores_of(many, key, texts)
             gc.collect()
             sizes.append(resident())
-        return {"one": sizes[0], "all": sizes[-1], "seconds": seconds[1:], **self.memory()}
+        memory = self.memory()
+        scores = [self.peer.scores_of(many, key, texts).tolist() for key in (keys[0], keys[-1])]
+        return {"one": sizes[0], "all": sizes[-1], "seconds": seconds[1:], "scores": scores, **memory}
 
 
 def installed() -> dict[str, str]:
