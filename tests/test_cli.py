@@ -581,6 +581,7 @@ def _start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
+@pytest.mark.matrix
 def test_module_runs_as_a_program(file: Path) -> None:
     """``python -m flair_peft`` prints in any encoding."""
     process = _start("inspect", file, env={"PYTHONIOENCODING": "ascii"})

@@ -150,6 +150,7 @@ def test_prediction_whose_worker_was_killed_is_finished_by_the_same_command(
     assert not prediction.missing_shards(tmp_path / "texts", labels)
 
 
+@pytest.mark.matrix
 def test_prediction_in_one_process_gives_the_same(model: TextClassifier, tmp_path: Path) -> None:
     """Without a launcher the same command does all shards, whether they end with a line break or not."""
     texts = write_shards(tmp_path / "texts", shards=2, size=90)

@@ -427,12 +427,13 @@ def test_stock_file_loaded_by_an_abstract_class_takes_the_config(
 
 
 def test_stock_file_with_another_rank_is_refused_with_both(base: Base, tmp_path: Path) -> None:
-    """The error names the rank of the config and the shapes of file and model."""
+    """The error names both ranks and the shapes of file and model."""
     _, path = stock_file(CLASSIFIER, base("bert"), tmp_path)
     with pytest.raises(StateMismatchError) as error:
         TextClassifier.load(path, peft_config=lora(r=8))
     assert "(4, 32) instead of (8, 32)" in str(error.value)
-    assert "LORA (r=8)" in str(error.value)
+    assert "r=8" in str(error.value)
+    assert "LoraConfig(r=4" in str(error.value)
 
 
 def test_stock_file_with_another_alpha_predicts_something_else(base: Base, tmp_path: Path) -> None:
