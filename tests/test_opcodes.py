@@ -226,7 +226,7 @@ def test_zip_of_another_program_is_read_too(tmp_path: Path) -> None:
         archive.writestr("x/more.pkl", pickle.dumps(Path("a"), 4))
         archive.writestr("x/text.txt", pickle.dumps(Dictionary(), 4))
     contents = read_contents(path)
-    assert contents.globals == {"collections.Counter", f"pathlib.{type(Path()).__name__}"}
+    assert contents.globals == {"collections.Counter", f"{type(Path()).__module__}.{type(Path()).__name__}"}
     assert contents.marks == {KEY}
 
 
