@@ -362,9 +362,13 @@ def find(
             found = _load(record, config, dtype=dtype, kwargs=kwargs, device=device)
             if is_placed(found._model):
                 return found  # which is not copied, so that nobody else may have it
-            # Asked for by name, the attention implementation that was chosen gives the same model.
-            found._key = None if key is None else _identity(record, found.config, dtype, kwargs, device)
-            _remember(found)
+            # Asked for by name, the attention implementation that was chosen gives the same model, which may be alive.
+            own = None if key is None else _identity(record, found.config, dtype, kwargs, device)
+            known = None if own is None else _cache.get(own)
+            if known is None:
+                found._key = own
+                _remember(found)
+            found = known or found
             if key is not None:
                 _cache[key] = found
         return found

@@ -91,6 +91,20 @@ def test_shared_base_model_predicts_what_it_predicts_alone(
     assert shared.models == [model]
 
 
+def test_shared_base_is_the_base_of_a_model_that_was_loaded_before(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A model on the same base that is still there holds the same weights, however its base was asked for."""
+    directory = save("text-classifier", base("bert"), tmp_path / "model")[0]
+    gc.collect()  # of the model that was saved, and its base
+    alone = flair_peft.from_pretrained(directory)
+    shared = SharedBase(base("bert"))
+    model = shared.load(directory)
+    assert shared.models == [model]
+    stores = [
+        e.base_model.encoder.layer[0].output.dense.weight.data_ptr() for e in (alone.embeddings, model.embeddings)
+    ]
+    assert len(set(stores)) == 1
+
+
 @pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
 def test_predict_together_gives_the_labels_of_separate_predictions(
     name: str, base: Callable[[str], str], tmp_path: Path
