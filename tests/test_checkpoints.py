@@ -28,6 +28,7 @@ from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedMethodE
 from tests import round_trip, tiny
 from tests.methods import METHODS, Method, perturb_
 from tests.round_trip import Factories, largest_difference
+from tests.selection import ONE_OF_A_KIND, few
 from tests.test_methods import KINDS, TEXTS, cases, make, one_kind_each
 from tests.zoo import ZOO
 
@@ -127,7 +128,7 @@ def check_zoo(name: str, base: str, dtype: torch.dtype, directory: Path, load: L
     assert not (directory / BASE_FILE).exists()
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
 def test_directory_of_any_model_class_predicts_bit_equal(name: str, base: Base, tmp_path: Path, load: Load) -> None:
     """Every trainable model class of Flair comes back from a directory as what it was."""
     check_zoo(name, base("bert"), torch.float32, tmp_path / "model", load)
@@ -244,7 +245,7 @@ quiet = pytest.mark.filterwarnings("ignore:.*:UserWarning")
 
 
 @quiet
-@pytest.mark.parametrize(("method", "kind"), one_kind_each())
+@pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
 def test_directory_of_any_method_gives_its_vectors_and_peft_alone_gives_them_too(
     method: Method, kind: str, base: Base, tmp_path: Path, load: Load
 ) -> None:

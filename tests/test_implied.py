@@ -24,7 +24,7 @@ def shapes_of(model: torch.nn.Module, prefix: str = "") -> Shapes:
     return {prefix + key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize(("method", "kind"), one_kind_each())
+@pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
 def test_method_is_read_from_the_tensors_of_every_method(method: Method, kind: str, base: Base) -> None:
     """Names of tensors are enough to tell every method that can be trained."""
     embeddings = make(method, kind, base, torch.float32)
@@ -109,7 +109,7 @@ SPEAKING = {"BEFT", "IA3", "LN_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUN
 """Methods that need no config: what their tensors say is all that changes predictions."""
 
 
-@pytest.mark.parametrize(("method", "kind"), one_kind_each())
+@pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
 def test_methods_whose_tensors_do_not_say_everything_have_open_settings(method: Method, kind: str, base: Base) -> None:
     """A scale or a seed that no tensor shows is asked for, whatever the method; no module is named after a wrapper."""
     embeddings = make(method, kind, base, torch.float32)

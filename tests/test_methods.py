@@ -43,12 +43,18 @@ def cases(*, working: bool) -> list[Any]:
     return found
 
 
-def one_kind_each() -> list[Any]:
-    """Return every method on an encoder, or on a decoder if it works there only; the others are for the matrix."""
+def one_kind_each(*, options: bool = True) -> list[Any]:
+    """Return every method on an encoder, or on a decoder if it works there only; the others are for the matrix.
+
+    Args:
+        options: whether every option of a method is among those that are not.
+    """
     found = [(case.id.rpartition("-")[0], case) for case in cases(working=True)]
     first = dict(reversed(found))
     return [
-        case if first[name] is case else pytest.param(*case.values, id=case.id, marks=pytest.mark.matrix)
+        case
+        if first[name] is case and (options or name in METHODS)
+        else pytest.param(*case.values, id=case.id, marks=pytest.mark.matrix)
         for name, case in found
     ]
 

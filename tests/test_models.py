@@ -16,6 +16,7 @@ from peft import LoraConfig
 
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from tests import round_trip
+from tests.selection import ONE_OF_A_KIND, few
 from tests.zoo import ZOO
 
 LORA = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["query", "value", "dense"])
@@ -55,7 +56,7 @@ def test_model_in_fp32_predicts_bit_equal_after_loading(name: str, trained: Call
     assert round_trip.largest_difference(entry.predict(model, corpus), entry.predict(loaded, corpus)) == 0.0
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
 def test_model_in_bf16_predicts_the_same_after_loading(name: str, trained: Callable[..., Any]) -> None:
     """With a bf16 base, a head of linear layers is cast and agrees to bf16's rounding; every other is exact."""
     model, corpus, entry, directory = trained(name, torch.bfloat16)
@@ -67,7 +68,7 @@ def test_model_in_bf16_predicts_the_same_after_loading(name: str, trained: Calla
     assert round_trip.largest_difference(entry.predict(model, corpus), entry.predict(loaded, corpus)) <= tolerance
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
 def test_model_saved_after_loading_loads_the_same_again(name: str, trained: Callable[..., Any], tmp_path: Path) -> None:
     """A cast head is saved with the exact values it was trained to, so a second generation equals the first."""
     model, _, _, directory = trained(name, torch.bfloat16)
@@ -80,7 +81,7 @@ def test_model_saved_after_loading_loads_the_same_again(name: str, trained: Call
         assert tensor.dtype == stored[key].dtype, key
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
 def test_model_goes_on_training_after_loading(name: str, trained: Callable[..., Any], tmp_path: Path) -> None:
     """A loaded model trains with the head in fp32, and its adapter and its head change."""
     _, _, entry, directory = trained(name, torch.bfloat16)
@@ -96,7 +97,7 @@ def test_model_goes_on_training_after_loading(name: str, trained: Callable[..., 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
 def test_loaded_model_converted_as_a_whole_keeps_predicting(
     name: str, dtype: torch.dtype, trained: Callable[..., Any]
 ) -> None:

@@ -802,6 +802,7 @@ def processes(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return dict(zip((FLAIR_ONLY, STOCK_CLASS_FIRST, OURS_FIRST), reports, strict=True)).__getitem__
 
 
+@pytest.mark.matrix
 def test_file_of_ours_in_a_process_that_knows_only_flair_loads_and_predicts_the_same(
     processes: Callable[[str], dict[str, Any]],
 ) -> None:

@@ -77,7 +77,7 @@ def frozen_addresses(model: Model) -> set[int]:
     return {p.data_ptr() for name, p in named if "lora" not in name and not p.requires_grad}
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
 def test_shared_base_model_predicts_what_it_predicts_alone(
     name: str, base: Callable[[str], str], tmp_path: Path
 ) -> None:

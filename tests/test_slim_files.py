@@ -45,6 +45,7 @@ from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
 from tests import tiny
 from tests.methods import METHODS, Method, perturb_
 from tests.round_trip import SCORE_TOLERANCE, Factories, largest_difference
+from tests.selection import ONE_OF_A_KIND, few
 from tests.test_methods import KINDS, make, one_kind_each
 from tests.zoo import ZOO
 
@@ -123,7 +124,7 @@ class Watch(TrainerPlugin):
         )
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
 def test_file_of_any_model_class_holds_no_tensor_of_the_base(name: str, base: Base, tmp_path: Path) -> None:
     """Best and final model alike hold head, adapter and tokenizer."""
     entry, model = ZOO[name], build(name, base("bert"))
@@ -143,7 +144,7 @@ def base_weights_in(path: Path, base: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # what PEFT says of each method is asserted in test_methods.py
-@pytest.mark.parametrize(("method", "kind"), one_kind_each())
+@pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
 def test_file_of_any_method_holds_no_tensor_of_the_base(method: Method, kind: str, base: Base, tmp_path: Path) -> None:
     """Whatever a method wraps, renames or registers twice, the base's weights stay where they are."""
     embeddings = make(method, kind, base, torch.float32)

@@ -27,6 +27,7 @@ from peft import LoraConfig
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, cli, legacy, opcodes, states
 from flair_peft.errors import FlairPeftError, ModelFileError, UnsafeFileError
+from tests.selection import ONE_OF_A_KIND, few
 from tests.zoo import ZOO
 
 KEY = "embeddings.model.base_model.model.encoder.layer.0.attention.self.query.lora_A.default.weight"
@@ -490,7 +491,7 @@ def lora() -> LoraConfig:
 
 
 @pytest.mark.parametrize("kind", ["stock", "ours"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
 def test_state_of_every_model_class_is_read_whole(name: str, kind: str, base: Base, tmp_path: Path) -> None:
     """What Flair's classes and ours write, in both protocols and layouts, comes back as plain unpickling reads it."""
     if kind == "stock":
