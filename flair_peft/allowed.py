@@ -6,6 +6,8 @@ it needs, so text is allowed only where Flair never takes it for the name of any
 
 from __future__ import annotations
 
+import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -33,6 +35,7 @@ from flair.embeddings import (
 from flair.embeddings.base import EMBEDDING_CLASSES, Embeddings
 from flair.embeddings.transformer import TransformerEmbeddings
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from flair_peft import backbone
 from flair_peft.errors import name_some
@@ -124,7 +127,7 @@ def _names_others(config: Any) -> bool:
     needs_code = "auto_map" in config and config.get("model_type") not in MODEL_MAPPING_NAMES
     # It fetches and runs an attention that is called "owner/kernel".
     attention = (value for name, value in config.items() if backbone.names_attention(name))
-    is_other = needs_code or isinstance(config.get("backbone"), str) or any(map(backbone.holds_slash, attention))
+    is_other = needs_code or isinstance(config.get("backbone"), str) or any(map(backbone.is_fetched, attention))
     return is_other or any(map(_names_others, config.values()))
 
 
@@ -154,7 +157,20 @@ def _is_bytes(value: Any) -> bool:
 
 
 def _is_archive(value: Any) -> bool:
-    return isinstance(value, BytesIO)
+    """Whether this is the zip file of a tokenizer, or of image preprocessing, which names no code."""
+    return isinstance(value, BytesIO) and not any(_names_code(name, value) for name in _MAPPING_FILES)
+
+
+def _names_code(name: str, archive: BytesIO) -> bool:
+    try:
+        with zipfile.ZipFile(BytesIO(archive.getvalue())) as files:
+            settings = json.loads(files.read(name)) if name in files.namelist() else {}
+    except (zipfile.BadZipFile, ValueError, RuntimeError):
+        return False  # who reads it says so
+    if not isinstance(settings, dict) or not settings.get("auto_map"):
+        return False
+    # transformers passes code by where it knows the class itself.
+    return all(tokenizer_class_from_name(str(settings.get("tokenizer_class")) + end) is None for end in ("", "Fast"))
 
 
 def _is_dictionary(value: Any) -> bool:
@@ -170,6 +186,8 @@ def _is_language_model(value: Any) -> bool:
         and all(_is_plain(item) for name, item in value.items() if name not in ("dictionary", *texts))
     )
 
+
+_MAPPING_FILES = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 
 _COMMON: dict[str, Check] = {
     "__cls__": _is_text,

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, T5EncoderModel
 from transformers.modeling_utils import no_init_weights
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_flash_attn_2_available, is_offline_mode
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_offline_mode
 
 from flair_peft import adapters
 from flair_peft.dtypes import DtypeLike
-from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError
+from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, UnsafeFileError
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -42,9 +42,15 @@ def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
         BaseModelNotFoundError: there is none.
     """
     try:
-        return AutoConfig.from_pretrained(source, output_hidden_states=True, **kwargs)
+        config = AutoConfig.from_pretrained(source, output_hidden_states=True, **with_answer(kwargs))
     except (OSError, HFValidationError, ValueError) as error:
         raise not_found(source, error) from error
+    return tame_(config, kwargs)
+
+
+def with_answer(kwargs: KeywordArguments) -> dict[str, Any]:
+    """Return the arguments with a word on code of the model's own: without it, transformers asks on standard input."""
+    return {**kwargs, "trust_remote_code": bool(kwargs.get("trust_remote_code"))}
 
 
 def find_model(
@@ -68,11 +74,13 @@ def find_model(
         # What a commit holds never changes: where the cache has it, the Hub is not asked.
         with contextlib.suppress(BaseModelNotFoundError):
             return find_model(source, copy.deepcopy(config), dtype=dtype, kwargs={**kwargs, "local_files_only": True})
+    if Path(source, kwargs.get("subfolder") or "", "adapter_config.json").is_file():
+        raise _has_adapter_beside(source)
     model_class = _model_class(config, kwargs)
     try:
         with adapters.building:
             model, found = model_class.from_pretrained(
-                source, config=config, output_loading_info=True, **wanted, **kwargs
+                source, config=config, output_loading_info=True, **wanted, **with_answer(kwargs)
             )
     except AttributeError as error:
         # So transformers fails where the cache has no weights and it may not download them.
@@ -82,17 +90,21 @@ def find_model(
     except (OSError, HFValidationError, ValueError, SafetensorError, RuntimeError) as error:
         raise not_found(source, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise AdapterConfigError(
-            f"Cannot use '{source}' as a base model: an adapter lies beside its weights, and transformers adds it to "
-            "them without a word. A second one on top would be trained on something else than the base. Pass the base "
-            "model alone."
-        )
+        raise _has_adapter_beside(source)
     if dtype is not None and not getattr(model, "quantization_method", None):
         _cast_left_overs_(model)
     if set(map(str, getattr(model, "hf_device_map", {}).values())) == {"cpu"}:
         # It says nothing, and PEFT looks for a GPU in it to put a prefix there (peft#3619).
         del model.hf_device_map
     return model.eval(), frozenset(found["missing_keys"])
+
+
+def _has_adapter_beside(source: str) -> AdapterConfigError:
+    return AdapterConfigError(
+        f"Cannot use '{source}' as a base model: an adapter lies beside its weights, and transformers adds it to "
+        "them without a word. A second one on top would be trained on something else than the base. Pass the base "
+        "model alone."
+    )
 
 
 def _is_pinned(source: str, kwargs: KeywordArguments) -> bool:
@@ -121,7 +133,7 @@ def build_model(
         if config.model_type in ENCODER_OF_T5:
             model = T5EncoderModel._from_config(config, **wanted)
         else:
-            model = AutoModel.from_config(config, **wanted)
+            model = AutoModel.from_config(config, **with_answer(wanted))
     model.tie_weights()
     return model.eval()
 
@@ -137,17 +149,62 @@ def has_transposed_weights(model: PreTrainedModel) -> bool:
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def without_kernels(config: Any) -> Any:
-    """Return a transformer's config, as plain values, without what would have transformers fetch a kernel and run it.
+def tame_(config: PretrainedConfig, kwargs: KeywordArguments | None = None) -> PretrainedConfig:
+    """Return the config; it and those inside it have nothing fetched and run, unless the user asked for that.
 
-    ``_attn_implementation_internal`` is one of the names, and configs inside a config have their own.
+    A config can name a kernel as its attention (CVE-2026-4372), and code or another model inside it.
+
+    Args:
+        config: from a file; modified in place.
+        kwargs: that the user gave for it.
+
+    Raises:
+        UnsafeFileError: it has another model fetched as a part of it.
     """
-    if isinstance(config, list):
-        return [without_kernels(value) for value in config]
-    if not isinstance(config, Mapping):
-        return config
-    kept = {name: value for name, value in config.items() if not (names_attention(name) and holds_slash(value))}
-    return {name: without_kernels(value) for name, value in kept.items()}
+    kwargs = kwargs or {}
+    asked = set(_attention_in(kwargs))
+    for place, part in enumerate(_parts(config)):
+        settings = vars(part) if isinstance(part, PretrainedConfig) else part
+        if not kwargs.get("trust_remote_code"):
+            _refuse_other_model(settings, config)
+            if place:
+                settings.pop("auto_map", None)  # of the whole model, the classes of transformers ask what the user says
+        for name in filter(names_attention, list(settings)):
+            if not asked.issuperset(_texts(settings[name])) and available_attention(settings[name]) is None:
+                settings[name] = None
+    return config
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield the configs and dictionaries of which a config consists, itself first."""
+    settings = vars(value) if isinstance(value, PretrainedConfig) else value
+    if isinstance(settings, dict):
+        yield value
+    inner = settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list | tuple) else ()
+    for part in inner:
+        yield from _parts(part)
+
+
+def _refuse_other_model(settings: Mapping[Any, Any], config: PretrainedConfig) -> None:
+    if isinstance(settings.get("backbone"), str):
+        raise UnsafeFileError(
+            f"Cannot use the config of '{config.name_or_path}': it names another model, '{settings['backbone']}', as "
+            "its backbone. transformers would fetch that from the Hub, and ask whether its code may run. Use a base "
+            "model that has no such part, or pass trust_remote_code=True if you trust both."
+        )
+
+
+def _attention_in(kwargs: Any) -> Iterator[str]:
+    """Yield what arguments of the user name as attention, wherever in them."""
+    for name, value in kwargs.items() if isinstance(kwargs, Mapping) else ():
+        yield from _texts(value) if names_attention(name) else _attention_in(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for part in [value, *parts]:
+        if isinstance(part, str):
+            yield part
 
 
 def names_attention(name: Any) -> bool:
@@ -155,20 +212,23 @@ def names_attention(name: Any) -> bool:
     return "attn_implementation" in str(name)
 
 
-def holds_slash(value: Any) -> bool:
-    """Whether an attention, or one of several, is a kernel on the Hub: transformers calls these "owner/kernel"."""
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return (isinstance(value, str) and "/" in value) or any(map(holds_slash, parts))
+def is_fetched(attention: Any) -> bool:
+    """Whether transformers would fetch code for an attention, or for one of several.
+
+    It calls kernels on the Hub "owner/kernel", and takes one for FlashAttention where that is not installed.
+    """
+    return any("/" in text or _lacks_library(text) for text in _texts(attention))
+
+
+def _lacks_library(attention: str) -> bool:
+    is_here = is_flash_attn_3_available() if attention.endswith("3") else is_flash_attn_2_available()
+    return attention.startswith("flash_attention") and not is_here
 
 
 def available_attention(implementation: Any) -> Any:
     """Return the attention implementation, or ``None`` for the default where it is not part of transformers here."""
-    if holds_slash(implementation):
-        # So transformers calls kernels on the Hub, which are code. No file may have one fetched.
-        log.warning("The attention '%s' is not fetched: the default is used, which rounds differently.", implementation)
-        return None
-    if implementation == "flash_attention_2" and not is_flash_attn_2_available():
-        log.warning("FlashAttention 2 is not available here: the default attention is used, which rounds differently.")
+    if is_fetched(implementation):
+        log.warning("The attention '%s' is not here: the default is used, which rounds differently.", implementation)
         return None
     return implementation
 
@@ -188,6 +248,11 @@ def _cast_left_overs_(model: PreTrainedModel) -> None:
 
 def not_found(source: str, error: Exception) -> BaseModelNotFoundError:
     """Return the error that says why there is no base model, or no complete one, at the source."""
+    if "trust_remote_code=True" in str(error):
+        return BaseModelNotFoundError(
+            f"Cannot load the base model '{source}': it comes with code of its own, which would run on this machine. "
+            "No file may switch that on. If you trust that code, pass trust_remote_code=True."
+        )
     if Path(source).is_dir() or not isinstance(error, OSError | HFValidationError):
         cause = str(error).splitlines()[0].rstrip(".")
         return BaseModelNotFoundError(

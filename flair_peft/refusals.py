@@ -28,6 +28,9 @@ _REFUSED_SETTINGS: Mapping[str, str] = {
     "use_qalora": "it is written for GPTQ layers, and elsewhere PEFT trains plain LoRA without a word",
 }
 
+# What PEFT calls a shadow that it builds itself; anything else is the name of a model.
+_OWN_SHADOW = "mirror"
+
 _NEEDS_DATA_FIRST = ("corda", "lora_ga")
 
 _WANTS_DATA = "must see data before the adapter is added, and Flair's embeddings embed only afterwards"
@@ -45,6 +48,8 @@ def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
     for setting, reason in _REFUSED_SETTINGS.items():
         if getattr(config, setting, None):
             raise unsupported(model, config, f"{setting}: {reason}")
+    if getattr(config, "shadow_model", _OWN_SHADOW) != _OWN_SHADOW:
+        raise unsupported(model, config, f"shadow_model={config.shadow_model!r}: files would have it fetched anew")
     if getattr(config, "init_lora_weights", None) in _NEEDS_DATA_FIRST:
         raise unsupported(model, config, f"init_lora_weights={config.init_lora_weights!r} {_WANTS_DATA}")
     if method in PREPENDING and "bbox" in inspect.signature(model.forward).parameters:

@@ -231,14 +231,12 @@ class Storable(StoredWeights):
         shape = dict(params.pop("config_state_dict"))
         shape.pop("auto_map", None)  # names code
         shape.pop("quantization_config", None)  # it is read from what the file says of its base
-        shape.pop("_attn_implementation", None)  # likewise: transformers fetches what is called "owner/kernel"
-        named = shape.pop("attn_implementation", None)
-        shape = backbone.without_kernels(shape)
+        shape.pop("_attn_implementation", None)
         stored = StoredBase.from_dict(params.get("stored_base"))
         config_class = bases.config_class(str(shape.get("model_type")), stored.record)
         # from_dict reads the attention implementation from its keyword arguments only.
-        attention = backbone.available_attention(named)
-        saved_config = config_class.from_dict(shape, attn_implementation=attention)
+        named = shape.pop("attn_implementation", None)
+        saved_config = backbone.tame_(config_class.from_dict(shape, attn_implementation=named))
         pending_state, probe = params.pop("derived_state", {}), params.pop("probe", None)
         untrained, index = params.pop("untrained", []), params.pop("part", None)
         trained = params.pop("trained_base", [])

@@ -28,7 +28,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from flair_peft.backbone import not_found
+from flair_peft.backbone import not_found, with_answer
 from flair_peft.errors import ModelFileError
 
 KeywordArguments = Mapping[str, Any]
@@ -53,7 +53,7 @@ def find_tokenizer(source: str, kwargs: KeywordArguments) -> PreTrainedTokenizer
         BaseModelNotFoundError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(source, add_prefix_space=True, **kwargs)
+        return AutoTokenizer.from_pretrained(source, add_prefix_space=True, **with_answer(kwargs))
     except (OSError, HFValidationError, ValueError, TypeError) as error:
         raise not_found(source, error) from error
 
@@ -96,11 +96,17 @@ def _copy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def find_feature_extractor(source: str, kwargs: KeywordArguments) -> FeatureExtractionMixin | None:
-    """Return the image preprocessing of the base model, or ``None`` where it has none."""
+    """Return the image preprocessing of the base model, or ``None`` where it has none.
+
+    Raises:
+        BaseModelNotFoundError: it needs code of its own, which the user has not allowed, or is not known.
+    """
     try:
-        return AutoFeatureExtractor.from_pretrained(source, apply_ocr=False, **kwargs)
+        return AutoFeatureExtractor.from_pretrained(source, apply_ocr=False, **with_answer(kwargs))
     except OSError:
         return None
+    except ValueError as error:
+        raise not_found(source, error) from error
 
 
 def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTokenizerBase:

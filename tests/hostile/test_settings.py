@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import pickle
+import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +25,13 @@ from flair.embeddings import (
 from flair.embeddings.base import EMBEDDING_CLASSES, TokenEmbeddings, register_embeddings
 from flair.models import Lemmatizer
 from flair.nn import Classifier, Model
-from transformers import modeling_utils
+from peft import get_peft_model
+from transformers import AutoModel, CLIPConfig, CLIPModel, modeling_utils
+from transformers.integrations import hub_kernels
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, allowed
-from flair_peft.errors import ModelFileError, UnsafeFileError
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase, allowed, backbone
+from flair_peft.errors import BaseModelNotFoundError, FlairPeftError, ModelFileError, UnsafeFileError
 from tests.hostile.test_mutations import lora, resign
 from tests.zoo import ZOO
 
@@ -263,3 +270,182 @@ def test_dictionary_of_characters_has_to_be_there() -> None:
     assert allowed.unsafe_part(settings)
     assert allowed.unsafe_part({**settings, "path_to_char_dict": "common-chars"})
     assert not allowed.unsafe_part({**settings, "path_to_char_dict": Dictionary()})
+
+
+# What a base names, however far away it is
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Return the kernels that are fetched; whoever asks on standard input gets the test to fail."""
+    names: list[Any] = []
+
+    def ask(*_: Any) -> str:
+        raise AssertionError("asked on standard input")
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(modeling_utils, "load_and_register_kernel", names.append)
+    monkeypatch.setattr(hub_kernels, "get_kernel", names.append, raising=False)
+    yield names
+    assert names in ([], ["asked/for"])
+
+
+def changed_base(base: Base, folder: Path, file: str = "config.json", **changes: Any) -> str:
+    """Return a copy of a base, one of whose files of settings says something else."""
+    directory = Path(shutil.copytree(base("bert"), folder / "changed base"))
+    settings = json.loads((directory / file).read_text()) if (directory / file).exists() else {}
+    (directory / file).write_text(json.dumps({**settings, **changes}))
+    return str(directory)
+
+
+def _adapter_on(directory: str, base: Base, folder: Path) -> str:
+    """Return the directory of an adapter of PEFT that names the base."""
+    get_peft_model(AutoModel.from_pretrained(base("bert")), lora()).save_pretrained(folder / "adapter")
+    path = folder / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": directory}))
+    return str(path.parent)
+
+
+def _checkpoint_on(directory: str, base: Base, folder: Path) -> Path:
+    flair_peft.save_pretrained(build("text-classifier", base), folder / "model")
+
+    def point(document: dict[str, Any]) -> None:
+        document["model"]["document_embeddings"]["stored_base"]["record"]["name"] = directory
+
+    resign(folder / "model", point)
+    return folder / "model"
+
+
+REACHING: dict[str, Callable[[str, Base, Path], Any]] = {
+    "new embeddings": lambda directory, base, folder: PeftTransformerWordEmbeddings(directory, peft_config=lora()),
+    "shared base": lambda directory, base, folder: SharedBase(directory),
+    "adapter": lambda directory, base, folder: PeftTransformerWordEmbeddings.from_adapter(
+        _adapter_on(directory, base, folder)
+    ),
+    "checkpoint": lambda directory, base, folder: flair_peft.from_pretrained(_checkpoint_on(directory, base, folder)),
+    "base of one's own": lambda directory, base, folder: flair_peft.from_pretrained(
+        _checkpoint_on("elsewhere", base, folder), base_model=directory
+    ),
+}
+
+
+@pytest.mark.parametrize("reach", REACHING)
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"_attn_implementation_internal": "evil/kernel"},
+        {"_attn_implementation": "evil/kernel@main:attention"},
+        {"attn_implementation": {"": "evil/kernel"}},
+        {"_attn_implementation_internal": "flash_attention_3"},
+    ],
+    ids=str,
+)
+def test_kernel_that_a_base_names_is_not_fetched(
+    named: dict[str, Any], reach: str, base: Base, tmp_path: Path, fetched: list[Any]
+) -> None:
+    """Whoever leads to the base, and whatever setting names the kernel, the default attention is used."""
+    REACHING[reach](changed_base(base, tmp_path, **named), base, tmp_path)
+    assert not fetched
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+@pytest.mark.parametrize("value", ["evil/kernel", {"": "evil/kernel"}], ids=str)
+def test_kernel_that_an_inner_config_names_is_not_fetched(
+    value: Any, name: str, tmp_path: Path, fetched: list[Any]
+) -> None:
+    """A model of several parts has a config for each, and transformers builds each as it says."""
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPConfig(text_config=small, vision_config={**small, "image_size": 4, "patch_size": 2}).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["vision_config"][name] = content["text_config"][name] = value
+    content["other"] = [{"config": {name: value}}]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = backbone.find_config(str(tmp_path), {})
+    assert isinstance(backbone.build_model(config, dtype=None, model_kwargs={}), CLIPModel)
+    assert not fetched
+    assert "evil" not in str([*map(vars, (config, config.text_config, config.vision_config))])
+
+
+@pytest.mark.parametrize("place", [{}, {"attn_implementation": "asked/for"}], ids=["file", "user"])
+def test_kernel_that_the_user_asks_for_is_fetched(
+    place: dict[str, Any], base: Base, tmp_path: Path, fetched: list[Any]
+) -> None:
+    """What is dropped is what files say, not what the user says; also where both say the same."""
+    directory = changed_base(base, tmp_path, _attn_implementation_internal="asked/for")
+    with contextlib.suppress(KeyError):  # of BERT, which has an attention of this name only once it is fetched
+        PeftTransformerWordEmbeddings(directory, peft_config=lora(), transformers_model_kwargs=place)
+    assert fetched[:1] == list(place.values())
+    del fetched[1:]
+
+
+CODE = {name: f"evil--x.{name}" for name in ("AutoConfig", "AutoModel", "AutoFeatureExtractor")}
+TOKENIZER_CODE = {"AutoTokenizer": ["evil--x.Evil", "evil--x.Evil"]}
+
+
+@pytest.mark.parametrize("reach", REACHING)
+def test_code_that_a_base_names_is_not_asked_about(reach: str, base: Base, tmp_path: Path, fetched: list[Any]) -> None:
+    """Of a model type that transformers does not know, it would ask on standard input whether to run the code."""
+    directory = changed_base(base, tmp_path, auto_map={**CODE, **TOKENIZER_CODE}, model_type="unheard-of")
+    if reach in ("checkpoint", "base of one's own"):
+        REACHING[reach](directory, base, tmp_path)  # the file holds the config, and the base only weights
+    else:
+        with pytest.raises(BaseModelNotFoundError, match="trust_remote_code=True"):
+            REACHING[reach](directory, base, tmp_path)
+    assert not fetched
+
+
+@pytest.mark.parametrize("where", ["base", "beside the adapter"])
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("tokenizer_config.json", {"auto_map": TOKENIZER_CODE, "tokenizer_class": "Unheard"}),
+        ("preprocessor_config.json", {"auto_map": CODE, "feature_extractor_type": None}),
+    ],
+)
+def test_code_of_a_tokenizer_is_not_asked_about(
+    file: str, changes: dict[str, Any], where: str, base: Base, tmp_path: Path, fetched: list[Any]
+) -> None:
+    """Tokenizers and image preprocessing are held to the same, wherever their files lie."""
+    if where == "base":
+        with pytest.raises(BaseModelNotFoundError):
+            PeftTransformerWordEmbeddings(changed_base(base, tmp_path, file, **changes), peft_config=lora())
+        return
+    folder = Path(_adapter_on(base("bert"), base, tmp_path))
+    (folder / file).write_text(json.dumps(changes))
+    try:
+        PeftTransformerWordEmbeddings.from_adapter(str(folder))
+    except BaseModelNotFoundError:
+        assert file == "tokenizer_config.json"
+
+
+def test_backbone_that_a_config_names_is_refused(base: Base, tmp_path: Path, fetched: list[Any]) -> None:
+    """transformers fetches it by its name, and asks whether its code may run."""
+    directory = changed_base(base, tmp_path, backbone="evil/backbone")
+    with pytest.raises(UnsafeFileError, match="evil/backbone"):
+        PeftTransformerWordEmbeddings(directory, peft_config=lora())
+
+
+def test_code_of_a_tokenizer_beside_is_refused(base: Base, tmp_path: Path, fetched: list[Any]) -> None:
+    """Stock embeddings read their tokenizer themselves, and would ask."""
+    evil = TransformerDocumentEmbeddings(base("bert")).save_embeddings(use_state_dict=False)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(evil["tokenizer_data"]) as files, zipfile.ZipFile(packed, "w") as archive:
+        for name in files.namelist():
+            content = files.read(name)
+            if name == "tokenizer_config.json":
+                content = json.dumps({"tokenizer_class": "Unheard", "auto_map": TOKENIZER_CODE}).encode()
+            archive.writestr(name, content)
+    evil["tokenizer_data"] = packed
+    path = write("text-classifier", base, tmp_path / "x.pt", lambda state: _stacked(state, evil))
+    assert_refused(path, "tokenizer_data")
+
+
+def test_model_that_a_method_names_is_not_read(base: Base, tmp_path: Path, fetched: list[Any]) -> None:
+    """PEFT's shadow can be any model, by its name."""
+    path = Path(_adapter_on(base("bert"), base, tmp_path), "adapter_config.json")
+    path.write_text(
+        json.dumps({"peft_type": "SHADOW", "shadow_model": "evil/model", "base_model_name_or_path": base("bert")})
+    )
+    with pytest.raises(FlairPeftError, match="shadow_model"):
+        PeftTransformerWordEmbeddings.from_adapter(str(path.parent))
