@@ -24,7 +24,7 @@ from flair_peft.siblings import (
     READERS_PATIENCE,
     WRITERS_PATIENCE,
     backup_of,
-    is_abandoned,
+    claimed,
     leftovers_of,
     lock,
     new_file,
@@ -72,7 +72,8 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
             file.flush()
             _keep_access(target, file.fileno())
             os.fsync(file.fileno())
-            file.close()
+            if sys.platform == "win32":  # an open file cannot be moved there, and nothing is locked
+                file.close()
             new.replace(target)
     _after(target, _no_names)
 
@@ -184,8 +185,9 @@ def _after(target: Path, names_of: NamesOf) -> None:
         _flush_folder(target.parent)
         with lock(target.parent, WRITERS_PATIENCE) as is_alone:
             for leftover in leftovers_of(target):
-                if is_abandoned(leftover, is_alone=is_alone):
-                    _dispose(leftover, target, names_of)
+                with claimed(leftover, is_alone=is_alone) as is_abandoned:
+                    if is_abandoned:
+                        _dispose(leftover, target, names_of)
 
 
 def _dispose(leftover: Path, target: Path, names_of: NamesOf) -> None:

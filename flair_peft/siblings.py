@@ -49,21 +49,29 @@ def new_folder(target: Path) -> Iterator[Path]:
     new = _temporary(target)
     with contextlib.ExitStack() as held:
         with lock(target.parent, WRITERS_PATIENCE):
-            new.mkdir()
-            held.enter_context(lock(new, 0))
+            # Where the parent could not be locked, another writer may take it for abandoned before it is locked.
+            while not new.exists():
+                new.mkdir()
+                held.enter_context(lock(new, READERS_PATIENCE))
         yield new
 
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Yield a new file beside the target, open for writing; nothing is left of it if an exception is raised."""
+    """Yield a new file beside the target, open for writing and locked; it is to be put in place before it is closed.
+
+    Nothing is left of it if an exception is raised.
+    """
     new = _temporary(target)
     with lock(target.parent, WRITERS_PATIENCE):
-        raw = _WatchedFile(new, "xb")
-        _acquire(raw.fileno(), 0)
+        raw = _locked_file(new)
+        while not new.exists():  # as for folders
+            raw.close()
+            raw = _locked_file(new)
     file = cast(BinaryIO, io.BufferedWriter(cast(io.RawIOBase, raw), 1 << 20))
     try:
         yield new, file
+        file.close()
     except BaseException as error:
         # The buffer tries once more to write what it holds, and closes the file whether it can or not.
         with contextlib.suppress(OSError):
@@ -72,6 +80,12 @@ def new_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
         if raw.failure is not None and isinstance(error, Exception):
             raise raw.failure from error
         raise
+
+
+def _locked_file(new: Path) -> _WatchedFile:
+    raw = _WatchedFile(new, "xb")
+    _acquire(raw.fileno(), READERS_PATIENCE)
+    return raw
 
 
 class _WatchedFile(io.FileIO):
@@ -90,16 +104,26 @@ class _WatchedFile(io.FileIO):
 def leftovers_of(target: Path) -> list[Path]:
     """Return this user's temporary files and folders of the target; others could put some into a shared folder."""
     pattern = re.compile(rf"\.{re.escape(_stem(target))}\.[0-9a-f]{{16}}\.(new|old)\.tmp")
-    user = os.geteuid() if sys.platform != "win32" else 0
-    return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name) and path.lstat().st_uid == user]
+    return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name) and _is_own(path)]
 
 
-def is_abandoned(leftover: Path, *, is_alone: bool) -> bool:
-    """Return whether the writer of a temporary file or folder is gone, if the parent is locked, or likely so."""
+def _is_own(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # put in place since it was listed
+        return sys.platform == "win32" or path.lstat().st_uid == os.geteuid()
+    return False
+
+
+@contextlib.contextmanager
+def claimed(leftover: Path, *, is_alone: bool) -> Iterator[bool]:
+    """Yield whether the writer of a temporary file or folder is gone, if the parent is locked, or likely so.
+
+    A writer that waits for its lock meanwhile finds out afterwards whether it is still there.
+    """
     if not is_alone:
-        return time.time() - leftover.lstat().st_mtime > _ABANDONED_AFTER
+        yield time.time() - leftover.lstat().st_mtime > _ABANDONED_AFTER
+        return
     with lock(leftover, 0) as is_free:
-        return is_free
+        yield is_free
 
 
 @contextlib.contextmanager

@@ -330,11 +330,48 @@ def race_writers_renamings() -> None:
     _race(["A"] * 25, ["B"] * 25)
 
 
+def race_files() -> None:
+    """Four processes write one file, two read it, and one dies in each of its saves."""
+
+    def writes(label: str) -> Callable[[BinaryIO], Any]:
+        return lambda file: torch.save({"t": torch.full((500,), float(ord(label)))}, file)
+
+    def dies(file: BinaryIO) -> None:
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def reads_until(finished: Path, place: Path) -> None:
+        seen = 0
+        while not finished.exists():
+            found = torch.load(place, weights_only=True)["t"]
+            assert found.unique().numel() == 1, "a mix of two"
+            seen += 1
+        assert seen > 10, f"read only {seen} times"
+
+    with scratch() as folder, scratch() as outside:
+        place = folder / "model.pt"
+        checkpoint.write_file(place, writes("A"))
+        reading = [_start(lambda: reads_until(outside / "finished", place)) for _ in range(2)]
+        writing = [
+            _start(lambda label=label: [checkpoint.write_file(place, writes(label)) for _ in range(100)])
+            for label in "ABCD"
+        ]
+        killed = [in_child(lambda: checkpoint.write_file(place, dies)) for _ in range(10)]
+        ended = [os.waitpid(child, 0)[1] for child in writing]
+        (outside / "finished").touch()
+        ended += [os.waitpid(child, 0)[1] for child in reading]
+        assert not any(ended), ended
+        assert all(map(os.WIFSIGNALED, killed))
+        checkpoint.write_file(place, writes("E"))
+        assert [path.name for path in folder.iterdir()] == ["model.pt"]
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
         *(kill_first_save, kill_overwrite, kill_renamings, kill_file, full_disk, read_only),
-        *(race_readers, race_readers_renamings, race_writers, race_writers_renamings),
+        *(race_readers, race_readers_renamings, race_writers, race_writers_renamings, race_files),
     )
 }
 
@@ -346,7 +383,7 @@ SCENARIOS = {
         ["kill_overwrite"],
         pytest.param(["kill_renamings"], marks=pytest.mark.matrix),
         ["kill_file", "full_disk", "read_only"],
-        ["race_readers", "race_writers"],
+        ["race_readers", "race_writers", "race_files"],
         pytest.param(["race_readers_renamings", "race_writers_renamings"], marks=pytest.mark.matrix),
     ],
     ids="-".join,
