@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flair.data import Dictionary
+from flair.models import SequenceTagger
 from flair.nn import Model
+from huggingface_hub import ModelCardData
 
-from flair_peft import adapters, methods
+from flair_peft import adapters, methods, states
 from flair_peft.compat import versions
 from flair_peft.embeddings import PeftTransformerEmbeddings
+from flair_peft.errors import spell_out
 
 _SHOWN_LABELS = 50
 
@@ -51,9 +54,9 @@ def write_card(model: Model, embedded: list[PeftTransformerEmbeddings], *, size:
 
 def _metadata(embedded: list[PeftTransformerEmbeddings]) -> str:
     is_on_hub = embedded[0].base_revision is not None
-    base = [f"base_model: {embedded[0].base_model_name}"] if is_on_hub else []
-    tags = ["tags:", *(f"- {tag}" for tag in ("flair", "flair_peft", "peft"))]
-    return "\n".join(["---", "library_name: flair", *base, *tags, "---"])
+    base = spell_out(embedded[0].base_model_name) if is_on_hub else None
+    data = ModelCardData(library_name="flair", base_model=base, tags=["flair", "flair_peft", "peft"])
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _usage(model: Model) -> str:
@@ -83,18 +86,17 @@ def _labels(model: Model) -> Iterator[str]:
     for task, part in tasks.items():
         dictionary = getattr(part, "label_dictionary", None)
         if isinstance(dictionary, Dictionary):
-            items = dictionary.get_items()
+            marks = states.MARKS if isinstance(part, SequenceTagger) else ()
+            items = [item for item in dictionary.get_items() if item not in marks]
             shown = ", ".join(_code(item) for item in items[:_SHOWN_LABELS])
             more = f" and {len(items) - _SHOWN_LABELS} more" if len(items) > _SHOWN_LABELS else ""
-            yield f"## Labels{f' of {task}' if task else ''}\n\n{_code(str(part.label_type))}: {shown}{more}"
+            yield f"## Labels{f' of {_cell(task)}' if task else ''}\n\n{_code(str(part.label_type))}: {shown}{more}"
 
 
 def _scores(model: Model) -> Iterator[str]:
     scores = (model.model_card or {}).get("scores")
     if isinstance(scores, Mapping) and scores:
-        rows = "\n".join(
-            f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in scores.items()
-        )
+        rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in scores.items())
         yield f"## Scores in training\n\n| | |\n|---|---|\n{rows}"
 
 
@@ -114,7 +116,14 @@ def _facts(model: Model, embedded: list[PeftTransformerEmbeddings], size: int) -
     return "## Facts\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
+def _cell(value: Any) -> str:
+    """Return a value for a table: words and numbers as they are, anything that Markdown could read as a literal."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    is_plain = isinstance(value, int | float) or all(c.isalnum() or c in " -" for c in text)
+    return text if is_plain else _code(text)
+
+
 def _code(text: str) -> str:
-    """Return text as a literal in a table: labels hold pipes, backticks and line ends."""
-    escaped = text.replace("`", "'").replace("|", "\\|").replace("\n", " ")
-    return f"`{escaped}`"
+    """Return text as a literal, also in a table: labels hold pipes, backticks and line ends."""
+    escaped = spell_out(text.replace("`", "'").replace("|", "\\|").replace("\n", " "))
+    return f"`{escaped or ' '}`"

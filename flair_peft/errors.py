@@ -35,6 +35,10 @@ from types import MappingProxyType
 class FlairPeftError(Exception):
     """Root of every error that flair_peft raises on purpose."""
 
+    def __str__(self) -> str:
+        # Messages quote what stands in files.
+        return "\n".join(map(spell_out, super().__str__().split("\n")))
+
 
 class AdapterConfigError(FlairPeftError, ValueError):
     """A PEFT config is of the wrong type, matches no module, or holds a value that cannot be stored."""
@@ -141,3 +145,8 @@ def name_some(names: Iterable[str], limit: int = 5) -> str:
     ordered = sorted(names)
     shown = ", ".join(f"'{name}'" for name in ordered[:limit])
     return shown if len(ordered) <= limit else f"{shown} and {len(ordered) - limit} more"
+
+
+def spell_out(text: str) -> str:
+    """Return a text in which nothing moves the cursor, colours the screen or turns the direction of writing."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

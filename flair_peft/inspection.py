@@ -15,7 +15,7 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from flair_peft import contents, implied, keys, layout, outline
+from flair_peft import contents, implied, keys, layout, outline, states
 from flair_peft.contents import ADAPTER, CHECKPOINT, STOCK, Contents, StoredTensor
 
 FORMAT = 1
@@ -495,7 +495,8 @@ def _find_labels(state: Mapping[Any, Any], task: str = "") -> Iterator[tuple[str
     for name, value in state.items():
         items = _items_of(value) if isinstance(name, str) and name.endswith("dictionary") else None
         if items is not None:
-            yield f"{task}{name}", Labels(kind, tuple(items))
+            marks = states.MARKS if name == "tag_dictionary" else ()
+            yield f"{task}{name}", Labels(kind, tuple(item for item in items if item not in marks))
     tasks = state.get("model_states")
     for name, part in tasks.items() if isinstance(tasks, dict) and not task else ():
         if isinstance(part, dict):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from flair.embeddings.base import EMBEDDING_CLASSES
 from flair.embeddings.transformer import TransformerEmbeddings
+from flair.models.sequence_tagger_utils.crf import START_TAG, STOP_TAG
 from peft import PeftConfig
 
 from flair_peft import config as configs
@@ -25,6 +26,9 @@ from flair_peft.implied import ImpliedConfig
 from flair_peft.sources import StoredBase
 
 State = dict[str, Any]
+
+# What a CRF puts before and behind a sentence; Flair keeps them among the labels of a tagger.
+MARKS = frozenset({START_TAG, STOP_TAG})
 
 
 def has_adapters(state: Any) -> bool:

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flair_peft import progress
+from flair_peft.errors import spell_out
 
 
 def printable(value: object) -> str:
     """Return a text in which nothing moves the cursor or colours the screen: names and labels come from files."""
-    text = " ".join(str(value).split()) if isinstance(value, str) else str(value)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return spell_out(" ".join(str(value).split()) if isinstance(value, str) else str(value))
 
 
 def print_plainly(record: logging.LogRecord) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import re
 import shutil
 import warnings
 import weakref
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from flair.data import Dictionary
 from flair.models import MultitaskModel, RelationClassifier, SequenceTagger, TextClassifier
 from flair.nn import DefaultClassifier, Model
@@ -21,10 +24,20 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoTokenizer, T5EncoderModel
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, comparison, compat, frozen, inspection, keys, manifest
+from flair_peft import (
+    PeftTransformerDocumentEmbeddings,
+    PeftTransformerWordEmbeddings,
+    card,
+    comparison,
+    compat,
+    frozen,
+    inspection,
+    keys,
+    manifest,
+)
 from flair_peft.adapters import trainable_parameters
 from flair_peft.embeddings import PeftTransformerEmbeddings
-from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedMethodError, UnsupportedStateError
+from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedMethodError, UnsupportedStateError, spell_out
 from tests import round_trip, tiny
 from tests.methods import METHODS, Method, perturb_
 from tests.round_trip import Factories, largest_difference
@@ -673,17 +686,77 @@ def test_card_that_was_edited_stays(base: Base, tmp_path: Path) -> None:
     assert predict(flair_peft.from_pretrained(tmp_path)) == predict(live)
 
 
-def test_card_of_hostile_labels_has_the_rows_that_it_has(base: Base, tmp_path: Path) -> None:
-    """Labels with pipes, backticks and line ends break neither the table nor the metadata."""
+HOSTILE_TEXTS = (
+    *(
+        "a|b",
+        "`c`",
+        "d\n---\ne",
+        "<script>alert(1)</script>",
+        "# heading",
+        "![x](http://x.y/z.png)",
+        "[x](javascript:y)",
+    ),
+    *("\x1b[31mred", "a\rb", "\u202eturned", "a\u2028b", "```\ncode", "- item", "www.x.y", "", "\x00"),
+)
+
+
+def test_card_of_hostile_texts_has_the_rows_that_it_has(base: Base, tmp_path: Path) -> None:
+    """Labels, types, names of scores and their values are literals in the card: no markup, no control characters."""
     embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora())
     labels = Dictionary(add_unk=False)
-    for label in ("a|b", "`c`", "d\n---\ne", "<script>"):
+    for label in HOSTILE_TEXTS:
         labels.add_item(label)
     live = TextClassifier(embeddings, label_type="x|y\n", label_dictionary=labels)
+    flair_peft.save_pretrained(live, tmp_path / "usual")
+    live.model_card = {"scores": {**{text: text for text in HOSTILE_TEXTS}, "f1": 0.5}}
+    flair_peft.save_pretrained(live, tmp_path / "hostile")
+    usual, text = ((tmp_path / name / "README.md").read_text() for name in ("usual", "hostile"))
+    assert [number for number, line in enumerate(text.splitlines()) if line == "---"] == [0, 6]
+    assert all(character.isprintable() or character == "\n" for character in text)
+    scores = [line for line in text.split("## Scores in training")[1].split("##")[0].splitlines() if line]
+    assert len(scores) == 2 + len(HOSTILE_TEXTS) + 1
+    assert all(len(re.split(r"(?<!\\)\|", line)) == 4 for line in scores)
+    assert headings_of(text) - headings_of(usual) == {"Scores in training"}
+    bare = re.sub("`[^`]*`", "", text.replace("```python", "").partition("## Labels")[2])
+    assert not re.search(r"<|!\[|\]\(|www", bare)
+    assert flair_peft.from_pretrained(tmp_path / "hostile").label_dictionary.get_items() == labels.get_items()
+
+
+def headings_of(text: str) -> set[str]:
+    return {line.lstrip("# ") for line in text.splitlines() if line.startswith("#")}
+
+
+@pytest.mark.parametrize("name", ["a\nlicense: mit", "x: y", "- a", "'quoted", "\x1b[31mx", "---"])
+def test_card_names_its_base_as_a_value(name: str, base: Base, tmp_path: Path) -> None:
+    """The metadata are YAML that gives the name back, and nothing beside it."""
+    live = classifier(base("bert"))
+    live.embeddings.base_model_name = name
+    live.embeddings._record = dataclasses.replace(live.embeddings._record, revision="0" * 40)
+    _, metadata, _ = card.write_card(live, [live.embeddings], size=1).split("---\n", 2)
+    assert yaml.safe_load(metadata) == {
+        "library_name": "flair",
+        "base_model": spell_out(name),
+        "tags": ["flair", "flair_peft", "peft"],
+    }
+
+
+def test_marks_of_a_crf_are_no_labels(base: Base, tmp_path: Path) -> None:
+    """What Flair puts before and behind a sentence is in its dictionary, and is never predicted."""
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    labels = Dictionary(add_unk=False)
+    labels.add_item("<PER>")
+    live = SequenceTagger(embeddings, tag_dictionary=labels, tag_type="ner", use_rnn=False, use_crf=True)
+    assert "<START>" in live.label_dictionary.get_items()
     flair_peft.save_pretrained(live, tmp_path)
-    lines = (tmp_path / "README.md").read_text().splitlines()
-    assert [number for number, line in enumerate(lines) if line == "---"] == [0, 6]
-    assert flair_peft.from_pretrained(tmp_path).label_dictionary.get_items() == labels.get_items()
+    live.save(tmp_path / "model.pt")
+    text = (tmp_path / "README.md").read_text()
+    assert "<PER>" in text
+    assert "<START>" not in text
+    assert "<STOP>" not in text
+    for path in (tmp_path, tmp_path / "model.pt"):
+        (found,) = inspection.inspect(path).labels.values()
+        assert not {"<START>", "<STOP>"} & set(found.items)
+        assert len(found.items) == len(live.label_dictionary) - 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flair_peft.errors import name_some
+from flair_peft.errors import BaseModelNotFoundError, FlairPeftError, StateMismatchError, name_some
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,9 @@ def test_name_some_of_a_list_leaves_it_as_it_was() -> None:
     names = ["b", "a"]
     name_some(names)
     assert names == ["b", "a"]
+
+
+@pytest.mark.parametrize("error", [FlairPeftError, StateMismatchError, BaseModelNotFoundError])
+def test_message_that_quotes_a_file_moves_no_cursor(error: type[FlairPeftError]) -> None:
+    """Names come from files: control characters and turned writing are spelled out, lines stay lines."""
+    assert str(error("a\x1b[31m\u202eb\r\nsecond é 語")) == "a\\x1b[31m\\u202eb\\r\nsecond é 語"
