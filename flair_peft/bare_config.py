@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -180,10 +180,27 @@ def _resolve_targets_(config: Any, original: Any, modules: list[str], prefix: st
             )
     if {name for name in modules if _selects(config, name)} == adapted:
         return
+    _name_targets_(config, adapted)
+
+
+def _name_targets_(config: Any, adapted: Collection[str]) -> None:
     config.target_modules = sorted(adapted)
     for setting in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if hasattr(config, setting):
             vars(config)[setting] = None
+
+
+def name_modules_(config: Any, adapted: Collection[str]) -> None:
+    """Let the config name each module that it adapts, in place, if PEFT could not read it as it is.
+
+    PEFT fills in what a config leaves open when it adds the adapter, and may refuse that when it reads it again.
+    """
+    try:
+        type(config)(**config.to_dict())
+    except ValueError:
+        _name_targets_(config, adapted)
+        if getattr(config, "feedforward_modules", None) is not None:
+            config.feedforward_modules = sorted(filter(_finding_feedforward(config), adapted))
 
 
 def _selects(config: Any, name: str) -> bool:
@@ -228,13 +245,14 @@ def take_ranks_(config: Any, prefix: str, placed: Tensors) -> dict[str, list[boo
 
 
 def _resolve_feedforward_(config: Any, targets: Any, prefix: str, adapted: Collection[str]) -> None:
-    given = config.feedforward_modules
-
-    def is_feedforward(name: str) -> bool:
-        return bool(re.fullmatch(given, name)) if isinstance(given, str) else any(map(name.endswith, given))
-
+    is_feedforward = _finding_feedforward(config)
     meant = sorted(name for name in adapted if is_feedforward(prefix + name))
     is_same = meant == sorted(filter(is_feedforward, adapted)) and config.target_modules == targets
     if not is_same:
         # PEFT wants the names of these among those, when it reads the config again.
         config.target_modules, config.feedforward_modules = sorted(adapted), meant
+
+
+def _finding_feedforward(config: Any) -> Callable[[str], bool]:
+    given = config.feedforward_modules
+    return lambda name: bool(re.fullmatch(given, name)) if isinstance(given, str) else any(map(name.endswith, given))

@@ -24,6 +24,12 @@ _METADATA_FIELDS = ("peft_version", "auto_mapping")
 # Set by PEFT on the configs of all prompt methods, whether or not they have such a setting.
 _ADDED_BY_PEFT = frozenset({"encoder_hidden_size"})
 
+# Names of modules, of which PEFT's constructors make sets.
+_SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
+
+# What PEFT fills in when it adds an adapter. Its constructors, which it passed before, may refuse what results.
+_FILLED_IN = _SETS | {"layers_to_transform", "layers_pattern", "modules_to_save"}
+
 DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32
 
@@ -88,6 +94,8 @@ def encode_config(config: PeftConfig) -> dict[str, Any]:
 def decode_config(stored: Any) -> PeftConfig:
     """Return the config that :func:`encode_config` wrote; a ``PeftConfig`` is returned as a copy.
 
+    It is as it was, with what PEFT filled in when it added the adapter and what a constructor would derive again.
+
     Raises:
         AdapterConfigError: the method or one of its settings is not known to the installed PEFT.
     """
@@ -112,7 +120,15 @@ def decode_config(stored: Any) -> PeftConfig:
             "Install that version or a newer one."
         )
     hints = typing.get_type_hints(config_class)
-    config = config_class(**{n: _to_dataclass(v, hints.get(n)) for n, v in values.items() if n in fields})
+    given = {n: _to_dataclass(v, hints.get(n)) for n, v in values.items() if n in fields}
+    try:
+        config = config_class(**given)
+    except ValueError:
+        config = config_class(**{n: v for n, v in given.items() if n not in _FILLED_IN})
+    made = encode_config(config)
+    for name, value in given.items():
+        if made.get(name) != values[name]:
+            vars(config)[name] = set(value) if name in _SETS and isinstance(value, list) else value
     return own_config(config)
 
 

@@ -227,8 +227,10 @@ def _adalora(tensors: list[AdapterTensor], shapes: Shapes) -> dict[str, Any]:
 
 def _ia3(tensors: list[AdapterTensor], shapes: Shapes) -> dict[str, Any]:
     feedforward = {t.module for t in tensors if len(t.shape) == 2 and t.shape[0] == 1 and t.shape[1] != 1}
-    settings = _only_targets(tensors, shapes)
-    return {**settings, "feedforward_modules": short_names(feedforward, _modules(shapes))}
+    names = short_names(feedforward, _modules(shapes))
+    # PEFT wants the names of these among those.
+    targets = {*_only_targets(tensors, shapes)["target_modules"], *names}
+    return {"target_modules": sorted(targets), "feedforward_modules": names}
 
 
 def _by_rank(container: str) -> Callable[[list[AdapterTensor], Shapes], dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from flair_peft import codec, fingerprint, keys, methods
+from flair_peft import bare_config, codec, fingerprint, keys, methods
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
@@ -216,21 +216,22 @@ def _adapter_config(embeddings: PeftTransformerEmbeddings) -> bytes:
     config: PeftConfig = configs.own_config(embeddings.adapter_config)
     config.base_model_name_or_path = embeddings.base_model_name
     config.inference_mode = True
-    _resolve_patterns_(config, embeddings)
+    layers = embeddings.base_model.named_modules()
+    adapted = [name for name, module in layers if isinstance(module, BaseTunerLayer)]
+    _resolve_patterns_(config, adapted)
+    bare_config.name_modules_(config, adapted)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         return Path(folder, ADAPTER_CONFIG).read_bytes()
 
 
-def _resolve_patterns_(config: PeftConfig, embeddings: PeftTransformerEmbeddings) -> None:
+def _resolve_patterns_(config: PeftConfig, adapted: list[str]) -> None:
     """Let the config give each module the same rank and alpha in any order of its patterns: PEFT sorts them."""
     if methods.method_name(config) in ("ADALORA", "OSF"):
         return  # their patterns are no regular expressions
-    layers = embeddings.base_model.named_modules()
-    names = [name for name, module in layers if isinstance(module, BaseTunerLayer)]
     for setting in configs.PATTERNS:
         if getattr(config, setting, None):
-            vars(config)[setting] = configs.without_rivals(getattr(config, setting), names)
+            vars(config)[setting] = configs.without_rivals(getattr(config, setting), adapted)
 
 
 def _read_config(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def without_costly_init(config: PeftConfig) -> PeftConfig:
     if isinstance(getattr(config, "init_lora_weights", None), str):
         skeleton.init_lora_weights = True
     if config.peft_type == PeftType.ADALORA:
-        skeleton.rank_pattern = {}  # says which ranks are masked, not how many there are
+        skeleton.rank_pattern = None  # says which ranks are masked, not how many there are
     if "prompt_tuning_init" in fields:
         from peft.tuners.prompt_tuning import PromptTuningInit
 

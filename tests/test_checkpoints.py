@@ -20,7 +20,7 @@ import yaml
 from flair.data import Dictionary
 from flair.models import MultitaskModel, RelationClassifier, SequenceTagger, TextClassifier
 from flair.nn import DefaultClassifier, Model
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoTokenizer, T5EncoderModel
 
 import flair_peft
@@ -264,6 +264,22 @@ def test_directory_of_any_method_gives_its_vectors_and_peft_alone_gives_them_too
 ) -> None:
     """Directory and file come back bit-equal; PEFT reads the directory wherever it could read a file of its own."""
     check_method(method, kind, base, torch.float32, tmp_path, load)
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], ["key", "dense"]], ids=str)
+def test_directory_of_ia3_with_what_peft_fills_in_can_be_read_by_peft_alone(
+    targets: list[str], base: Base, tmp_path: Path, load: Load
+) -> None:
+    """PEFT refuses the config that it completed itself; the directory holds one that means the same."""
+    model = classifier(base("bert"), IA3Config(target_modules=targets, init_ia3_weights=False))
+    expected = vectors(model.embeddings)
+    flair_peft.save_pretrained(model, tmp_path / "model")
+    model.save(tmp_path / "model.pt")
+    assert torch.equal(expected, vectors(load(tmp_path / "model").embeddings))
+    assert torch.equal(expected, vectors(load(tmp_path / "model.pt", TextClassifier.load).embeddings))
+    assert torch.equal(expected, vectors(flair_peft.SharedBase(base("bert")).load(str(tmp_path / "model")).embeddings))
+    alone = PeftModel.from_pretrained(AutoModel.from_pretrained(base("bert")), str(tmp_path / "model"))
+    assert torch.equal(expected, vectors_of_peft(alone))
 
 
 @quiet

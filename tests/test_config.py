@@ -15,10 +15,13 @@ import pytest
 from peft import (
     AdaLoraConfig,
     EvaConfig,
+    IA3Config,
     LoftQConfig,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     PeftType,
+    SupertuningConfig,
     TaskType,
 )
 from peft.tuners.lora.config import CordaConfig
@@ -64,6 +67,28 @@ VARIANTS: dict[str, Callable[[], PeftConfig]] = {
 }
 
 
+def _filled(config: PeftConfig, **settings: Any) -> PeftConfig:
+    """Return the config as injection, or its owner, changed it after the constructor had looked at it."""
+    vars(config).update(settings)
+    return config
+
+
+FILLED: dict[str, Callable[[], PeftConfig]] = {
+    "feed-forward modules beside the targets": lambda: _filled(
+        IA3Config(target_modules=list(TARGETS)), feedforward_modules={"output.dense"}
+    ),
+    "a regular expression for the targets of some layers": lambda: _filled(
+        LoraConfig(layers_to_transform=[1]), target_modules=r".*\.(query|value)"
+    ),
+    "a pattern of layers without layers": lambda: _filled(
+        OFTConfig(layers_to_transform=[1], layers_pattern="layer", target_modules=list(TARGETS)),
+        layers_to_transform=None,
+    ),
+    "an initialisation that is done": lambda: _filled(NESTED["loftq"](), init_lora_weights=True),
+    "an alpha that was taken away": lambda: _filled(SupertuningConfig(r=4, lora_alpha=3), lora_alpha=None),
+}
+
+
 def _plain(value: Any) -> Any:
     """Return a config's value with sets and tuples as sorted or plain lists, and enums as their values."""
     if isinstance(value, (set, frozenset)):
@@ -84,7 +109,7 @@ def _settings(config: PeftConfig) -> dict[str, Any]:
 
 
 def _variant_configs() -> dict[str, Callable[[], PeftConfig]]:
-    return {**VARIANTS, **{name: lambda v=v: v.config("encoder") for name, v in LORA_VARIANTS.items()}}
+    return {**VARIANTS, **FILLED, **{name: lambda v=v: v.config("encoder") for name, v in LORA_VARIANTS.items()}}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -237,6 +237,16 @@ METHODS: dict[str, tuple[str, str, Callable[[], PeftConfig]]] = {
             target_modules=["key", "output.dense"], feedforward_modules=["output.dense"], init_ia3_weights=False
         ),
     ),
+    "ia3 with the feed-forward modules that peft fills in": (
+        "bert",
+        "tokens",
+        lambda: IA3Config(target_modules=["query", "dense"], init_ia3_weights=False),
+    ),
+    "ia3 without any of the feed-forward modules that peft fills in": (
+        "llama",
+        "causal-lm",
+        lambda: IA3Config(target_modules=["q_proj", "v_proj"], init_ia3_weights=False),
+    ),
     "ia3 with a regex for its targets": (
         "llama",
         "causal-lm",

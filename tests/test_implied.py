@@ -50,6 +50,7 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "embeddings": lambda: lora(target_modules=["query", "word_embeddings"]),
     "trained tokens": lambda: lora(trainable_token_indices={"word_embeddings": [5, 6]}),
     "ia3": lambda: IA3Config(target_modules=["query", "output.dense"], feedforward_modules=["output.dense"]),
+    "ia3 with what peft fills in": lambda: IA3Config(target_modules=["dense"]),
     "ia3 without feedforward": lambda: IA3Config(target_modules=["query"], feedforward_modules=[]),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -12,11 +13,12 @@ import pytest
 import torch
 from flair.data import Sentence
 from flair.embeddings.base import load_embeddings
-from peft import PeftType
+from peft import PeftConfig, PeftType
 from transformers import AutoTokenizer
 
 from flair_peft import PeftTransformerDocumentEmbeddings
 from flair_peft.adapters import trainable_parameters
+from flair_peft.config import encode_config
 from flair_peft.errors import UnsupportedMethodError
 from flair_peft.refusals import REFUSED_METHODS
 from tests.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method, perturb_
@@ -151,6 +153,58 @@ def test_method_that_cannot_work_is_refused_at_construction(
     assert {"encoder": "BertModel", "decoder": "LlamaModel"}[kind] in message
     assert config.peft_type.value in message
     assert "reason" in message
+
+
+# What a config cannot do without, and sizes that fit the tiny models.
+LEAST: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 2000},
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 20},
+    "MISS": {"r": 8},
+    "PSOFT": {"r": 4},
+    "ROAD": {"group_size": 8},
+    "SHIRA": {"r": 4},
+    "TRAINABLE_TOKENS": {"token_indices": [1, 2, 3]},
+    "VBLORA": {"num_vectors": 16, "vector_length": 8},
+    "WAVEFT": {"n_frequency": 20},
+    **{name: {"num_virtual_tokens": 3} for name in ("CARTRIDGE", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")},
+}
+
+
+def least_configs() -> list[Any]:
+    """Return each method with what PEFT would not fill in, with and without targets; most of them for the matrix."""
+    found = []
+    for name, method in METHODS.items():
+        for kind in sorted(method.works if name not in REFUSED_METHODS else ()):
+            config = method.config(kind)
+            targets = getattr(config, "target_modules", None)
+            both = [{"target_modules": list(targets)}, {}] if targets else [{}]
+            for settings in both[:1] if (name, kind) == ("LN_TUNING", "encoder") else both:
+                values = (type(config), {**LEAST.get(name, {}), **settings}, kind)
+                marks = () if name in ("IA3", "OSF") else (pytest.mark.matrix,)
+                found.append(pytest.param(*values, id=f"{name}-{kind}-{'named' if settings else 'all'}", marks=marks))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("config_class", "settings", "kind"), least_configs())
+def test_config_that_peft_fills_in_comes_back(
+    config_class: type[PeftConfig], settings: dict[str, Any], kind: str, base: Callable[[str], str]
+) -> None:
+    """What injection adds to a config need not pass the constructor of its class, and is stored all the same."""
+    embeddings = PeftTransformerDocumentEmbeddings(
+        base(KINDS[kind]), peft_config=config_class(**settings), cls_pooling="mean"
+    )
+    perturb_(embeddings.model, seed=3)
+    expected = embed(embeddings)
+    for again in (
+        load_embeddings(embeddings.save_embeddings()),
+        copy.deepcopy(embeddings),
+        pickle.loads(pickle.dumps(embeddings)),
+    ):
+        assert torch.equal(expected, embed(again))
+        assert encode_config(again.adapter_config) == encode_config(embeddings.adapter_config)
 
 
 def test_every_registered_method_is_tried() -> None:
