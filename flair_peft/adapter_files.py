@@ -13,7 +13,7 @@ import torch
 from peft import PeftConfig
 
 from flair_peft import config as configs
-from flair_peft import hub
+from flair_peft import hub, older_peft
 from flair_peft.errors import AdapterConfigError, ModelFileError
 from flair_peft.sources import LoadOptions
 
@@ -62,13 +62,14 @@ def read(source: str, *, revision: str | None, subfolder: str | None, options: L
     Raises:
         ModelFileError: files are missing or damaged.
         AdapterConfigError: the installed PEFT does not know the method or one of its settings.
+        UnsupportedMethodError: an older PEFT wrote them, and computed something else.
     """
     wanted = [CONFIG, WEIGHTS, OLD_WEIGHTS, _MODEL_CONFIG, *_TOKENIZER_FILES]
     folder = hub.find_files(source, wanted, revision=revision, subfolder=subfolder, options=options)
     if not (folder / CONFIG).is_file():
         raise _missing(source, folder, CONFIG)
     settings = _read_json(folder / CONFIG)
-    tensors = _read_tensors(source, folder)
+    tensors = older_peft.rename(_read_tensors(source, folder))
     return AdapterFiles(source, folder, settings, _config(folder / CONFIG, settings), tensors, _labels(folder))
 
 
@@ -91,7 +92,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _config(path: Path, settings: Mapping[str, Any]) -> PeftConfig:
     try:
-        return configs.decode_config(settings)
+        return configs.decode_config(older_peft.bring_up_to_date(settings, str(path.parent)))
     except AdapterConfigError:
         raise
     except (TypeError, ValueError, KeyError) as error:

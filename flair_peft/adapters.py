@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
 from transformers import PreTrainedModel
 
-from flair_peft import methods, refusals
+from flair_peft import keys, methods, refusals
 from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.methods import ADAPTER_NAME
 
@@ -169,6 +169,20 @@ def set_derived_state_(model: PeftModel, state: Mapping[str, torch.Tensor]) -> N
             buffers = model.get_submodule(path)
             buffers[key] = tensor.to(buffers[key].device)
     repair_(model)
+
+
+def derived_again(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """Return the keys of those tensors that no file need hold, since the model computes the same itself.
+
+    PEFT 0.11 and 0.12 stored the permutations of BOFT, which follow from its settings.
+    """
+    own = {keys.canonical_key(name): buffer for name, buffer in model.named_buffers() if keys.base_key(name) is None}
+    found = {key: own.get(keys.canonical_key(key)) for key in tensors}
+    return {
+        key
+        for key, buffer in found.items()
+        if buffer is not None and torch.equal(buffer.cpu(), tensors[key].to("cpu", buffer.dtype))
+    }
 
 
 def repair_(model: PeftModel) -> None:

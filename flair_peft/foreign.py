@@ -14,7 +14,7 @@ from flair.embeddings.transformer import SENTENCE_BOUNDARY_TAG
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flair_peft import adapters, backbone, bare_config, keys, methods, origins, refusals
+from flair_peft import adapters, backbone, bare_config, keys, methods, older_peft, origins, refusals
 from flair_peft.adapter_files import CONFIG, AdapterFiles
 from flair_peft.errors import (
     AdapterConfigError,
@@ -159,6 +159,8 @@ def _plan(
     placed, matrix, is_copy = _take_matrix(_single(landing.inside, tensors), _matrix_names(model), config)
     rows = _check_matrix(matrix, model.get_input_embeddings().weight, files.source)
     bare_config.refuse_drawn_together(config, base_config, files.settings, every_name, tensors)
+    adapted = {landing.prefix + keys.carrier(name) for name in placed if keys.has_container(name)}
+    older_peft.refuse_other_alpha(config, files.settings, sorted(adapted))
     bare_config.resolve_(config, [name for name, _ in model.named_modules() if name], landing.prefix, placed)
     return Plan(
         source=files.source,
@@ -225,8 +227,15 @@ def fill_(embeddings: Any, plan: Plan, *, allow_untrained: bool) -> None:
     own = _stored_state(model)
     match = keys.match_keys(plan.tensors, own)
     missing = [key for key in match.missing if not keys.is_unread(keys.plain_key(key)) or keys.has_container(key)]
-    if missing or match.unexpected or match.ambiguous:
-        raise _misfit(plan, {"missing": missing, "left over": match.unexpected, "ambiguous": match.ambiguous})
+    if older_peft.is_lost_bias(plan.config, missing):
+        raise AdapterMismatchError(
+            f"Cannot use the adapter '{plan.source}': its biases are not in the file ({name_some(missing, 2)}). PEFT "
+            "0.7 to 0.20 trained them and did not store them. Use what was trained with bias='none' or 'all'."
+        )
+    unexpected = set(match.unexpected)
+    unexpected -= adapters.derived_again(model, {key: plan.tensors[key] for key in unexpected})
+    if missing or unexpected or match.ambiguous:
+        raise _misfit(plan, {"missing": missing, "left over": unexpected, "ambiguous": match.ambiguous})
     fitted = _fit({key: plan.tensors[theirs] for key, theirs in match.renamed.items()}, own, plan)
     _check_learned(plan, fitted, allow_untrained=allow_untrained)
     _set_(model, fitted, plan.ranks)

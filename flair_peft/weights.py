@@ -150,7 +150,11 @@ class StoredWeights(TransformerBaseEmbeddings):
         if self._pending_config is not None:
             self._inject_into_stored_base({key: state_dict[stored[key]] for key in stored})
         own = self.model.state_dict()
-        match, settled = self._without_left_out(keys.match_keys(stored, own))
+        match = keys.match_keys(stored, own)
+        for key in adapters.derived_again(self.model, {key: state_dict[stored[key]] for key in match.unexpected}):
+            match.unexpected.remove(key)
+            del state_dict[stored.pop(key)]
+        match, settled = self._without_left_out(match)
         # A module around the embeddings may load its own tensors alone; torch reports ours as missing if it minds.
         is_left_out = bool(prefix) and not stored and not self._awaits_weights
         if self._is_strict and not is_left_out:

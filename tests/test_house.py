@@ -53,6 +53,7 @@ FLOORS = (
     "manifest",
     "checkpoint",
     "hub",
+    "older_peft",
     "adapter_files",
     "origins",
     "bare_config",

@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import venv
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -74,14 +75,18 @@ def make(version: str, python: Path, encoder: Path) -> None:
         command = [python, "-m", "tests.regression.stock_process", encoder, temporary]
         subprocess.run(command, check=True, env=inside, cwd=temporary)
         FOLDER.mkdir(exist_ok=True)
-        with (
-            lzma.open(FOLDER / f"{version}.tar.xz", "wb", preset=9 | lzma.PRESET_EXTREME) as stream,
-            tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
-        ):
-            for path in sorted([*Path(temporary).iterdir()]):
-                archive.add(path, path.name, filter=_anonymous)
-            for path in sorted(encoder.iterdir()):
-                archive.add(path, f"encoder/{path.name}", filter=_anonymous)
+        pack({"": Path(temporary), "encoder/": encoder}, FOLDER / f"{version}.tar.xz")
+
+
+def pack(folders: Mapping[str, Path], archive_path: Path) -> None:
+    """Write an archive of what lies in folders, each behind a prefix, that does not tell who wrote it, or when."""
+    with (
+        lzma.open(archive_path, "wb", preset=9 | lzma.PRESET_EXTREME) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for prefix, folder in folders.items():
+            for path in sorted(folder.iterdir()):
+                archive.add(path, f"{prefix}{path.name}", filter=_anonymous)
 
 
 def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
