@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, T5EncoderModel
@@ -238,12 +239,20 @@ def _cast_left_overs_(model: PreTrainedModel) -> None:
 
     XLNet creates its attention as explicit FloatTensors, so its first matrix product fails in half precision.
     """
-    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     dtype = model.get_input_embeddings().weight.dtype
     for name, parameter in model.named_parameters():
-        is_kept = any(part in kept for part in name.split("."))
+        is_kept = not kept.isdisjoint(name.split("."))
         if parameter.is_floating_point() and parameter.dtype != dtype and not is_kept:
             parameter.data = parameter.data.to(dtype)
+
+
+def names_kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> frozenset[str]:
+    """Return the names of the weights that transformers reads in fp32 where it is asked for another dtype."""
+    in_half = (torch.float16, torch.bfloat16)
+    kept = {*(model._keep_in_fp32_modules_strict or ())} if dtype in in_half else set()
+    kept |= {*(model._keep_in_fp32_modules or ())} if dtype == torch.float16 else set()
+    return frozenset(name for name in model.state_dict() if not kept.isdisjoint(name.split(".")))
 
 
 def not_found(source: str, error: Exception) -> BaseModelNotFoundError:

@@ -63,7 +63,7 @@ class Offer:
             )
         said = (record.dtype, record.fingerprint, record.full_fingerprint, str(load_options().verify))
         if said not in self.proven:
-            proof.check_base(self.base.read_in(record.dtype), record, name=name)
+            proof.check_base(self.base.read_for(record), record, name=name)
             self.proven.add(said)
         base = self.base if stored.added_rows is None else self.base.with_rows(stored.added_rows)
         return base.variant(config)
@@ -104,7 +104,7 @@ def find_new(
         arguments=kept_arguments(model_kwargs),
     )
     kwargs = {key: value for key, value in model_kwargs.items() if key != "revision" or record.revision is None}
-    found = frozen.find(record, config, dtype=dtype, kwargs=kwargs, device=flair.device)
+    found = frozen.find(record, config, dtype=dtype, kwargs=kwargs, device=flair.device, is_held=True)
     if found.is_placed:
         _ = found.known_record  # before an adapter is added to the very model, or a forward pass casts its biases
     return found
@@ -138,7 +138,7 @@ def find_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLik
         kwargs = {**options.arguments(), **options.placement}
         if record.quantization is not None:
             config, kwargs = _quantising(wanted, config, kwargs)
-        found = frozen.find_again(wanted, config, dtype=dtype, kwargs=kwargs, device=flair.device)
+        found = frozen.find_again(wanted, config, dtype=dtype, kwargs=kwargs, device=flair.device, is_held=True)
     except BaseModelNotFoundError as error:
         raise _explain(error, wanted, record, name) from error
     proof.check_base(found, record, name=name)
@@ -279,16 +279,18 @@ def reference(
     if record.needs_remote_code:
         kwargs["trust_remote_code"] = True  # the code of a model that was made from it runs here already
 
-    def read(wanted: DtypeLike) -> FrozenBase:
+    def read(record: BaseRecord, wanted: torch.dtype) -> FrozenBase:
         # Weights that the source lacks are drawn at random; a training goes on as if nothing had been saved.
         with torch.random.fork_rng(devices=[]):
-            return frozen.find_again(record, model.config, dtype=wanted, kwargs=kwargs, is_shared=False)
+            return frozen.read_again(record, model.config, dtype=wanted, kwargs=kwargs)
 
     try:
-        found = read(record.dtype or dtype)
-        is_same = record.fingerprint in (None, found.fingerprint)
+        found = read(record, dtype if record.dtype is None else parse_dtype(record.dtype))
+        if record.fingerprint not in (None, found.fingerprint):
+            return None
         # The model may have been converted since it was made from its source.
-        return None if not is_same else found if record.dtype in (None, dtype_name(dtype)) else read(dtype)
+        is_same = record.dtype in (None, dtype_name(dtype))
+        return found if is_same else read(dataclasses.replace(record, fingerprint=None), dtype)
     except (BaseModelNotFoundError, BaseMismatchError):
         return None
 

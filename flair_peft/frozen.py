@@ -8,7 +8,7 @@ import functools
 import json
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flair_peft import backbone, capacity, copies, fingerprint, quantised, residency, rows
-from flair_peft.dtypes import DtypeLike
+from flair_peft.dtypes import DtypeLike, dtype_name, parse_dtype
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
 from flair_peft.sources import BaseRecord
 
@@ -127,7 +127,7 @@ class FrozenBase:
         """Whether the weights may not be moved; see :func:`is_placed`."""
         return is_placed(self._model)
 
-    def own_weights(self) -> dict[str, torch.Tensor]:
+    def own_weights(self) -> Mapping[str, torch.Tensor]:
         """Return name → tensor of all weights that the source has; they must not be written to."""
         return {name: t for name, t in self._model.state_dict().items() if name not in self.random_names}
 
@@ -194,17 +194,18 @@ class FrozenBase:
         key = (*(self._key or (id(self),)), attention)
         return FrozenBase(model, self.record, self.random_names, key=key, parent=self)
 
-    def read_in(self, dtype: str | None) -> FrozenBase:
-        """Return this base, or its source read anew if that dtype is another one.
+    def read_for(self, expected: BaseRecord) -> FrozenBase:
+        """Return this base, or its source read anew if a file expects it in another dtype.
 
         Raises:
             BaseModelNotFoundError: the source is gone.
         """
         record = self.known_record
-        if dtype in (None, record.dtype):
+        if expected.dtype in (None, record.dtype):
             return self
         kwargs = {} if Path(record.name).is_dir() else {"local_files_only": True}
-        return find_again(record, self.config, dtype=dtype, kwargs=kwargs, is_shared=False)
+        record = dataclasses.replace(record, fingerprint=expected.fingerprint)
+        return read_again(record, self.config, dtype=parse_dtype(str(expected.dtype)), kwargs=kwargs)
 
     def share_(self, parameters: Mapping[str, torch.nn.Parameter]) -> int:
         """Let each frozen weight that is this base's, bit by bit, have its storage, in place; return their bytes.
@@ -312,6 +313,71 @@ class _Placed(FrozenBase):
         return self._source().full_fingerprint
 
 
+class _Converted(FrozenBase):
+    """A source in its own dtype, mapped from its files, whose weights are converted one by one when they are read."""
+
+    def __init__(self, source: FrozenBase, dtype: torch.dtype) -> None:
+        super().__init__(source._model, source.record, source.random_names)
+        self._dtype = dtype
+
+    def own_weights(self) -> Mapping[str, torch.Tensor]:
+        """Return name → tensor of all weights that the source has, as a load in the dtype gives them."""
+        kept = backbone.names_kept_in_fp32(self._model, self._dtype)
+        return _Conversion(super().own_weights(), self._dtype, kept)
+
+    @functools.cached_property
+    def known_record(self) -> BaseRecord:
+        """The record of the base as a load in the dtype has it."""
+        return dataclasses.replace(super().known_record, dtype=dtype_name(self._dtype))
+
+
+class _Conversion(Mapping[str, torch.Tensor]):
+    """Weights in another dtype; nothing holds a tensor that was converted."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, kept: frozenset[str]) -> None:
+        self._weights, self._dtype, self._kept = weights, dtype, kept
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._weights[name]
+        wanted = torch.float32 if name in self._kept else self._dtype
+        if tensor.dtype == wanted or not tensor.is_floating_point():
+            return tensor
+        converted = tensor.to(wanted)
+        residency.let_go(tensor)
+        return converted
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def read_again(
+    record: BaseRecord, config: PretrainedConfig, *, dtype: torch.dtype, kwargs: Mapping[str, Any]
+) -> FrozenBase:
+    """Return the source of a base, to be compared with once: its weights need no room, whatever their dtype.
+
+    Args:
+        record: of the base; by its fingerprint the weights are known to be what a load in the dtype gives.
+        config: of the model.
+        dtype: of the base.
+        kwargs: for ``AutoModel.from_pretrained``.
+
+    Raises:
+        BaseModelNotFoundError: there is none.
+    """
+    if record.fingerprint is not None:
+        mapped = _Converted(find_source(record, config, kwargs), dtype)
+        if mapped.fingerprint == record.fingerprint:
+            return mapped
+    # The class may choose dtypes of its own, or the files hold several.
+    return find_again(record, config, dtype=dtype, kwargs=kwargs, is_shared=False)
+
+
 def find_source(record: BaseRecord, config: PretrainedConfig, kwargs: Mapping[str, Any]) -> FrozenBase:
     """Return the source of a base that is quantised when it is read or spread over devices, as it is before that.
 
@@ -328,7 +394,7 @@ def find_source(record: BaseRecord, config: PretrainedConfig, kwargs: Mapping[st
         del plain.quantization_config
     plain.dtype = None  # that of the trained model: "auto" reads it before it looks into the files
     kept = {name: value for name, value in kwargs.items() if name not in PLACING}
-    return find_again(record, plain, dtype="auto", kwargs=kept)
+    return find_again(record, plain, dtype="auto", kwargs=kept, is_shared=False)
 
 
 def find(
@@ -339,6 +405,7 @@ def find(
     kwargs: Mapping[str, Any],
     device: torch.device | str = "cpu",
     is_shared: bool = True,
+    is_held: bool = False,
 ) -> FrozenBase:
     """Return the base model, and the very same one as long as it is alive and nothing of its source has changed.
 
@@ -349,9 +416,12 @@ def find(
         kwargs: for ``AutoModel.from_pretrained``.
         device: where its weights go, unless quantisation or a device map places them.
         is_shared: if False, it is read again.
+        is_held: whether a model will stand on it, so that it must fit into the memory of the device; what is only
+            compared is mapped from its files.
 
     Raises:
         BaseModelNotFoundError: there is none.
+        InsufficientMemoryError: it does not fit.
     """
     if not is_shared:
         return _load(record, config, dtype=dtype, kwargs=kwargs, device=device)
@@ -359,6 +429,8 @@ def find(
         key = _identity(record, config, dtype, kwargs, device)
         found = _cache.get(key) if key is not None else None
         if found is None:
+            if is_held:
+                capacity.check_fits(record.name, config, dtype=dtype, kwargs=_arguments(record, kwargs), device=device)
             found = _load(record, config, dtype=dtype, kwargs=kwargs, device=device)
             if is_placed(found._model):
                 return found  # which is not copied, so that nobody else may have it
@@ -382,6 +454,7 @@ def find_again(
     kwargs: Mapping[str, Any],
     device: torch.device | str = "cpu",
     is_shared: bool = True,
+    is_held: bool = False,
 ) -> FrozenBase:
     """Return the base model that a checkpoint was trained on, as its source has it.
 
@@ -392,9 +465,11 @@ def find_again(
         kwargs: as for :func:`find`.
         device: as for :func:`find`.
         is_shared: as for :func:`find`.
+        is_held: as for :func:`find`.
 
     Raises:
         BaseModelNotFoundError: there is none, or none of this shape.
+        InsufficientMemoryError: it does not fit.
     """
     size = record.vocabulary_size
     if size is None:
@@ -402,7 +477,7 @@ def find_again(
     shape = copy.deepcopy(config)
     shape.get_text_config().vocab_size = size
     shape.output_hidden_states = True
-    return find(record, shape, dtype=dtype, kwargs=kwargs, device=device, is_shared=is_shared)
+    return find(record, shape, dtype=dtype, kwargs=kwargs, device=device, is_shared=is_shared, is_held=is_held)
 
 
 def _load(
@@ -413,9 +488,7 @@ def _load(
     kwargs: Mapping[str, Any],
     device: torch.device | str,
 ) -> FrozenBase:
-    revision = {} if record.revision is None else {"revision": record.revision}
-    arguments = {**revision, **record.arguments, **kwargs}
-    capacity.check_fits(record.name, config, dtype=dtype, kwargs=arguments, device=device)
+    arguments = _arguments(record, kwargs)
     is_quantised_before = hasattr(config, "quantization_config")
     if is_quantised_before or not _QUANTISING.isdisjoint(kwargs):
         arguments.setdefault("device_map", {"": str(device)})
@@ -431,6 +504,11 @@ def _load(
     base = FrozenBase(model.to(device), record, random_names)
     base.fingerprint = digest
     return base
+
+
+def _arguments(record: BaseRecord, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    revision = {} if record.revision is None else {"revision": record.revision}
+    return {**revision, **record.arguments, **kwargs}
 
 
 def is_placed(model: torch.nn.Module) -> bool:

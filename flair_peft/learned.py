@@ -64,17 +64,18 @@ def compare(
         name = keys.base_key(key)
         if name is None or key in trained:
             continue
+        weight = own.get(name)
         if name in base.random_names:
             if keys.is_unread(name):
                 left_out.add(key)
-        elif name in matrices and name in own and len(tensor) > len(own[name]):
-            if are_same_bits(tensor[: len(own[name])], own[name]):
+        elif weight is not None and name in matrices and len(tensor) > len(weight):
+            if are_same_bits(tensor[: len(weight)], weight):
                 left_out.add(key)
-                added_rows = tensor[len(own[name]) :]
-        elif name in own and are_same_bits(tensor, own[name]):
+                added_rows = tensor[len(weight) :]
+        elif weight is not None and are_same_bits(tensor, weight):
             left_out.add(key)
         progress.advance(tensor.nbytes)
-        for read in (tensor, own.get(name)):
+        for read in (tensor, weight):
             if read is not None:
                 residency.let_go(read)
     left_out |= _aliases(state, left_out, own) if is_tied else set()
@@ -104,7 +105,7 @@ def restore_(model: torch.nn.Module, left_out: Iterable[str], base: FrozenBase) 
     own, parameters = base.own_weights(), dict(model.named_parameters(remove_duplicate=False))
     for key in left_out:
         name = keys.base_key(key)
-        if key not in parameters or name not in own:
+        if key not in parameters or name is None or name not in own:
             continue
         parameter, wanted = parameters[key], own[name].to(parameters[key].device)
         if parameter.shape != wanted.shape:
@@ -119,7 +120,7 @@ def _rows_beyond(
     """Return the added rows of a matrix that is stored whole: the model must have them before it is filled."""
     for key, tensor in state.items():
         name = keys.base_key(key)
-        if name in matrices and name in own and len(tensor) > len(own[name]):
+        if name is not None and name in matrices and name in own and len(tensor) > len(own[name]):
             return tensor[len(own[name]) :]
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
-from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, backbone, capacity
+import flair_peft
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, backbone, capacity, frozen
 from flair_peft.errors import InsufficientMemoryError
+from flair_peft.sources import BaseRecord
+from tests.zoo import ZOO
 
 Memory = namedtuple("Memory", "available")
 
@@ -104,3 +108,81 @@ def test_base_that_others_place_or_that_is_no_safetensors_is_left_to_them(
     config = AutoConfig.from_pretrained(base("bert"))
     capacity.check_fits(base("bert"), config, dtype=None, kwargs=kwargs, device="cpu")
     capacity.check_fits("nobody/nothing", config, dtype=None, kwargs={}, device="cpu")
+
+
+SPREAD = {"embeddings": "cpu", "encoder": "disk", "pooler": "disk"}
+PLACES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "whole": lambda _: {},
+    "half": lambda _: {"dtype": "bfloat16", "head_dtype": "float32"},
+    "spread": lambda folder: {"device_map": SPREAD, "offload_folder": str(folder)},
+    "4bit": lambda _: {"load_in_4bit": True, "dtype": "float32"},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes", "ignore:.*quantization_config:UserWarning")
+@pytest.mark.parametrize("place", PLACES)
+def test_training_that_began_saves_and_loads_without_any_free_memory(
+    place: str, base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best model is saved and comes back, a checkpoint is written, and its models are found equal."""
+    entry = ZOO["text-classifier"]
+    config = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False)
+    options = {"fine_tune": True, "peft_config": config, **PLACES[place](tmp_path / "offload")}
+    size = size_of(base("bert")) if place in ("whole", "half") else 1 << 30
+    free(monkeypatch, size)
+    model = entry.build(
+        lambda **own: pytest.fail("no words"),
+        lambda **own: PeftTransformerDocumentEmbeddings(base("bert"), **own, **options),
+    )
+    free(monkeypatch, 0)
+    entry.train(model, entry.corpus(), tmp_path / "out", max_epochs=2, use_final_model_for_eval=False)
+    flair_peft.save_pretrained(model, tmp_path / "checkpoint")
+    expected = entry.predict(model, entry.corpus())
+    assert (tmp_path / "out" / "best-model.pt").stat().st_size < size_of(base("bert")), "it holds no base"
+    if place == "4bit":
+        free(monkeypatch, 1 << 30)  # what is quantised is held once more
+    for source in (tmp_path / "checkpoint", tmp_path / "out" / "best-model.pt"):
+        assert entry.predict(flair_peft.from_pretrained(source), entry.corpus()) == expected
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5", "xlnet"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_base_that_is_compared_is_mapped_and_converted_weight_by_weight(
+    dtype: torch.dtype, architecture: str, base: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what a load in the dtype gives, parts that stay in fp32 included; only the file's dtype is held."""
+    config = backbone.find_config(base(architecture), {})
+    live = frozen.find(BaseRecord(base(architecture)), config, dtype=dtype, kwargs={})
+    expected = live.own_weights()
+    free(monkeypatch, 0)
+    found = frozen.read_again(live.known_record, live.config, dtype=dtype, kwargs={})
+    weights = found.own_weights()
+    assert {p.dtype for p in found._model.parameters()} == {torch.float32}
+    assert list(weights) == list(expected)
+    assert all(weights[n].dtype == t.dtype and torch.equal(weights[n], t) for n, t in expected.items())
+    assert found.known_record == live.known_record
+    assert found.full_fingerprint == live.full_fingerprint
+
+
+def test_base_that_was_written_to_is_read_whole_and_told_from_the_one_recorded(
+    base: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another fingerprint than the one recorded is never taken for it."""
+    config = backbone.find_config(base("bert"), {})
+    live = frozen.find(BaseRecord(base("bert")), config, dtype=torch.bfloat16, kwargs={})
+    record = replace(live.known_record, fingerprint="0" * 64)
+    free(monkeypatch, 0)
+    found = frozen.read_again(record, live.config, dtype=torch.bfloat16, kwargs={})
+    assert found.fingerprint == live.fingerprint != record.fingerprint
+
+
+def test_shared_base_takes_models_of_another_dtype_without_memory_for_a_second_base(
+    base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source is compared in the dtype that the file was trained in, and not held."""
+    entry = ZOO["text-classifier"]
+    model = entry.build(lambda **own: pytest.fail("no words"), lambda **own: make(base("bert"), **own))
+    flair_peft.save_pretrained(model, tmp_path / "checkpoint")
+    shared = SharedBase(base("bert"), dtype="bfloat16")
+    free(monkeypatch, 0)
+    assert shared.load(tmp_path / "checkpoint").embeddings.base_dtype == torch.bfloat16
