@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ class RankAllocationPlugin(TrainerPlugin):
 
     Without it the ranks never change: these methods learn of gradients only through ``update_and_allocate``
     (Zhang et al. 2023, https://arxiv.org/abs/2303.10512). It also adds the gradient of AdaLoRA's orthogonality penalty,
-    ``orth_reg_weight`` times the mean Frobenius norm of PᵀP − I, which PEFT adds to a loss that Flair does not compute.
+    ``orth_reg_weight`` times the mean Frobenius norm of PᵀP − I, which PEFT adds to a loss that Flair does not compute,
+    to that of Flair's loss. Steps that ``use_amp=True`` skips do not count.
 
     ``AdaLoraConfig(total_step=…)`` must be the number of optimiser steps of the whole training, batches × epochs.
 
@@ -37,6 +40,7 @@ class RankAllocationPlugin(TrainerPlugin):
         super().__init__()
         self._step = 0
         self._processes = 1
+        self._is_first_part = False
 
     @TrainerPlugin.hook("after_setup")
     def compare_schedule(
@@ -48,7 +52,7 @@ class RankAllocationPlugin(TrainerPlugin):
         multi_gpu: bool = False,
         **_: Any,
     ) -> None:
-        """Start counting steps, and say if the schedule of the config is not that of the training."""
+        """Start counting steps and penalising, and say if the schedule of the config is not that of the training."""
         self._step = 0
         self._processes = torch.distributed.get_world_size() if multi_gpu else 1
         steps_of_epoch = -(-dataset_size // (mini_batch_size * self._processes))
@@ -66,24 +70,54 @@ class RankAllocationPlugin(TrainerPlugin):
                     steps,
                 )
 
-    @TrainerPlugin.hook("before_training_optimizer_step")
-    def add_orthogonality_penalty(self, **_: Any) -> None:
-        """Add the gradient of AdaLoRA's penalty to that of the loss."""
+        self.trainer.context_stack.enter_context(self._penalising())
+
+    @contextmanager
+    def _penalising(self) -> Iterator[None]:
+        """Inside, the loss of each batch has the gradient of AdaLoRA's penalty, too, and its value as it was.
+
+        What is done to the loss is done to the penalty then: Flair scales it, and gradients are unscaled only after
+        the last hook before the optimiser's step.
+        """
+        forward_loss = self.model.forward_loss
+
+        def penalised(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
+            loss, count = forward_loss(*args, **kwargs)
+            for penalty in self._penalties() if self._is_first_part else ():
+                # Flair multiplies by the number of processes, since gradients are the mean of theirs by then.
+                loss = loss + ((penalty - penalty.detach()) / self._processes).to(loss.device)
+            self._is_first_part = False
+            return loss, count
+
+        self.model.forward_loss = penalised
+        try:
+            yield
+        finally:
+            self.model.__dict__.pop("forward_loss", None)
+
+    @TrainerPlugin.hook("before_training_batch")
+    def expect_first_part(self, **_: Any) -> None:
+        """Take note that a batch begins: the penalty counts once for it, into however many parts it is cut."""
+        self._is_first_part = True
+
+    def _penalties(self) -> Iterator[torch.Tensor]:
         for model, config in zip(_peft_models(self.model), self._configs(), strict=True):
             weight = getattr(config, "orth_reg_weight", 0.0)
-            factors = [
-                p @ p.T if "lora_A" in name else p.T @ p
-                for name, p in model.named_parameters()
-                if p.requires_grad and ("lora_A" in name or "lora_B" in name)
-            ]
-            if weight and factors and config.peft_type == PeftType.ADALORA:
-                distances = [torch.norm(f - torch.eye(len(f), dtype=f.dtype, device=f.device)) for f in factors]
-                # Flair multiplies by the number of processes next, since that of the loss is their mean by now.
-                (weight / self._processes * torch.stack(distances).mean()).backward()
+            with torch.autocast(model.device.type, enabled=False):
+                factors = [
+                    p @ p.T if "lora_A" in name else p.T @ p
+                    for name, p in model.named_parameters()
+                    if p.requires_grad and ("lora_A" in name or "lora_B" in name)
+                ]
+                if weight and factors and config.peft_type == PeftType.ADALORA:
+                    distances = [torch.norm(f - torch.eye(len(f), dtype=f.dtype, device=f.device)) for f in factors]
+                    yield weight * torch.stack([distance.to(model.device) for distance in distances]).mean()
 
     @TrainerPlugin.hook("after_training_batch")
-    def update_budget(self, **_: Any) -> None:
+    def update_budget(self, optimizer_was_run: bool = True, **_: Any) -> None:
         """Rank the singular values by importance and mask those beyond the budget."""
+        if not optimizer_was_run:
+            return  # gradients that were scaled too high are infinite, and would be so in the mean for ever
         self._step += 1
         for model, config in zip(_peft_models(self.model), self._configs(), strict=True):
             if methods.needs_step_hook(config):

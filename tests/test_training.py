@@ -288,6 +288,54 @@ def test_adalora_is_pushed_towards_orthogonal_factors(base: Callable[[str], str]
     assert distances[50.0] < 0.5 * distances[0.0]
 
 
+def scaling(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Let Flair scale losses as ``use_amp=True`` makes it do on a GPU."""
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda **_: torch.amp.GradScaler("cpu", **options))
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_adalora_is_penalised_the_same_whether_the_loss_is_scaled(
+    chunk: int | None, base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The penalty is scaled with the loss, once for each batch, and the reported loss is that of the model."""
+    trained, reported = [], []
+    for name in ("plain", "scaled", "in parts"):
+        model = classifier(base("bert"), peft_config=adalora(8, orth_reg_weight=5.0))
+        with monkeypatch.context() as patch:
+            if name != "plain":
+                scaling(patch, init_scale=2.0**12, growth_interval=2)
+            part = chunk if name == "in parts" else None
+            options = {"mini_batch_chunk_size": part, "optimizer": torch.optim.SGD, "learning_rate": 1e-2}
+            train(model, tmp_path / name, plugins=[RankAllocationPlugin()], shuffle=False, **options)
+        trained.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+        reported.append((tmp_path / name / "loss.tsv").read_text().splitlines()[1].split("\t")[3])
+        assert "forward_loss" not in vars(model)
+    for name, expected in trained[0].items():
+        torch.testing.assert_close(trained[1][name], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(trained[2][name], expected, rtol=1e-4, atol=1e-6)
+    assert reported[0] == reported[1] == reported[2]
+
+
+def test_adalora_does_not_learn_importance_of_a_step_that_was_skipped(
+    base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Infinite gradients of a loss that was scaled too high are neither counted nor averaged."""
+    scaling(monkeypatch, init_scale=2.0**126, backoff_factor=2.0**-110)
+    model, plugin, run = classifier(base("bert"), peft_config=adalora(99)), RankAllocationPlugin(), []
+
+    class Steps(TrainerPlugin):
+        @TrainerPlugin.hook
+        def after_training_batch(self, optimizer_was_run: bool, **_: Any) -> None:
+            run.append(optimizer_was_run)
+
+    train(model, tmp_path, plugins=[plugin, Steps()])
+    assert run[0] is False
+    assert plugin._step == sum(run) > 0
+    importance = model.embeddings.model.base_model.rankallocator.exp_avg_ipt
+    assert importance
+    assert all(values.isfinite().all() for values in importance.values())
+
+
 def test_lora_plus_gives_lora_b_its_own_learning_rate(base: Callable[[str], str], tmp_path: Path) -> None:
     """lora_B learns ``loraplus_lr_ratio`` times as fast as lora_A; the head keeps its rate, and all are trained."""
     model = classifier(base("bert"))
