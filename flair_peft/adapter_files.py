@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 from peft import PeftConfig
 
+from flair_peft import checkpoint, hub, older_peft
 from flair_peft import config as configs
-from flair_peft import hub, older_peft
 from flair_peft.errors import AdapterConfigError, ModelFileError
+from flair_peft.held import AnyFile, HeldFile
 from flair_peft.sources import LoadOptions
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -66,11 +67,16 @@ def read(source: str, *, revision: str | None, subfolder: str | None, options: L
     """
     wanted = [CONFIG, WEIGHTS, OLD_WEIGHTS, _MODEL_CONFIG, *_TOKENIZER_FILES]
     folder = hub.find_files(source, wanted, revision=revision, subfolder=subfolder, options=options)
-    if not (folder / CONFIG).is_file():
+    # From a checkpoint that is being replaced, settings and tensors are those of one.
+    files = checkpoint.hold_files(folder, (CONFIG, WEIGHTS, OLD_WEIGHTS)) if folder.is_dir() else {}
+    if CONFIG not in files:
         raise _missing(source, folder, CONFIG)
-    settings = _read_json(folder / CONFIG)
-    tensors = older_peft.rename(_read_tensors(source, folder))
-    return AdapterFiles(source, folder, settings, _config(folder / CONFIG, settings), tensors, _labels(folder))
+    settings = _read_json(files[CONFIG])
+    weights = files.get(WEIGHTS) or files.get(OLD_WEIGHTS)
+    if weights is None:
+        raise _missing(source, folder, WEIGHTS)
+    tensors = older_peft.rename(_read_tensors(weights))
+    return AdapterFiles(source, folder, settings, _config(files[CONFIG], settings), tensors, _labels(folder))
 
 
 def _missing(source: str, folder: Path, name: str) -> ModelFileError:
@@ -80,19 +86,19 @@ def _missing(source: str, folder: Path, name: str) -> ModelFileError:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: AnyFile) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
     if not isinstance(content, dict):
         raise _damaged(path, f"it holds a {type(content).__name__}")
     return content
 
 
-def _config(path: Path, settings: Mapping[str, Any]) -> PeftConfig:
+def _config(path: AnyFile, settings: Mapping[str, Any]) -> PeftConfig:
     try:
-        return configs.decode_config(older_peft.bring_up_to_date(settings, str(path.parent)))
+        return configs.decode_config(older_peft.bring_up_to_date(settings, str(Path(str(path)).parent)))
     except AdapterConfigError:
         raise
     except (TypeError, ValueError, KeyError) as error:
@@ -102,12 +108,9 @@ def _config(path: Path, settings: Mapping[str, Any]) -> PeftConfig:
         ) from error
 
 
-def _read_tensors(source: str, folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / OLD_WEIGHTS
-    if not path.is_file():
-        raise _missing(source, folder, WEIGHTS)
+def _read_tensors(path: HeldFile) -> dict[str, torch.Tensor]:
     try:
-        if path.name == WEIGHTS:
+        if path.path.name == WEIGHTS:
             content = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -130,7 +133,7 @@ def _labels(folder: Path) -> tuple[str, ...] | None:
     return None if labels == tuple(f"LABEL_{index}" for index in range(len(labels))) else labels
 
 
-def _damaged(path: Path, reason: object) -> ModelFileError:
+def _damaged(path: AnyFile, reason: object) -> ModelFileError:
     return ModelFileError(
         f"Cannot read '{path}': {str(reason).rstrip('.')}. It is truncated, damaged, or not one of PEFT's files; "
         "pickles that hold more than tensors are not read. Copy or save it again."

@@ -77,7 +77,9 @@ class AdapterMemory:
             embeddings: whose ``model`` is a PEFT model.
             path: of the adapter's file, in PEFT's format.
         """
-        with safe_open(path, framework="pt") as file:
+        stored = {}
+        # A model that was replaced since it was loaded stays in memory: nothing of it is as the file has it.
+        with contextlib.suppress(FileNotFoundError), safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         match = keys.match_keys(stored, embeddings.model.state_dict())
         files = {name: stored[theirs] for name, theirs in match.renamed.items()}

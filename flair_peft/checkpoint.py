@@ -16,16 +16,17 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import safetensors.torch
 import torch
 
 from flair_peft import progress
 from flair_peft.errors import ModelFileError, name_some
+from flair_peft.held import HeldFile
 from flair_peft.manifest import (
     CARD,
     DOCUMENT,
@@ -48,15 +49,17 @@ __all__ = [
     "Checkpoint",
     "Content",
     "Tensors",
+    "hold",
+    "hold_files",
     "is_checkpoint",
     "read",
-    "read_document",
     "write",
     "write_file",
 ]
 
 Tensors = dict[str, torch.Tensor]
 Content = bytes | Mapping[str, torch.Tensor]
+_Found = TypeVar("_Found")
 
 _MAPPED_FROM = 64 << 20
 """Bytes from which on a file of tensors is mapped into memory instead of read."""
@@ -118,30 +121,27 @@ def read(directory: Path) -> Checkpoint:
         FormatVersionError: it was written by a newer flair_peft.
         ModelFileError: there is none, or it is not as it was written.
     """
-    tries_left = _TRIES
-    while True:
-        place = find_directory(directory, names_of=_names_of)
-        before = _identity(place)
-        try:
-            with _Folder(place) as folder:
-                return _read(folder, directory)
-        except ModelFileError:
-            tries_left -= 1
-            if not tries_left or not _was_replaced(place, before, directory):
-                raise
-        time.sleep(0.005)
+    return _of_one_folder(directory, lambda folder: _read(folder, directory))
 
 
-def read_document(directory: Path) -> tuple[Path, Document]:
-    """Return where a checkpoint lies and what it says of itself; the other files are neither read nor verified.
+def hold(directory: Path) -> tuple[Document, dict[str, HeldFile]]:
+    """Return what a checkpoint says of itself, and its files: all of one checkpoint, and none of these verified.
 
     Raises:
         FormatVersionError: it was written by a newer flair_peft.
         ModelFileError: there is none, or its document is not as it was written.
     """
-    place = find_directory(directory, names_of=_names_of)
-    with _Folder(place) as folder:
-        return place, folder.document()
+
+    def open_all(folder: _Folder) -> tuple[Document, dict[str, HeldFile]]:
+        document = folder.document()
+        return document, folder.hold([DOCUMENT, CARD, *document.files])
+
+    return _of_one_folder(directory, open_all, is_whole=lambda found: len(found[1]) == len(found[0].files) + 2)
+
+
+def hold_files(directory: Path, names: Collection[str]) -> dict[str, HeldFile]:
+    """Return those files of any directory that are there: all of one, even if a checkpoint is written there."""
+    return _of_one_folder(directory, lambda folder: folder.hold(names), is_whole=lambda found: len(found) == len(names))
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -212,6 +212,26 @@ def _identity(place: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+def _of_one_folder(
+    directory: Path, read: Callable[[_Folder], _Found], *, is_whole: Callable[[_Found], bool] = lambda _: True
+) -> _Found:
+    """Return what is read of the directory as it was or as it is; what is not whole is read anew where it changed."""
+    tries_left = _TRIES
+    while True:
+        place = find_directory(directory, names_of=_names_of)
+        before = _identity(place)
+        tries_left -= 1
+        try:
+            with _Folder(place) as folder:
+                found = read(folder)
+            if is_whole(found) or not tries_left or not _was_replaced(place, before, directory):
+                return found
+        except ModelFileError:
+            if not tries_left or not _was_replaced(place, before, directory):
+                raise
+        time.sleep(0.005)
 
 
 def _was_replaced(place: Path, before: tuple[int, ...] | None, directory: Path) -> bool:
@@ -327,6 +347,14 @@ class _Folder:
             self._check(name, os.fstat(file.fileno()), size)
             unless_right.pop_all()
             return file
+
+    def hold(self, names: Iterable[str]) -> dict[str, HeldFile]:
+        """Return those files that are there; devices and the like are not."""
+        found = {}
+        for name in names:
+            with contextlib.suppress(ModelFileError), self.open(name) as file:
+                found[name] = HeldFile(self.path / name, os.dup(file.fileno()))
+        return found
 
     def _check(self, name: str, status: os.stat_result, size: int | None) -> None:
         if not stat.S_ISREG(status.st_mode):

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -306,9 +307,8 @@ def _name_of(key: Any, index: int) -> str:
 def _tokenizer_files(found: Inspection) -> dict[str, str]:
     """Return name → size and checksum of each file of a tokenizer, or of all of them together where it is pickled."""
     if found.kind == contents.CHECKPOINT:
-        root = found.contents.place
-        names = (name for name in found.contents.files if "tokenizer/" in name or "image_processor/" in name)
-        return {name: _mark((root / name).read_bytes()) for name in sorted(names)}
+        names = (name for name in found.contents.held if "tokenizer/" in name or "image_processor/" in name)
+        return {name: _mark(Path(found.contents.held[name]).read_bytes()) for name in sorted(names)}
     files: dict[str, str] = {}
     for index, (place, params) in enumerate(params_in(found.contents.state)):
         number = params.get("part")

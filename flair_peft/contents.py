@@ -18,6 +18,7 @@ import torch
 
 from flair_peft import checkpoint, keys, layout, outline
 from flair_peft.errors import ModelFileError
+from flair_peft.held import AnyFile, HeldFile, held
 
 CHECKPOINT, FILE, STOCK, ADAPTER = "checkpoint", "file", "stock", "adapter"
 
@@ -65,7 +66,6 @@ class Contents:
 
     Attributes:
         path: of the file or directory.
-        place: where it lies: an interrupted save can have left a directory beside its own place.
         kind: one of the four above.
         model_class: "module.qualname" or name of the Flair class, if it is a Flair model.
         state: of the Flair model: JSON of :mod:`flair_peft.codec`, or what a pickle would become.
@@ -75,11 +75,11 @@ class Contents:
             task of a model that shares them has names of its own.
         twins: tensors that hold once more what others hold, for PEFT to read.
         files: name → bytes of each file.
+        held: name → file, of a checkpoint: what is read of it later is read of these.
         damage: what shows already that it is not whole.
     """
 
     path: Path
-    place: Path
     kind: str
     model_class: str | None
     state: Mapping[Any, Any]
@@ -89,6 +89,7 @@ class Contents:
     prefixes: tuple[tuple[str, ...], ...] = ()
     twins: Mapping[str, StoredTensor] = field(default_factory=dict)
     damage: tuple[str, ...] = ()
+    held: Mapping[str, HeldFile] = field(default_factory=dict)
 
 
 def read_contents(path: Path) -> Contents:
@@ -116,7 +117,7 @@ def read_contents(path: Path) -> Contents:
 
 def _read_file(path: Path) -> Contents:
     found = outline.read_outline(path)
-    files = {path.name: path.stat().st_size}
+    files = {path.name: found.path.stat().st_size}
     if isinstance(found.value, outline.Made) and found.value.name == _RESTORE:
         text, tensors = found.value.arguments
         state = _parse(text, path)
@@ -133,10 +134,10 @@ def _read_file(path: Path) -> Contents:
     modules = keys.find_adapter_prefixes(key for key in named if "state_dict/" in key)
     prefixes = tuple((f"{module}model.",) for module in modules)
     model_class = name if isinstance(name, str) else None
-    return Contents(path, path, kind, model_class, state, named, files, prefixes=prefixes)
+    return Contents(path, kind, model_class, state, named, files, prefixes=prefixes)
 
 
-def _tensors_of(found: outline.Outline, value: Any, path: Path) -> dict[str, StoredTensor]:
+def _tensors_of(found: outline.Outline, value: Any, path: AnyFile) -> dict[str, StoredTensor]:
     try:
         tensors = outline.tensors_in(value)
     except ModelFileError as error:
@@ -151,22 +152,23 @@ def _tensors_of(found: outline.Outline, value: Any, path: Path) -> dict[str, Sto
 
 
 def _read_checkpoint(path: Path) -> Contents:
-    place, document = checkpoint.read_document(path)
+    document, opened = checkpoint.hold(path)
     parts, state = document.body.get("parts"), document.body.get("model")
     if not isinstance(state, dict) or not isinstance(parts, list) or not all(map(layout.is_part, parts)):
         raise _odd(path, "what it says of its model does not make sense")
-    files, tensors = dict[str, int](), dict[str, StoredTensor]()
-    damage = [*_compare_files(place, {name: entry.bytes for name, entry in document.files.items()}, files)]
+    tensors = dict[str, StoredTensor]()
+    files = {name: file.stat().st_size for name, file in opened.items()}
+    damage = _compare_sizes({name: entry.bytes for name, entry in document.files.items()}, files)
     for name in (layout.HEAD, layout.BASE):
         if name in files:
-            tensors.update(read_safetensors(place / name))
+            tensors.update(read_safetensors(opened[name]))
     configs, twins = dict[int, Any](), dict[str, StoredTensor]()
     for index, part in enumerate(parts):
         folder = layout.folder_of(index)
         if folder + layout.ADAPTER_CONFIG in files:
-            configs[index] = _read_json(place / folder / layout.ADAPTER_CONFIG)
+            configs[index] = _read_json(opened[folder + layout.ADAPTER_CONFIG])
         if folder + layout.ADAPTER_WEIGHTS in files:
-            first, adapter = part["prefixes"][0], read_safetensors(place / folder / layout.ADAPTER_WEIGHTS)
+            first, adapter = part["prefixes"][0], read_safetensors(opened[folder + layout.ADAPTER_WEIGHTS])
             for name, tensor in adapter.items():
                 (twins if name in part["only_for_peft"] else tensors)[first + name] = tensor
             for name, other in part.get("same_as", {}).items():
@@ -176,52 +178,50 @@ def _read_checkpoint(path: Path) -> Contents:
     model_class = document.body.get("class")
     return Contents(
         path=path,
-        place=place,
         kind=CHECKPOINT,
         model_class=model_class if isinstance(model_class, str) else None,
         state=state,
         tensors=tensors,
-        files={**files, **_sizes(place, (checkpoint.DOCUMENT, checkpoint.CARD))},
+        files=files,
         configs=configs,
         prefixes=tuple(tuple(part["prefixes"]) for part in parts),
         twins=twins,
         damage=tuple(damage),
+        held=opened,
     )
 
 
-def _compare_files(place: Path, listed: Mapping[str, int], found: dict[str, int]) -> Iterator[str]:
-    """Enter the files that are there, and yield a sentence for each that is not as it was saved."""
+def _compare_sizes(listed: Mapping[str, int], found: Mapping[str, int]) -> Iterator[str]:
+    """Yield a sentence for each file that is not as it was saved."""
     for name, size in listed.items():
-        if not (place / name).is_file():
+        if name not in found:
             yield f"the file '{name}' is missing"
-            continue
-        found[name] = (place / name).stat().st_size
-        if found[name] != size:
+        elif found[name] != size:
             yield f"the file '{name}' has {found[name]} bytes, not {size} as when it was saved"
 
 
 def _read_adapter(path: Path) -> Contents:
-    config = _read_json(path / layout.ADAPTER_CONFIG)
-    name = next((name for name in _ADAPTER_FILES if (path / name).is_file()), None)
+    opened = checkpoint.hold_files(path, (layout.ADAPTER_CONFIG, *_ADAPTER_FILES))
+    config = _read_json(opened[layout.ADAPTER_CONFIG])
+    name = next((name for name in _ADAPTER_FILES if name in opened), None)
     tensors: Mapping[str, StoredTensor] = {}
     if name is not None:
         is_safe = name.endswith(".safetensors")
-        tensors = read_safetensors(path / name) if is_safe else read_pickled(path / name)
+        tensors = read_safetensors(opened[name]) if is_safe else read_pickled(opened[name])
     return Contents(
         path=path,
-        place=path,
         kind=ADAPTER,
         model_class=None,
         state={},
         tensors=tensors,
-        files=_sizes(path, [str(file.relative_to(path)) for file in path.iterdir() if file.is_file()]),
+        files={file.name: file.stat().st_size for file in path.iterdir() if file.is_file()},
         configs={0: config},
         prefixes=(("",),),
         damage=() if name is not None else (f"the file '{_ADAPTER_FILES[0]}' is missing",),
     )
 
 
-def read_pickled(path: Path) -> dict[str, StoredTensor]:
+def read_pickled(path: AnyFile) -> dict[str, StoredTensor]:
     """Return the tensors of a torch file that holds nothing else.
 
     Raises:
@@ -231,20 +231,21 @@ def read_pickled(path: Path) -> dict[str, StoredTensor]:
     return _tensors_of(found, found.value, path)
 
 
-def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+def read_safetensors(path: AnyFile) -> dict[str, StoredTensor]:
     """Return the tensors of a file in safetensors' format, from its header.
 
     Raises:
         ModelFileError: it cannot be read.
     """
+    file = held(path)
 
     def read(name: str) -> torch.Tensor:
-        with safetensors.safe_open(path, framework="pt") as opened:
+        with safetensors.safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)
 
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        with safetensors.safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dictionary
             found = ((name, part, functools.partial(read, name)) for name, part in slices.items())
             return {name: _stored(part, (str(path), name), reading) for name, part, reading in found}
     except Exception as error:  # safetensors fails in many ways on what is damaged
@@ -258,17 +259,14 @@ def _stored(part: Any, storage: Hashable, read: Callable[[], torch.Tensor]) -> S
     return StoredTensor(dtype, shape, torch.Size(shape).numel() * size, storage, read)
 
 
-def _sizes(place: Path, names: Iterator[str] | list[str] | tuple[str, ...]) -> dict[str, int]:
-    return {name: (place / name).stat().st_size for name in names if (place / name).is_file()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: HeldFile) -> dict[str, Any]:
     if path.stat().st_size > _LARGEST_CONFIG:
         raise _odd(path, f"it has more than {_LARGEST_CONFIG} bytes")
-    return _parse(path.read_bytes().decode("utf-8", "replace"), path)
+    with path.open() as file:
+        return _parse(file.read().decode("utf-8", "replace"), path)
 
 
-def _parse(text: Any, path: Path) -> dict[str, Any]:
+def _parse(text: Any, path: AnyFile) -> dict[str, Any]:
     """Return the JSON object that a text is."""
     try:
         found = json.loads(text, parse_constant=_refuse_constant)
@@ -283,7 +281,7 @@ def _refuse_constant(name: str) -> Any:
     raise json.JSONDecodeError(f"{name} is no number", name, 0)
 
 
-def _odd(path: Path, why: str) -> ModelFileError:
+def _odd(path: AnyFile, why: str) -> ModelFileError:
     return ModelFileError(
         f"Cannot read '{path}': {why}. It is damaged, or was not written by flair_peft, Flair or PEFT. Copy or save it "
         "again."

@@ -207,12 +207,11 @@ def push_directory(
         ModelFileError: there is no checkpoint, or it is not as it was written.
         SaveError: the Hub refused it or could not be reached.
     """
-    place, document = checkpoint.read_document(Path(directory))
+    document, files = checkpoint.hold(Path(directory))
     with tempfile.TemporaryDirectory() as folder:
-        for name in (checkpoint.DOCUMENT, checkpoint.CARD, *document.files):
-            if name != checkpoint.CARD or (place / name).is_file():
-                Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(place / name, Path(folder, name))
+        for name, file in files.items():
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, Path(folder, name))
         checkpoint.read(Path(folder))
         return upload(
             Path(folder),

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from flair.file_utils import load_big_file, load_torch_state
 
-from flair_peft import opcodes, progress
+from flair_peft import opcodes, progress, states
 from flair_peft.errors import (
     FlairPeftError,
     ModelFileError,
     UnsafeFileError,
     name_some,
 )
+from flair_peft.held import AnyFile, HeldFile, reading
 
 State = dict[str, Any]
 
@@ -34,7 +35,24 @@ _MOST_THREADS = 8
 _CHUNK = 1 << 18  # fits into the cache of a core
 
 
-def read_state(path: Path, *, expects_adapters: bool = True, trust_pickle: bool = False) -> State:
+def read_sound_state(path: Path, *, expects_adapters: bool = True, trust_pickle: bool = False) -> State:
+    """Return the state of a Flair model, as :func:`read_state`; if it has adapters, its checksums are right.
+
+    Raises:
+        ModelFileError: also if a checksum is wrong.
+        UnsafeFileError: see :func:`read_state`.
+    """
+
+    def read(file: AnyFile) -> State:
+        state = read_state(file, expects_adapters=expects_adapters, trust_pickle=trust_pickle)
+        if states.has_adapters(state):
+            check_sums(file)
+        return state
+
+    return reading(path, read)
+
+
+def read_state(path: AnyFile, *, expects_adapters: bool = True, trust_pickle: bool = False) -> State:
     """Return the state of a Flair model; no code of the file is run, unless that is asked for.
 
     Every name in its pickles has to be one that Flair writes of its models with adapters before anything is unpickled;
@@ -50,16 +68,7 @@ def read_state(path: Path, *, expects_adapters: bool = True, trust_pickle: bool 
         ModelFileError: the file is truncated, empty, or not a Flair model.
         UnsafeFileError: it names what no Flair model with an adapter needs; nothing of it was run.
     """
-    try:
-        is_checked = not trust_pickle and (expects_adapters or opcodes.holds_adapters(path))
-        state = _read_allowed(path) if is_checked else load_torch_state(str(path))
-    except FlairPeftError:
-        raise
-    except Exception as error:  # a damaged pickle can call anything with anything
-        raise ModelFileError(
-            f"Cannot read '{path}' ({path.stat().st_size} bytes): {type(error).__name__}: {error}. It is truncated, or "
-            "it was never written by Flair. Copy or save it again."
-        ) from error
+    state = reading(path, lambda file: _read(file, expects_adapters=expects_adapters, trust_pickle=trust_pickle))
     if not isinstance(state, dict) or not _holds_tensors(state):
         raise ModelFileError(
             f"Cannot load '{path}': it holds a {type(state).__name__} without a 'state_dict'. A Flair model file has "
@@ -68,7 +77,20 @@ def read_state(path: Path, *, expects_adapters: bool = True, trust_pickle: bool 
     return state
 
 
-def _read_allowed(path: Path) -> Any:
+def _read(path: HeldFile, *, expects_adapters: bool, trust_pickle: bool) -> Any:
+    try:
+        is_checked = not trust_pickle and (expects_adapters or opcodes.holds_adapters(path))
+        return _read_allowed(path) if is_checked else load_torch_state(os.fspath(path))
+    except FlairPeftError:
+        raise
+    except Exception as error:  # a damaged pickle can call anything with anything
+        raise ModelFileError(
+            f"Cannot read '{path}' ({path.stat().st_size} bytes): {type(error).__name__}: {error}. It is truncated, or "
+            "it was never written by Flair. Copy or save it again."
+        ) from error
+
+
+def _read_allowed(path: AnyFile) -> Any:
     contents = opcodes.read_contents(path)
     names = frozenset[str]() if contents is None else contents.globals
     refused = {name for name in names if not _is_allowed(name)}
@@ -84,13 +106,13 @@ def _read_allowed(path: Path) -> Any:
     if not opcodes.is_zip(path):
         if not names.isdisjoint(_READ_AT_ONCE):
             raise pickle.UnpicklingError("its objects stand in front of the tensors that they are made of")
-        return load(load_big_file(str(path)))
+        return load(load_big_file(os.fspath(path)))
     _refuse_scripts(path)
     # A module that is pickled whole becomes part of the model, and would break when the file is written again.
     return load(path, mmap=names.isdisjoint(_KEPT_ALIVE))
 
 
-def _refuse_scripts(path: Path) -> None:
+def _refuse_scripts(path: AnyFile) -> None:
     """Refuse an archive that torch would hand on to TorchScript, which has a language and files of its own."""
     if any(member.name.endswith("/constants.pkl") for member in opcodes.stored_members(path)):
         raise UnsafeFileError(
@@ -392,7 +414,7 @@ class _AllowedPickle:
         return _AllowedUnpickler(file, **options).load()
 
 
-def check_sums(path: Path) -> None:
+def check_sums(path: AnyFile) -> None:
     """Return if the checksums in a file are right: torch writes them and reads over them.
 
     Members are summed side by side, in pieces that stay in a core's cache.
@@ -417,7 +439,7 @@ def check_sums(path: Path) -> None:
         )
 
 
-def _checksum(path: Path, member: opcodes.Member) -> int:
+def _checksum(path: AnyFile, member: opcodes.Member) -> int:
     """Return the checksum of the bytes of a member; both reading and summing let other threads run."""
     checksum, rest = 0, member.stop - member.start
     view = memoryview(bytearray(min(rest, _CHUNK)))

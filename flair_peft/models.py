@@ -301,9 +301,8 @@ def load_checkpoint(model_class: type[Model], directory: Path, options: LoadOpti
 
 def load_file(model_class: type[Model], path: Path, options: LoadOptions) -> Model:
     """Return the model in a ``.pt`` file that this package wrote; see :func:`load_checkpoint`."""
-    legacy.check_sums(path)
     with loading_with(dataclasses.replace(options, directory=path.parent, owns_state=True)):
-        state = states.with_config(legacy.read_state(path), None, source=str(path))
+        state = states.with_config(legacy.read_sound_state(path), None, source=str(path))
         return assembly.assemble(model_class.load, state, source=str(path))
 
 

@@ -13,10 +13,10 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from flair_peft import keys
 from flair_peft.errors import ModelFileError
+from flair_peft.held import AnyFile
 
 UNRESOLVED = "<a name that the file computes>"
 """Stands among the globals for what only a run of the file could tell; no allow-list holds it."""
@@ -86,7 +86,7 @@ class PickleContents:
     is_whole: bool
 
 
-def read_contents(path: Path) -> PickleContents | None:
+def read_contents(path: AnyFile) -> PickleContents | None:
     """Return what the pickles of a torch file, zipped or old-style, name and hold; ``None`` if there are none.
 
     Raises:
@@ -104,7 +104,7 @@ def read_contents(path: Path) -> PickleContents | None:
     )
 
 
-def holds_adapters(path: Path) -> bool:
+def holds_adapters(path: AnyFile) -> bool:
     """Whether a pickle of the file holds the key of an adapter tensor or of a PEFT config, or names this package.
 
     This takes no memory beyond that of the pickle, and no longer than Python needs to unpickle it.
@@ -122,14 +122,14 @@ def holds_adapters(path: Path) -> bool:
         )
 
 
-def is_zip(path: Path) -> bool:
+def is_zip(path: AnyFile) -> bool:
     """Whether torch reads the file as a zip file: it looks at the first four bytes only."""
     with path.open("rb") as file:
         return file.read(4) == _ZIP_START
 
 
 @contextlib.contextmanager
-def _pickles_of(path: Path) -> Iterator[Iterator[Buffer]]:
+def _pickles_of(path: AnyFile) -> Iterator[Iterator[Buffer]]:
     if is_zip(path):
         yield _zipped_pickles(path)
     elif path.stat().st_size == 0:
@@ -139,7 +139,7 @@ def _pickles_of(path: Path) -> Iterator[Iterator[Buffer]]:
             yield iter((mapped,))
 
 
-def _zipped_pickles(path: Path) -> Iterator[bytes]:
+def _zipped_pickles(path: AnyFile) -> Iterator[bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if member.filename.endswith(".pkl")]
@@ -155,7 +155,7 @@ def _zipped_pickles(path: Path) -> Iterator[bytes]:
         raise unreadable(path, f"{type(error).__name__}: {error}") from error
 
 
-def unreadable(path: Path, reason: str) -> ModelFileError:
+def unreadable(path: AnyFile, reason: str) -> ModelFileError:
     """Return the error for a file whose structure is not that of a torch file."""
     return ModelFileError(
         f"Cannot read '{path}' ({path.stat().st_size} bytes): {reason}. It is truncated or damaged, or it was never "
@@ -310,7 +310,7 @@ class Member:
     checksum: int
 
 
-def stored_members(path: Path) -> list[Member]:
+def stored_members(path: AnyFile) -> list[Member]:
     """Return the members of a torch zip file in the order in which they lie.
 
     A zip file says everything twice, and two readers can see two different files in it: torch's, which reads the
@@ -328,7 +328,7 @@ def stored_members(path: Path) -> list[Member]:
         raise unreadable(path, f"{type(error).__name__}: {error}") from error
 
 
-def _stored_members(mapped: mmap.mmap, path: Path) -> list[Member]:
+def _stored_members(mapped: mmap.mmap, path: AnyFile) -> list[Member]:
     with zipfile.ZipFile(path) as archive:
         listed = archive.infolist()
         if _directory(mapped) != (archive.start_dir, len(listed)):
@@ -358,7 +358,7 @@ def _directory(mapped: mmap.mmap) -> tuple[int, int]:
     return (offset, entries) if record == b"PK\x06\x06" and where == end - 76 else (-1, 0)
 
 
-def _locate(mapped: mmap.mmap, listed: zipfile.ZipInfo, path: Path) -> Member:
+def _locate(mapped: mmap.mmap, listed: zipfile.ZipInfo, path: AnyFile) -> Member:
     """Return where the bytes of a member lie, if its own header agrees with the directory."""
     if listed.compress_type != zipfile.ZIP_STORED or listed.flag_bits & 1:
         raise _ambiguous(path, f"'{listed.filename}' is compressed or encrypted")
@@ -382,7 +382,7 @@ def _locate(mapped: mmap.mmap, listed: zipfile.ZipInfo, path: Path) -> Member:
     return Member(listed.filename, start, start + listed.file_size, listed.CRC)
 
 
-def _ambiguous(path: Path, reason: str) -> ModelFileError:
+def _ambiguous(path: AnyFile, reason: str) -> ModelFileError:
     return ModelFileError(
         f"Cannot load '{path}' ({path.stat().st_size} bytes): {reason}. torch does not write such files: it was "
         "damaged or packed again by another program. Copy or save it again."

@@ -15,13 +15,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from flair_peft import opcodes
 from flair_peft.errors import ModelFileError
+from flair_peft.held import AnyFile, HeldFile, held
 
 # A vocabulary of a million words takes three million operations; each takes at most a few hundred bytes here.
 _MOST_OPERATIONS = 4_000_000
@@ -123,12 +123,12 @@ class Outline:
     """A torch file.
 
     Attributes:
-        path: of the file.
+        path: of the file, held open for what is read of it later.
         value: what it would become.
         places: key of a storage → where its bytes start and stop in the file.
     """
 
-    path: Path
+    path: HeldFile
     value: Any
     places: Mapping[str, tuple[int, int]]
 
@@ -155,12 +155,13 @@ class Outline:
         return torch.frombuffer(content, dtype=tensor.dtype).as_strided(tensor.shape, tensor.strides)
 
 
-def read_outline(path: Path) -> Outline:
+def read_outline(path: AnyFile) -> Outline:
     """Return what a torch file, zipped or old-style, would become; the bytes of its tensors are not read.
 
     Raises:
         ModelFileError: it is no torch file, is damaged, or is larger than any model.
     """
+    path = held(path)
     try:
         return _read_zipped(path) if opcodes.is_zip(path) else _read_old(path)
     except _Odd as error:
@@ -175,7 +176,7 @@ class _Odd(ModelFileError):
     """What is wrong with a pickle; whoever knows the file names it."""
 
 
-def _read_zipped(path: Path) -> Outline:
+def _read_zipped(path: HeldFile) -> Outline:
     members = {member.name.partition("/")[2]: member for member in opcodes.stored_members(path)}
     pickled = members.get("data.pkl")
     if pickled is None or pickled.stop - pickled.start > _LARGEST_PICKLE:
@@ -188,7 +189,7 @@ def _read_zipped(path: Path) -> Outline:
     return Outline(path, _follow(opcodes.Operations(buffer, 0), buffer, path), places)
 
 
-def _check_order(path: Path, member: opcodes.Member | None) -> None:
+def _check_order(path: AnyFile, member: opcodes.Member | None) -> None:
     if member is not None:
         with path.open("rb") as file:
             file.seek(member.start)
@@ -196,7 +197,7 @@ def _check_order(path: Path, member: opcodes.Member | None) -> None:
                 raise _damaged(path, "its numbers are in another byte order than this machine's")
 
 
-def _read_old(path: Path) -> Outline:
+def _read_old(path: HeldFile) -> Outline:
     if path.stat().st_size == 0:
         raise _damaged(path, "it is empty")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -266,7 +267,7 @@ def _parts_of(value: Any, place: str) -> Iterator[tuple[str, Any]]:
                 yield f"{around}{key}", item
 
 
-def _follow(operations: opcodes.Operations, buffer: opcodes.Buffer, path: Path) -> Any:
+def _follow(operations: opcodes.Operations, buffer: opcodes.Buffer, path: AnyFile) -> Any:
     """Return what one pickle would make; the operations are consumed to their end."""
     machine = _Machine(buffer)
     for count, (code, start, stop) in enumerate(operations):
@@ -563,5 +564,5 @@ _BY_OPCODE: dict[str, _Handler] = {
 _HANDLERS = {ord(opcode.code): _BY_OPCODE[opcode.name] for opcode in pickletools.opcodes if opcode.name in _BY_OPCODE}
 
 
-def _damaged(path: Path, reason: str) -> ModelFileError:
+def _damaged(path: AnyFile, reason: str) -> ModelFileError:
     return opcodes.unreadable(path, reason)

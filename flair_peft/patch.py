@@ -51,7 +51,6 @@ from flair_peft import (
     models,
     parallel,
     resume,
-    states,
     stock,
     training,
 )
@@ -181,9 +180,7 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
             return _leave_to_flair(stock_load, model_path if revision is None else f"{model_path}@{revision}")
         chosen = dataclasses.replace(chosen, directory=path.parent, owns_state=True)
         with loading_with(chosen):
-            state = legacy.read_state(path, expects_adapters=False)
-        if states.has_adapters(state):
-            legacy.check_sums(path)
+            state = legacy.read_sound_state(path, expects_adapters=False)
         return stock.load_state(cls, state, options, source=str(path), chosen=chosen, load=stock_load)
 
     return classmethod(load)

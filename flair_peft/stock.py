@@ -48,10 +48,9 @@ def load_legacy(
         raise ModelFileError(f"Cannot load '{path}': there is no such file. Pass a file that Flair wrote.")
     chosen = dataclasses.replace(chosen, directory=path.parent, owns_state=True, trust_file=trust_pickle)
     with loading_with(chosen):
-        state = legacy.read_state(path, trust_pickle=trust_pickle)
+        state = legacy.read_sound_state(path, trust_pickle=trust_pickle)
     model_class, given = _class_of(state, path), {} if peft_config is None else {"peft_config": peft_config}
     if states.has_adapters(state):
-        legacy.check_sums(path)
         return load_state(model_class, state, given, source=str(path), chosen=chosen)
     refuse_useless(given, given, str(path), "it holds no adapter")
     with loading_with(chosen):

@@ -25,6 +25,7 @@ FLOORS = (
     "compat",
     "dtypes",
     "keys",
+    "held",
     "opcodes",
     "implied",
     "outline",
