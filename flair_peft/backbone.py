@@ -16,13 +16,16 @@ from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, T5EncoderModel
 from transformers.modeling_utils import no_init_weights
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_offline_mode
+from transformers.utils import cached_file, is_flash_attn_2_available, is_flash_attn_3_available, is_offline_mode
 
 from flair_peft import adapters
 from flair_peft.dtypes import DtypeLike
 from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, UnsafeFileError
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+
+# How a file of a base is reached.
+_REACHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 log = logging.getLogger("flair_peft")
 
@@ -52,6 +55,21 @@ def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
 def with_answer(kwargs: KeywordArguments) -> dict[str, Any]:
     """Return the arguments with a word on code of the model's own: without it, transformers asks on standard input."""
     return {**kwargs, "trust_remote_code": bool(kwargs.get("trust_remote_code"))}
+
+
+def find_file(source: str, name: str, kwargs: KeywordArguments) -> Path | None:
+    """Return a file of a directory or of a Hub id, downloaded if need be; ``None`` if there is none.
+
+    Args:
+        source: the directory or Hub id.
+        name: of the file.
+        kwargs: for ``from_pretrained``, of which those are used that say how a file is reached.
+    """
+    reaching = {key: kwargs[key] for key in _REACHING if kwargs.get(key) is not None}
+    kinds = ("missing_entries", "gated_repo", "connection_errors")
+    settings = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    found = cached_file(source, name, **reaching, **settings)
+    return None if found is None else Path(found)
 
 
 def find_model(
@@ -255,6 +273,12 @@ def names_kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> frozenset[
     return frozenset(name for name in model.state_dict() if not kept.isdisjoint(name.split(".")))
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error of another library says, as a part of a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".:") if lines else "no reason given"
+
+
 def not_found(source: str, error: Exception) -> BaseModelNotFoundError:
     """Return the error that says why there is no base model, or no complete one, at the source."""
     if "trust_remote_code=True" in str(error):
@@ -263,10 +287,9 @@ def not_found(source: str, error: Exception) -> BaseModelNotFoundError:
             "No file may switch that on. If you trust that code, pass trust_remote_code=True."
         )
     if Path(source).is_dir() or not isinstance(error, OSError | HFValidationError):
-        cause = str(error).splitlines()[0].rstrip(".")
         return BaseModelNotFoundError(
-            f"Cannot load the base model from '{source}': {type(error).__name__}: {cause}. It is not a complete "
-            "transformers model. Pass a directory that holds config.json, the weights and the tokenizer."
+            f"Cannot load the base model from '{source}': {type(error).__name__}: {first_line(error)}. It is not a "
+            "complete transformers model. Pass a directory that holds config.json, the weights and the tokenizer."
         )
     return BaseModelNotFoundError(
         f"Cannot find the base model '{source}'. It is neither a directory with a transformers model nor in the local "

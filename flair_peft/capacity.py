@@ -12,9 +12,9 @@ import psutil
 import torch
 from huggingface_hub.errors import HFValidationError
 from transformers import PretrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from flair_peft.backbone import ENCODER_OF_T5
+from flair_peft.backbone import ENCODER_OF_T5, find_file
 from flair_peft.dtypes import DtypeLike, parse_dtype
 from flair_peft.errors import InsufficientMemoryError
 
@@ -23,9 +23,6 @@ _LARGEST_HEADER = 100_000_000
 
 # Bytes of a number, by its name in safetensors.
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
-
-# How a file of weights is reached.
-_REACHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def check_fits(
@@ -106,23 +103,15 @@ def _count_numbers(source: str, kwargs: Mapping[str, Any], *, unread: str | None
 
 def _files(source: str, kwargs: Mapping[str, Any]) -> list[Path]:
     """Return the safetensors that hold the weights, downloaded where transformers would download them next."""
-    found = _find(source, SAFE_WEIGHTS_NAME, kwargs)
+    found = find_file(source, SAFE_WEIGHTS_NAME, kwargs)
     if found is not None:
         return [found]
-    index = _find(source, SAFE_WEIGHTS_INDEX_NAME, kwargs)
+    index = find_file(source, SAFE_WEIGHTS_INDEX_NAME, kwargs)
     if index is None:
         return []
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    files = [_find(source, name, kwargs) for name in names]
+    files = [find_file(source, name, kwargs) for name in names]
     return [file for file in files if file is not None]
-
-
-def _find(source: str, name: str, kwargs: Mapping[str, Any]) -> Path | None:
-    reaching = {key: kwargs[key] for key in _REACHING if kwargs.get(key) is not None}
-    kinds = ("missing_entries", "gated_repo", "connection_errors")
-    settings = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
-    found = cached_file(source, name, **reaching, **settings)
-    return None if found is None else Path(found)
 
 
 def _readable(size: int) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import copy
 import hashlib
+import inspect
 import json
 import tempfile
 import threading
@@ -16,7 +17,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -27,9 +27,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5TokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
-from flair_peft.backbone import not_found, with_answer
-from flair_peft.errors import ModelFileError
+from flair_peft.backbone import find_file, first_line, not_found, with_answer
+from flair_peft.errors import BaseModelNotFoundError, ModelFileError
 
 KeywordArguments = Mapping[str, Any]
 KnownTokenizers = MutableMapping[tuple[Any, ...], PreTrainedTokenizerFast]
@@ -45,17 +46,90 @@ _known: contextvars.ContextVar[KnownTokenizers | None] = contextvars.ContextVar(
 # Tried in this order for a tokenizer without a padding token; padding is masked, so any token will do.
 _PADDING_CANDIDATES = ("eos_token", "unk_token", "bos_token", "cls_token", "sep_token")
 
+# Asked for add_prefix_space, as Flair always does, these ignore tokenizer.json and are built from the slow one's file.
+_BUILT_FROM_SLOW = (LlamaTokenizerFast, T5TokenizerFast)
+
+# How transformers 5 calls a tokenizer that is all in tokenizer.json, and what is the class's own unless it is written.
+_GENERIC, _COMPLETE = "TokenizersBackend", "tokenizer.json"
+_OF_GENERIC = {"model_input_names": ["input_ids", "attention_mask"], "padding_side": "right"}
+
 
 def find_tokenizer(source: str, kwargs: KeywordArguments) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the base model.
+    """Return the tokenizer at the source: a Hub id, or a directory of a base model or an adapter.
 
     Raises:
-        BaseModelNotFoundError: there is none.
+        BaseModelNotFoundError: there is none, or none that can be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(source, add_prefix_space=True, **with_answer(kwargs))
-    except (OSError, HFValidationError, ValueError, TypeError) as error:
-        raise not_found(source, error) from error
+        return _read(source, {"add_prefix_space": True, **with_answer(kwargs)})
+    except Exception as error:  # transformers and tokenizers fail in many ways
+        raise _unreadable(source, error) from error
+
+
+def _read(source: str, kwargs: KeywordArguments) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, from ``tokenizer.json`` alone where transformers 5 wrote it, which keeps all of it there.
+
+    The classes of version 4 put defaults of theirs in the place of settings that version 5 does not write, such as
+    ``add_eos_token``, and some want the vocabulary of a slow tokenizer.
+    """
+    written = get_tokenizer_config(source, **kwargs)
+    settings = {**_special_tokens(written), **kwargs}
+    own_class = _class_of(written)
+    is_from_slow = own_class is not None and issubclass(own_class, _BUILT_FROM_SLOW)
+    if _is_complete(written, own_class) and kwargs.get("use_fast", True) and find_file(source, _COMPLETE, kwargs):
+        of_class = {name: written.get(name, getattr(own_class, name, value)) for name, value in _OF_GENERIC.items()}
+        settings.pop("use_fast", None)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **of_class, **settings)
+    elif is_from_slow and find_file(source, str(own_class.vocab_files_names["vocab_file"]), kwargs) is None:
+        tokenizer = AutoTokenizer.from_pretrained(source, **{**settings, "add_prefix_space": None})
+    else:
+        return AutoTokenizer.from_pretrained(source, **settings)
+    if is_from_slow and kwargs.get("add_prefix_space"):
+        _mark_words_(tokenizer, is_legacy=bool(written.get("legacy", True)))
+    return tokenizer
+
+
+def _mark_words_(tokenizer: PreTrainedTokenizerFast, *, is_legacy: bool) -> None:
+    """Have words begin with a mark, in place, as if the tokenizer were built anew with ``add_prefix_space``."""
+    splitting = tokenizer.backend_tokenizer.pre_tokenizer
+    if getattr(splitting, "prepend_scheme", None) == "never":
+        splitting.prepend_scheme = "always" if is_legacy else "first"
+
+
+def _class_of(written: KeywordArguments) -> Any:
+    """Return the class that the settings name, the fast one if there is one; ``None`` if it is not known here."""
+    name = str(written.get("tokenizer_class")).removesuffix("Fast")
+    return tokenizer_class_from_name(f"{name}Fast") or tokenizer_class_from_name(name)
+
+
+def _is_complete(written: KeywordArguments, own_class: Any) -> bool:
+    """Whether ``tokenizer.json``, if it is there, holds all that the tokenizer does."""
+    name = written.get("tokenizer_class")
+    if own_class is None:
+        return name == _GENERIC or (name is not None and "auto_map" not in written)
+    takes_boxes = "boxes" in inspect.signature(own_class.__call__).parameters
+    return written.get("backend") == "tokenizers" and not takes_boxes
+
+
+def _special_tokens(written: KeywordArguments) -> dict[str, Any]:
+    """Return the special tokens that transformers 5 writes in another form, in that of version 4."""
+    extra, named = (written.get(name) for name in ("extra_special_tokens", "model_specific_special_tokens"))
+    tokens: dict[str, Any] = {"extra_special_tokens": named} if isinstance(named, dict) else {}
+    if isinstance(extra, list):
+        tokens = {"extra_special_tokens": {}, **tokens, "additional_special_tokens": extra}
+    return tokens
+
+
+def _unreadable(source: str, error: Exception) -> BaseModelNotFoundError:
+    folder = Path(source)
+    has_files = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    if not has_files or "trust_remote_code=True" in str(error):
+        return not_found(source, error)
+    return BaseModelNotFoundError(
+        f"Cannot read the tokenizer in '{source}': {type(error).__name__}: {first_line(error)}. Its files are damaged "
+        "or incomplete, or need a class or code that the installed transformers does not have. Save it there as a fast "
+        "tokenizer, which is all in tokenizer.json, or pass tokenizer= with the directory or Hub id of another."
+    )
 
 
 @contextlib.contextmanager
@@ -127,15 +201,17 @@ def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTok
             return _copy(first)
         with _unpacked(stored) as directory:
             _check_class_is_named(Path(directory))
-            found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **settings)
+            found = _read(directory, {"trust_remote_code": False, **settings})
         if known is not None and isinstance(found, PreTrainedTokenizerFast):
             known[key] = found
             return _copy(found)
         return found
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except ModelFileError:
+        raise
+    except Exception as error:  # transformers and tokenizers fail in many ways
         raise ModelFileError(
-            f"Cannot read the stored tokenizer: {type(error).__name__}: {error}. The file is damaged. Copy or save it "
-            "again."
+            f"Cannot read the stored tokenizer: {type(error).__name__}: {first_line(error)}. The file is damaged. Copy "
+            "or save it again."
         ) from error
 
 
