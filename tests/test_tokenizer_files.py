@@ -141,7 +141,7 @@ def test_tokenizer_of_an_unknown_class_with_code_of_its_own_never_asks(
     if name == "TokenizersBackend":
         tokenizer_files.find_tokenizer(str(folder), {})
     else:
-        with pytest.raises(BaseModelNotFoundError, match=r"Cannot read the tokenizer in .*need a class or code"):
+        with pytest.raises(BaseModelNotFoundError, match="comes with code of its own"):
             tokenizer_files.find_tokenizer(str(folder), {})
 
 
