@@ -15,10 +15,11 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, T5EncoderModel
 from transformers.modeling_utils import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, is_flash_attn_2_available, is_flash_attn_3_available, is_offline_mode
 
-from flair_peft import adapters
+from flair_peft import adapters, base_config
 from flair_peft.dtypes import DtypeLike
 from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, UnsafeFileError
 
@@ -43,10 +44,12 @@ def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
         kwargs: for ``AutoConfig.from_pretrained``.
 
     Raises:
-        BaseModelNotFoundError: there is none.
+        BaseModelNotFoundError: there is none, or only a newer transformers computes what it says.
     """
     try:
-        config = AutoConfig.from_pretrained(source, output_hidden_states=True, **with_answer(kwargs))
+        config = _read_config(source, {"output_hidden_states": True, **with_answer(kwargs)})
+    except BaseModelNotFoundError:
+        raise
     except (OSError, HFValidationError, ValueError) as error:
         raise not_found(source, error) from error
     return tame_(config, kwargs)
@@ -72,6 +75,18 @@ def find_file(source: str, name: str, kwargs: KeywordArguments) -> Path | None:
     return None if found is None else Path(found)
 
 
+def _read_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
+    described, settings = PretrainedConfig.get_config_dict(source, **kwargs)
+    runs_code = kwargs.get("trust_remote_code") and "AutoConfig" in (described.get("auto_map") or {})
+    if not runs_code:
+        described = base_config.in_own_words(described, source)
+    if runs_code or described.get("model_type") not in CONFIG_MAPPING:
+        return AutoConfig.from_pretrained(source, **kwargs)
+    settings = {"attn_implementation": base_config.attention_of(described), **settings, "name_or_path": source}
+    settings.pop("code_revision", None)
+    return CONFIG_MAPPING[described["model_type"]].from_dict(described, **settings)
+
+
 def find_model(
     source: str, config: PretrainedConfig, *, dtype: DtypeLike | None, kwargs: KeywordArguments
 ) -> tuple[PreTrainedModel, frozenset[str]]:
@@ -88,7 +103,7 @@ def find_model(
     Raises:
         BaseModelNotFoundError: there are no such weights, or none of this shape.
     """
-    wanted = {} if dtype is None else {"dtype": dtype}
+    wanted: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if _is_pinned(source, kwargs):
         # What a commit holds never changes: where the cache has it, the Hub is not asked.
         with contextlib.suppress(BaseModelNotFoundError):
@@ -96,6 +111,8 @@ def find_model(
     if Path(source, kwargs.get("subfolder") or "", "adapter_config.json").is_file():
         raise _has_adapter_beside(source)
     model_class = _model_class(config, kwargs)
+    if getattr(model_class, "base_model_prefix", None) == "" and not config.sub_configs:
+        wanted["key_mapping"] = {r"^model\.": ""}  # Gemma 3 does not say what its weights are called below a head
     try:
         with adapters.building:
             model, found = model_class.from_pretrained(

@@ -35,6 +35,7 @@ FLOORS = (
     "adapters",
     "fingerprint",
     "sources",
+    "base_config",
     "backbone",
     "capacity",
     "tokenizer_files",
