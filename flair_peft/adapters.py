@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from flair_peft import keys, methods, refusals
@@ -213,6 +214,35 @@ def virtual_rows(model: PeftModel) -> int:
 def trainable_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """Return name → parameter of all that the adapter trains."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def widen_(model: PeftModel) -> None:
+    """Give what the adapter trains the dtype that a new one on this base would have, in place: fp32 for most methods.
+
+    ``model.half()`` and files of such models narrow it, and half precision holds neither small updates nor the squares
+    of gradients that optimisers divide by. Parameters keep their identity, so that an optimiser goes on with them.
+    """
+    if not any(_is_narrow(parameter) for parameter in trainable_parameters(model).values()):
+        return
+    held = [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None]
+    if hasattr(model.base_model, "_cast_adapter_dtype"):
+        model.base_model._cast_adapter_dtype(ADAPTER_NAME)
+    for module, name, parameter in held:
+        new = module._parameters[name]
+        if new is not None and new is not parameter:
+            parameter.data = new.data
+            module._parameters[name] = parameter
+    # PEFT casts neither of these when it adds them: they are made in fp32.
+    buffers = [b for layer in model.modules() if isinstance(layer, BaseTunerLayer) for b in layer._buffers.values()]
+    prompts = model.prompt_encoder.parameters() if model.peft_config[ADAPTER_NAME].is_prompt_learning else ()
+    for tensor in (*prompts, *buffers):
+        if tensor is not None and _is_narrow(tensor):
+            tensor.data = tensor.data.to(torch.float32)
+    repair_(model)
+
+
+def _is_narrow(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def require_input_gradients_(model: PeftModel) -> None:

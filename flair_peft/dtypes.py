@@ -126,6 +126,17 @@ def restore_head_(model: Model) -> None:
             embeddings.output_dtype = torch.float32
 
 
+def train_in_fp32_(model: Model) -> None:
+    """Let the head train in fp32, in place: with its exact values if it was cast, with those it has if not."""
+    restore_head_(model)
+    narrow = [each for each in adapted_embeddings(model) if each.output_dtype.itemsize < torch.float32.itemsize]
+    for _, tensor in _all_head_tensors(model) if narrow else ():
+        if tensor.is_floating_point() and tensor.itemsize < torch.float32.itemsize:
+            tensor.data = tensor.data.to(torch.float32)
+    for embeddings in narrow:
+        embeddings.output_dtype = torch.float32
+
+
 def convert_(model: Model, convert: Callable[[], Model]) -> Model:
     """Convert a model to another dtype or device, in place, but leave a head that needs fp32 in it.
 

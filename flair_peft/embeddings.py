@@ -347,11 +347,12 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         dtypes.cast_(self.model, added, self.base_dtype)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode as torch does; an adapter that was narrowed trains with its exact values."""
+        """Set the mode as torch does; an adapter that was narrowed trains in fp32, with its exact values if kept."""
         super().train(mode)
         if mode and isinstance(self.model, PeftModel):
             with self.in_use():
                 dtypes.restore_(self.model, lambda: dict(self.model.named_parameters()))
+                adapters.widen_(self.model)
         return self
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:

@@ -23,7 +23,6 @@ from flair.trainers.plugins import LinearSchedulerPlugin
 from flair.trainers.plugins.base import TrainerPlugin
 from torch.nn.parallel import DistributedDataParallel
 
-from flair_peft import dtypes
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import TrainingSetupError
 
@@ -73,7 +72,6 @@ def prepare(model: Model, settings: Mapping[str, Any]) -> None:
     if settings.get("sampler") is not None and is_main_process():
         log.warning("Flair ignores the sampler: with multi_gpu=True it takes torch's DistributedSampler.")
     random.setstate(agree(random.getstate()))
-    dtypes.restore_head_(model)  # DistributedDataParallel takes note of dtypes
     directory = Path(settings["base_path"])
     if is_main_process() and not settings.get("epoch") and directory.is_dir():
         ModelTrainer.check_for_and_delete_previous_best_models(directory)

@@ -6,7 +6,7 @@ These attributes of Flair are replaced, each by a function that calls the origin
 ``load`` of ``Model`` and its subclasses       takes files, directories and Hub ids with adapters; aligns dtypes
 ``Model.save``                                 writes what was learned, whole or not at all, and no pickled objects;
                                                replaces files by plain models whole or not at all
-``train`` of ``Model`` and its subclasses      gives a cast head its fp32 values back before it trains
+``train`` of ``Model`` and its subclasses      gives a cast head its fp32 values back, or fp32, before it trains
 ``Model._apply``                               keeps heads that need fp32 in fp32, whatever ``model.half()`` does
 ``Embeddings._everything_embedded``            never reuses vectors that depend on an adapter that can change
 ``TransformerEmbeddings.to_params``            keeps the PEFT config of stock embeddings
@@ -199,7 +199,7 @@ def _training_in_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train(self: Model, mode: bool = True) -> Model:
         if _installed and mode:
-            dtypes.restore_head_(self)
+            dtypes.train_in_fp32_(self)
         return original(self, mode)
 
     return train
@@ -265,7 +265,12 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         arguments = signature.bind(self, *args, **kwargs)
         settings = arguments.arguments
-        training.check_training(self.model, reduce_transformer_vocab=settings.get("reduce_transformer_vocab", False))
+        self.model.train()  # in fp32, before an optimiser or DistributedDataParallel takes note of dtypes
+        training.check_training(
+            self.model,
+            reduce_transformer_vocab=settings.get("reduce_transformer_vocab", False),
+            optimizer=settings.get("optimizer", signature.parameters["optimizer"].default),
+        )
         settings.update(resume.prepare_settings({**settings}))
         parallel.prepare(self.model, settings)
         added = [training.AdapterGuard(), *([parallel.GlobalSchedule()] if parallel.is_parallel(settings) else [])]

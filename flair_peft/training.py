@@ -179,7 +179,6 @@ class AdapterGuard(TrainerPlugin):
     @TrainerPlugin.hook("after_setup")
     def check_dtypes(self, **_: Any) -> None:
         """Raise if the head could not consume the embeddings."""
-        dtypes.restore_head_(self.model)
         dtypes.check_head(self.model)
 
     @TrainerPlugin.hook("after_setup")
@@ -236,10 +235,12 @@ class AdapterGuard(TrainerPlugin):
             log.warning("These adapter parameters received no gradient in the first step: %s.", name_some(without))
 
 
-def check_training(model: Model, *, reduce_transformer_vocab: bool) -> None:
-    """Return if Flair can train this model with these settings.
+def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: Any = None) -> None:
+    """Return if Flair can train this model, which is in training mode, with these settings.
 
     Raises:
+        TrainingSetupError: weights of the base itself train in float16, with an optimiser that divides by squares of
+            gradients: most of these are 0 there, and the weights would be NaN after the first steps.
         TrainingSetupError: the vocabulary is to be reduced. A checkpoint written in the middle would hold the reduced
             matrix, and a frozen one has neither gradient nor optimiser state that reducing it could save.
         AdapterConfigError: the base is quantised in a way that no file can say, so no checkpoint could be written.
@@ -247,6 +248,13 @@ def check_training(model: Model, *, reduce_transformer_vocab: bool) -> None:
     for module in model.modules():
         if isinstance(module, PeftTransformerEmbeddings):
             quantised.check_storable(module.base_model, module.name)
+    narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if narrow and not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.SGD)):
+        raise TrainingSetupError(
+            f"Cannot train {name_some(narrow)} in float16, the dtype of the base that they belong to. That holds "
+            "no squares of small gradients, by which optimisers such as Adam divide, and the weights would become NaN. "
+            "Load the base in bfloat16 or float32, or call model.float() before the training."
+        )
     adapted = [embeddings.name for embeddings in dtypes.adapted_embeddings(model)]
     if reduce_transformer_vocab and adapted:
         raise TrainingSetupError(

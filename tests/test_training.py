@@ -16,7 +16,15 @@ from flair.models import TextClassifier
 from flair.nn import Classifier
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import TrainerPlugin
-from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
 
 from flair_peft import (
     LoraPlusPlugin,
@@ -399,3 +407,65 @@ def test_word_embeddings_train_with_their_default_of_long_sentences(base: Callab
     corpus = ZOO["sequence-tagger"].corpus()
     corpus.train[0].tokens[0].form = "x" * 200
     ZOO["sequence-tagger"].train(model, corpus, tmp_path)
+
+
+NARROWED = {
+    "lora": lora(),
+    "dora": lora(use_dora=True),
+    "tokens": lora(trainable_token_indices=[1, 2, 5]),
+    "ia3": IA3Config(target_modules=["query", "output.dense"], feedforward_modules=["output.dense"]),
+    "prompts": PromptTuningConfig(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION"),
+    "adalora": AdaLoraConfig(target_modules=["query"], total_step=20, init_lora_weights=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*update_and_allocate")
+@pytest.mark.parametrize("narrow", [pytest.param("half"), pytest.param("bfloat16", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("method", NARROWED)
+def test_model_in_half_precision_trains_in_fp32(
+    method: str, narrow: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A model that was converted, and one that was loaded from its file: no weight narrow, none NaN, same objects."""
+    model = classifier(base("bert"), peft_config=NARROWED[method])
+    getattr(model, narrow)()
+    model.save(tmp_path / "half.pt")
+    loaded = TextClassifier.load(tmp_path / "half.pt")
+    assert scores(loaded) == scores(model)
+    for number, each in enumerate((model, loaded)):
+        before = {name: parameter for name, parameter in each.named_parameters() if parameter.requires_grad}
+        values = {name: parameter.detach().float().clone() for name, parameter in before.items()}
+        train(each, tmp_path / str(number), max_epochs=1)
+        trained = {name: parameter for name, parameter in each.named_parameters() if parameter.requires_grad}
+        assert trained.keys() == before.keys()
+        assert all(trained[name] is before[name] for name in before)
+        assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+        assert all(parameter.isfinite().all() for parameter in trained.values())
+        assert any(
+            not torch.equal(values[name], parameter) for name, parameter in trained.items() if "decoder" not in name
+        )
+        again = TextClassifier.load(tmp_path / str(number) / "final-model.pt")
+        assert scores(again) == pytest.approx(scores(each), abs=2e-2)
+
+
+@pytest.mark.parametrize(
+    "config", [lora(bias="all"), lora(modules_to_save=["LayerNorm"]), LNTuningConfig(target_modules=["LayerNorm"])]
+)
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_weights_of_the_base_in_fp16_are_refused_before_they_become_nan(
+    config: PeftConfig, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """With Adam they are NaN after a step; as fp32, which the message names, they train."""
+    model = classifier(base("bert"), peft_config=config)
+    model.half()
+    with pytest.raises(TrainingSetupError, match=r"LayerNorm.*in float16.*model\.float\(\)"):
+        train(model, tmp_path, max_epochs=1)
+    model.float()
+    train(model, tmp_path, max_epochs=1)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_model_in_fp64_trains_in_fp64(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Nothing is narrowed by a rule against narrow weights."""
+    model = classifier(base("bert")).double()
+    train(model, tmp_path, max_epochs=1)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float64}
