@@ -13,7 +13,7 @@ import torch
 from flair.models import MultitaskModel
 from flair.nn import Model
 
-from flair_peft import allowed, dtypes, states
+from flair_peft import allowed, dtypes, states, weights
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import (
     AdapterConfigError,
@@ -52,7 +52,8 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
                 _refuse_unsafe_settings(state, source)
                 _refuse_unsafe(state, source)
             _refuse_useless_base(state, source)
-            model = load(state)
+            with weights.expecting(states.inner_embeddings(state)):
+                model = load(state)
     finally:
         _is_going_on.reset(token)
     _check_numbers(model, state, source)

@@ -160,9 +160,7 @@ def _quantising(
 
 def source_of_quantised(record: BaseRecord, model: PreTrainedModel, *, cache_dir: str | None) -> BaseRecord:
     """Return the record of a quantised base with the digest of all weights of its source, if that is there still."""
-    kwargs: dict[str, Any] = {} if Path(record.name).is_dir() else {"local_files_only": True, "cache_dir": cache_dir}
-    if record.needs_remote_code:
-        kwargs["trust_remote_code"] = True  # the code of a model that was made from it runs here already
+    kwargs = _reaching(record, cache_dir)
     try:
         with torch.random.fork_rng(devices=[]):
             found = frozen.find_source(record, model.config, kwargs)
@@ -268,6 +266,29 @@ def candidate(name: str, model: PreTrainedModel, *, dtype: torch.dtype) -> BaseR
     return found.known_record
 
 
+def check_made(
+    record: BaseRecord, model: PreTrainedModel, expected: BaseRecord, *, cache_dir: str | None, name: str
+) -> None:
+    """Return if the base that a model was made from is the one that a file expects; its source is read again for that.
+
+    Raises:
+        BaseMismatchError: it is another one.
+    """
+    dtype = parse_dtype(expected.dtype or record.dtype or "float32")
+    wanted = dataclasses.replace(record, fingerprint=expected.fingerprint)
+    with torch.random.fork_rng(devices=[]):
+        found = frozen.read_again(wanted, model.config, dtype=dtype, kwargs=_reaching(record, cache_dir))
+    proof.check_base(found, expected, name=name)
+
+
+def _reaching(record: BaseRecord, cache_dir: str | None) -> dict[str, Any]:
+    """Return the arguments by which a base is read again that a model was made from; nothing is downloaded."""
+    kwargs: dict[str, Any] = {} if Path(record.name).is_dir() else {"local_files_only": True, "cache_dir": cache_dir}
+    if record.needs_remote_code:
+        kwargs["trust_remote_code"] = True  # the code of a model that was made from it runs here already
+    return kwargs
+
+
 def reference(
     record: BaseRecord, model: PreTrainedModel, *, dtype: torch.dtype, cache_dir: str | None
 ) -> FrozenBase | None:
@@ -275,9 +296,7 @@ def reference(
 
     Nothing is downloaded. ``None`` if it is gone, or if it is not the one that the model was made from any more.
     """
-    kwargs: dict[str, Any] = {} if Path(record.name).is_dir() else {"local_files_only": True, "cache_dir": cache_dir}
-    if record.needs_remote_code:
-        kwargs["trust_remote_code"] = True  # the code of a model that was made from it runs here already
+    kwargs = _reaching(record, cache_dir)
 
     def read(record: BaseRecord, wanted: torch.dtype) -> FrozenBase:
         # Weights that the source lacks are drawn at random; a training goes on as if nothing had been saved.

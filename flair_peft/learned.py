@@ -19,12 +19,16 @@ from flair_peft.frozen import FrozenBase, is_dispatched
 from flair_peft.sources import BaseRecord, StoredBase
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
-    """How the file that is being written stores one embeddings module, and which number it has there."""
+    """How the file that is being written stores one embeddings module, and which number it has there.
+
+    ``is_described`` says whether the module was asked for its parameters: code around it may make it of its own.
+    """
 
     index: int
     stored: StoredBase
+    is_described: bool = False
 
 
 Plan = Mapping[int, Part]

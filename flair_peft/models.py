@@ -266,7 +266,16 @@ def describing(
         state = {**model._get_state_dict(), "versions": versions(), **extra}
         if model.model_card is not None:
             state["model_card"] = card.plain(model.model_card)
-        yield layout.Description(*codec.encode(state)), embedded
+        encoded = codec.encode(state)
+        inner = _inner_embeddings(model, parts)
+        yield layout.Description(*(codec.encode({**state, states.INNER: inner}) if inner else encoded)), embedded
+
+
+def _inner_embeddings(model: Model, parts: Mapping[int, Part]) -> dict[str, dict[str, Any]]:
+    """Return module prefix → parameters of embeddings that the state lacks: code around them makes them of its own."""
+    named = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if id(m) in parts]
+    lacking = [(name, m) for name, m in named if not parts[id(m)].is_described]
+    return {f"{name}.": m.save_embeddings(use_state_dict=False) for name, m in lacking}
 
 
 def check_storable(model: Model) -> None:

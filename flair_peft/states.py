@@ -19,6 +19,7 @@ from flair_peft.errors import (
     AdapterConfigError,
     ConfigMismatchError,
     MissingConfigError,
+    ModelFileError,
     StateMismatchError,
     name_some,
 )
@@ -29,6 +30,8 @@ State = dict[str, Any]
 
 # What a CRF puts before and behind a sentence; Flair keeps them among the labels of a tagger.
 MARKS = frozenset({START_TAG, STOP_TAG})
+# Where the state of a model holds embeddings that code around them makes: module prefix → parameters.
+INNER = "inner_embeddings"
 
 
 def has_adapters(state: Any) -> bool:
@@ -128,8 +131,28 @@ def stored_bases(state: State) -> Iterator[tuple[int, StoredBase]]:
         yield from stored_bases(task_state)
 
 
+def inner_embeddings(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return module prefix → parameters of the embeddings that code around them makes, rather than Flair.
+
+    Raises:
+        ModelFileError: they are damaged.
+    """
+    found = state.get(INNER, {})
+    if not isinstance(found, dict) or not all(
+        isinstance(prefix, str) and isinstance(params, dict) and type(params.get("part")) is int
+        for prefix, params in found.items()
+    ):
+        raise ModelFileError(
+            "Cannot read what the file says of embeddings that are made by other code: it is damaged. A load would not "
+            "know what they lack. Copy or save it again."
+        )
+    return found
+
+
 def _embedding_params(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield module prefix and stored parameters of each transformer embedding in a Flair model's state."""
+    for prefix, params in inner_embeddings(state).items():
+        yield from _walk_params(params, prefix)
     for name, value in state.items():
         if name != "state_dict":
             yield from _walk_params(value, f"{name}.")

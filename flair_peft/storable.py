@@ -32,6 +32,7 @@ from flair_peft import (
 from flair_peft import config as configs
 from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_version
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
+from flair_peft.fingerprint import are_same_bits
 from flair_peft.learned import Part, PlacedStart, planned
 from flair_peft.sources import BaseRecord, StoredBase
 from flair_peft.weights import StoredWeights
@@ -115,7 +116,10 @@ class Storable(StoredWeights):
             "derived_state": adapters.derived_state(self.model) if methods.is_derived_from_base(config) else {},
         }
         part = planned(self)
-        return params if part is None else {**params, **self._proof_params(part)}
+        if part is None:
+            return params
+        part.is_described = True
+        return {**params, **self._proof_params(part)}
 
     def _proof_params(self, part: Part) -> dict[str, Any]:
         """Return what a load needs to find the base and to prove itself."""
@@ -250,6 +254,37 @@ class Storable(StoredWeights):
         embeddings._pending_untrained, embeddings._pending_trained = untrained, trained
         embeddings.origin = None if index is None else (index, stored)
         return embeddings
+
+    def _take_over(self, params: Mapping[str, Any]) -> None:
+        """Let the next state dict be that of a file, for embeddings that code around them made anew.
+
+        Args:
+            params: of the embeddings that the file holds, as :meth:`to_params` wrote them.
+
+        Raises:
+            BaseMismatchError: the base is not the one that these were trained on.
+            ModelFileError: the parameters are damaged.
+        """
+        check_format_version(params.get("format_version", FORMAT_VERSION))
+        stored, dtype = StoredBase.from_dict(params.get("stored_base")), params.get("dtype")
+        if stored.record is not None and stored.is_needed and self._record is not None:
+            bases.check_made(self._record, self.base_model, stored.record, cache_dir=self._cache_dir, name=self.name)
+        self._left_out, self._awaits_weights = frozenset(map(keys.canonical_key, stored.left_out)), True
+        if dtype is not None and not self.is_placed and dtypes.parse_dtype(dtype) != self.base_dtype:
+            self.model.to(dtypes.parse_dtype(dtype))
+        if stored.added_rows is not None:
+            self._set_added_rows_(stored.added_rows)
+        if params.get("derived_state"):
+            adapters.set_derived_state_(self.model, params["derived_state"])
+        self._start, self._pending_probe = {}, params.get("probe")
+        self._pending_untrained, self._pending_trained = params.get("untrained", []), params.get("trained_base", [])
+        self.origin = (params["part"], stored)
+
+    def _set_added_rows_(self, rows: torch.Tensor) -> None:
+        matrix = self.base_model.get_input_embeddings().weight
+        if len(rows) <= len(matrix) and not are_same_bits(matrix[-len(rows) :], rows.to(matrix.dtype)):
+            self.take_apart([matrix])
+            matrix.data[-len(rows) :] = rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with self.in_use():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +24,27 @@ from flair_peft.learned import planned
 from flair_peft.sources import load_options
 
 log = logging.getLogger("flair_peft")
+
+
+# Of embeddings that code around them makes: module prefix in the model → parameters in the file that is being loaded.
+_inner: contextvars.ContextVar[dict[str, Mapping[str, Any]]] = contextvars.ContextVar("flair_peft_inner")
+
+
+@contextmanager
+def expecting(inner: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """State dicts loaded inside into embeddings with these module prefixes lack what the parameters say."""
+    token = _inner.set(dict(inner))
+    try:
+        yield
+    finally:
+        _inner.reset(token)
+
+
+def _taken_from(inner: dict[str, Mapping[str, Any]], prefix: str) -> Mapping[str, Any] | None:
+    """Return, once, the parameters for a prefix; models inside a model load their parts one after the other."""
+    ending = (path for path in inner if prefix and f".{path}".endswith(f".{prefix}"))
+    found = prefix if prefix in inner else next(ending, None)
+    return None if found is None else inner.pop(found)
 
 
 class StoredWeights(TransformerBaseEmbeddings):
@@ -144,6 +168,9 @@ class StoredWeights(TransformerBaseEmbeddings):
             StateMismatchError: ``strict``, and a tensor is missing, left over, ambiguous or of another shape.
         """
         state_dict.pop(f"{prefix}model.embeddings.position_ids", None)  # written by transformers before 4.31
+        inner = _taken_from(_inner.get({}), prefix)
+        if inner is not None and not self._awaits_weights:
+            self._take_over(inner)
         mine = f"{prefix}model."
         stored = {key.removeprefix(mine): key for key in state_dict if key.startswith(mine)}
         self._is_first_load = self._awaits_weights
@@ -170,6 +197,10 @@ class StoredWeights(TransformerBaseEmbeddings):
         torch.nn.Module._load_from_state_dict(
             self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    @abstractmethod
+    def _take_over(self, params: Mapping[str, Any]) -> None:
+        """Let the next state dict be that of a file whose embeddings had these parameters."""
 
     def _refuse_offloaded(self, names: Set[str]) -> None:
         """Return if the file holds no weights that accelerate offloads here: torch would drop them with a warning."""
