@@ -42,8 +42,7 @@ class Offer:
         own = self.base.known_record
         if record.name == own.name and record.revision == own.revision:
             return True
-        is_same_dtype = record.dtype in (None, own.dtype)
-        return is_same_dtype and record.fingerprint is not None and record.fingerprint == own.fingerprint
+        return record.dtype in (None, own.dtype) and record.fingerprint is not None and self.base.is_as(record)
 
     def take(self, stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLike | None, name: str) -> FrozenBase:
         """Return the base for the embeddings of a file; see :func:`find_stored`."""
@@ -166,8 +165,11 @@ def source_of_quantised(record: BaseRecord, model: PreTrainedModel, *, cache_dir
             found = frozen.find_source(record, model.config, kwargs)
     except (BaseModelNotFoundError, BaseMismatchError):
         return record
-    is_same = record.fingerprint == found.fingerprint
-    return dataclasses.replace(record, full_fingerprint=found.full_fingerprint) if is_same else record
+    if record.fingerprint is None or not found.is_as(record):
+        return record
+    return dataclasses.replace(
+        record, full_fingerprint=found.full_fingerprint, read_full_fingerprint=found.read_full_fingerprint
+    )
 
 
 def _check_rows(stored: StoredBase, config: PretrainedConfig, name: str) -> None:
@@ -275,7 +277,7 @@ def check_made(
         BaseMismatchError: it is another one.
     """
     dtype = parse_dtype(expected.dtype or record.dtype or "float32")
-    wanted = dataclasses.replace(record, fingerprint=expected.fingerprint)
+    wanted = dataclasses.replace(record, fingerprint=expected.fingerprint, read_fingerprint=expected.read_fingerprint)
     with torch.random.fork_rng(devices=[]):
         found = frozen.read_again(wanted, model.config, dtype=dtype, kwargs=_reaching(record, cache_dir))
     proof.check_base(found, expected, name=name)
@@ -305,7 +307,7 @@ def reference(
 
     try:
         found = read(record, dtype if record.dtype is None else parse_dtype(record.dtype))
-        if record.fingerprint not in (None, found.fingerprint):
+        if not found.is_as(record):
             return None
         # The model may have been converted since it was made from its source.
         is_same = record.dtype in (None, dtype_name(dtype))

@@ -19,18 +19,18 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16:
 Tensors = Mapping[str, torch.Tensor]
 
 
-def sampled(tensors: Tensors) -> str:
-    """Return a digest of all names, shapes and dtypes, and of a sample of each tensor's elements.
+def sampled(tensors: Tensors, names: Iterable[str] | None = None) -> str:
+    """Return a digest of all names, or of those given, of shapes and dtypes, and of a sample of each tensor's elements.
 
     It reads a few pages of each tensor, so weights mapped from a file stay on disk. It tells re-trained weights, not a
     single changed one; :func:`full` does.
     """
-    return _digest(tensors, lambda tensor: [_sample(tensor)])
+    return _digest(tensors, tensors if names is None else names, lambda tensor: [_sample(tensor)])
 
 
-def full(tensors: Tensors) -> str:
-    """Return a digest of all names, shapes, dtypes and elements."""
-    return _digest(tensors, _pieces)
+def full(tensors: Tensors, names: Iterable[str] | None = None) -> str:
+    """Return a digest of all names, or of those given, of shapes, dtypes and elements."""
+    return _digest(tensors, tensors if names is None else names, _pieces)
 
 
 def of_tensor(tensor: torch.Tensor) -> str:
@@ -38,9 +38,9 @@ def of_tensor(tensor: torch.Tensor) -> str:
     return full({"": tensor})
 
 
-def _digest(tensors: Tensors, parts: Callable[[torch.Tensor], Iterable[torch.Tensor]]) -> str:
+def _digest(tensors: Tensors, names: Iterable[str], parts: Callable[[torch.Tensor], Iterable[torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in sorted(names):
         tensor = tensors[name].detach()
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         for part in parts(tensor):

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flair_peft import backbone, capacity, copies, fingerprint, quantised, residency, rows
+from flair_peft import backbone, capacity, copies, fingerprint, keys, quantised, residency, rows
 from flair_peft.dtypes import DtypeLike, dtype_name, parse_dtype
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
 from flair_peft.sources import BaseRecord
@@ -79,16 +79,48 @@ class FrozenBase:
         return self._parent.fingerprint if self._parent is not None else fingerprint.sampled(self.own_weights())
 
     @functools.cached_property
+    def read_fingerprint(self) -> str:
+        """The same without weights that nobody reads: transformers writes random poolers into copies of a base."""
+        if self._parent is not None:
+            return self._parent.read_fingerprint
+        weights, read = self.own_weights(), self._names_read()
+        return self.fingerprint if len(read) == len(weights) else fingerprint.sampled(weights, read)
+
+    @functools.cached_property
     def full_fingerprint(self) -> str:
         """Digest of all weights that the source has; read once for each state of the source and dtype."""
+        return self._parent.full_fingerprint if self._parent is not None else self._full(self.fingerprint, None)
+
+    @functools.cached_property
+    def read_full_fingerprint(self) -> str:
+        """The same without weights that nobody reads."""
         if self._parent is not None:
-            return self._parent.full_fingerprint
-        key = (_state_of_source(self.record), self.fingerprint)
-        if key[0] is None:
-            return fingerprint.full(self.own_weights())
-        if key not in _full_fingerprints:
-            _full_fingerprints[key] = fingerprint.full(self.own_weights())
-        return _full_fingerprints[key]
+            return self._parent.read_full_fingerprint
+        is_same = self.read_fingerprint == self.fingerprint
+        return self.full_fingerprint if is_same else self._full(self.read_fingerprint, self._names_read())
+
+    def _full(self, sampled: str, names: list[str] | None) -> str:
+        key = (_state_of_source(self.record), sampled)
+        found = _full_fingerprints.get(key) or fingerprint.full(self.own_weights(), names)
+        if key[0] is not None:
+            _full_fingerprints[key] = found
+        return found
+
+    def _names_read(self) -> list[str]:
+        return [name for name in self.own_weights() if not keys.is_unread(name)]
+
+    def is_as(self, record: BaseRecord) -> bool:
+        """Whether the weights that are read are those of a record, by a sample, or it says nothing of them.
+
+        One of the two may lack weights that the other has, and that nobody reads.
+        """
+        digests = (record.fingerprint, record.read_fingerprint)
+        return record.fingerprint in (None, self.fingerprint) or self.read_fingerprint in digests
+
+    def is_fully_as(self, record: BaseRecord) -> bool:
+        """Whether all weights that are read are those of a record."""
+        digests = (record.full_fingerprint, record.read_full_fingerprint)
+        return record.full_fingerprint == self.full_fingerprint or self.read_full_fingerprint in digests
 
     @functools.cached_property
     def known_record(self) -> BaseRecord:
@@ -98,6 +130,7 @@ class FrozenBase:
         return dataclasses.replace(
             self.record,
             fingerprint=self.fingerprint,
+            read_fingerprint=self.read_fingerprint,
             vocabulary_size=self.own_rows,
             dtype=str(self._model.get_input_embeddings().weight.dtype).removeprefix("torch."),
             attention=str(self.config._attn_implementation),
@@ -204,7 +237,9 @@ class FrozenBase:
         if expected.dtype in (None, record.dtype):
             return self
         kwargs = {} if Path(record.name).is_dir() else {"local_files_only": True}
-        record = dataclasses.replace(record, fingerprint=expected.fingerprint)
+        record = dataclasses.replace(
+            record, fingerprint=expected.fingerprint, read_fingerprint=expected.read_fingerprint
+        )
         return read_again(record, self.config, dtype=parse_dtype(str(expected.dtype)), kwargs=kwargs)
 
     def share_(self, parameters: Mapping[str, torch.nn.Parameter]) -> int:
@@ -308,9 +343,19 @@ class _Placed(FrozenBase):
         return str(self.known_record.fingerprint)
 
     @functools.cached_property
+    def read_fingerprint(self) -> str:
+        """Digest of a sample of those weights of the source that are read."""
+        return str(self.known_record.read_fingerprint)
+
+    @functools.cached_property
     def full_fingerprint(self) -> str:
         """Digest of all weights of the source."""
         return self._source().full_fingerprint
+
+    @functools.cached_property
+    def read_full_fingerprint(self) -> str:
+        """Digest of all weights of the source that are read."""
+        return self._source().read_full_fingerprint
 
 
 class _Converted(FrozenBase):
@@ -372,7 +417,7 @@ def read_again(
     """
     if record.fingerprint is not None:
         mapped = _Converted(find_source(record, config, kwargs), dtype)
-        if mapped.fingerprint == record.fingerprint:
+        if mapped.is_as(record):
             return mapped
     # The class may choose dtypes of its own, or the files hold several.
     return find_again(record, config, dtype=dtype, kwargs=kwargs, is_shared=False)
@@ -500,9 +545,9 @@ def _load(
     base = FrozenBase(model, record, random_names)
     if torch.device(device).type == "cpu" or is_placed(model):
         return base
-    digest = base.fingerprint  # read from the mapped file, before its weights go elsewhere
+    digests = base.fingerprint, base.read_fingerprint  # of the mapped file, before its weights go elsewhere
     base = FrozenBase(model.to(device), record, random_names)
-    base.fingerprint = digest
+    base.fingerprint, base.read_fingerprint = digests
     return base
 
 

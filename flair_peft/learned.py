@@ -85,7 +85,9 @@ def compare(
     left_out |= _aliases(state, left_out, own) if is_tied else set()
     if added_rows is None:
         added_rows = _rows_beyond(state, own, matrices)
-    record = dataclasses.replace(base.known_record, full_fingerprint=base.full_fingerprint)
+    record = dataclasses.replace(
+        base.known_record, full_fingerprint=base.full_fingerprint, read_full_fingerprint=base.read_full_fingerprint
+    )
     rows = None if added_rows is None else added_rows.detach().cpu().clone()
     return StoredBase(record, frozenset(left_out), rows)
 

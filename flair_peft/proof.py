@@ -33,14 +33,14 @@ def check_base(base: FrozenBase, expected: BaseRecord, *, name: str) -> None:
     if not verify:
         log.warning("Not checked for '%s': whether the base model is the one it was trained on.", name)
         return
-    if expected.fingerprint is not None and base.fingerprint != expected.fingerprint:
+    if not base.is_as(expected):
         raise _mismatch(base, expected, "its weights differ")
     if verify == "full" and expected.full_fingerprint is None:
         raise ModelFileError(
             f"Cannot verify the base model of '{name}': the file holds no digest of all its weights. Files have one "
             "if their base was found when they were saved. Save the model again beside its base."
         )
-    if verify == "full" and base.full_fingerprint != expected.full_fingerprint:
+    if verify == "full" and not base.is_fully_as(expected):
         raise _mismatch(base, expected, "some of its weights differ")
 
 

@@ -19,6 +19,8 @@ from flair_peft.errors import AdapterConfigError, ModelFileError
 # the ones that neither run code nor reach for anything but weights.
 _KEPT_ARGUMENTS = ("subfolder", "variant", "use_safetensors")
 
+_OF_READ = ("read_fingerprint", "read_full_fingerprint")
+
 
 @dataclass(frozen=True)
 class BaseRecord:
@@ -30,6 +32,8 @@ class BaseRecord:
         vocabulary_size: rows of the input embeddings in the source, without rows that were added.
         fingerprint: digest of a sample of all weights, see :func:`flair_peft.fingerprint.sampled`.
         full_fingerprint: digest of all weights.
+        read_fingerprint: as ``fingerprint``, without weights that nobody reads, such as poolers.
+        read_full_fingerprint: as ``full_fingerprint``, without these.
         dtype: of the weights that the fingerprints are of, such as ``"float32"``.
         quantization: settings that transformers quantised the weights with, or ``None``.
         attention: the attention implementation, such as ``"sdpa"``.
@@ -42,6 +46,8 @@ class BaseRecord:
     vocabulary_size: int | None = None
     fingerprint: str | None = None
     full_fingerprint: str | None = None
+    read_fingerprint: str | None = None
+    read_full_fingerprint: str | None = None
     dtype: str | None = None
     quantization: dict[str, Any] | None = None
     attention: str | None = None
@@ -87,7 +93,9 @@ class StoredBase:
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain values and a tensor."""
         record = None if self.record is None else self.record.to_dict()
-        return {"record": record, "left_out": sorted(self.left_out), "added_rows": self.added_rows}
+        # Beside the record, in which readers of format 1 refuse what they do not know.
+        read = None if record is None else {name: record.pop(name) for name in _OF_READ}
+        return {"record": record, "read": read, "left_out": sorted(self.left_out), "added_rows": self.added_rows}
 
     @classmethod
     def from_dict(cls, stored: Any) -> StoredBase:
@@ -98,11 +106,14 @@ class StoredBase:
         """
         stored = {} if stored is None else stored
         record, left_out, rows = (stored.get(name) for name in ("record", "left_out", "added_rows"))
+        read = stored.get("read") or {}
         is_sound = isinstance(left_out, list | None) and all(isinstance(key, str) for key in left_out or ())
         is_matrix = isinstance(rows, torch.Tensor) and rows.dim() == 2 and rows.is_floating_point()
-        if not is_sound or (left_out and record is None) or not (rows is None or is_matrix):
+        is_known = isinstance(read, Mapping) and set(read) <= set(_OF_READ) and isinstance(record, Mapping | None)
+        if not is_sound or (left_out and record is None) or not (rows is None or is_matrix) or not is_known:
             raise _damaged(stored)
-        return cls(None if record is None else BaseRecord.from_dict(record), frozenset(left_out or ()), rows)
+        known = None if record is None else BaseRecord.from_dict({**record, **read})
+        return cls(known, frozenset(left_out or ()), rows)
 
 
 @dataclass(frozen=True)
@@ -188,7 +199,7 @@ def _damaged(stored: Any) -> ModelFileError:
 
 
 def _is_sound(stored: Mapping[str, Any]) -> bool:
-    texts = ("revision", "fingerprint", "full_fingerprint", "dtype", "attention")
+    texts = ("revision", "fingerprint", "full_fingerprint", *_OF_READ, "dtype", "attention")
     arguments, size = stored.get("arguments", {}), stored.get("vocabulary_size")
     return (
         isinstance(stored.get("name"), str)

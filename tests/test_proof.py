@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from flair.data import Dictionary, Sentence
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import TextClassifier
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -24,7 +25,7 @@ from peft import LoraConfig, PeftConfig
 from transformers import AutoModel, AutoTokenizer, dynamic_module_utils
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, frozen, manifest
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, frozen, manifest
 from flair_peft.errors import (
     AdapterConfigError,
     BaseMismatchError,
@@ -37,6 +38,7 @@ from tests import tiny
 from tests.hub import HubStandIn, online
 from tests.methods import perturb_
 from tests.round_trip import Factories
+from tests.selection import few
 from tests.zoo import ZOO
 
 Base = Callable[[str], str]
@@ -722,3 +724,75 @@ def test_code_beside_the_tokenizer_of_a_checkpoint_is_never_run(
     except FlairPeftError:
         assert tokenizer_class != "kept"
     assert not (tmp_path / "ran").exists()
+
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "sharded": {"max_shard_size": "40KB"},
+    "pickled": {"safe_serialization": False},
+}
+
+
+def copied(base: str, folder: Path, **options: Any) -> str:
+    """Write a copy as transformers' users do for machines without a network; it draws what the base lacks."""
+    AutoModel.from_pretrained(base).save_pretrained(folder, **options)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return str(folder)
+
+
+def on(base: str) -> TextClassifier:
+    embeddings = PeftTransformerDocumentEmbeddings(
+        base, peft_config=LoraConfig(r=4, lora_alpha=12, init_lora_weights=False)
+    )
+    return TextClassifier(embeddings, label_dictionary=copied_labels(), label_type="kind")
+
+
+def copied_labels() -> Dictionary:
+    labels = Dictionary(add_unk=False)
+    for label in ("A", "B"):
+        labels.add_item(label)
+    return labels
+
+
+def vector_of(model: Any) -> torch.Tensor:
+    sentence = Sentence("Berlin is large .")
+    model.eval().embeddings.embed(sentence)
+    return sentence.embedding.detach().clone()
+
+
+@pytest.mark.parametrize("written", few(FORMATS, ["whole"]))
+@pytest.mark.parametrize("architecture", ["bert-mlm", "bert"])
+def test_offline_copy_of_a_base_stands_for_it_and_it_for_the_copy(
+    architecture: str, written: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Only a pooler that nobody reads was drawn anew: equal vectors, each way, also for `verify` and a SharedBase."""
+    original = base(architecture)
+    bases = [original, *(copied(original, tmp_path / name, **FORMATS[written]) for name in ("first", "second"))]
+    for number, (trained, other) in enumerate([bases[:2], bases[:0:-1], bases[1::-1]]):
+        model = on(trained)
+        expected = vector_of(model)
+        source = tmp_path / f"{number}.pt"
+        model.save(source)
+        assert torch.equal(vector_of(TextClassifier.load(source, base_model=other)), expected)
+        flair_peft.verify(source, base_model=other)
+        assert torch.equal(vector_of(SharedBase(other).load(source)), expected)
+
+
+def test_file_without_digests_of_what_is_read_loads_on_a_copy(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Files of earlier versions know the weights that the base had, which are those that are read."""
+    model = on(base("bert-mlm"))
+    expected = vector_of(model)
+    flair_peft.save_pretrained(model, tmp_path / "checkpoint")
+    resign(tmp_path / "checkpoint", lambda document: params_of(document)["stored_base"].pop("read"))
+    other = copied(base("bert-mlm"), tmp_path / "copy")
+    assert torch.equal(vector_of(flair_peft.from_pretrained(tmp_path / "checkpoint", base_model=other)), expected)
+
+
+def test_copy_whose_read_weights_differ_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A pooler may differ, and nothing else."""
+    on(base("bert-mlm")).save(tmp_path / "model.pt")
+    changed = AutoModel.from_pretrained(base("bert-mlm"))
+    changed.encoder.layer[1].output.dense.weight.data[0, 0] += 1
+    changed.save_pretrained(tmp_path / "copy")
+    with pytest.raises(BaseMismatchError, match="its weights differ"):
+        TextClassifier.load(tmp_path / "model.pt", base_model=str(tmp_path / "copy"))
