@@ -15,7 +15,7 @@ import flair
 import torch
 from flair.data import Sentence
 from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbeddings, TransformerWordEmbeddings
-from flair.embeddings.base import DocumentEmbeddings, TokenEmbeddings, register_embeddings
+from flair.embeddings.base import DocumentEmbeddings, Embeddings, TokenEmbeddings, register_embeddings
 from flair.embeddings.transformer import SENTENCE_BOUNDARY_TAG, combine_strided_tensors
 from peft import PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
@@ -440,7 +440,9 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
 
     def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
         """Whether stored vectors can be reused: never while the weights that they depend on can change."""
-        return not self.fine_tune and super()._everything_embedded(data_points)
+        return has_nothing_to_embed(self, data_points) or (
+            not self.fine_tune and super()._everything_embedded(data_points)
+        )
 
     def _set_tokenizer(
         self,
@@ -531,7 +533,9 @@ class PeftTransformerWordEmbeddings(TransformerWordEmbeddings, PeftTransformerEm
         )
 
     def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
-        return not self.fine_tune and TokenEmbeddings._everything_embedded(self, data_points)
+        return has_nothing_to_embed(self, data_points) or (
+            not self.fine_tune and TokenEmbeddings._everything_embedded(self, data_points)
+        )
 
 
 @register_embeddings
@@ -566,7 +570,9 @@ class PeftTransformerDocumentEmbeddings(TransformerDocumentEmbeddings, PeftTrans
         )
 
     def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
-        return not self.fine_tune and DocumentEmbeddings._everything_embedded(self, data_points)
+        return has_nothing_to_embed(self, data_points) or (
+            not self.fine_tune and DocumentEmbeddings._everything_embedded(self, data_points)
+        )
 
 
 @dataclass(frozen=True)
@@ -600,6 +606,13 @@ class _PoolingView:
         states = self._embeddings.hidden_states(input_ids, **tensors)
         wide = torch.promote_types(states[0].dtype, torch.float32)
         return (tuple(state.to(device=flair.device, dtype=wide) for state in states),)
+
+
+def has_nothing_to_embed(embeddings: Embeddings[Any], data_points: Sequence[Any]) -> bool:
+    """Whether there is no data point, or no word of one where words are embedded: Flair embeds nothing then."""
+    if isinstance(embeddings, TokenEmbeddings):
+        return not any(sentence.tokens for sentence in data_points)
+    return not data_points
 
 
 def counterpart(stock_class: type[TransformerEmbeddings]) -> type[PeftTransformerEmbeddings]:

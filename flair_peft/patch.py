@@ -56,7 +56,7 @@ from flair_peft import (
 )
 from flair_peft import checkpoint as checkpoint_files
 from flair_peft import config as configs
-from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
+from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart, has_nothing_to_embed
 from flair_peft.errors import ModelFileError, SaveError
 from flair_peft.sources import loading_with
 
@@ -219,7 +219,8 @@ def _embedding_afresh(original: Callable[..., bool]) -> Callable[..., bool]:
     @functools.wraps(original)
     def _everything_embedded(self: Embeddings, data_points: Any) -> bool:
         # Flair's trainer stores evaluation vectors and reads them again in the next epoch.
-        return original(self, data_points) and not (_installed and _has_changing_adapter(self))
+        is_fixed = not _installed or has_nothing_to_embed(self, data_points) or not _has_changing_adapter(self)
+        return original(self, data_points) and is_fixed
 
     return _everything_embedded
 

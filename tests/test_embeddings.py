@@ -865,3 +865,38 @@ def test_layer_that_the_model_lacks_is_named_with_how_many_there_are(base: Calla
     """A wrong number in ``layers`` is not taken for a fault of the adapter."""
     with pytest.raises(AdapterConfigError, match=r"layers \[9\] of BertModel: it has 3 hidden states"):
         PeftTransformerWordEmbeddings(base("bert"), peft_config=LoraConfig(), layers="-1,9")
+
+
+EMPTY: dict[str, list[str]] = {
+    "nothing": [],
+    "no words": [""],
+    "zero width": ["\u200b", ""],
+    "some words": ["", "I love it", "\u200b"],
+}
+
+
+@pytest.mark.parametrize("texts", EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize(
+    ("ours", "wrap"),
+    [(WORD, None), (DOCUMENT, None), (BOTH, None), (WORD, StackedEmbeddings), (WORD, DocumentPoolEmbeddings)],
+    ids=["words", "documents", "both", "stacked", "pooled"],
+)
+def test_empty_input_is_embedded_as_stock_embeddings_do(
+    ours: type[PeftTransformerEmbeddings], wrap: Callable[[Any], Embeddings] | None, texts: list[str], base: Base
+) -> None:
+    """The same vectors, or the same error; stock classes with an adapter included."""
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["query"])  # B is 0: the vectors are the base's
+    kinds = [(STOCK[ours], {}), (STOCK[ours], {"peft_config": config}), (ours, {"peft_config": config})]
+    outcomes = []
+    for kind, options in kinds:
+        embeddings = kind(base("bert"), fine_tune=True, use_context_separator=False, **options)
+        embeddings = (embeddings if wrap is None else wrap([embeddings])).eval()
+        sentences = [Sentence(text) for text in texts]
+        try:
+            embeddings.embed(sentences)
+            outcomes.append(read(embeddings, [sentence for sentence in sentences if sentence.tokens]))
+        except (IndexError, ValueError) as error:
+            outcomes.append([str(error)])
+    for outcome in outcomes[1:]:
+        assert len(outcome) == len(outcomes[0])
+        assert all(a == b if isinstance(a, str) else is_close(a, b) for a, b in zip(outcome, outcomes[0], strict=True))
