@@ -13,7 +13,7 @@ import torch
 from flair.models import MultitaskModel
 from flair.nn import Model
 
-from flair_peft import allowed, dtypes, states, weights
+from flair_peft import allowed, dtypes, rehearsal, states, weights
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import (
     AdapterConfigError,
@@ -52,6 +52,7 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
                 _refuse_unsafe_settings(state, source)
                 _refuse_unsafe(state, source)
             _refuse_useless_base(state, source)
+            rehearsal.check_settings(state, source=source)
             with weights.expecting(states.inner_embeddings(state)):
                 model = load(state)
     finally:
@@ -59,6 +60,7 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
     _check_numbers(model, state, source)
     _share_embeddings_again(model)
     dtypes.align_head_(model)
+    rehearsal.replay(model, state.get(rehearsal.KEY), source=source)
     return model
 
 

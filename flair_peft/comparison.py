@@ -27,7 +27,7 @@ _DEEPEST = 1_000
 
 # What is compared in another way, or says when and where a model was written and not what it is: of a model, of
 # transformer embeddings, and of the config of a transformer.
-_OF_MODELS = frozenset({"state_dict", "versions", "model_card", "training_state", "format_version"})
+_OF_MODELS = frozenset({"state_dict", "head_probe", "versions", "model_card", "training_state", "format_version"})
 _OF_EMBEDDINGS = frozenset(
     {
         *("part", "probe", "stored_base", "peft_config", "tokenizer_data", "feature_extractor_data", "save_base"),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from flair.nn import Model
 
-from flair_peft import assembly, card, checkpoint, codec, hub, layout, learned, legacy, refusals, states
+from flair_peft import assembly, card, checkpoint, codec, hub, layout, learned, legacy, refusals, rehearsal, states
 from flair_peft.compat import versions
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
@@ -87,8 +87,8 @@ def from_pretrained(
         source: a directory, a ``.pt`` file, or a Hub id, with ``@revision`` behind it if you like.
         base_model: directory or Hub id of the base model, if it is not where it was; it must be the same model. For a
             checkpoint with several bases, a dictionary from the recorded names.
-        verify: True checks the base's fingerprint and the vectors of a probe sentence; "full" reads all of the base's
-            weights; False checks neither.
+        verify: True checks the base's fingerprint, and the vectors of a probe sentence and what the head gives for one;
+            "full" reads all of the base's weights; False checks nothing of this.
         trust_remote_code: let the base model run code of its own. No checkpoint can switch that on.
         revision: branch, tag or commit on the Hub.
         token: for the Hub.
@@ -263,7 +263,8 @@ def describing(
     parts = {id(embeddings): Part(i, base) for i, (embeddings, base) in enumerate(zip(embedded, stored, strict=True))}
     # The probe switches dropout off for a moment, which no other save may see.
     with _describing, learned.storing(parts):
-        state = {**model._get_state_dict(), "versions": versions(), **extra}
+        state = model._get_state_dict()
+        state = {**state, rehearsal.KEY: rehearsal.take(model, state), "versions": versions(), **extra}
         if model.model_card is not None:
             state["model_card"] = card.plain(model.model_card)
         encoded = codec.encode(state)

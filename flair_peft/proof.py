@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flair_peft import adapters, fingerprint, tokenizer_files
+from flair_peft.dtypes import dtype_name
 from flair_peft.errors import BaseMismatchError, ModelFileError, StateMismatchError, name_some
 from flair_peft.frozen import FrozenBase
 from flair_peft.sources import BaseRecord, load_options
@@ -20,7 +21,7 @@ _TEXT = "Berlin is large, isn't it? 3 of 4 say so."
 _IDS_WITHOUT_TEXT = [1, 2, 3, 4]
 
 # Largest distance from the stored vectors, as a share of their norm: other machines sum in another order.
-_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def check_base(base: FrozenBase, expected: BaseRecord, *, name: str) -> None:
@@ -47,7 +48,7 @@ def check_base(base: FrozenBase, expected: BaseRecord, *, name: str) -> None:
 def take_probe(embeddings: Any) -> dict[str, Any]:
     """Return what :func:`replay_probe` compares: input ids and the mean of each wanted layer, (layers, hidden)."""
     ids = probe_ids(embeddings)
-    return {"input_ids": ids, "vectors": _vectors(embeddings, ids), "dtype": _dtype_name(embeddings)}
+    return {"input_ids": ids, "vectors": _vectors(embeddings, ids), "dtype": rounding_of(embeddings)}
 
 
 def replay_probe(embeddings: Any, stored: Mapping[str, Any]) -> None:
@@ -72,8 +73,7 @@ def replay_probe(embeddings: Any, stored: Mapping[str, Any]) -> None:
         )
     found = _vectors(embeddings, ids)
     apart = distance(found, expected)
-    stored_dtype = getattr(torch, str(stored.get("dtype")), torch.float32)
-    allowed = max(_TOLERANCE.get(stored_dtype, 0.0), _TOLERANCE.get(embeddings.base_dtype, 0.0))
+    allowed = max(tolerance(stored.get("dtype")), tolerance(dtype_name(embeddings.base_dtype)))
     if not apart <= allowed:
         raise StateMismatchError(
             f"Cannot trust the loaded '{embeddings.name}': its vectors of a probe sentence are {apart:.2g} of their "
@@ -101,7 +101,7 @@ def reachable(embeddings: Any, names: list[str]) -> list[str]:
     wanted = [name for name in names if parameters[name].requires_grad]
     if not wanted:
         return []
-    with torch.inference_mode(False), _evaluating(embeddings), torch.enable_grad():
+    with torch.inference_mode(False), evaluating(embeddings), torch.enable_grad():
         loss = torch.stack([state.float().sum() for state in _states(embeddings, probe_ids(embeddings))]).sum()
         if not loss.requires_grad:
             return []
@@ -148,7 +148,7 @@ def _states(embeddings: Any, ids: list[int]) -> tuple[torch.Tensor, ...]:
 
 
 def _vectors(embeddings: Any, ids: list[int]) -> torch.Tensor:
-    with _evaluating(embeddings), torch.no_grad():
+    with evaluating(embeddings), torch.no_grad():
         return torch.stack([state[0].float().mean(dim=0) for state in _states(embeddings, ids)]).cpu()
 
 
@@ -160,14 +160,19 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
-def _dtype_name(embeddings: Any) -> str:
-    if embeddings.is_quantised:
-        return "bfloat16"  # whose rounding is about that of the products of quantised weights on another device
-    return str(embeddings.base_dtype).removeprefix("torch.")
+def rounding_of(embeddings: Any) -> str:
+    """Return the name of the dtype whose rounding is about that of the embeddings."""
+    # Products of quantised weights are rounded in about that way on another device.
+    return "bfloat16" if embeddings.is_quantised else str(dtype_name(embeddings.base_dtype))
+
+
+def tolerance(dtype: Any) -> float:
+    """Return how far from what was stored vectors may be, as a share of their norm, by the name of their dtype."""
+    return _TOLERANCE.get(dtype, 0.0) if isinstance(dtype, str) else 0.0
 
 
 @contextmanager
-def _evaluating(embeddings: torch.nn.Module) -> Iterator[None]:
+def evaluating(embeddings: torch.nn.Module) -> Iterator[None]:
     """Switch the module to evaluation and afterwards each of its parts back to what it was."""
     were_training = [module for module in embeddings.modules() if module.training]
     embeddings.eval()

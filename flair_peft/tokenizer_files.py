@@ -215,11 +215,19 @@ def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTok
         ) from error
 
 
-def _digest(stored: BytesIO) -> str:
+def digest_of_vocabulary(stored: BytesIO) -> str | None:
+    """Return a digest of the files of a tokenizer without its settings, or ``None`` for what is no zip file."""
+    try:
+        return _digest(BytesIO(stored.getvalue()), leave_out="tokenizer_config.json")
+    except zipfile.BadZipFile:
+        return None
+
+
+def _digest(stored: BytesIO, *, leave_out: str | None = None) -> str:
     """Return a digest of names and contents of the files; the archive holds times of writing, too."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(stored) as files:
-        for name in sorted(files.namelist()):
+        for name in sorted(set(files.namelist()) - {leave_out}):
             content = files.read(name)
             digest.update(f"{name} {len(content)} ".encode() + content)
     return digest.hexdigest()

@@ -66,6 +66,7 @@ FLOORS = (
     "adapter_memory",
     "embeddings",
     "heads",
+    "rehearsal",
     "states",
     "legacy",
     "layout",
