@@ -41,7 +41,7 @@ from flair_peft.manifest import (
     parse,
     unsupported,
 )
-from flair_peft.replacement import find_directory, replace_directory, write_file, write_flushed
+from flair_peft.replacement import explained, find_directory, replace_directory, write_file, write_flushed
 
 __all__ = [
     "CARD",
@@ -49,6 +49,7 @@ __all__ = [
     "Checkpoint",
     "Content",
     "Tensors",
+    "explained",
     "hold",
     "hold_files",
     "is_checkpoint",

@@ -75,6 +75,12 @@ def is_adapter_key(key: str) -> bool:
     return any(_is_container(segment) for segment in segments) or "base_layer" in segments
 
 
+def is_embedded_adapter_key(key: str) -> bool:
+    """Whether the key of a Flair model names a tensor that PEFT added to the transformer of its embeddings."""
+    found = _EMBEDDED_MODEL.match(key)
+    return found is not None and is_adapter_key(key[found.end() :])
+
+
 def canonical_key(key: str) -> str:
     """Return the spelling of a key that does not depend on wrappers, ``base_layer`` and the adapter's name."""
     key = strip_wrappers(key)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from flair.file_utils import load_big_file, load_torch_state
 
-from flair_peft import opcodes, progress, states
+from flair_peft import opcodes, outline, progress, states
 from flair_peft.errors import (
     FlairPeftError,
     ModelFileError,
@@ -77,9 +77,33 @@ def read_state(path: AnyFile, *, expects_adapters: bool = True, trust_pickle: bo
     return state
 
 
-def _read(path: HeldFile, *, expects_adapters: bool, trust_pickle: bool) -> Any:
+def holds_adapters(path: AnyFile) -> bool:
+    """Whether a file holds a model with an adapter, by what its state would be; nothing of it is loaded.
+
+    Where that cannot be followed to its end, words that files with adapters hold are enough.
+
+    Raises:
+        ModelFileError: the file is a zip file that cannot be read.
+    """
+    if not opcodes.holds_adapters(path):
+        return False
+    contents = opcodes.read_contents(path)
+    if contents is None or not contents.is_whole or any(map(_tells_of_adapters, contents.globals)):
+        return True
     try:
-        is_checked = not trust_pickle and (expects_adapters or opcodes.holds_adapters(path))
+        state = outline.read_outline(path).value
+    except ModelFileError:
+        return True
+    return not isinstance(state, dict) or not _holds_tensors(state) or states.has_adapters(state)
+
+
+def _tells_of_adapters(name: str) -> bool:
+    return name == opcodes.UNRESOLVED or name.startswith("flair_peft.")
+
+
+def _read(path: HeldFile, *, expects_adapters: bool, trust_pickle: bool) -> Any:
+    is_checked = not trust_pickle and (expects_adapters or holds_adapters(path))
+    try:
         return _read_allowed(path) if is_checked else load_torch_state(os.fspath(path))
     except FlairPeftError:
         raise

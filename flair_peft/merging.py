@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import flair
 import torch
 from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbeddings, TransformerWordEmbeddings
@@ -14,6 +16,9 @@ from flair_peft.errors import AdapterConfigError, StateMismatchError, Unsupporte
 
 # Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
 _TOLERANCE = 1e-4
+
+# Models that were made here: plain ones, which this package writes.
+_made: weakref.WeakSet[Model] = weakref.WeakSet()
 
 _STOCK: tuple[type[TransformerEmbeddings], ...] = (TransformerWordEmbeddings, TransformerDocumentEmbeddings)
 
@@ -54,7 +59,13 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
         plain = _copy(model)
         _merge_(plain, dtypes.parse_dtype(dtype))
     plain.to(flair.device).eval()
+    _made.add(plain)
     return plain
+
+
+def is_merged(model: Model) -> bool:
+    """Whether a plain model was made by :func:`merge`."""
+    return model in _made
 
 
 def _merge_(model: Model, dtype: torch.dtype) -> None:

@@ -59,7 +59,7 @@ def save_pretrained(model: Model, directory: str | Path, *, save_base: bool | No
 def write_checkpoint(model: Model, directory: Path, plan: Callable[[PeftTransformerEmbeddings], StoredBase]) -> None:
     """The directory holds the model; ``plan`` says how each of its embeddings stores its base."""
     _refuse_base_directory(directory)
-    with describing(model, plan=plan) as (description, embedded):
+    with checkpoint.explained(directory), describing(model, plan=plan) as (description, embedded):
         document, files = layout.to_files(description, embedded)
         size = sum(t.nbytes for content in files.values() if isinstance(content, dict) for t in content.values())
         text = card.write_card(model, embedded, size=size)
@@ -236,7 +236,7 @@ def save_file(
         SaveError: the file could not be written.
     """
     extra: dict[str, Any] = {} if training_state is None else {"training_state": dict(training_state)}
-    with describing(model, save_base=save_base, **extra) as (description, _):
+    with checkpoint.explained(path), describing(model, save_base=save_base, **extra) as (description, _):
         tensors = {name: _alone(tensor) for name, tensor in description.tensors.items()}
         stored = _StoredState(dataclasses.replace(description, tensors=tensors))
         checkpoint.write_file(path, lambda file: torch.save(stored, file, pickle_protocol=_PICKLE_PROTOCOL))
@@ -297,6 +297,7 @@ def load_checkpoint(model_class: type[Model], directory: Path, options: LoadOpti
         directory: of the checkpoint.
         options: of the load.
     """
+    _refuse_adapter_directory(directory)
     stored = checkpoint.read(directory)
     found = _find_class(stored.document.get("class"), str(directory))
     if not issubclass(found, model_class):
@@ -333,6 +334,16 @@ def reload_(model: Model, path: Path) -> None:
     finally:
         for embeddings in embedded:
             embeddings.expect_whole()
+
+
+def _refuse_adapter_directory(directory: Path) -> None:
+    """Return unless an adapter of PEFT lies there: it has no head, and no Flair model can be made of it alone."""
+    if (directory / layout.ADAPTER_CONFIG).is_file() and not checkpoint.is_checkpoint(directory):
+        raise ModelFileError(
+            f"Cannot load '{directory}': it is an adapter of PEFT and no Flair model, which has a head and labels as "
+            "well. Another library trained it, or the rest was not copied. Make embeddings of it for a model of your "
+            f"own: PeftTransformerDocumentEmbeddings.from_adapter('{directory}'), or of the Word class for a tagger."
+        )
 
 
 def _refuse_base_directory(directory: Path) -> None:

@@ -107,6 +107,8 @@ def read_contents(path: AnyFile) -> PickleContents | None:
 def holds_adapters(path: AnyFile) -> bool:
     """Whether a pickle of the file holds the key of an adapter tensor or of a PEFT config, or names this package.
 
+    These are words, and a model without an adapter can hold them too: as a label, or in the path of its training.
+
     This takes no memory beyond that of the pickle, and no longer than Python needs to unpickle it.
 
     Raises:

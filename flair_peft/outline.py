@@ -325,6 +325,8 @@ class _Machine:
 
 def _call(function: Any, arguments: Any) -> Any:
     """Return the stand-in for what a call would return."""
+    if isinstance(function, Made) and isinstance(arguments, tuple):  # a partial function, for example
+        return Made(function.name, arguments)
     if not isinstance(function, Name) or not isinstance(arguments, tuple):
         raise _Odd("something is called that is no function")
     name = function.text
@@ -373,6 +375,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> 
 
 def _refer(machine: _Machine, *_: int) -> None:
     (reference,) = machine.take(1)
+    if reference[0] == "module" and isinstance(reference[1], Name):  # the class of a module, with its source code
+        machine.push(reference[1])
+        return
     kind, storage, key, _, count = reference[:5]
     if kind != "storage" or not isinstance(storage, Name) or not isinstance(key, str) or type(count) is not int:
         raise _Odd("it refers to something that is not a tensor's storage")
@@ -388,6 +393,12 @@ def _create(machine: _Machine, *_: int) -> None:
     if not isinstance(cls, Name) or not isinstance(arguments, tuple):
         raise _Odd("something is made of what is no class")
     machine.push(Made(cls.text, arguments))
+
+
+def _create_by_names(machine: _Machine, *_: int) -> None:
+    cls, arguments, named = machine.take(3)
+    machine.stack.extend((cls, (*arguments, named)))
+    _create(machine)
 
 
 def _build(machine: _Machine, *_: int) -> None:
@@ -556,6 +567,7 @@ _BY_OPCODE: dict[str, _Handler] = {
     "STACK_GLOBAL": _name_of_stack,
     "REDUCE": _reduce,
     "NEWOBJ": _create,
+    "NEWOBJ_EX": _create_by_names,
     "BUILD": _build,
     "BINPERSID": _refer,
 }

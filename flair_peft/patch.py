@@ -5,7 +5,7 @@ These attributes of Flair are replaced, each by a function that calls the origin
 =============================================  ========================================================================
 ``load`` of ``Model`` and its subclasses       takes files, directories and Hub ids with adapters; aligns dtypes
 ``Model.save``                                 writes what was learned, whole or not at all, and no pickled objects;
-                                               replaces files by plain models whole or not at all
+                                               and merged models, and what replaces a file with an adapter, likewise
 ``train`` of ``Model`` and its subclasses      gives a cast head its fp32 values back, or fp32, before it trains
 ``Model._apply``                               keeps heads that need fp32 in fp32, whatever ``model.half()`` does
 ``Embeddings._everything_embedded``            never reuses vectors that depend on an adapter that can change
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import errno
 import functools
 import inspect
 import logging
@@ -47,9 +48,11 @@ from flair_peft import (
     dtypes,
     hub,
     legacy,
+    merging,
     methods,
     models,
     parallel,
+    residency,
     resume,
     stock,
     training,
@@ -63,6 +66,9 @@ from flair_peft.sources import loading_with
 log = logging.getLogger("flair_peft")
 
 _MISSING = object()
+
+# A mount point, a folder that is protected: so says a system where a file cannot be replaced, or none made beside it.
+_IRREPLACEABLE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
 _lock = threading.RLock()
 _trainers: weakref.WeakKeyDictionary[Model, ModelTrainer] = weakref.WeakKeyDictionary()
 _installed: list[_Replacement] = []
@@ -302,7 +308,10 @@ def _saving_what_was_learned(original: Callable[..., None]) -> Callable[..., Non
         if not _installed:
             return original(self, model_file, checkpoint)
         if not any(isinstance(module, PeftTransformerEmbeddings) for module in self.modules()):
-            return _replace_whole(Path(model_file), lambda path: original(self, path, checkpoint))
+            path = Path(str(model_file))
+            if merging.is_merged(self) or _holds_adapter(path):
+                return _replace_whole(path, lambda path: original(self, path, checkpoint))
+            return original(self, model_file, checkpoint)
         trainer = _trainers.get(self) if checkpoint else None
         state = None if trainer is None else resume.training_state(trainer, self)
         models.save_file(self, Path(model_file), save_base=save_base, training_state=state)
@@ -312,19 +321,30 @@ def _saving_what_was_learned(original: Callable[..., None]) -> Callable[..., Non
 
 
 def _replace_whole(path: Path, save: Callable[[Path], None]) -> None:
-    """Save to a path; a file that is there is replaced when the new one is whole, and never written into.
+    """Save to a path, whole or not at all; a file that no other can take the place of is written into, as Flair does.
 
-    The weights of a live model may be mapped from it, and it may be the only copy of an adapter.
+    The weights of a live model may be mapped from the file that is there, and it may be the only copy of an adapter.
     """
-    if not path.is_file():
-        return save(path)
     try:
-        return checkpoint_files.write_file(path, lambda file: save(Path(file.name)))
-    except RuntimeError as error:  # so torch reports a full disk
+        checkpoint_files.write_file(path, lambda file: save(Path(file.name)))
+    except SaveError as error:
+        if error.errno not in _IRREPLACEABLE or not path.is_file() or residency.is_file_mapped(path):
+            raise
+        save(path)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # of torch's writer, which so reports a full disk
+            raise
         raise SaveError(
-            f"Cannot save to '{path}': {str(error)[:200]}. torch could not write the file, which is as it was before. "
-            "Make room there, or save to another place."
+            f"Cannot save to '{path}': {str(error)[:200]}. torch could not write the file, and what was there is as it "
+            "was before. Make room there, or save to another place."
         ) from error
+
+
+def _holds_adapter(path: Path) -> bool:
+    try:
+        return path.is_file() and legacy.holds_adapters(path)
+    except ModelFileError:
+        return False
 
 
 def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:

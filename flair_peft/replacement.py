@@ -11,6 +11,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import shutil
 import stat
 import sys
@@ -40,10 +41,12 @@ NamesOf = Callable[[Path], list[str]]
 The first is the file that the others are known by: it is the last to be removed.
 """
 
+_MOUNT = "A mount point cannot be replaced: mount the folder around a file, and save to a folder inside of a mount."
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there, or save to another disk."),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Save to a folder that you may write to."),
-    **dict.fromkeys((errno.EBUSY, errno.EXDEV), "Save to a folder inside it, since a mount point cannot be replaced."),
+    **dict.fromkeys((errno.EBUSY, errno.EXDEV), _MOUNT),
+    errno.ENOENT: "Make the folder first, or save to another one.",
 }
 
 
@@ -61,7 +64,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
         SaveError: it could not be written. What else ``write`` raises is passed on.
     """
     target = Path(os.path.realpath(path))
-    with _explained(target):
+    with explained(target):
         if target.exists() and not target.is_file() and not target.is_dir():
             with target.open("wb") as pipe:
                 write(pipe)
@@ -93,7 +96,7 @@ def replace_directory(
         SaveError: it could not be written; the folder is as it was. What else ``fill`` raises is passed on.
     """
     target = Path(os.path.realpath(path))
-    with _explained(target):
+    with explained(target):
         _check_place(target, is_right=os.path.isdir, kind="file")
         target.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(target) as new, _nothing_left_of(new, target, names_of):
@@ -148,25 +151,35 @@ def _check_place(target: Path, *, is_right: Callable[[Path], bool], kind: str) -
     if os.path.ismount(target):
         raise SaveError(
             f"Cannot save to '{target}': it is a mount point. It would be replaced as a whole, which its file system "
-            "does not allow. Save to a folder inside it."
+            f"does not allow. {_MOUNT}"
         )
 
 
 @contextlib.contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    """Turn the operating system's errors into a ``SaveError`` that says what they mean here."""
+def explained(target: Path) -> Iterator[None]:
+    """Turn the system's errors, of temporary files too, into a ``SaveError`` that says what they mean here."""
     try:
         yield
     except FlairPeftError:
         raise
-    except OSError as error:
-        place = f" ('{error.filename}')" if error.filename else ""
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else _number_in(error)
+        if number is None and not isinstance(error, OSError):
+            raise
+        what = getattr(error, "strerror", None) or str(error).rstrip(".")
+        place = f" ('{filename}')" if (filename := getattr(error, "filename", None)) else ""
         raised = SaveError(
-            f"Cannot save to '{target}': {error.strerror or error}{place}. What was there before is unchanged. "
-            + _ADVICE.get(error.errno or 0, "Save to another place, or mend this one.")
+            f"Cannot save to '{target}': {what}{place}. What was there before is unchanged. "
+            + _ADVICE.get(number or 0, "Save to another place, or mend this one.")
         )
-        raised.errno = error.errno
+        raised.errno = number
         raise raised from error
+
+
+def _number_in(error: Exception) -> int | None:
+    """Return the system's number of what went wrong where an error only tells it: libraries in Rust raise such."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found.group(1)) if found else None
 
 
 @contextlib.contextmanager

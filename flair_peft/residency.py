@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,12 +42,26 @@ def is_mapped(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is that of a file, which the system can drop and read again; known on Linux only."""
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return False
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-        span, _, _, _, inode = line.split()[:5]
+    for span, _, _, _, inode, *_ in _mappings():
         first, last = (int(address, 16) for address in span.split("-"))
         if first <= tensor.data_ptr() < last:
             return inode != "0"
     return False
+
+
+def is_file_mapped(path: Path) -> bool:
+    """Whether memory of this process may be that of a file, so that writing into the file would change it."""
+    if sys.platform != "linux":
+        return True
+    # Overlays show the number of another file, and some file systems another path.
+    marks = {str(path.stat().st_ino), os.path.realpath(path)}
+    return any(not marks.isdisjoint(mapping[4:]) for mapping in _mappings())
+
+
+def _mappings() -> list[list[str]]:
+    """Return address, permissions, offset, device, inode and path of all that is mapped into this process."""
+    text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    return [line.split(maxsplit=5) for line in text.splitlines()]
 
 
 def give_back_freed() -> None:

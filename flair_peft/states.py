@@ -38,7 +38,7 @@ def has_adapters(state: Any) -> bool:
     """Whether any part of a Flair model's state holds PEFT tensors or a PEFT config."""
     if not isinstance(state, Mapping):
         return False
-    if any(keys.is_adapter_key(key) for key in state.get("state_dict", ())):
+    if any(keys.is_embedded_adapter_key(key) for key in state.get("state_dict", ())):
         return True
     if any(params.get("peft_config") is not None for _, params in _embedding_params(state)):
         return True

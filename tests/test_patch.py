@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import errno
 import functools
 import importlib
 import itertools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +24,7 @@ import flair
 import pytest
 import torch
 import transformers
+from flair.data import Dictionary
 from flair.embeddings import TransformerDocumentEmbeddings, TransformerWordEmbeddings
 from flair.embeddings.base import Embeddings
 from flair.models import MultitaskModel, TextClassifier
@@ -33,9 +37,17 @@ from flair_peft import (
     PeftTransformerDocumentEmbeddings,
     PeftTransformerEmbeddings,
     PeftTransformerWordEmbeddings,
+    legacy,
+    opcodes,
     patch,
 )
-from flair_peft.errors import FlairPeftError, MissingConfigError, StateMismatchError, UnsupportedHostError
+from flair_peft.errors import (
+    FlairPeftError,
+    MissingConfigError,
+    SaveError,
+    StateMismatchError,
+    UnsupportedHostError,
+)
 from tests.zoo import ZOO, Entry
 
 CLASSIFIER, TAGGER = ZOO["text-classifier"], ZOO["sequence-tagger"]
@@ -838,3 +850,104 @@ def test_file_that_needs_the_hook_fails_after_uninstall_without_giving_a_model(
     message = processes(FLAIR_ONLY)[name]
     assert message != "loaded"
     assert "peft" in message.lower() or "lora" in message.lower()
+
+
+WORDS = "runs/v1.lora_off"
+
+
+def rename_first_label(labels: Dictionary, name: str) -> None:
+    del labels.item2idx[labels.idx2item[0]]
+    labels.idx2item[0] = name.encode()
+    labels.item2idx[name.encode()] = 0
+
+
+WITH_WORDS: dict[str, Callable[[Any], Any]] = {
+    "model card": lambda model: vars(model).update(
+        model_card={"training_parameters": {"base_path": Path(WORDS), "peft_config": None, "counts": Counter(["a"])}}
+    ),
+    "label": lambda model: rename_first_label(model.label_dictionary, f"{WORDS}.weight"),
+    "label type": lambda model: vars(model).update(_label_type="peft_config"),
+    "parameter of the head": lambda model: model.decoder.register_parameter(
+        "lora_A", torch.nn.Parameter(torch.ones(2))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_WORDS)
+def test_load_of_a_plain_model_with_words_of_adapters_is_left_to_flair(
+    name: str, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tells an adapter is a tensor of the embeddings' transformer, or a config of theirs, and no other string."""
+    live = make(CLASSIFIER, base("bert"), None, stock=True)
+    WITH_WORDS[name](live)
+    path = save(live, tmp_path)
+    assert opcodes.holds_adapters(path) is (name != "label")  # Flair keeps labels as bytes
+    read = list[str]()
+    stock_function = legacy.load_torch_state
+    monkeypatch.setattr(legacy, "load_torch_state", lambda path: (read.append(path), stock_function(path))[1])
+    if name == "parameter of the head":
+        # Flair itself does not make it anew, and says so.
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            TextClassifier.load(path)
+    else:
+        loaded = TextClassifier.load(path)
+        assert getattr(loaded, "model_card", None) == getattr(live, "model_card", None)
+        assert loaded.label_dictionary.get_items() == live.label_dictionary.get_items()
+        assert loaded.label_type == live.label_type
+    assert len(read) == 1
+
+
+@pytest.fixture
+def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the path of a file that no other can take the place of, as one that docker mounts."""
+    place = tmp_path / "place"
+    place.mkdir()
+    path, replace = place / "model.pt", os.replace
+
+    def refuse(source: Any, target: Any, **options: Any) -> None:
+        if Path(target) == path:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        replace(source, target, **options)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    return path
+
+
+def test_save_of_a_plain_model_is_flairs_own(base: Base, tmp_path: Path, mounted: Path) -> None:
+    """It writes into the file that is there, mounted or linked, and makes nothing beside it."""
+    model, corpus = make(CLASSIFIER, base("bert"), None, stock=True), CLASSIFIER.corpus()
+    mounted.write_bytes(b"old")
+    (tmp_path / "link").hardlink_to(mounted)
+    model.save(mounted)
+    assert (tmp_path / "link").samefile(mounted)
+    assert CLASSIFIER.predict(TextClassifier.load(mounted), corpus) == CLASSIFIER.predict(model, corpus)
+    assert [path.name for path in mounted.parent.iterdir()] == ["model.pt"]
+    for target, error in ((tmp_path, RuntimeError), (tmp_path / "absent" / "x.pt", RuntimeError)):
+        with pytest.raises(error) as raised:
+            model.save(target)
+        assert not isinstance(raised.value, FlairPeftError)
+
+
+@pytest.mark.parametrize("is_merged", [False, True], ids=["plain", "merged"])
+def test_save_over_a_mounted_file_with_an_adapter_writes_into_it_unless_a_model_is_mapped_from_it(
+    is_merged: bool, base: Base, mounted: Path
+) -> None:
+    """A plain model arrives there as stock Flair's save would have it; a live model keeps its weights."""
+    adapted, corpus = make(CLASSIFIER, base("bert"), lora()), CLASSIFIER.corpus()
+    model = flair_peft.merge(adapted) if is_merged else make(CLASSIFIER, base("bert"), None, stock=True)
+    adapted.save(mounted.with_name("source"), save_base=True)
+    shutil.copyfile(mounted.with_name("source"), mounted)
+    live = TextClassifier.load(mounted)
+    expected = CLASSIFIER.predict(live, corpus)
+    if sys.platform == "linux":
+        with pytest.raises(SaveError, match="mount"):
+            model.save(mounted)
+        assert CLASSIFIER.predict(live, corpus) == expected
+    with pytest.raises(SaveError, match="mount the folder"):
+        adapted.save(mounted)
+    mounted.unlink()
+    mounted.write_bytes(mounted.with_name("source").read_bytes())  # another file, from which nothing is mapped
+    del live
+    model.save(mounted)
+    assert CLASSIFIER.predict(TextClassifier.load(mounted), corpus) == CLASSIFIER.predict(model, corpus)
+    assert sorted(path.name for path in mounted.parent.iterdir()) == ["model.pt", "source"]
