@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peft.utils.other import get_pattern_key
 
-from flair_peft import contents, keys, progress
+from flair_peft import checkpoint, contents, keys, progress
 from flair_peft.contents import StoredTensor
 from flair_peft.errors import (
     BaseMismatchError,
@@ -136,7 +136,7 @@ def draw(measured: Map, path: str | Path, *, title: str) -> None:
 
     Raises:
         ModelFileError: matplotlib cannot write a file of this ending.
-        OSError: the file cannot be written.
+        SaveError: the file cannot be written.
     """
     layers = sorted({layer for layer, _ in map(_position, measured.moves)})
     modules = list(dict.fromkeys(module for _, module in map(_position, measured.moves)))
@@ -158,7 +158,8 @@ def draw(measured: Map, path: str | Path, *, title: str) -> None:
             "Use .png, .svg or .pdf."
         )
     try:
-        figure.savefig(path, dpi=150)
+        form = Path(path).suffix[1:]
+        checkpoint.write_file(Path(path), lambda file: figure.savefig(file, dpi=150, format=form))
     except ValueError as error:
         raise ModelFileError(
             f"Cannot write '{path}': {error}. The ending says in which format. Use .png, .svg or .pdf."

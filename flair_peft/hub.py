@@ -209,9 +209,10 @@ def push_directory(
     """
     document, files = checkpoint.hold(Path(directory))
     with tempfile.TemporaryDirectory() as folder:
-        for name, file in files.items():
-            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, Path(folder, name))
+        with checkpoint.explained(Path(folder)):
+            for name, file in files.items():
+                Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, Path(folder, name))
         checkpoint.read(Path(folder))
         return upload(
             Path(folder),

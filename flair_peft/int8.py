@@ -14,7 +14,8 @@ from flair.embeddings.transformer import TransformerOnnxEmbeddings
 from flair.models import MultitaskModel
 from flair.nn import Model
 
-from flair_peft.errors import AdapterConfigError
+from flair_peft import checkpoint
+from flair_peft.errors import AdapterConfigError, FlairPeftError, SaveError
 
 log = logging.getLogger("flair_peft")
 
@@ -64,6 +65,7 @@ def quantize_onnx(
 
     Raises:
         AdapterConfigError: the model is no exported one, or there are no data points.
+        SaveError: a file could not be written; the model computes as it did.
     """
     embedded = [module for module in model.modules() if isinstance(module, TransformerOnnxEmbeddings)]
     if not embedded or not data_points:
@@ -76,8 +78,7 @@ def quantize_onnx(
     sizes = sum(Path(embeddings.onnx_model).stat().st_size for embeddings in embedded)
     with _without_advice():
         for embeddings in embedded:
-            path = Path(embeddings.onnx_model)
-            embeddings.quantize_model(str(path.with_name(f"{path.stem}-int8{path.suffix}")))
+            _quantize_(embeddings)
     after, score_after = _predict(model, data_points), _evaluate(model, data_points, gold_label_type)
     pairs = list(zip(before, after, strict=True))
     cost = AccuracyCost(
@@ -89,6 +90,26 @@ def quantize_onnx(
     )
     log.info("int8: %s.", cost)
     return cost
+
+
+def _quantize_(embeddings: TransformerOnnxEmbeddings) -> None:
+    """The embeddings compute with a file in int8 beside their own, or as they did if it cannot be written."""
+    path = Path(embeddings.onnx_model)
+    target = path.with_name(f"{path.stem}-int8{path.suffix}")
+    try:
+        checkpoint.write_file(target, lambda file: embeddings.quantize_model(file.name))
+    except BaseException as error:
+        path.with_name(f"{path.stem}-inferred{path.suffix}").unlink(missing_ok=True)  # which onnxruntime leaves behind
+        embeddings.onnx_model = str(path)
+        embeddings.create_session()
+        if isinstance(error, FlairPeftError) or not isinstance(error, Exception):
+            raise
+        raise SaveError(
+            f"Cannot save to '{target}': onnxruntime fails with {type(error).__name__}: {str(error)[:200]}. It "
+            "does not say why; a full disk is a usual reason. Make room there, or go on with the model, which computes "
+            "as it did."
+        ) from error
+    embeddings.onnx_model = str(target)
 
 
 @contextlib.contextmanager
