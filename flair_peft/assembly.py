@@ -121,9 +121,16 @@ def subclasses(root: type[Any]) -> Iterator[type[Any]]:
 
 
 def check_class(cls: type[Model], stored: Any, source: str) -> None:
-    """Say which class a file holds where an abstract class would try all others and print the whole state."""
+    """Say which class a file holds where an abstract class would try all others, and another one read its settings."""
     known = {subclass.__name__ for subclass in subclasses(cls)}
-    if inspect.isabstract(cls) and stored is not None and stored not in known:
+    if not inspect.isabstract(cls):
+        found = [model_class for model_class in subclasses(Model) if model_class.__name__ == stored]
+        if found and not any(issubclass(cls, model_class) or issubclass(model_class, cls) for model_class in found):
+            raise ModelFileError(
+                f"Cannot load '{source}' as a {cls.__name__}: it holds a {stored}. Another class would read it as "
+                f"something that it is not. Use {stored}.load."
+            )
+    elif stored is not None and stored not in known:
         raise ModelFileError(
             f"Cannot load '{source}' as a {cls.__name__}: it holds a {stored}. {cls.__name__}.load finds only classes "
             f"that derive from {cls.__name__}. Use {stored}.load, after importing the module that defines it, or "

@@ -307,7 +307,7 @@ def _whole(value: Any) -> Any:
 def _read_config(path: Path) -> PeftConfig:
     try:
         return configs.decode_config(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError) as error:
         if isinstance(error, FlairPeftError):
             raise
         raise AdapterConfigError(

@@ -27,7 +27,7 @@ import transformers
 from flair.data import Dictionary
 from flair.embeddings import TransformerDocumentEmbeddings, TransformerWordEmbeddings
 from flair.embeddings.base import Embeddings
-from flair.models import MultitaskModel, TextClassifier
+from flair.models import MultitaskModel, SequenceTagger, TextClassifier
 from flair.nn import Classifier, Model
 from flair.trainers import ModelTrainer
 from peft import LoraConfig, OSFConfig, PeftConfig, PeftModel, PsoftConfig
@@ -44,6 +44,7 @@ from flair_peft import (
 from flair_peft.errors import (
     FlairPeftError,
     MissingConfigError,
+    ModelFileError,
     SaveError,
     StateMismatchError,
     UnsupportedHostError,
@@ -951,3 +952,28 @@ def test_save_over_a_mounted_file_with_an_adapter_writes_into_it_unless_a_model_
     model.save(mounted)
     assert CLASSIFIER.predict(TextClassifier.load(mounted), corpus) == CLASSIFIER.predict(model, corpus)
     assert sorted(path.name for path in mounted.parent.iterdir()) == ["model.pt", "source"]
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_load_by_a_class_that_the_file_does_not_hold_names_the_one_it_holds(
+    stock: bool, base: Base, tmp_path: Path
+) -> None:
+    """A tagger is no classifier; a class and one that derives from it read each other's files, as in Flair."""
+    path = save(make(CLASSIFIER, base("bert"), lora(), stock=stock), tmp_path)
+    with pytest.raises(ModelFileError, match=r"holds a TextClassifier.*Use TextClassifier\.load"):
+        SequenceTagger.load(path)
+
+    class OwnClassifier(TextClassifier):
+        pass
+
+    assert type(OwnClassifier.load(path)) is OwnClassifier
+
+
+@pytest.mark.parametrize("load", [TextClassifier.load, Model.load, flair_peft.from_pretrained, flair_peft.verify])
+def test_load_of_an_adapter_folder_names_the_way_to_use_it(load: Any, base: Base, tmp_path: Path) -> None:
+    """What PEFT wrote has no head: the message says what can be made of it."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora())
+    embeddings.model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(ModelFileError, match="from_adapter") as raised:
+        load(str(tmp_path / "adapter"))
+    assert str(raised.value).count(". ") >= 2
