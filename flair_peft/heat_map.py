@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peft.utils.other import get_pattern_key
 
-from flair_peft import checkpoint, contents, keys, progress
+from flair_peft import checkpoint, contents, keys, methods, progress
 from flair_peft.contents import StoredTensor
 from flair_peft.errors import (
     BaseMismatchError,
@@ -34,7 +34,7 @@ from flair_peft.errors import (
     UnsupportedMethodError,
     name_some,
 )
-from flair_peft.inspection import REWRITING_INITS, Adapter, Inspection, module_of
+from flair_peft.inspection import Adapter, Inspection, module_of
 
 _FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -227,7 +227,7 @@ def _notes(adapter: Adapter) -> Iterator[str]:
     if adapter.config.get("use_dora"):
         yield "DoRA: ΔW is that of the two factors alone, before the columns are scaled to their learned magnitudes"
     init = adapter.config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(REWRITING_INITS):
+    if isinstance(init, str) and methods.init_rewrites_base(init):
         yield f"'{init}' rewrote the base: ΔW counts from the rewritten weights"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from flair_peft import contents, implied, keys, layout, outline, states
+from flair_peft import contents, implied, keys, layout, methods, outline, states
 from flair_peft.contents import ADAPTER, CHECKPOINT, STOCK, Contents, StoredTensor
 
 FORMAT = 1
@@ -30,7 +30,6 @@ _NO_SETTINGS = frozenset({"auto_mapping", "peft_type", "peft_version", "task_typ
 _BASE_IN_CONFIG = "base_model_name_or_path"
 _LONGEST_PLACE = 200  # deeper than embeddings stand in any model
 _LORA_A = ("lora_A", "lora_embedding_A")
-REWRITING_INITS = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -578,7 +577,7 @@ def _find_notes(found: Inspection) -> Iterator[str]:
         if config.get("trainable_token_indices"):
             yield "rows of the embedding matrix were trained"
         init = config.get("init_lora_weights")
-        if isinstance(init, str) and init.startswith(REWRITING_INITS):
+        if isinstance(init, str) and methods.init_rewrites_base(init):
             yield f"the initialisation '{init}' rewrote weights of the base"
         if adapter.base["needs_remote_code"]:
             yield "the base comes with code of its own: loading needs trust_remote_code=True"

@@ -26,6 +26,18 @@ _INITS_BESIDE_BASE = frozenset({True, False, "gaussian", "eva", "orthogonal"})
 _MIXABLE = frozenset({"LORA", "HIRA", "ROAD", "GLORA"})
 
 
+# Learning rates at which AdamW trained these methods best on real text, and that of LoRA for all others.
+# resources/benchmarks/quality.md has the measurements.
+_RATES = {"IA3": 3e-2, "PROMPT_TUNING": 3e-2, "P_TUNING": 3e-2, "PREFIX_TUNING": 1e-2, "CARTRIDGE": 1e-2}
+_RATE_OF_LORA = 1e-3
+
+HEAD_RATE = 1e-2
+"""A learning rate to try for a head, which starts at random on top of an adapter."""
+
+# Methods that train matrices as large as those of the base.
+_FULL_SIZE = frozenset({"OSF"})
+
+
 def method_name(config: PeftConfig) -> str:
     """Return PEFT's name of the method, such as ``"LORA"``."""
     return str(getattr(config.peft_type, "value", config.peft_type))
@@ -43,11 +55,15 @@ def is_derived_from_base(config: PeftConfig) -> bool:
     return method_name(config) in _DERIVED_FROM_BASE or trains_tokens
 
 
+def init_rewrites_base(init: object) -> bool:
+    """Whether this value of ``init_lora_weights`` takes something out of the base's weights."""
+    return init not in _INITS_BESIDE_BASE
+
+
 def rewrites_base(config: PeftConfig) -> bool:
     """Whether adding the adapter, or filling it, may change frozen weights of the base."""
-    init = getattr(config, "init_lora_weights", True)
     return (
-        init not in _INITS_BESIDE_BASE
+        init_rewrites_base(getattr(config, "init_lora_weights", True))
         or bool(getattr(config, "kasa_config", None))
         or bool(getattr(config, "layer_replication", None))
         or is_derived_from_base(config)
@@ -70,6 +86,15 @@ def needs_step_hook(config: PeftConfig) -> bool:
     """Whether the method must be told after each optimiser step, so that it can move its rank budget."""
     uses_asa = method_name(config) == "ADAMSS" and bool(getattr(config, "use_asa", False))
     return config.peft_type == PeftType.ADALORA or uses_asa
+
+
+def rate_to_try(config: PeftConfig, rate: float) -> float | None:
+    """Return a learning rate to try, where an adapter hardly learns with this one; ``None`` where it may.
+
+    Flair's 5e-5 is made for whole transformers; it is a twentieth of what suits LoRA.
+    """
+    suited = _RATES.get(method_name(config), _RATE_OF_LORA)
+    return suited if 20 * rate < 1.001 * suited and method_name(config) not in _FULL_SIZE else None
 
 
 def depends_on_batch(config: PeftConfig) -> bool:

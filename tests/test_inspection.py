@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -483,3 +484,15 @@ def test_inspection_reads_no_tensor(saved: Callable[[str, str], tuple[Model, Pat
         monkeypatch.setattr(module, name, refuse)
     for kind in KINDS:
         inspect(saved("text-classifier", kind)[1]).to_dict()
+
+
+@pytest.mark.parametrize(("init", "is_rewriting"), [("eva", False), ("orthogonal", False), ("pissa_niter_2", True)])
+def test_notes_say_that_the_base_was_rewritten_only_where_the_initialisation_does_that(
+    init: str, is_rewriting: bool, base: Base, tmp_path: Path
+) -> None:
+    """EVA and orthogonal matrices start LoRA beside the base's weights; PiSSA takes what it starts from out of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # EVA waits for data
+        config = lora(init_lora_weights=init)
+        get_peft_model(AutoModel.from_pretrained(base("bert")), config).save_pretrained(tmp_path)
+    assert ("rewrote" in " ".join(inspect(tmp_path).notes)) == is_rewriting
