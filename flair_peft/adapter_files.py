@@ -14,7 +14,8 @@ from peft import PeftConfig
 
 from flair_peft import checkpoint, hub, older_peft
 from flair_peft import config as configs
-from flair_peft.errors import AdapterConfigError, ModelFileError
+from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
+from flair_peft.fingerprint import not_finite
 from flair_peft.held import AnyFile, HeldFile
 from flair_peft.sources import LoadOptions
 
@@ -120,7 +121,26 @@ def _read_tensors(path: HeldFile) -> dict[str, torch.Tensor]:
         raise _damaged(path, "it holds something else than tensors by name")
     if not content:
         raise _damaged(path, "it holds no tensors")
+    _refuse_senseless(source, content)
     return content
+
+
+def _refuse_senseless(source: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Return if all tensors hold numbers to compute with."""
+    empty = [name for name, tensor in tensors.items() if not tensor.numel()]
+    if empty:
+        raise ModelFileError(
+            f"Cannot use the adapter '{source}': {len(empty)} of its tensors are empty: {name_some(empty)}. "
+            "DeepSpeed's ZeRO-3 spreads weights over processes, and leaves such tensors where they are saved without "
+            "being gathered. Gather them (zero_to_fp32.py does that to its checkpoints), and save the adapter again."
+        )
+    broken = not_finite(tensors)
+    if broken:
+        raise ModelFileError(
+            f"Cannot use the adapter '{source}': {len(broken)} of its tensors hold NaN or infinite numbers: "
+            f"{name_some(broken)}. Its training diverged, and every prediction would be NaN. Take an earlier "
+            "checkpoint, or train again, with a lower learning rate or in fp32 or bf16."
+        )
 
 
 def _labels(folder: Path) -> tuple[str, ...] | None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import logging
 import math
 import re
 import threading
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel
 from flair_peft import keys, methods, refusals
 from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.methods import ADAPTER_NAME
+
+log = logging.getLogger("flair_peft")
 
 # transformers builds models on the meta device, or without initialising them, by switches for the whole process: one
 # thread at a time makes modules, or those of another would be empty.
@@ -209,6 +212,28 @@ def virtual_rows(model: PeftModel) -> int:
         if methods.method_name(config) in methods.PREPENDING and not model._adapters_disabled
         else 0
     )
+
+
+def modules_without_effect(model: PeftModel) -> list[str]:
+    """Return the names of the modules whose adapter is multiplied with zero, such as by ``lora_alpha=0``."""
+    found = []
+    for name, module in model.named_modules():
+        scales = [value for key, value in vars(module).items() if key.endswith("scaling") and isinstance(value, dict)]
+        if isinstance(module, BaseTunerLayer) and any(scale.get(ADAPTER_NAME) == 0 for scale in scales):
+            found.append(name)
+    return found
+
+
+def report_without_effect(model: PeftModel) -> None:
+    """Say which adapters are multiplied with zero, so that they change nothing and learn nothing."""
+    found = modules_without_effect(model)
+    if found:
+        log.warning(
+            "The adapter has no effect on %s modules, such as %s: its scale is zero there. It changes nothing and "
+            "learns nothing. Pass an alpha (or scaling) that is not zero, such as lora_alpha=32 with LoRA.",
+            len(found),
+            name_some(found, limit=1),
+        )
 
 
 def trainable_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:

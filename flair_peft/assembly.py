@@ -58,6 +58,7 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
     finally:
         _is_going_on.reset(token)
     _check_numbers(model, state, source)
+    states.report_not_finite(states.tensors_of(state), f"'{source}'")
     _share_embeddings_again(model)
     dtypes.align_head_(model)
     rehearsal.replay(model, state.get(rehearsal.KEY), source=source)

@@ -30,6 +30,9 @@ _SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
 # What PEFT fills in when it adds an adapter. Its constructors, which it passed before, may refuse what results.
 _FILLED_IN = _SETS | {"layers_to_transform", "layers_pattern", "modules_to_save"}
 
+# What an adapter is multiplied with, for which PEFT takes a default of its own where a file lacks it.
+_SCALES = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha", "shadow_alpha", "scaling")
+
 DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32
 
@@ -97,7 +100,8 @@ def decode_config(stored: Any) -> PeftConfig:
     It is as it was, with what PEFT filled in when it added the adapter and what a constructor would derive again.
 
     Raises:
-        AdapterConfigError: the method or one of its settings is not known to the installed PEFT.
+        AdapterConfigError: the method or one of its settings is not known to the installed PEFT, or the scale of the
+            adapter is not stored.
     """
     if isinstance(stored, PeftConfig):
         return own_config(stored)
@@ -118,6 +122,13 @@ def decode_config(stored: Any) -> PeftConfig:
             f"Cannot read the stored {config_class.__name__}: PEFT {peft.__version__} does not know its settings "
             f"{name_some(unknown)}. The model was trained with PEFT {stored.get('peft_version', '(unknown)')}. "
             "Install that version or a newer one."
+        )
+    lacking = [n for n in _SCALES if n in fields and values.get(n) is None and fields[n].default is not None]
+    if lacking:
+        raise AdapterConfigError(
+            f"Cannot use the stored {config_class.__name__}: it lacks {name_some(lacking)}, which scales what was "
+            f"learned. PEFT would take {fields[lacking[0]].default}, and a wrong scale changes predictions "
+            "silently. Add the value of the training to the adapter_config.json."
         )
     hints = typing.get_type_hints(config_class)
     given = {n: _to_dataclass(v, hints.get(n)) for n, v in values.items() if n in fields}

@@ -188,6 +188,8 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         base = quantised.prepare_(base, how)
         own_config = given_config or configs.own_config(_default_config(base))
         refusals.refuse_unsupported(base, own_config)
+        if is_new and given_config is not None and stored_base is None:  # those that were trained elsewhere pass it
+            refusals.check_names(base, own_config)
         configs.encode_config(own_config)  # a config that no file can hold is refused now, not after the training
         shared = found
         if frozen.is_placed(base):
@@ -479,6 +481,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         refusals.try_out(self.model, lambda: self.hidden_states(ids, **inputs), rows=ids.shape[1])
 
     def _report(self) -> None:
+        adapters.report_without_effect(self.model)
         trainable, total = self.model.get_nb_trainable_parameters()
         log.info("%s: %s of %s parameters are trained (%.2f %%).", self.name, trainable, total, 100 * trainable / total)
         if methods.depends_on_batch(self.adapter_config):

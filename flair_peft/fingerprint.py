@@ -38,6 +38,11 @@ def of_tensor(tensor: torch.Tensor) -> str:
     return full({"": tensor})
 
 
+def not_finite(tensors: Tensors) -> list[str]:
+    """Return the names of the tensors that hold NaN or infinite numbers."""
+    return [name for name, tensor in tensors.items() if not all(p.isfinite().all() for p in _pieces(tensor.detach()))]
+
+
 def _digest(tensors: Tensors, names: Iterable[str], parts: Callable[[torch.Tensor], Iterable[torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name in sorted(names):

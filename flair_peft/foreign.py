@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from flair.embeddings.transformer import SENTENCE_BOUNDARY_TAG
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flair_peft import adapters, backbone, bare_config, keys, methods, older_peft, origins, refusals
@@ -237,7 +238,7 @@ def fill_(embeddings: Any, plan: Plan, *, allow_untrained: bool) -> None:
     if missing or unexpected or match.ambiguous:
         raise _misfit(plan, {"missing": missing, "left over": unexpected, "ambiguous": match.ambiguous})
     fitted = _fit({key: plan.tensors[theirs] for key, theirs in match.renamed.items()}, own, plan)
-    _check_learned(plan, fitted, allow_untrained=allow_untrained)
+    _check_learned(plan, model, fitted, allow_untrained=allow_untrained)
     _set_(model, fitted, plan.ranks)
     after = _stored_state(model)
     lost = [key for key, tensor in fitted.items() if not torch.equal(after[key].cpu(), tensor.to(after[key].dtype))]
@@ -416,7 +417,18 @@ def _grown(tensor: torch.Tensor, own: torch.Tensor, rows: int) -> torch.Tensor:
     return result.cpu()
 
 
-def _check_learned(plan: Plan, fitted: Tensors, *, allow_untrained: bool) -> None:
+def _check_learned(plan: Plan, model: PeftModel, fitted: Tensors, *, allow_untrained: bool) -> None:
+    unscaled = adapters.modules_without_effect(model)
+    if (
+        unscaled
+        and len(unscaled) == sum(isinstance(m, BaseTunerLayer) for m in model.modules())
+        and not allow_untrained
+    ):
+        raise UntrainedAdapterError(
+            f"Cannot use the adapter '{plan.source}': the scale in its {CONFIG} is zero, so that it would compute what "
+            "the base computes. A training with this scale learns nothing, or the file was changed afterwards. Correct "
+            "its alpha, or pass allow_untrained=True to use it all the same."
+        )
     deciding = [key for key in fitted if any(f".{name}" in key for name in _DECIDING)]
     zero = [key for key in deciding if not fitted[key].any()]
     if not zero:

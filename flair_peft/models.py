@@ -60,6 +60,7 @@ def write_checkpoint(model: Model, directory: Path, plan: Callable[[PeftTransfor
     """The directory holds the model; ``plan`` says how each of its embeddings stores its base."""
     _refuse_base_directory(directory)
     with checkpoint.explained(directory), describing(model, plan=plan) as (description, embedded):
+        _report_not_finite(description, directory)
         document, files = layout.to_files(description, embedded)
         size = sum(t.nbytes for content in files.values() if isinstance(content, dict) for t in content.values())
         text = card.write_card(model, embedded, size=size)
@@ -237,6 +238,7 @@ def save_file(
     """
     extra: dict[str, Any] = {} if training_state is None else {"training_state": dict(training_state)}
     with checkpoint.explained(path), describing(model, save_base=save_base, **extra) as (description, _):
+        _report_not_finite(description, path)
         tensors = {name: _alone(tensor) for name, tensor in description.tensors.items()}
         stored = _StoredState(dataclasses.replace(description, tensors=tensors))
         checkpoint.write_file(path, lambda file: torch.save(stored, file, pickle_protocol=_PICKLE_PROTOCOL))
@@ -344,6 +346,13 @@ def _refuse_adapter_directory(directory: Path) -> None:
             "well. Another library trained it, or the rest was not copied. Make embeddings of it for a model of your "
             f"own: PeftTransformerDocumentEmbeddings.from_adapter('{directory}'), or of the Word class for a tagger."
         )
+
+
+def _report_not_finite(description: layout.Description, path: Path) -> None:
+    """Say that the model diverged, which is saved all the same."""
+    named = (name.rpartition("state_dict/") for name in description.tensors)
+    learned = {name: description.tensors[before + mark + name] for before, mark, name in named if mark}
+    states.report_not_finite(learned, f"The model that is saved as '{path}'")
 
 
 def _refuse_base_directory(directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 
 from flair_peft.errors import AdapterConfigError, FlairPeftError, UnsupportedMethodError, name_some
 from flair_peft.methods import ADAPTER_NAME, PREFIXING, PREPENDING, describe, method_name
+
+log = logging.getLogger("flair_peft")
 
 _NEEDS_TASK_IDS = "it needs a task id with every sentence, and Flair has none to give"
 
@@ -61,6 +64,76 @@ def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
         raise unsupported(model, config, "PEFT puts a prefix on a GPU alone where the base is spread (peft#3619)")
 
 
+_NAMING = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
+
+
+def check_names(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Return if each name in a user's config may be meant; those that no module has are said.
+
+    PEFT is content if one of them is there. Lists that are meant for many architectures name what others have, so that
+    only a name that is nearly that of a module which no other entry names is taken for a slip of the pen.
+
+    Raises:
+        AdapterConfigError: there is one.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for setting in _NAMING:
+        entries = getattr(config, setting, None) or ()
+        entries = () if isinstance(entries, str) else entries
+        found = {entry: _ending_in(entry, names) for entry in entries}
+        unmatched = sorted(entry for entry, modules in found.items() if not modules)
+        if not unmatched or (setting == "target_modules" and len(unmatched) == len(found)):
+            continue  # without any target, PEFT adds no adapter
+        taken = {name for modules in found.values() for name in modules}
+        free = {name.rpartition(".")[2] for name in names if name not in taken}
+        slips = {e: n for e in unmatched for n in sorted(free) if _is_slip(e.rpartition(".")[2], n)}
+        if slips:
+            meant = ", ".join(f"'{entry}' (is '{name}' meant?)" for entry, name in slips.items())
+            raise AdapterConfigError(
+                f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: no module of it is called "
+                f"{meant}, which its {setting} name. PEFT would go without, and a part of the adapter would be "
+                "missing. Correct the name, or leave it out."
+            )
+        log.warning(
+            "No module of %s is called %s: %s selects nothing by that. Its linear modules are called %s.",
+            type(model).__name__,
+            name_some(unmatched),
+            setting,
+            name_some(_linear_names(model), limit=12),
+        )
+    _report_lost_layers(model, config, names)
+
+
+def _report_lost_layers(model: PreTrainedModel, config: PeftConfig, names: Sequence[str]) -> None:
+    wanted = getattr(config, "layers_to_transform", None)
+    wanted = {wanted} if isinstance(wanted, int) else set(wanted or ())
+    numbers = {int(part) for name in names for part in name.split(".") if part.isdigit()}
+    if wanted - numbers and wanted & numbers:
+        log.warning(
+            "%s has no layers %s: layers_to_transform selects nothing by these. Its layers are called 0 to %s.",
+            type(model).__name__,
+            name_some(map(str, sorted(wanted - numbers))),
+            max(numbers),
+        )
+
+
+def _ending_in(entry: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if f".{name}".endswith(f".{entry}")]
+
+
+def _is_slip(written: str, name: str) -> bool:
+    """Whether a name was written with its letters in another order or case, or with one too many or too few.
+
+    Another letter makes another name: ``q_proj``, ``k_proj``.
+    """
+    short, long = sorted((written.lower(), name.lower()), key=len)
+    if len(long) < 4 or len(long) - len(short) > 1:
+        return False
+    if len(long) == len(short):
+        return sorted(long) == sorted(short)
+    return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
+
+
 def try_out(model: PeftModel, forward: Callable[[], tuple[torch.Tensor, ...]], *, rows: int) -> None:
     """Return if one small forward pass with the adapter gives hidden states of the right shape.
 
@@ -82,6 +155,13 @@ def try_out(model: PeftModel, forward: Callable[[], tuple[torch.Tensor, ...]], *
     except Exception as error:
         reason = f"its first forward pass fails with {type(error).__name__}: {str(error) or 'no message'}"
         raise unsupported(base, config, reason) from error
+    if not all(states.isfinite().all() for states in hidden_states):
+        log.warning(
+            "%s gives NaN or infinite numbers in %s. Its weights hold some, or its numbers are beyond what this dtype "
+            "can hold, and every prediction would be NaN. Pass dtype='float32' or 'bfloat16', or another base model.",
+            type(base).__name__,
+            str(hidden_states[0].dtype).removeprefix("torch."),
+        )
     found = {states.shape[1] for states in hidden_states}
     if any(count < rows for count in found):
         raise unsupported(base, config, f"it gives {sorted(found)} rows for a sentence of {rows} subtokens")
@@ -135,7 +215,7 @@ def explain_injection(model: PreTrainedModel, config: PeftConfig, error: Excepti
     targets = getattr(config, "target_modules", None)
     targets = sorted(targets) if isinstance(targets, set) else targets
     if "target" in str(error).lower() and "found" in str(error).lower():
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+        linear = _linear_names(model)
         return AdapterConfigError(
             f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: its target_modules {targets!r} "
             f"match no module that it can adapt. Its linear modules are called {name_some(linear, limit=12)}. "
@@ -146,6 +226,10 @@ def explain_injection(model: PreTrainedModel, config: PeftConfig, error: Excepti
         f"Cannot use this {method_name(config)} config on {type(model).__name__}. The reason: PEFT says: "
         f"{str(error).rstrip('.')}. Correct the config, or choose {other} or another base model."
     )
+
+
+def _linear_names(model: PreTrainedModel) -> set[str]:
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from flair.models.sequence_tagger_utils.crf import START_TAG, STOP_TAG
 from peft import PeftConfig
 
 from flair_peft import config as configs
-from flair_peft import implied, keys
+from flair_peft import fingerprint, implied, keys
 from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart
 from flair_peft.errors import (
     AdapterConfigError,
@@ -25,6 +26,8 @@ from flair_peft.errors import (
 )
 from flair_peft.implied import ImpliedConfig
 from flair_peft.sources import StoredBase
+
+log = logging.getLogger("flair_peft")
 
 State = dict[str, Any]
 
@@ -116,6 +119,30 @@ def tensors_of(state: State) -> dict[str, torch.Tensor]:
     for task, task_state in state.get("model_states", {}).items():
         tensors.update({f"{task}.{name}": tensor for name, tensor in tensors_of(task_state).items()})
     return tensors
+
+
+def report_not_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Say which tensors of a model hold NaN or infinite numbers, apart from the base's own weights.
+
+    Args:
+        tensors: by the names that their state dict gives them, whatever stands in front.
+        where: they are, for the message.
+    """
+    prefixes = tuple(keys.find_adapter_prefixes(tensors))
+    # Matrices of the base, which older files hold beside what was learned, stay unread.
+    of_base = {n for n, t in tensors.items() if t.dim() > 1 and n.startswith(prefixes) and keys.base_key(n) is not None}
+    learned = {n: t for n, t in tensors.items() if n not in of_base or "modules_to_save" in n}
+    broken = fingerprint.not_finite(learned)
+    if broken:
+        log.warning(
+            "%s holds NaN or infinite numbers in %s of %s tensors that were learned: %s. Its training diverged, and "
+            "its predictions mean nothing. Take an earlier checkpoint, or train again, with a lower learning rate or "
+            "in fp32 or bf16.",
+            where,
+            len(broken),
+            len(learned),
+            name_some(broken, limit=3),
+        )
 
 
 def stored_bases(state: State) -> Iterator[tuple[int, StoredBase]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -186,6 +187,36 @@ class AdapterGuard(TrainerPlugin):
         """Raise if the model holds what no file can hold: not after the last epoch."""
         models.check_storable(self.model)
 
+    @TrainerPlugin.hook("after_setup")
+    def check_effect(self, **_: Any) -> None:
+        """Say if the adapter is multiplied with zero."""
+        for peft_model in _peft_models(self.model) if is_main_process() else ():
+            adapters.report_without_effect(peft_model)
+
+    @TrainerPlugin.hook("after_setup")
+    def check_rates(self, optimizer: type[torch.optim.Optimizer], max_epochs: int, epoch: int = 0, **_: Any) -> None:
+        """Say, where a training starts anew, if the adapter will hardly learn at its learning rate."""
+        is_known = optimizer.__module__.startswith("torch.optim")
+        if not is_known or not 0 == epoch < max_epochs or not is_main_process():
+            return
+        for embeddings in _adapted(self.model):
+            parameters = adapters.trainable_parameters(embeddings.model)
+            rate = self._rate_of(parameters.values())
+            wanted = methods.rate_to_try(embeddings.adapter_config, rate) if embeddings.fine_tune else None
+            if wanted is not None:
+                log.warning(
+                    "The adapter of '%s' hardly learns with learning_rate=%s: that is made for the weights of a whole "
+                    "transformer. Try learning_rate=%s, and decoder_learning_rate=%s for the head.",
+                    embeddings.name,
+                    *map(_as_written, (rate, wanted, methods.HEAD_RATE)),
+                )
+
+    def _rate_of(self, parameters: Iterable[torch.nn.Parameter]) -> float:
+        """Return the highest learning rate of these parameters, before schedules change it."""
+        wanted, groups = set(map(id, parameters)), self.trainer.optimizer.param_groups
+        found = [g.get("initial_lr", g["lr"]) for g in groups if not wanted.isdisjoint(map(id, g["params"]))]
+        return max(map(float, found), default=math.inf)
+
     @TrainerPlugin.hook("after_evaluation")
     def note_scores(self, epoch: int, validation_scores: tuple[float, ...], **_: Any) -> None:
         """Keep the scores of the epoch where files hold them: in the model card."""
@@ -264,5 +295,13 @@ def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: A
         )
 
 
+def _as_written(rate: float) -> str:
+    return f"{rate:.2g}" if rate >= 0.1 else f"{rate:.0e}".replace("e-0", "e-")
+
+
+def _adapted(model: torch.nn.Module) -> list[PeftTransformerEmbeddings]:
+    return [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+
+
 def _peft_models(model: torch.nn.Module) -> list[PeftModel]:
-    return [module.model for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    return [embeddings.model for embeddings in _adapted(model)]

@@ -291,13 +291,15 @@ class StoredWeights(TransformerBaseEmbeddings):
         shapes = [
             f"{key} ({_shape(stored[theirs])} instead of {_shape(own[key])})"
             for key, theirs in match.renamed.items()
-            if _shape(stored[theirs]) != _shape(own[key])
+            if _shape(stored[theirs]) != _shape(own[key]) and _shape(stored[theirs]) != (0,)
         ]
+        empty = [key for key, theirs in match.renamed.items() if _shape(stored[theirs]) == (0,) != _shape(own[key])]
         problems = {
             "missing in the file": match.missing,
             "not known to the model": match.unexpected,
             "meaning the same tensor": match.ambiguous,
             "of another shape": shapes,
+            "empty, as ZeRO-3 leaves weights that nobody gathered before saving": empty,
             "of another kind of number": [
                 key for key, theirs in match.renamed.items() if _are_other_numbers(stored[theirs], own[key])
             ],

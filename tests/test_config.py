@@ -185,6 +185,22 @@ def test_config_given_as_an_object_is_decoded_to_a_copy() -> None:
     assert decoded.rank_pattern is not config.rank_pattern
 
 
+SCALED = {"LORA": "lora_alpha", "ADALORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha", "FOURIERFT": "scaling"}
+
+
+@pytest.mark.parametrize("stored", ["without", "null"])
+@pytest.mark.parametrize("method", SCALED)
+def test_config_stored_without_its_scale_is_not_given_the_default_of_peft(method: str, stored: str) -> None:
+    """A lost alpha is asked for, not assumed."""
+    settings = encode_config(METHODS[method].config("encoder"))
+    found = settings.pop(SCALED[method])
+    if stored == "null":
+        settings[SCALED[method]] = None
+    with pytest.raises(AdapterConfigError, match=f"lacks '{SCALED[method]}'"):
+        decode_config(settings)
+    assert getattr(decode_config({**settings, SCALED[method]: found}), SCALED[method]) == found
+
+
 @pytest.mark.parametrize("value", [1, True, "x", [1], {"a": 1}])
 def test_config_with_an_unknown_setting_raises_an_error_that_names_it(value: Any) -> None:
     """A setting that this PEFT lacks would be lost, so it is refused with its name and the version to install."""

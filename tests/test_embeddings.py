@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import logging
 import pickle
 import random
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flair
@@ -25,7 +28,7 @@ from flair.embeddings import (
 )
 from flair.embeddings.base import load_embeddings
 from flair.embeddings.transformer import SENTENCE_BOUNDARY_TAG
-from peft import LoraConfig, PeftConfig, PromptTuningConfig
+from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig
 from transformers import AutoModel
 
 import flair_peft
@@ -900,3 +903,67 @@ def test_empty_input_is_embedded_as_stock_embeddings_do(
     for outcome in outcomes[1:]:
         assert len(outcome) == len(outcomes[0])
         assert all(a == b if isinstance(a, str) else is_close(a, b) for a, b in zip(outcome, outcomes[0], strict=True))
+
+
+NAMES: dict[str, tuple[str, Callable[[], PeftConfig], str]] = {
+    "letters exchanged": ("bert", lambda: lora(target_modules=["query", "valeu"]), "'valeu' .is 'value' meant"),
+    "a letter too many": ("bert", lambda: lora(target_modules=["querys", "value"]), "'querys' .is 'query' meant"),
+    "a letter missing": ("llama", lambda: lora(target_modules=["q_proj", "gateproj"]), "is 'gate_proj' meant"),
+    "another case": ("bert", lambda: lora(target_modules=["Query", "value"]), "is 'query' meant"),
+    "of a path": ("bert", lambda: lora(target_modules=["key", "self.valeu"]), "'self.valeu' .is 'value' meant"),
+    "saved": ("bert", lambda: lora(modules_to_save=["poler"]), "'poler' .is 'pooler' meant.*modules_to_save"),
+    "excluded": ("bert", lambda: lora(exclude_modules=["quer"], target_modules=["value"]), "exclude_modules"),
+    "feed-forward": (
+        "bert",
+        lambda: IA3Config(target_modules=["key", "dense", "dens"], feedforward_modules=["dens"]),
+        "is 'dense' meant",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_with_a_misspelt_name_is_refused_with_the_name_that_is_meant(name: str, base: Base) -> None:
+    """PEFT is content with the other names, and a part of the adapter would be missing without a word."""
+    architecture, config, message = NAMES[name]
+    with pytest.raises(AdapterConfigError, match=message):
+        PeftTransformerDocumentEmbeddings(base(architecture), peft_config=config())
+
+
+LISTS: dict[str, tuple[str, Callable[[], PeftConfig], tuple[str, ...]]] = {
+    "for many architectures": (
+        "bert",
+        lambda: lora(target_modules=["query", "value", "q_proj", "v_proj", "c_attn", "querys"]),
+        ("'c_attn', 'q_proj', 'querys', 'v_proj'", "target_modules", "'dense', 'key'"),
+    ),
+    "with the head of a class": ("bert", lambda: lora(modules_to_save=["classifier"]), ("'classifier'", "to_save")),
+    "with too many layers": ("bert", lambda: lora(layers_to_transform=[0, 1, 2]), ("no layers '2'", "0 to 1")),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_config_with_names_that_no_module_has_is_taken_with_a_word(
+    name: str, base: Base, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lists that are meant for many architectures may stay as they are; what selects nothing is said once."""
+    architecture, config, said = LISTS[name]
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        embeddings = PeftTransformerDocumentEmbeddings(base(architecture), peft_config=config())
+    assert len(caplog.records) == 1
+    assert all(word in caplog.text for word in said)
+    caplog.clear()
+    load_embeddings(embeddings.save_embeddings())
+    assert caplog.text == ""
+
+
+def test_base_that_holds_nan_is_said_when_an_adapter_is_added(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stock Flair embeds with it, and so do these; but every vector is NaN, which is said."""
+    model = AutoModel.from_pretrained(base("bert"))
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[0, 0] = torch.nan
+    shutil.copytree(base("bert"), tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        PeftTransformerDocumentEmbeddings(str(tmp_path / "base"), peft_config=lora())
+    assert "BertModel gives NaN or infinite numbers in float32" in caplog.text

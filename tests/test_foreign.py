@@ -779,6 +779,28 @@ FILE_ERRORS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "no tensors for: 'encoder.layer.0.attention.self.query'",
     ),
     "another rank": (lambda f: _set(f, r=3), BaseMismatchError, r"\(4, 32\) instead of \(3, 32\)"),
+    "no alpha": (lambda f: _set(f, lora_alpha=None), AdapterConfigError, "lacks 'lora_alpha', which scales"),
+    "an alpha of zero": (lambda f: _set(f, lora_alpha=0), UntrainedAdapterError, "the scale in its adapter_config"),
+    "alphas of zero": (
+        lambda f: _set(f, alpha_pattern={"query": 0}),
+        UntrainedAdapterError,
+        "the scale in its adapter_config",
+    ),
+    "NaN": (
+        lambda f: _rewrite(f, lambda ts: {k: v * (float("nan") if "0.attention" in k else 1) for k, v in ts.items()}),
+        ModelFileError,
+        "2 of its tensors hold NaN or infinite numbers: .*0.attention.self.query.lora_A",
+    ),
+    "an infinite head": (
+        lambda f: _rewrite(f, lambda ts: {k: v / ("classifier" not in k) for k, v in ts.items()}),
+        ModelFileError,
+        "classifier",
+    ),
+    "the tensors of ZeRO-3": (
+        lambda f: _rewrite(f, lambda ts: {k: v[:0] if "lora_B" in k else v for k, v in ts.items()}),
+        ModelFileError,
+        "2 of its tensors are empty: .*zero_to_fp32",
+    ),
     "an empty adapter": (
         lambda f: _rewrite(f, lambda ts: {k: v * ("lora_B" not in k) for k, v in ts.items()}),
         UntrainedAdapterError,

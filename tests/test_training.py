@@ -26,6 +26,7 @@ from peft import (
     PromptTuningConfig,
 )
 
+import flair_peft
 from flair_peft import (
     LoraPlusPlugin,
     PeftTransformerDocumentEmbeddings,
@@ -34,6 +35,7 @@ from flair_peft import (
 )
 from flair_peft.errors import TrainingSetupError
 from tests import round_trip
+from tests.selection import few
 from tests.zoo import ZOO
 
 LABELS = {"positive": ["good", "great", "wonderful", "love"], "negative": ["bad", "terrible", "hated", "awful"]}
@@ -76,6 +78,10 @@ def scores(model: TextClassifier) -> list[float]:
     model.eval()
     model.predict(sentences, label_name="predicted", return_probabilities_for_all_classes=True)
     return [label.score for sentence in sentences for label in sentence.get_labels("predicted")]
+
+
+class Mine(torch.optim.AdamW):
+    """An optimiser that may mean its learning rate."""
 
 
 class Watch(TrainerPlugin):
@@ -234,6 +240,70 @@ def test_adapter_that_cannot_learn_is_said_at_once(
         train(model, tmp_path, max_epochs=1)
     assert "learns nothing" in caplog.text
     assert caplog.text.count("learns nothing") == 1
+
+
+RATES: dict[str, tuple[Callable[[], Any], dict[str, Any], str | None]] = {
+    "Flair's own": (lora, {"learning_rate": 5e-5}, "learning_rate=1e-3, and decoder_learning_rate=1e-2"),
+    "lower": (lora, {"learning_rate": 1e-5, "decoder_learning_rate": 1e-2}, "learning_rate=1e-3"),
+    "of LoRA": (lora, {"learning_rate": 1e-3}, None),
+    "low": (lora, {"learning_rate": 1e-4}, None),
+    "of LoRA with prompts": (lambda: PromptTuningConfig(num_virtual_tokens=2), {"learning_rate": 1e-3}, "=3e-2"),
+    "of prompts": (lambda: PromptTuningConfig(num_virtual_tokens=2), {"learning_rate": 1e-2}, None),
+    "of LoRA with IA3": (lambda: IA3Config(), {"learning_rate": 1e-3}, "=3e-2"),
+    "raised by LoRA+": (lora, {"learning_rate": 5e-5, "plugins": [LoraPlusPlugin()]}, None),
+    "after some epochs": (lora, {"learning_rate": 5e-5, "epoch": 1}, None),
+    "without epochs": (lora, {"learning_rate": 5e-5, "max_epochs": 0}, None),
+    "of an optimizer of one's own": (lora, {"learning_rate": 5e-5, "optimizer": Mine}, None),
+}
+
+
+@pytest.mark.parametrize("name", few(RATES, ["Flair's own", "of LoRA", "of LoRA with IA3", "raised by LoRA+"]))
+def test_learning_rate_at_which_an_adapter_does_not_learn_is_said_when_the_training_starts(
+    name: str, base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, with the numbers to try for adapter and head; not where the rate may be meant."""
+    config, options, said = RATES[name]
+    model = classifier(base("bert"), peft_config=config())
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        train(model, tmp_path, **{"max_epochs": 2, **options})
+    assert caplog.text.count("hardly learns") == (said is not None)
+    assert said is None or said in caplog.text
+
+
+def test_adapter_that_is_multiplied_with_zero_is_said_at_once(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``lora_alpha=0`` is said when embeddings are made, and again when a training starts."""
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        model = classifier(base("bert"), peft_config=lora(lora_alpha=0))
+    assert caplog.text.count("has no effect on 4 modules") == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        train(model, tmp_path, max_epochs=1)
+    assert caplog.text.count("has no effect on 4 modules") == 1
+
+
+def test_model_that_diverged_is_saved_and_loaded_with_a_word(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing that a training ends with is lost, and what is NaN is named when it is saved and when it is loaded."""
+    model = classifier(base("bert"))
+    diverged = next(name for name, _ in model.named_parameters() if "lora_A" in name)
+    with torch.no_grad():
+        dict(model.named_parameters())[diverged][0, 0] = torch.nan
+        model.decoder.bias[0] = torch.inf
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        model.save(tmp_path / "model.pt")
+        flair_peft.save_pretrained(model, tmp_path / "model")
+    assert caplog.text.count("NaN or infinite numbers in 2 of ") == 2
+    caplog.clear()
+    for path in (tmp_path / "model.pt", tmp_path / "model"):
+        with caplog.at_level(logging.WARNING, logger="flair_peft"):
+            Classifier.load(path)
+        said = next(record.getMessage() for record in caplog.records[::-1] if "NaN" in record.getMessage())
+        assert said.startswith(f"'{path}' holds NaN")
+        assert "'decoder.bias'" in said
+        assert "query.lora_A" in said
 
 
 def adalora(total_step: int, **options: Any) -> AdaLoraConfig:
