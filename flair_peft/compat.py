@@ -10,21 +10,29 @@ import peft
 import torch
 import transformers
 from flair.nn import Model
+from flair.trainers import ModelTrainer
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from flair_peft._version import __version__
-from flair_peft.errors import FormatVersionError, UnsupportedHostError
+from flair_peft.errors import FormatVersionError, UnsupportedHostError, name_some
 
 FLAIR_VERSIONS = SpecifierSet(">=0.15.1,<0.16", prereleases=True)
+_INSTALL_A_RELEASE = f"install a release: pip install --force-reinstall --no-deps 'flair{FLAIR_VERSIONS}'"
+
 # 1: the base's weights are in the file. 2: they need not be.
 FORMAT_VERSION = 2
 
 _EXPECTED_PARAMETERS = {
-    "load": ["model_path"],
-    "save": ["self", "model_file", "checkpoint"],
-    "_get_state_dict": ["self"],
+    (Model, "load"): ["model_path"],
+    (Model, "save"): ["self", "model_file", "checkpoint"],
+    (Model, "_get_state_dict"): ["self"],
+    (ModelTrainer, "_save_model"): ["self", "model_file", "checkpoint"],
+    (ModelTrainer, "_load_model"): ["self", "model_file"],
 }
+
+# What models have in Flair's development version, which calls itself 0.15.1 and whose files hold more.
+_NOT_YET_RELEASED = ("tokenizer", "license_info")
 
 
 class FormatVersion(int):
@@ -51,6 +59,8 @@ def check_format_version(version: Any) -> None:
 def check_host() -> None:
     """Return if the installed Flair has the version and the signatures that the hook was written for.
 
+    Flair's development version has the version, and is told by what it has.
+
     Raises:
         UnsupportedHostError: it has not; nothing has been changed.
     """
@@ -59,12 +69,20 @@ def check_host() -> None:
             f"flair_peft cannot hook into Flair {flair.__version__}. Its hook was written for Flair {FLAIR_VERSIONS}. "
             "Install one of those."
         )
-    for name, expected in _EXPECTED_PARAMETERS.items():
-        found = list(inspect.signature(getattr(Model, name)).parameters)
+    later = [name for name in _NOT_YET_RELEASED if hasattr(Model, name)]
+    if later:
+        raise UnsupportedHostError(
+            f"flair_peft cannot hook into this Flair, which calls itself {flair.__version__}: its models have "
+            f"{name_some(later)}, as those of no release. It is a development version, which trains and saves in "
+            f"another way. Uninstall it, and {_INSTALL_A_RELEASE}."
+        )
+    for (owner, name), expected in _EXPECTED_PARAMETERS.items():
+        found = list(inspect.signature(getattr(owner, name)).parameters)
         if found != expected:
             raise UnsupportedHostError(
-                f"flair_peft cannot hook into flair.nn.Model.{name}: it takes {found}, not {expected}. Another package "
-                "may have replaced it. Import flair_peft first."
+                f"flair_peft cannot hook into {owner.__module__}.{owner.__name__}.{name}: it takes {found}, not "
+                f"{expected}. Another package may have replaced it, or this Flair is no release. Import flair_peft "
+                f"first, or {_INSTALL_A_RELEASE}."
             )
 
 

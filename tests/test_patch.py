@@ -190,6 +190,30 @@ def test_install_where_a_signature_differs_changes_nothing(stock: Found, monkeyp
     assert differences(stock, snapshot()) == {"Model.save"}
 
 
+def _save_as_development_versions_do(self: Any, model_file: Any, save_optimizer_state: bool = False) -> None:
+    """Do nothing, under their parameters."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (ModelTrainer, "_save_model", _save_as_development_versions_do),
+        (ModelTrainer, "_load_model", lambda self, model_file, strict: None),
+        (Model, "tokenizer", property(lambda self: None)),
+    ],
+)
+def test_install_on_a_development_version_is_refused_by_what_it_is(
+    owner: Any, name: str, value: Any, stock: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flair's development version calls itself as the last release: a training would end at its first save."""
+    flair_peft.uninstall()
+    found = snapshot()
+    monkeypatch.setattr(owner, name, value, raising=False)
+    with pytest.raises(UnsupportedHostError, match=f"{name}.*release"):
+        flair_peft.install()
+    assert differences(found, snapshot()) <= {f"{owner.__name__}.{name}"}
+
+
 def test_install_that_fails_midway_is_taken_back(stock: Found, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flair is changed whole or not at all."""
     flair_peft.uninstall()
