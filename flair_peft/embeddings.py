@@ -97,6 +97,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         dtype: dtypes.DtypeLike | None = None,
         head_dtype: dtypes.DtypeLike | None = None,
         keep_virtual_rows: bool = False,
+        after_final_norm: bool = False,
         save_base: bool = False,
         stored_base: Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
@@ -135,6 +136,9 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
                 Heads train in fp32 in any case.
             keep_virtual_rows: read words from the rows that stock Flair reads with prompt tuning, which are off by the
                 number of virtual tokens. Only for models that stock Flair trained.
+            after_final_norm: take for the last layer what the transformer returns as its last hidden state. In
+                ModernBERT, BioGPT and RoBERTa-PreLayerNorm that comes after one more norm than what Flair reads; heads
+                of transformers, sentence-transformers and transformers 5 read it.
             save_base: write the base's weights into files too, so that these need no base model to load.
             stored_base: what a file says of its base model; given when loading.
             tokenizer: name or directory of the tokenizer, where that is not the base model's own.
@@ -233,6 +237,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
 
         self.head_dtype = None if head_dtype is None else dtypes.parse_dtype(head_dtype)
         self.keep_virtual_rows = keep_virtual_rows
+        self.after_final_norm = after_final_norm
         self.save_base = save_base
         self.register_buffer(_OUTPUT_DTYPE_MARK, torch.empty(0, dtype=torch.float32), persistent=False)
         self.register_load_state_dict_post_hook(type(self)._after_loading)
@@ -305,6 +310,14 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         embeddings = cls(plan.base, peft_config=plan.config, stored_base=rows, **{**plan.access, **kwargs})
         foreign.fill_(embeddings, plan, allow_untrained=allow_untrained)
         embeddings._start, embeddings.foreign_head = {}, plan.head
+        if not embeddings.after_final_norm and embeddings.reads_last_layer and embeddings.stops_before_final_norm():
+            log.warning(
+                "'%s': Flair reads the last layer of %s before its final norm. Sentence-transformers and the heads of "
+                "transformers, with which adapters are trained, read it after. Pass after_final_norm=True to get those "
+                "vectors.",
+                source,
+                type(embeddings.base_model).__name__,
+            )
         return embeddings
 
     @property
@@ -410,6 +423,31 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
 
         They are asked for by name and without a cache: the last output of a decoder can be its cache.
         """
+        states, last = states_of(self._output(input_ids, **tensors))
+        beyond = [index for index in self.layer_indexes if not -len(states) <= index < len(states)]
+        if beyond:
+            raise AdapterConfigError(
+                f"Cannot read layers {beyond} of {type(self.base_model).__name__}: it has {len(states)} hidden states, "
+                "counted from 0 for the embeddings. Flair's `layers` takes these numbers. Pass some of them, or 'all'."
+            )
+        if self.after_final_norm:
+            states = (*states[:-1], last)
+        first = 0 if self.keep_virtual_rows else adapters.virtual_rows(self.model)
+        return tuple(states[index][:, first:] for index in self.layer_indexes)
+
+    @property
+    def reads_last_layer(self) -> bool:
+        """Whether the last of the transformer's layers is among those that are read."""
+        return not {-1, getattr(self.base_model.config, "num_hidden_layers", None)}.isdisjoint(self.layer_indexes)
+
+    def stops_before_final_norm(self) -> bool:
+        """Whether the transformer goes on after the last of its hidden states; the model is asked, by a small pass."""
+        ids = torch.tensor([proof.probe_ids(self)])
+        with proof.evaluating(self), torch.no_grad():
+            states, last = states_of(self._output(ids, attention_mask=torch.ones_like(ids)))
+        return not torch.equal(states[-1], last)
+
+    def _output(self, input_ids: torch.Tensor, **tensors: Any) -> Any:
         if self._awaits_weights:
             raise ModelFileError(
                 f"Cannot embed with '{self.name}': its weights were never loaded. It was built from stored parameters "
@@ -428,17 +466,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         inputs = {"input_ids": input_ids.to(device), **inputs, "output_hidden_states": True, "return_dict": True}
         # Several models may predict together: then a forward pass is one for all of them.
         forward_pass = ForwardPass(self, inputs)
-        output = rendezvous.ask(forward_pass) if rendezvous.is_going_on() else forward_pass.run()
-        states = output.get("hidden_states")
-        states = output["encoder_hidden_states"] if states is None else states
-        beyond = [index for index in self.layer_indexes if not -len(states) <= index < len(states)]
-        if beyond:
-            raise AdapterConfigError(
-                f"Cannot read layers {beyond} of {type(self.base_model).__name__}: it has {len(states)} hidden states, "
-                "counted from 0 for the embeddings. Flair's `layers` takes these numbers. Pass some of them, or 'all'."
-            )
-        first = 0 if self.keep_virtual_rows else adapters.virtual_rows(self.model)
-        return tuple(states[index][:, first:] for index in self.layer_indexes)
+        return rendezvous.ask(forward_pass) if rendezvous.is_going_on() else forward_pass.run()
 
     def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
         """Whether stored vectors can be reused: never while the weights that they depend on can change."""
@@ -591,6 +619,14 @@ class ForwardPass:
             return self.embeddings.model(**self.inputs)
 
 
+def states_of(output: Mapping[str, Any]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return all hidden states, and the one that the transformer, or its encoder, returns as its last."""
+    states, last = output.get("hidden_states"), output.get("last_hidden_state")
+    if states is None:
+        states, last = output["encoder_hidden_states"], output.get("encoder_last_hidden_state")
+    return tuple(states), states[-1] if last is None else last
+
+
 class _PoolingView:
     """The embeddings as stock ``forward`` should see them: a model that returns the wanted layers and nothing else.
 
@@ -653,5 +689,4 @@ def _unique_name(base_model_name: str, config: PeftConfig) -> str:
 def _count_hidden_states(base: PreTrainedModel) -> int:
     with torch.no_grad():
         output = base(torch.tensor([[1]], device=base.device), output_hidden_states=True, return_dict=True)
-    states = output.get("hidden_states")
-    return len(output["encoder_hidden_states"] if states is None else states)
+    return len(states_of(output)[0])

@@ -149,6 +149,7 @@ def _plan(
     files: AdapterFiles, base: str, base_config: PretrainedConfig, model: PreTrainedModel, access: Mapping[str, Any]
 ) -> Plan:
     config = _usable_config(files, model)
+    origins.refuse_other_inputs(origins.source_class(base_config, files.settings))
     tensors, outside = files.tensors, dict[str, torch.Tensor]()
     if config.is_prompt_learning:
         config, tensors, outside = bare_config.own_prompt(config, tensors)

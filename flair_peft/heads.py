@@ -130,16 +130,12 @@ def _check_reading(model: Model, embeddings: PeftTransformerEmbeddings, head: Fo
     if not isinstance(model, _READERS[head.reads]):
         wanted = " or ".join(reader.__name__ for reader in _READERS[head.reads])
         raise _refused(model, f"{head.source_class} reads {head.reads}, as a {wanted} does")
-    last = len(embeddings.layer_indexes) == 1 and _is_last_layer(embeddings)
-    if not last:
+    if len(embeddings.layer_indexes) != 1 or not embeddings.reads_last_layer:
         raise _refused(model, "it reads the last layer; make the embeddings with layers='-1'")
+    if not embeddings.after_final_norm and embeddings.stops_before_final_norm():
+        raise _refused(model, "it reads what comes after a final norm; make the embeddings with after_final_norm=True")
     if head.reads == "last token" and (embeddings.cls_pooling != "cls" or embeddings.initial_cls_token):
         raise _refused(model, "it reads the last token; make the embeddings with cls_pooling='cls'")
-
-
-def _is_last_layer(embeddings: PeftTransformerEmbeddings) -> bool:
-    (index,) = embeddings.layer_indexes
-    return index in (-1, getattr(embeddings.base_model.config, "num_hidden_layers", None))
 
 
 def _check_labels(labels: Sequence[str] | None, rows: int) -> Sequence[str]:

@@ -11,7 +11,7 @@ from flair.nn import Model
 from transformers import PreTrainedModel
 
 from flair_peft import assembly, codec, dtypes, methods, models, proof, quantised, tokenizer_files
-from flair_peft.embeddings import PeftTransformerEmbeddings
+from flair_peft.embeddings import PeftTransformerEmbeddings, states_of
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
 
 # Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
@@ -34,8 +34,8 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
             is converted by hand.
 
     Raises:
-        AdapterConfigError: the model has no adapter, or its base is quantised, so that merging would round it once
-            more, or spread over devices.
+        AdapterConfigError: the model has no adapter, or reads its transformer as Flair's own embeddings cannot, or its
+            base is quantised, so that merging would round it once more, or spread over devices.
         UnsupportedMethodError: the method cannot be merged, as prompts cannot.
         StateMismatchError: the merged model gives other hidden states.
     """
@@ -45,6 +45,12 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
             "model already. Save it with model.save(path)."
         )
     for module in model.modules():
+        if isinstance(module, PeftTransformerEmbeddings) and module.after_final_norm:
+            raise AdapterConfigError(
+                f"Cannot merge the adapter of '{module.name}': it reads the transformer after its final norm, and "
+                "Flair's own embeddings before it. The merged model would predict something else. Keep the adapter "
+                "beside its base."
+            )
         if isinstance(module, PeftTransformerEmbeddings) and module.is_placed:
             engine = quantised.engine(module.base_model)
             reason = f"quantised by {engine}, and merging would round its weights once more"
@@ -142,5 +148,4 @@ def _hidden_states(transformer: torch.nn.Module, ids: list[int]) -> torch.Tensor
         output = transformer(
             input_ids=batch, attention_mask=torch.ones_like(batch), output_hidden_states=True, return_dict=True
         )
-    states = output.get("hidden_states")
-    return torch.cat(tuple(output["encoder_hidden_states"] if states is None else states)).cpu()
+    return torch.cat(states_of(output)[0]).cpu()

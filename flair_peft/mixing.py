@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from flair_peft import adapters, keys, methods, proof, refusals
 from flair_peft import config as configs
-from flair_peft.embeddings import ForwardPass, PeftTransformerEmbeddings
+from flair_peft.embeddings import ForwardPass, PeftTransformerEmbeddings, states_of
 from flair_peft.errors import AdapterConfigError
 from flair_peft.frozen import FrozenBase
 
@@ -244,12 +244,12 @@ class _Tree:
         settings = {name: value for name, value in inputs[0].items() if name in _SETTINGS}
         row_names = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
         output = self._model(**batch, **settings, adapter_names=row_names)
-        states = output.get("hidden_states")
-        states = output["encoder_hidden_states"] if states is None else states
+        states, last = states_of(output)
         outputs, first = list[Output](), 0
         for given, count in zip(inputs, counts, strict=True):
             rows, columns = slice(first, first + count), slice(given["input_ids"].shape[1])
-            outputs.append({"hidden_states": tuple(state[rows, columns] for state in states)})
+            cut = tuple(state[rows, columns] for state in (*states, last))
+            outputs.append({"hidden_states": cut[:-1], "last_hidden_state": cut[-1]})
             first += count
         return outputs
 
@@ -287,9 +287,7 @@ class _Tree:
         with embeddings.in_use():
             mixed = self.run(sentences, [guest, guest])
         for sentence, found in zip(sentences, mixed, strict=True):
-            alone = sentence.run()
-            states = alone.get("hidden_states")
-            expected = torch.stack(tuple(alone["encoder_hidden_states"] if states is None else states)).float()
+            expected = torch.stack(states_of(sentence.run())[0]).float()
             apart = proof.distance(torch.stack(found["hidden_states"]).float(), expected)
             if not apart <= _TOLERANCE.get(embeddings.base_dtype, 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")

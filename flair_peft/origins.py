@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from flair_peft import adapters, backbone, keys
-from flair_peft.errors import AdapterMismatchError, BaseMismatchError, name_some
+from flair_peft.errors import AdapterConfigError, AdapterMismatchError, BaseMismatchError, name_some
 
 # Tasks of PEFT and the classes of transformers that are trained for them; the first column is what PEFT stores.
 _TASKS = (
@@ -33,6 +33,14 @@ _TASKS = (
     (None, modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING),
     ("FEATURE_EXTRACTION", modeling_auto.MODEL_MAPPING),
 )
+
+# Classes that give the base model more than the tokens, where nobody else does, and what that is.
+_MORE_INPUTS = {
+    "BigBirdForQuestionAnswering": "tells the question by token types",
+    "LongformerForMultipleChoice": "gives the tokens of the choice global attention",
+    "LongformerForQuestionAnswering": "gives the tokens of the question global attention",
+    "LongformerForSequenceClassification": "gives the first token global attention",
+}
 
 # How sentence-transformers holds a bare model, if the adapter was put around the whole of it.
 _SENTENCE_TRANSFORMERS = ("0.auto_model.", "0.model.", "auto_model.")
@@ -80,6 +88,20 @@ def source_class(config: PretrainedConfig, settings: Mapping[str, Any]) -> type[
         if cls.__name__ == name or (task is not None and found_task == task):
             return cls
     return None
+
+
+def refuse_other_inputs(cls: type[PreTrainedModel] | None) -> None:
+    """Return unless a class gives the base model inputs that embeddings do not give it.
+
+    Raises:
+        AdapterConfigError: it does.
+    """
+    if cls is not None and cls.__name__ in _MORE_INPUTS:
+        raise AdapterConfigError(
+            f"Cannot use an adapter of {cls.__name__}: that class {_MORE_INPUTS[cls.__name__]}, and Flair's embeddings "
+            "do not. The adapter would compute something else here. Use one that was trained on the bare model, or on "
+            "a class that adds nothing, such as those for token classification."
+        )
 
 
 def possible_classes(config: PretrainedConfig, settings: Mapping[str, Any]) -> list[type[PreTrainedModel]]:

@@ -50,6 +50,7 @@ class Storable(StoredWeights):
     head_dtype: torch.dtype | None
     output_dtype: torch.dtype
     keep_virtual_rows: bool
+    after_final_norm: bool
     save_base: bool
     _record: BaseRecord | None
     _cache_dir: str | None
@@ -114,6 +115,8 @@ class Storable(StoredWeights):
             # Without this, transformers makes a fast tokenizer of the files of a slow one.
             "transformers_tokenizer_kwargs": {} if self.tokenizer.is_fast else {"use_fast": False},
             "derived_state": adapters.derived_state(self.model) if methods.is_derived_from_base(config) else {},
+            # Versions that do not know it refuse it, and read all other files.
+            **({"after_final_norm": True} if self.after_final_norm else {}),
         }
         part = planned(self)
         if part is None:

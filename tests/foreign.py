@@ -71,6 +71,21 @@ def lora(**options: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 24, "init_lora_weights": False, **options})
 
 
+def write_base(kind: str, folder: Path, bert: str, **options: Any) -> str:
+    """Write a small random model of a class that :mod:`tests.tiny` does without, beside the tokenizer of its BERT."""
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    places = {"vocab_size": len(tokenizer), "max_position_embeddings": tiny.MAX_LENGTH + 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes, **places, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 def train(base: str, folder: Path, source: str, config: PeftConfig, **kwargs: Any) -> Source:
     """Return the source class with an adapter, which is stored in the folder."""
     auto, task = SOURCES[source]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from flair.data import Sentence
+from flair.data import Dictionary, Sentence
 from flair.models import SequenceTagger, TextClassifier
 from peft import (
     AdaLoraConfig,
@@ -45,7 +45,10 @@ from flair_peft import (
     PeftTransformerDocumentEmbeddings,
     PeftTransformerEmbeddings,
     PeftTransformerWordEmbeddings,
+    SharedBase,
+    merge,
     origins,
+    save_pretrained,
 )
 from flair_peft.errors import (
     AdapterConfigError,
@@ -57,7 +60,7 @@ from flair_peft.errors import (
     UntrainedAdapterError,
 )
 from tests import tiny
-from tests.foreign import SOURCES, Source, hidden_states, largest_difference, lora, offered, train
+from tests.foreign import SOURCES, TEXT, Source, hidden_states, largest_difference, lora, offered, train, write_base
 from tests.hub import HubStandIn, online
 from tests.methods import perturb_
 from tests.tiny import ATTENTION_TARGETS
@@ -991,3 +994,74 @@ def test_foreign_tagger_is_a_usual_model(base: Bases, tmp_path: Path) -> None:
     save_pretrained(tagger, tmp_path / "model")
     corpus = entry.corpus()
     assert entry.predict(from_pretrained(tmp_path / "model"), corpus) == entry.predict(tagger, corpus)
+
+
+def _modernbert(base: Bases, folder: Path, **options: Any) -> tuple[Source, PeftTransformerDocumentEmbeddings]:
+    trained = train(base("modernbert"), folder / "adapter", "bare", lora(target_modules=["Wqkv"]))
+    settings = {"cls_pooling": "mean", "use_context_separator": False, **options}
+    return trained, PeftTransformerDocumentEmbeddings.from_adapter(str(trained.folder), **settings)
+
+
+def _vector(embeddings: Any) -> torch.Tensor:
+    sentence = Sentence(TEXT)
+    embeddings.embed(sentence)
+    return sentence.embedding.detach()
+
+
+def test_adapter_of_a_model_with_a_final_norm_says_how_to_read_it(
+    base: Bases, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The default is what Flair reads, and is said once; after_final_norm=True gives what the bare model returns."""
+    trained, before = _modernbert(base, tmp_path)
+    assert caplog.text.count("after_final_norm=True") == 1
+    caplog.clear()
+    after = PeftTransformerDocumentEmbeddings.from_adapter(
+        str(trained.folder), cls_pooling="mean", use_context_separator=False, after_final_norm=True
+    )
+    PeftTransformerEmbeddings.from_adapter(str(trained.folder), layers="1")
+    assert "after_final_norm" not in caplog.text
+    ids = trained.input_ids
+    with torch.no_grad():
+        last = trained.model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    assert largest_difference((last,), _states(after, ids)) <= TOLERANCE
+    assert largest_difference(trained.hidden_states[-1:], _states(before, ids)) <= TOLERANCE
+    assert (_vector(before) - _vector(after)).abs().max() > 0.1
+
+
+def test_adapter_read_after_the_final_norm_is_so_wherever_it_goes(base: Bases, tmp_path: Path) -> None:
+    """Copies, files, directories and a SharedBase with other models give the same vectors; a merge is refused."""
+    _, embeddings = _modernbert(base, tmp_path, after_final_norm=True)
+    labels = Dictionary(add_unk=False)
+    labels.add_item("a")
+    labels.add_item("b")
+    model = TextClassifier(embeddings, label_dictionary=labels, label_type="class").eval()
+    expected = _vector(embeddings)
+    model.save(tmp_path / "model.pt")
+    save_pretrained(model, tmp_path / "model")
+    assert torch.equal(_vector(copy.deepcopy(embeddings)), expected)
+    assert torch.equal(_vector(TextClassifier.load(tmp_path / "model.pt").embeddings), expected)
+    shared = SharedBase(base("modernbert"))
+    models = [shared.load(tmp_path / "model"), shared.load(tmp_path / "model.pt")]
+    sentences = [Sentence(TEXT), Sentence(TEXT)]
+    shared.predict(dict(zip(models, sentences, strict=True)), embedding_storage_mode="cpu")
+    for sentence in sentences:
+        assert (sentence.embedding - expected).abs().max() <= TOLERANCE
+    with pytest.raises(AdapterConfigError, match="final norm"):
+        merge(model)
+
+
+def test_adapter_of_a_class_that_gives_the_base_more_inputs_is_refused(base: Bases, tmp_path: Path) -> None:
+    """Longformer's classifier gives the first token global attention; its tagger adds nothing, and is read."""
+    longformer = write_base("Longformer", tmp_path / "base", base("bert"), attention_window=[4, 4])
+    config = lora(target_modules=["query", "query_global"])
+    for source in ("sequence", "questions", "choice"):
+        folder = tmp_path / source
+        model = getattr(transformers, SOURCES[source][0]).from_pretrained(longformer)
+        config.task_type = {"sequence": "SEQ_CLS", "questions": "QUESTION_ANS"}.get(source)
+        get_peft_model(model, copy.deepcopy(config)).save_pretrained(folder)
+        with pytest.raises(AdapterConfigError, match="global attention"):
+            PeftTransformerEmbeddings.from_adapter(str(folder))
+    trained = train(longformer, tmp_path / "tokens", "tokens", lora(target_modules=["query"]))
+    ids = trained.input_ids
+    _, ours = _embed(trained)
+    assert largest_difference(trained.hidden_states, tuple(state[:, : ids.shape[1]] for state in ours)) <= TOLERANCE

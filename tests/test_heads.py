@@ -16,7 +16,7 @@ from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenCla
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, take_over_head
 from flair_peft.errors import HeadMismatchError
 from tests import tiny
-from tests.foreign import Source, lora, offered, train
+from tests.foreign import Source, lora, offered, train, write_base
 from tests.tiny import ATTENTION_TARGETS
 
 Bases = Callable[[str], str]
@@ -94,6 +94,23 @@ def test_take_over_head_of_token_classification_gives_its_logits(
             rows = _first_subtokens(model.embeddings, text)
             expected = _source_logits(trained, model.embeddings, text)[rows][:, columns]
             assert (_word_logits(model, text) - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("kind", "target"), [("BioGpt", "q_proj"), ("RobertaPreLayerNorm", "query")])
+def test_take_over_head_after_a_final_norm_is_refused_until_the_embeddings_read_it(
+    kind: str, target: str, base: Bases, tmp_path: Path
+) -> None:
+    """A head that reads what comes after the last hidden state scores as in its class, or not at all."""
+    normed = write_base(kind, tmp_path / "base", base("bert"))
+    trained = train(normed, tmp_path / "adapter", "tokens", lora(target_modules=[target]), num_labels=3)
+    with pytest.raises(HeadMismatchError, match="after_final_norm=True"):
+        take_over_head(_tagger(_words(trained.folder), LABELS), labels=LABELS)
+    model = _tagger(_words(trained.folder, after_final_norm=True), LABELS)
+    take_over_head(model, labels=LABELS)
+    for text in TEXTS:
+        rows = _first_subtokens(model.embeddings, text)
+        expected = _source_logits(trained, model.embeddings, text)[rows]
+        assert (_word_logits(model, text) - expected).abs().max() <= TOLERANCE
 
 
 def test_take_over_head_of_a_new_model_predicts_without_dropout(base: Bases, tmp_path: Path) -> None:
