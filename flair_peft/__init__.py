@@ -4,6 +4,7 @@ Importing the package registers its embeddings with Flair and installs the loadi
 hook back.
 """
 
+from flair_peft import first_imports as _first_imports  # noqa: F401, before anything else imports PEFT
 from flair_peft._version import __version__
 from flair_peft.distributed import join_processes
 from flair_peft.embeddings import (

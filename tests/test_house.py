@@ -18,6 +18,7 @@ PACKAGE = Path(flair_peft.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 FLOORS = (
+    "first_imports",
     "_version",
     "errors",
     "progress",

@@ -1001,3 +1001,19 @@ def test_load_of_an_adapter_folder_names_the_way_to_use_it(load: Any, base: Base
     with pytest.raises(ModelFileError, match="from_adapter") as raised:
         load(str(tmp_path / "adapter"))
     assert str(raised.value).count(". ") >= 2
+
+
+def test_import_leaves_logging_as_it_is_and_says_nothing_of_kernels() -> None:
+    """The line of bitsandbytes on a kernel is kept away from who imports this package, and nothing else is."""
+    code = """
+import logging, sys
+logging.basicConfig(level=logging.WARNING)
+before = [*logging.getLogger().handlers], [*logging.getLogger().filters], logging.getLogger().level
+import flair_peft
+assert before == (logging.getLogger().handlers, logging.getLogger().filters, logging.getLogger().level)
+ours = logging.getLogger("bitsandbytes.backends.cpu.ops")
+assert not ours.filters and ours.isEnabledFor(logging.WARNING)
+ours.warning("kernels-community is still heard of")
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert said.count("kernels") == 1
