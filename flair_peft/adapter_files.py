@@ -76,7 +76,7 @@ def read(source: str, *, revision: str | None, subfolder: str | None, options: L
     weights = files.get(WEIGHTS) or files.get(OLD_WEIGHTS)
     if weights is None:
         raise _missing(source, folder, WEIGHTS)
-    tensors = older_peft.rename(_read_tensors(weights))
+    tensors = older_peft.rename(_read_tensors(source, weights))
     return AdapterFiles(source, folder, settings, _config(files[CONFIG], settings), tensors, _labels(folder))
 
 
@@ -109,7 +109,7 @@ def _config(path: AnyFile, settings: Mapping[str, Any]) -> PeftConfig:
         ) from error
 
 
-def _read_tensors(path: HeldFile) -> dict[str, torch.Tensor]:
+def _read_tensors(source: str, path: HeldFile) -> dict[str, torch.Tensor]:
     try:
         if path.path.name == WEIGHTS:
             content = safetensors.torch.load_file(path)
