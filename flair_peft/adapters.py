@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import logging
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
@@ -25,9 +23,23 @@ from flair_peft.methods import ADAPTER_NAME
 
 log = logging.getLogger("flair_peft")
 
-# transformers builds models on the meta device, or without initialising them, by switches for the whole process: one
-# thread at a time makes modules, or those of another would be empty.
+# transformers and PEFT build models on the meta device, without initialising them or in another default dtype, by
+# switches for the whole process: one thread at a time makes modules, or those of another would be empty. It is the
+# lock of all that leads there too, so that no two threads wait for each other.
 building = threading.RLock()
+
+
+@contextlib.contextmanager
+def building_anew() -> Iterator[None]:
+    """Inside, one thread at a time makes ordinary tensors; outside, it is as if no random number had been drawn.
+
+    Weights that a source lacks are the same each time, as if they had been read: whether a base is read, or is alive
+    already, shows neither in them nor in what is drawn afterwards.
+    """
+    with building, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
 
 # What PEFT raises where a method does not fit; AssertionError comes from torch without CUDA.
 _INJECTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, re.error)
@@ -131,19 +143,6 @@ def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: 
             setattr(config, field.name, getattr(completed, field.name, None))
     peft_model.peft_config[ADAPTER_NAME] = config
     return peft_model
-
-
-def protect_(model: PeftModel, before_merge: Callable[[], None]) -> None:
-    """Have ``before_merge`` called before PEFT merges the adapter into the base's weights, which it does in place."""
-    tuner = model.base_model
-    for name in ("merge_adapter", "_unload_and_optionally_merge"):
-        if hasattr(type(tuner), name):
-            setattr(tuner, name, functools.partial(_merge_apart, tuner, name, before_merge))
-
-
-def _merge_apart(tuner: torch.nn.Module, name: str, before_merge: Callable[[], None], *args: Any, **kwargs: Any) -> Any:
-    before_merge()
-    return getattr(type(tuner), name)(tuner, *args, **kwargs)
 
 
 def derived_state(model: PeftModel) -> dict[str, torch.Tensor]:

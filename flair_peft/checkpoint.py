@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, TypeVar
 import safetensors.torch
 import torch
 
-from flair_peft import progress
+from flair_peft import progress, residency
 from flair_peft.errors import ModelFileError, name_some
 from flair_peft.held import HeldFile
 from flair_peft.manifest import (
@@ -183,8 +183,8 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     unshared, seen = {}, set()
     for name, tensor in tensors.items():
         plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        storage = plain.untyped_storage().data_ptr()
-        unshared[name] = plain.clone() if storage in seen else plain
+        storage = residency.address(plain) - plain.storage_offset() * plain.itemsize
+        unshared[name] = plain.clone() if storage in seen or residency.is_copied_on_write(plain) else plain
         seen.add(storage)
     return unshared
 

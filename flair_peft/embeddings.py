@@ -68,6 +68,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
     foreign_head: ForeignHead | None = None
     adapter_memory: AdapterMemory | None = None
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: str = "bert-base-uncased",
@@ -239,7 +240,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         self.keep_virtual_rows = keep_virtual_rows
         self.after_final_norm = after_final_norm
         self.save_base = save_base
-        self.register_buffer(_OUTPUT_DTYPE_MARK, torch.empty(0, dtype=torch.float32), persistent=False)
+        self.register_buffer(_OUTPUT_DTYPE_MARK, torch.empty(0, dtype=torch.get_default_dtype()), persistent=False)
         self.register_load_state_dict_post_hook(type(self)._after_loading)
         self._frozen = shared
         self._record = stored.record if found is None else found.known_record if is_new else found.expected_record
@@ -250,7 +251,6 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
             self._placed_start = PlacedStart.of(base, dtype=read_dtype, random_names=found.random_names)
         if is_new:
             self.model = adapters.inject(base, own_config)
-            self._keep_apart()
         else:
             self._left_out = frozenset(map(keys.canonical_key, stored.left_out))
             self._await_weights(base, own_config, has_weights=found is not None)
@@ -456,8 +456,6 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         if self.training:
             adapters.require_input_gradients_(self.model)
             refusals.refuse_lost_prefix(self.model)
-        if torch.is_grad_enabled() and self._frozen is not None:
-            self._frozen.own_(adapters.trainable_parameters(self.model).values())
         device = self.base_model.device
         inputs: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
         if "pixel_values" in inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -49,7 +50,7 @@ def _digest(tensors: Tensors, names: Iterable[str], parts: Callable[[torch.Tenso
         tensor = tensors[name].detach()
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         for part in parts(tensor):
-            digest.update(_bytes(part))
+            _feed(digest, part)
             progress.advance(part.nbytes)
         residency.let_go(tensor)
     return digest.hexdigest()
@@ -69,8 +70,11 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield flat[start : start + _PIECE]
 
 
-def _bytes(flat: torch.Tensor) -> Any:
-    return flat.contiguous().cpu().view(torch.uint8).numpy().data
+def _feed(digest: Any, flat: torch.Tensor) -> None:
+    plain = flat.contiguous().cpu()
+    if plain.nbytes:
+        # NumPy's view could be written to, and for that torch would copy memory that is copied on write.
+        digest.update((ctypes.c_char * plain.nbytes).from_address(residency.address(plain)))
 
 
 def are_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -368,7 +368,6 @@ def _fill_matrix_(embeddings: Any, plan: Plan) -> None:
     if torch.equal(weight[: plan.rows], wanted):
         return
     log.warning("'%s' has input embeddings of its own: they replace those of the base.", plan.source)
-    embeddings.take_apart([weight])
     weight.data[: plan.rows] = wanted
 
 

@@ -6,9 +6,8 @@ import copy
 import dataclasses
 import functools
 import json
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flair_peft import backbone, capacity, copies, fingerprint, keys, quantised, residency, rows
+from flair_peft import adapters, backbone, capacity, copies, fingerprint, keys, quantised, residency, rows
 from flair_peft.dtypes import DtypeLike, dtype_name, parse_dtype
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
 from flair_peft.sources import BaseRecord
 
 # Weak: a base lives as long as a model that stands on it.
 _cache: weakref.WeakValueDictionary[tuple[Any, ...], FrozenBase] = weakref.WeakValueDictionary()
-_lock = threading.RLock()
+_lock = adapters.building
 
 _full_fingerprints: dict[tuple[Any, str], str] = {}
 
@@ -41,7 +40,10 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 class FrozenBase:
-    """A base model whose weights nobody changes. Its copies are models of their own that hold the same storage.
+    """A base model whose weights nobody changes. Its copies are models of their own that hold the same memory.
+
+    Memory is copied on write, so that no copy sees what is written to another, whoever writes and however: by the
+    system, page by page, where a copy maps the weights from their file; else by torch, tensor by tensor.
 
     Attributes:
         record: what files say of it.
@@ -59,14 +61,13 @@ class FrozenBase:
     ) -> None:
         self._model, self.record, self.random_names = model, record, random_names
         self._key, self._parent = key, parent
-        self._storages = {_storage(parameter) for parameter in model.parameters()}
+        self._places = {_place(parameter) for parameter in model.parameters()}
+        self._held: dict[tuple[int, int], torch.Tensor] = {}
+        self._is_in_memory = False
         self._variants: dict[str, FrozenBase] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenBase:
         return self
-
-    def __reduce__(self) -> Any:
-        return (_Unshared, ())
 
     @property
     def config(self) -> PretrainedConfig:
@@ -171,17 +172,50 @@ class FrozenBase:
         return frozenset(name for name, parameter in parameters if parameter is matrix)
 
     def copy(self) -> PreTrainedModel:
-        """Return a model with parameters of its own around the same storage, and buffers of its own.
+        """Return a model with parameters and buffers of its own; the parameters take memory where they are written to.
 
-        Parameters of its own matter: converting or moving a shared parameter would convert it in every model. A base
-        that is quantised or spread over devices is not shared: it is returned itself.
+        A base that is quantised or spread over devices is not shared: it is returned itself.
         """
         if is_placed(self._model):
             return self._model
+        parameters = list(self._model.parameters())
+        return self._around(dict(zip(map(id, parameters), self._lend(parameters), strict=True)))
+
+    def _around(self, tensors: Mapping[int, torch.Tensor]) -> PreTrainedModel:
+        """Return the model with parameters of its own around tensors, by the identity of the base's parameters."""
         memo: dict[int, Any] = {}
         for parameter in self._model.parameters():
-            memo[id(parameter)] = torch.nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+            tensor = tensors.get(id(parameter), parameter.data)
+            memo[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         return copies.copy_modules(self._model, memo)
+
+    def _lend(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return what has the values of the base's parameters and can be written to."""
+        tensors = [parameter.detach() for parameter in parameters]
+        with _lock, torch.inference_mode(False):
+            mapped = [None] * len(tensors) if self.root._is_in_memory else residency.map_again(tensors)
+            return [self._clone(t) if other is None else other for t, other in zip(tensors, mapped, strict=True)]
+
+    def _clone(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a clone of one of the base's tensors that has memory of its own from the first write on."""
+        place = _place(tensor)
+        if self._parent is not None and place in self._parent._places:
+            return self._parent._clone(tensor)
+        held = self._held.get(place, tensor)
+        lazy = _copied_on_write(held)
+        if lazy is None and held is tensor:
+            held = tensor.clone()  # mapped memory is nothing that torch copies on write
+            residency.page_out(tensor)
+            lazy = _copied_on_write(held)
+        self._held[place] = held
+        return held.clone() if lazy is None else lazy
+
+    def hold_in_memory(self) -> None:
+        """From now on copies hold one set of weights in memory, instead of mapping the file each for itself.
+
+        The system counts mapped pages for each mapping, as if each took memory.
+        """
+        self.root._is_in_memory = True
 
     def private_copy(self) -> PreTrainedModel:
         """Return a model with storage of its own."""
@@ -243,20 +277,17 @@ class FrozenBase:
         return read_again(record, self.config, dtype=parse_dtype(str(expected.dtype)), kwargs=kwargs)
 
     def share_(self, parameters: Mapping[str, torch.nn.Parameter]) -> int:
-        """Let each frozen weight that is this base's, bit by bit, have its storage, in place; return their bytes.
+        """Let each frozen weight that is this base's, bit by bit, have its memory, in place; return their bytes.
 
         Args:
             parameters: name in the base model → parameter.
         """
-        own, shared = dict(self._model.named_parameters(remove_duplicate=False)), 0
-        for name, parameter in parameters.items():
-            mine = own.get(name)
-            if mine is None or parameter.requires_grad:
-                continue
-            if not self.is_shared(parameter) and fingerprint.are_same_bits(parameter, mine):
-                parameter.data = mine.data
-            shared += parameter.nbytes if self.is_shared(parameter) else 0
-        return shared
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
+        same = [name for name in frozen if name in own and fingerprint.are_same_bits(frozen[name], own[name])]
+        for name, tensor in zip(same, self._lend([own[name] for name in same]), strict=True):
+            frozen[name].data = tensor
+        return sum(frozen[name].nbytes for name in same)
 
     def reaching(self, token_id: int) -> FrozenBase:
         """Return this base with a row for the token: a vocabulary padded beyond its tokenizer has one already."""
@@ -285,31 +316,19 @@ class FrozenBase:
     def _extended(self, new: torch.Tensor, key: tuple[Any, ...] | None) -> FrozenBase:
         if is_placed(self._model):
             _ = self.known_record  # as it is without the rows: a base that cannot be shared gets them itself
-        longer = self.copy()
+        longer = self._model if is_placed(self._model) else self._around({})
         rows.append_rows_(longer, new, _folder(self.record))
         return FrozenBase(longer, self.record, self.random_names, key=key, parent=self)
 
-    def is_shared(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor is one of this base's, so that writing to it would change other models."""
-        return _storage(tensor) in self._storages
+    def holds(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Whether the memory of all these is that of all copies of this base: nobody has written to one of them."""
+        held = {residency.address(tensor) for tensor in self._all_held()}
+        return all(residency.address(tensor) in held for tensor in tensors)
 
-    def is_from_source(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor is what every process reads from the source: it is shared, and not random."""
-        return _storage(tensor) in self._storages_from_source
-
-    @functools.cached_property
-    def _storages_from_source(self) -> set[int]:
-        return {_storage(tensor) for tensor in self.own_weights().values()}
-
-    def own_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Give each of the parameters that shares storage with this base a storage of its own, in place."""
-        for parameter in parameters:
-            if self.is_shared(parameter):
-                parameter.data = parameter.data.clone()
-
-    def own_all_(self, model: torch.nn.Module) -> None:
-        """Give each parameter of the model that shares storage with this base a storage of its own, in place."""
-        self.own_(model.parameters())
+    def _all_held(self) -> Iterator[torch.Tensor]:
+        yield from self._held.values()
+        if self._parent is not None:
+            yield from self._parent._all_held()
 
 
 class _Placed(FrozenBase):
@@ -619,13 +638,14 @@ def _folder(record: BaseRecord) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    # Of the storage object, not of its memory: sharing a model between processes moves that.
-    return int(tensor.untyped_storage()._cdata)
+def _copied_on_write(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return a clone that torch gives memory of its own when one of the two is written to, if it can do that."""
+    try:
+        return tensor._lazy_clone()
+    except RuntimeError:
+        return None
 
 
-class _Unshared:
-    """Stands for a shared base where a model was unpickled: its weights are its own."""
-
-    def own_all_(self, model: torch.nn.Module) -> None:
-        """Do nothing: no parameter shares storage."""
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return what tells a base's tensors apart as long as it lives: the memory of a storage can move."""
+    return int(tensor.untyped_storage()._cdata), int(tensor.storage_offset())

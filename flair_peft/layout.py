@@ -15,7 +15,7 @@ import torch
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from flair_peft import bare_config, codec, fingerprint, keys, methods
+from flair_peft import bare_config, codec, fingerprint, keys, methods, residency
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
@@ -161,7 +161,7 @@ def _holds(tensors: Tensors, prefix: str, own: Tensors) -> bool:
 
 
 def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.data_ptr() == second.data_ptr() and first.shape == second.shape
+    return residency.address(first) == residency.address(second) and first.shape == second.shape
 
 
 def _split(embeddings: PeftTransformerEmbeddings, own: Tensors) -> tuple[Tensors, list[str], Tensors]:

@@ -103,7 +103,7 @@ def _aliases(state: Mapping[str, torch.Tensor], left_out: set[str], own: Mapping
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+    return residency.address(tensor), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def restore_(model: torch.nn.Module, left_out: Iterable[str], base: FrozenBase) -> None:

@@ -203,8 +203,8 @@ class _Tree:
 
     def why_not(self, guest: _Guest) -> str | None:
         """Return why the adapter cannot be mixed, or ``None`` if it can; tried once for adapters that are alike."""
-        if not all(map(self._frozen.is_shared, guest.places.others)):
-            return "the base below was changed, so that it is not the others' any more"
+        if not self._frozen.holds(guest.places.others):
+            return "the base below is not in memory together with the others', or was changed"
         if guest.kind not in self._slots and guest.kind not in self._refused:
             try:
                 self._try_out(guest)
@@ -259,7 +259,7 @@ class _Tree:
         if number == len(slots):
             name = f"slot{sum(map(len, self._slots.values()))}"
             config = methods.without_costly_init(configs.own_config(guest.embeddings.adapter_config))
-            with adapters.building, warnings.catch_warnings():
+            with adapters.building_anew(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT said it when the model was loaded
                 if self._model is None:
                     self._model = PeftModel(

@@ -14,7 +14,20 @@ from typing import Any, Literal
 import torch
 from flair.nn import Model
 
-from flair_peft import assembly, card, checkpoint, codec, hub, layout, learned, legacy, refusals, rehearsal, states
+from flair_peft import (
+    assembly,
+    card,
+    checkpoint,
+    codec,
+    hub,
+    layout,
+    learned,
+    legacy,
+    refusals,
+    rehearsal,
+    residency,
+    states,
+)
 from flair_peft.compat import versions
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
@@ -384,4 +397,5 @@ def _find_class(stored: Any, source: str) -> type[Model]:
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor in a storage of just its size: torch writes whole storages, and maps them in whole."""
     is_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    is_alone = is_alone and not residency.is_copied_on_write(tensor)
     return tensor if is_alone else tensor.detach().clone(memory_format=torch.contiguous_format)

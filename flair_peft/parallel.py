@@ -159,12 +159,8 @@ def _embeddings(model: torch.nn.Module) -> list[PeftTransformerEmbeddings]:
 
 
 def _read_from_source(step: torch.nn.Module) -> Iterator[str]:
-    """Yield the names of parameters that hold what was read from the source; the others get a storage of their own."""
-    found: set[int] = set()
-    for embeddings in _embeddings(step):
-        same = [p for p in embeddings.parameters() if not p.requires_grad and embeddings.is_from_source(p)]
-        found.update(map(id, same))
-        embeddings.take_apart(p for p in embeddings.parameters() if id(p) not in found)
+    """Yield the names of parameters that hold what was read from the source."""
+    found = {id(p) for embeddings in _embeddings(step) for p in embeddings.read_from_source()}
     for name, parameter in step.named_parameters(remove_duplicate=False):
         if id(parameter) in found:
             yield name

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
 import contextvars
 import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 
 # Of Linux 5.4 and later: reclaims pages without changing what is in them.
 _MADV_PAGEOUT = 21
+
+# Of an entry in Linux's list of pages: the page is in memory or swapped out, and it is the file's own.
+_PAGE_EXISTS, _PAGE_IS_OF_FILE = np.uint64(3 << 62), np.uint64(1 << 61)
 
 _is_sparing: contextvars.ContextVar[bool] = contextvars.ContextVar("flair_peft_is_sparing", default=False)
 
@@ -38,15 +44,108 @@ def let_go(tensor: torch.Tensor) -> None:
         page_out(tensor)
 
 
+class _Mapping(NamedTuple):
+    """A part of this process's memory that is a part of a file: Linux lists these in the order of their places."""
+
+    first: int
+    last: int
+    offset: int
+    file: tuple[str, str]
+    path: str
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Return where a tensor's memory starts. ``data_ptr`` would first copy memory that is copied once it is written."""
+    return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
+
+
+def is_copied_on_write(tensor: torch.Tensor) -> bool:
+    """Whether torch copies the tensor's memory before it is written to, or read by what might write."""
+    return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
+
+
 def is_mapped(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is that of a file, which the system can drop and read again; known on Linux only."""
-    if sys.platform != "linux" or tensor.device.type != "cpu":
-        return False
-    for span, _, _, _, inode, *_ in _mappings():
-        first, last = (int(address, 16) for address in span.split("-"))
-        if first <= tensor.data_ptr() < last:
-            return inode != "0"
-    return False
+    return tensor.device.type == "cpu" and _mapping_of(tensor, _mappings()) is not None
+
+
+def map_again(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Return each tensor as another private mapping of the file that it is mapped from; ``None`` where it is not.
+
+    The system holds the pages of the file once, for all mappings, and copies one when it is written to, whoever writes.
+    What was written to the tensors before is written to the new ones.
+    """
+    known = _mappings()
+    found = [_mapping_of(tensor, known) for tensor in tensors]
+    # One for each old one: of two mappings of a file, one can show in a place what the other does not.
+    anew = {each.first: _map(each.path) for each in found if each is not None}
+    known = _mappings()
+    return [
+        None if each is None else _again(tensor, each, anew[each.first], known)
+        for tensor, each in zip(tensors, found, strict=True)
+    ]
+
+
+def _mappings() -> list[_Mapping]:
+    if sys.platform != "linux":
+        return []
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    fields = (line.split(maxsplit=5) for line in lines)
+    spans = ((each[0].split("-"), each) for each in fields if len(each) == 6 and each[4] != "0")
+    return [
+        _Mapping(int(first, 16), int(last, 16), int(each[2], 16), (each[3], each[4]), each[5])
+        for (first, last), each in spans
+    ]
+
+
+def _mapping_of(tensor: torch.Tensor, known: Sequence[_Mapping]) -> _Mapping | None:
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return None
+    index = bisect.bisect_right(known, address(tensor), key=lambda each: each.first) - 1
+    is_inside = index >= 0 and address(tensor) + tensor.nbytes <= known[index].last
+    return known[index] if is_inside else None
+
+
+def _map(path: str) -> torch.UntypedStorage | None:
+    try:
+        return cast("torch.UntypedStorage", torch.UntypedStorage.from_file(path, False, Path(path).stat().st_size))
+    except (OSError, RuntimeError):
+        return None
+
+
+def _again(
+    tensor: torch.Tensor, old: _Mapping, whole: torch.UntypedStorage | None, known: Sequence[_Mapping]
+) -> torch.Tensor | None:
+    """Return the tensor in the new mapping, if that is of the same file: another can have its name now."""
+    written = _written(tensor)
+    if whole is None or written is None or not tensor.is_contiguous():
+        return None
+    first = address(tensor) - old.first + old.offset
+    new = next((each for each in known if each.first == whole.data_ptr()), None)
+    if new is None or new.file != old.file or first + tensor.nbytes > len(whole):
+        return None
+    part: torch.UntypedStorage = whole[first : first + tensor.nbytes]
+    again = torch.empty(0, dtype=tensor.dtype).set_(part, 0, tensor.shape, tensor.stride())
+    for start, end in written:
+        again.view(-1).view(torch.uint8)[start:end] = tensor.view(-1).view(torch.uint8)[start:end]
+    return again
+
+
+def _written(tensor: torch.Tensor) -> list[tuple[int, int]] | None:
+    """Return first and last byte of those pages of a mapped tensor that are not the file's any more."""
+    start, size = address(tensor), mmap.PAGESIZE
+    first, last = start // size, -(-(start + tensor.nbytes) // size)
+    try:
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
+            file.seek(8 * first)
+            entries = np.frombuffer(file.read(8 * (last - first)), dtype=np.uint64)
+    except OSError:
+        return None
+    if len(entries) != last - first:
+        return None
+    pages = np.flatnonzero((entries & _PAGE_EXISTS != 0) & (entries & _PAGE_IS_OF_FILE == 0))
+    spans = ((int(first + page) * size - start, int(first + page + 1) * size - start) for page in pages)
+    return [(max(0, begin), min(end, tensor.nbytes)) for begin, end in spans]
 
 
 def is_file_mapped(path: Path) -> bool:
@@ -55,13 +154,7 @@ def is_file_mapped(path: Path) -> bool:
         return True
     # Overlays show the number of another file, and some file systems another path.
     marks = {str(path.stat().st_ino), os.path.realpath(path)}
-    return any(not marks.isdisjoint(mapping[4:]) for mapping in _mappings())
-
-
-def _mappings() -> list[list[str]]:
-    """Return address, permissions, offset, device, inode and path of all that is mapped into this process."""
-    text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    return [line.split(maxsplit=5) for line in text.splitlines()]
+    return any(not marks.isdisjoint((mapping.file[1], mapping.path)) for mapping in _mappings())
 
 
 def give_back_freed() -> None:
@@ -78,8 +171,8 @@ def page_out(tensor: torch.Tensor) -> None:
     """Give the memory back that a mapped tensor takes until it is read again; see :func:`let_go`."""
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    first = -(-address(tensor) // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (address(tensor) + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first and tensor.is_contiguous():
         # What the kernel cannot reclaim stays, which is no error.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)

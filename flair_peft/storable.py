@@ -286,7 +286,6 @@ class Storable(StoredWeights):
     def _set_added_rows_(self, rows: torch.Tensor) -> None:
         matrix = self.base_model.get_input_embeddings().weight
         if len(rows) <= len(matrix) and not are_same_bits(matrix[-len(rows) :], rows.to(matrix.dtype)):
-            self.take_apart([matrix])
             matrix.data[-len(rows) :] = rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-import functools
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,13 +88,6 @@ class StoredWeights(TransformerBaseEmbeddings):
             self.model, self._pending_config = base, config
         else:
             self.model = adapters.inject_skeleton(base, config, has_weights=has_weights)
-            self._keep_apart()
-
-    def _keep_apart(self) -> None:
-        """Give what this model may write to a storage of its own; merging takes the rest apart first."""
-        if self._frozen is not None:
-            self._frozen.own_(adapters.trainable_parameters(self.model).values())
-            adapters.protect_(self.model, functools.partial(self._frozen.own_all_, self.model))
 
     def share_with(self, base: FrozenBase) -> bool:
         """Let the frozen weights that are the base's, bit by bit, have its storage; return whether there are any.
@@ -114,17 +106,14 @@ class StoredWeights(TransformerBaseEmbeddings):
         if not found.share_({name: parameter for name, parameter in weights.items() if name is not None}):
             return False
         self._frozen = found
-        self._keep_apart()
         return True
 
-    def take_apart(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Give each parameter that other models share a storage of its own, so that it can be written to."""
-        if self._frozen is not None:
-            self._frozen.own_(parameters)
-
-    def is_from_source(self, parameter: torch.Tensor) -> bool:
-        """Whether the parameter holds, in storage that other models share, what the base's source has."""
-        return self._frozen is not None and self._frozen.is_from_source(parameter)
+    def read_from_source(self) -> list[torch.nn.Parameter]:
+        """Return the frozen parameters that hold what every process reads from the base's source, bit by bit."""
+        own = {} if self._frozen is None else self._frozen.own_weights()
+        named = self.model.named_parameters(remove_duplicate=False) if own else ()
+        weights = ((keys.base_key(name) or "", parameter) for name, parameter in named if not parameter.requires_grad)
+        return [parameter for name, parameter in weights if name in own and are_same_bits(parameter, own[name])]
 
     @property
     def source_fingerprint(self) -> str | None:
@@ -221,8 +210,8 @@ class StoredWeights(TransformerBaseEmbeddings):
     def _settle_base_(self, tensors: Mapping[str, torch.Tensor]) -> set[str]:
         """Put base weights in place that torch should not copy, and return their keys.
 
-        What is equal to a shared weight already leaves it alone; other values must not be written through it. A file
-        that is being loaded is nobody else's, so that its tensors can be taken as they are.
+        What is equal to a shared weight already leaves it alone, so that it stays shared. A file that is being loaded
+        is nobody else's, so that its tensors can be taken as they are.
         """
         settled, is_ours = set(), load_options().owns_state and not self._frozen
         of_base = {key: tensor for key, tensor in tensors.items() if keys.base_key(key) is not None}
@@ -230,11 +219,9 @@ class StoredWeights(TransformerBaseEmbeddings):
             tensor = of_base.get(key)
             if tensor is None:
                 continue
-            if self._frozen is not None and self._frozen.is_shared(parameter):
+            if self._frozen is not None:
                 if are_same_bits(parameter, tensor):
                     settled.add(key)
-                else:
-                    self._frozen.own_([parameter])
             elif is_ours and not parameter.requires_grad and tensor.dtype == parameter.dtype:
                 parameter.data = tensor.to(parameter.device)
                 settled.add(key)
@@ -279,10 +266,7 @@ class StoredWeights(TransformerBaseEmbeddings):
     def _train_base_again(self) -> None:
         """Let those weights of the base require a gradient that did so when the file was written."""
         parameters = dict(self.model.named_parameters()) if self._pending_trained else {}
-        trained = [parameters[name] for name in self._pending_trained if name in parameters]
-        if self._frozen is not None:
-            self._frozen.own_(trained)
-        for parameter in trained:
+        for parameter in (parameters[name] for name in self._pending_trained if name in parameters):
             parameter.requires_grad_(parameter.is_floating_point())
 
     def _check_match(

@@ -24,6 +24,7 @@ from flair_peft import PeftTransformerDocumentEmbeddings, distributed, parallel
 from flair_peft.errors import TrainingSetupError
 from tests import parallel_training
 from tests.parallel_training import TRAININGS, Result
+from tests.places import places_of
 from tests.zoo import ZOO
 
 ROOT = Path(__file__).parents[1]
@@ -220,8 +221,8 @@ def test_wrapped_model_shares_what_it_shared_and_owns_what_is_written(base: Base
     config = LoraConfig(r=4, lora_alpha=12, target_modules=["query"])
     model, other = (PeftTransformerDocumentEmbeddings(base("bert-mlm"), peft_config=config) for _ in range(2))
     wrapped = parallel.wrap(ZOO["text-classifier"].build(lambda: None, lambda: model), find_unused_parameters=True)
-    theirs = {name: p.untyped_storage().data_ptr() for name, p in other.named_parameters()}
-    shared = {name for name, p in model.named_parameters() if p.untyped_storage().data_ptr() == theirs[name]}
+    theirs = places_of(dict(other.named_parameters()))
+    shared = {name for name, place in places_of(dict(model.named_parameters())).items() if place == theirs[name]}
     assert shared == {name for name, p in model.named_parameters() if not p.requires_grad and "pooler" not in name}
     ignored = {name.removeprefix("model.embeddings.") for name in wrapped.parameters_to_ignore}
     assert ignored == shared

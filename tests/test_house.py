@@ -175,7 +175,6 @@ def test_house_imports_are_seen_by_this_test() -> None:
 # What other modules write to by name: (module, function, object). None of these is Flair's.
 WRITTEN_BY_NAME = {
     ("adapters", "setattr", "config"),
-    ("adapters", "setattr", "tuner"),
     ("assembly", "setattr", "parent"),
 }
 
