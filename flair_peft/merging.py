@@ -10,9 +10,9 @@ from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbedding
 from flair.nn import Model
 from transformers import PreTrainedModel
 
-from flair_peft import assembly, codec, dtypes, methods, models, proof, quantised, tokenizer_files
+from flair_peft import assembly, base_config, codec, dtypes, methods, models, proof, quantised, tokenizer_files
 from flair_peft.embeddings import PeftTransformerEmbeddings, states_of
-from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
+from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError, name_some
 
 # Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
 _TOLERANCE = 1e-4
@@ -35,7 +35,8 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
 
     Raises:
         AdapterConfigError: the model has no adapter, or reads its transformer as Flair's own embeddings cannot, or its
-            base is quantised, so that merging would round it once more, or spread over devices.
+            base is quantised, so that merging would round it once more, or spread over devices, or has a config that
+            stock Flair does not read as it is.
         UnsupportedMethodError: the method cannot be merged, as prompts cannot.
         StateMismatchError: the merged model gives other hidden states.
     """
@@ -95,6 +96,7 @@ def _copy(model: Model) -> Model:
 
 def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype) -> TransformerEmbeddings:
     """Return Flair's own embeddings around the transformer with the adapter in its weights."""
+    _refuse_unreadable(embeddings)
     transformer = _merged_transformer(embeddings)
     transformer.to(dtype)
     transformer.config.dtype = dtype
@@ -109,6 +111,20 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
     plain = stock.from_params(params)
     plain.model.load_state_dict(transformer.state_dict())
     return plain.eval()
+
+
+def _refuse_unreadable(embeddings: PeftTransformerEmbeddings) -> None:
+    """Return if stock Flair makes the same config, with the same attention, of what it stores."""
+    config = embeddings.base_model.config
+    lost = base_config.changing(config)
+    if base_config.is_capped(config.to_dict()) and config._attn_implementation == "eager":
+        lost = lost | {"attn_implementation"}
+    if lost:
+        raise AdapterConfigError(
+            f"Cannot merge the adapter of '{embeddings.name}': stock Flair stores its {type(config).__name__} and "
+            f"reads another {name_some(lost)} from it. The merged model would predict something else. Keep the adapter "
+            "beside its base, as save_pretrained and model.save do."
+        )
 
 
 def _merged_transformer(embeddings: PeftTransformerEmbeddings) -> PreTrainedModel:

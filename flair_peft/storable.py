@@ -19,6 +19,7 @@ from typing_extensions import Self
 from flair_peft import (
     adapters,
     backbone,
+    base_config,
     bases,
     dtypes,
     frozen,
@@ -243,7 +244,8 @@ class Storable(StoredWeights):
         config_class = bases.config_class(str(shape.get("model_type")), stored.record)
         # from_dict reads the attention implementation from its keyword arguments only.
         named = shape.pop("attn_implementation", None)
-        saved_config = backbone.tame_(config_class.from_dict(shape, attn_implementation=named))
+        saved_config = base_config.from_stored(shape, config_class, attention=named, source=str(params.get("model")))
+        backbone.tame_(saved_config)
         pending_state, probe = params.pop("derived_state", {}), params.pop("probe", None)
         untrained, index = params.pop("untrained", []), params.pop("part", None)
         trained = params.pop("trained_base", [])

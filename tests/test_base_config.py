@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import pickle
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from flair.data import Sentence
+from flair.models import TextClassifier
+from peft import LoraConfig
+from transformers import MODEL_MAPPING, Gemma3TextConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flair_peft import base_config
-from flair_peft.errors import BaseModelNotFoundError
+import flair_peft
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, base_config
+from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError
+from tests import tiny
+from tests.regression.make import labels
+from tests.selection import few
 
 _NEWER = "5.24.0"
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -170,3 +185,149 @@ def test_setting_that_nothing_reads_is_named_in_files_of_a_newer_transformers_al
 def test_setting_of_an_older_transformers_is_not_judged() -> None:
     """4.57 computed with what it read, whatever else stood there."""
     assert read("llama", version="4.57.6", is_causal=False)["is_causal"] is False
+
+
+def stored(config: PretrainedConfig) -> dict[str, Any]:
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def restored(described: dict[str, Any], config: PretrainedConfig) -> PretrainedConfig:
+    return base_config.from_stored(described, type(config), attention=None, source="the base")
+
+
+def configs_of_text() -> Iterator[PretrainedConfig]:
+    """Yield a config of each class with a bare model that reads text."""
+    for config_class in dict.fromkeys(MODEL_MAPPING):
+        try:
+            config = config_class()
+        except (AttributeError, ImportError, OSError, TypeError, ValueError):
+            continue  # is made of other configs, or from the Hub
+        if getattr(config.get_text_config(), "vocab_size", None) and config_class.__name__ not in _UNSTORABLE:
+            yield config
+
+
+def altered(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """Yield configs with one setting changed, by the constructor and afterwards."""
+    for name, value in vars(config).items():
+        if name.startswith("_") or name in ("dtype", "model_type") or not isinstance(value, bool | int | float):
+            continue
+        other = not value if isinstance(value, bool) else value * 2 + 2
+        try:
+            yield type(config)(**{name: other})
+            changed = copy.deepcopy(config)
+            setattr(changed, name, other)
+            type(config).from_dict(stored(changed))
+            yield changed
+        except (AttributeError, AssertionError, TypeError, ValueError):
+            continue  # settings that do not go together
+
+
+@pytest.mark.parametrize("is_varied", few([False, True], always=[False]))
+def test_config_that_was_stored_comes_back_as_it_was(is_varied: bool) -> None:
+    """Of every class that transformers has for text, the first and the third time."""
+    seen = 0
+    for config in configs_of_text():
+        for case in islice(altered(config), 8) if is_varied else [config]:
+            try:
+                described = stored(case)
+            except (AttributeError, TypeError):
+                continue  # no dictionary
+            again = case
+            for _ in range(3):
+                again = restored(stored(again), case)
+            assert stored(again) == described, type(case).__name__
+            seen += 1
+        assert not base_config.changing(config)
+    assert seen > 150
+
+
+# Their constructors refuse what `to_dict` gives for the configs of images and sound in them.
+_UNSTORABLE = {"Phi4MultimodalConfig"}
+
+
+def test_config_of_an_older_file_is_read_as_its_constructor_reads_it() -> None:
+    """An old name that the constructor translates once and for all is not set back."""
+    config = CONFIG_MAPPING["phi3"](**{**_PHI3, "rope_scaling": {"type": "longrope", **_FACTORS}})
+    described = {**stored(config), "rope_scaling": {"type": "su", **_FACTORS}, "transformers_version": "4.40.0"}
+    assert restored(described, config).rope_scaling["type"] == "longrope"
+
+
+_PHI3 = {"hidden_size": 16, "num_attention_heads": 2, "pad_token_id": 0}
+_FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize("version", ["4.57.3", transformers.__version__])
+def test_window_that_was_halved_once_is_not_halved_again(version: str) -> None:
+    """Whichever version stored it."""
+    config = Gemma3TextConfig(sliding_window=512, use_bidirectional_attention=True)
+    assert config.sliding_window == 257
+    assert restored({**stored(config), "transformers_version": version}, config).sliding_window == 257
+
+
+def test_what_a_stored_config_did_not_read_stays_unread() -> None:
+    """A model that was trained on a newer base without its rope parameters predicts what it did then."""
+    config = CONFIG_MAPPING["llama"](rope_theta=10000.0)
+    found = restored({**stored(config), "rope_parameters": flat(30.0)}, config)
+    assert found.rope_theta == 10000.0
+    assert not hasattr(found, "rope_parameters")
+    newer = {**stored(config), "rope_theta": None, "rope_parameters": flat(30.0), "transformers_version": _NEWER}
+    assert restored(newer, config).rope_theta == 30.0
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a bidirectional Gemma 3 with a window of 16, as its ``config.json`` has it, and a tokenizer for BERT."""
+    folder = tmp_path_factory.mktemp("gemma")
+    tokenizer = tiny._TOKENIZERS["bert"](folder)
+    tokenizer.save_pretrained(folder)
+    config = Gemma3TextConfig(
+        **tiny._SIZE,
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+        use_bidirectional_attention=True,
+        pad_token_id=0,
+    )
+    tiny._random_model(config, transformers.Gemma3TextModel, seed=0).save_pretrained(folder)
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**described, "sliding_window": 16}), encoding="utf-8")
+    return str(folder)
+
+
+def score(model: Any) -> float:
+    sentence = Sentence("Berlin and Paris are large cities in Europe . " * 5)
+    model.predict(sentence)
+    return float(sentence.get_labels("c")[0].score)
+
+
+def test_model_on_bidirectional_gemma_predicts_the_same_after_three_loads(gemma: str, tmp_path: Path) -> None:
+    """With sentences longer than the window: directories, files, copies, pickles and a shared base."""
+    config = LoraConfig(r=2, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    embeddings = PeftTransformerDocumentEmbeddings(gemma, peft_config=config, cls_pooling="mean")
+    model: Any = TextClassifier(embeddings, label_dictionary=labels("A", "B"), label_type="c").eval()
+    assert embeddings.base_model.config.sliding_window == 9
+    expected = score(model)
+    for turn in range(3):
+        flair_peft.save_pretrained(model, tmp_path / str(turn))
+        model.save(tmp_path / f"{turn}.pt")
+        ways = [
+            flair_peft.from_pretrained(tmp_path / str(turn)),
+            TextClassifier.load(tmp_path / f"{turn}.pt"),
+            SharedBase(gemma).load(tmp_path / str(turn)),
+            copy.deepcopy(model),
+        ]
+        assert [score(way) for way in ways] == pytest.approx([expected] * 4, abs=1e-6)
+        model = ways[turn % 2]
+    again = pickle.loads(pickle.dumps(embeddings))
+    assert again.base_model.config.sliding_window == 9
+
+
+def test_merge_of_a_config_that_stock_flair_reads_otherwise_is_refused(gemma: str) -> None:
+    """Stock Flair would halve the window of the merged model with each load."""
+    embeddings = PeftTransformerDocumentEmbeddings(gemma, cls_pooling="mean")
+    model = TextClassifier(embeddings, label_dictionary=labels("A", "B"), label_type="c")
+    with pytest.raises(AdapterConfigError, match="another 'sliding_window'"):
+        flair_peft.merge(model)

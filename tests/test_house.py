@@ -176,6 +176,7 @@ def test_house_imports_are_seen_by_this_test() -> None:
 WRITTEN_BY_NAME = {
     ("adapters", "setattr", "config"),
     ("assembly", "setattr", "parent"),
+    ("base_config", "setattr", "config"),
 }
 
 

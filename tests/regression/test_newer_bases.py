@@ -18,7 +18,7 @@ from transformers import BertTokenizerFast
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, backbone
-from flair_peft.errors import BaseModelNotFoundError
+from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError
 from tests.regression.make import labels
 from tests.regression.make_newer import FOLDER, inputs
 from tests.regression.newer_bases import BASES
@@ -147,3 +147,9 @@ def test_model_on_a_base_of_a_newer_transformers_predicts_the_same_after_each_lo
     assert model.embeddings.base_model.config.to_dict() == first.embeddings.base_model.config.to_dict()
     flair_peft.verify(tmp_path / "1")
     assert score(SharedBase(str(base)).load(tmp_path / "1")) == pytest.approx(expected, abs=1e-6)
+
+
+def test_merge_on_a_base_with_capped_attention_is_refused(newer: Unpacked) -> None:
+    """Stock Flair would read it with an attention that passes over the cap."""
+    with pytest.raises(AdapterConfigError, match="another 'attn_implementation'"):
+        flair_peft.merge(classifier(newer("gemma2")))
