@@ -13,7 +13,7 @@ import torch
 from flair.models import MultitaskModel
 from flair.nn import Model
 
-from flair_peft import allowed, dtypes, rehearsal, states, weights
+from flair_peft import adapters, allowed, dtypes, rehearsal, states, weights
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import (
     AdapterConfigError,
@@ -53,7 +53,8 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
                 _refuse_unsafe(state, source)
             _refuse_useless_base(state, source)
             rehearsal.check_settings(state, source=source)
-            with weights.expecting(states.inner_embeddings(state)):
+            # Flair makes the head, and a server may load a model between two predictions.
+            with weights.expecting(states.inner_embeddings(state)), adapters.building, torch.inference_mode(False):
                 model = load(state)
     finally:
         _is_going_on.reset(token)

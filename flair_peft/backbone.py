@@ -114,7 +114,7 @@ def find_model(
     if getattr(model_class, "base_model_prefix", None) == "" and not config.sub_configs:
         wanted["key_mapping"] = {r"^model\.": ""}  # Gemma 3 does not say what its weights are called below a head
     try:
-        with adapters.building:
+        with adapters.building_anew():
             model, found = model_class.from_pretrained(
                 source, config=config, output_loading_info=True, **wanted, **with_answer(kwargs)
             )
@@ -165,7 +165,7 @@ def build_model(
     Buffers that are not stored, such as rotary frequencies, hold their values.
     """
     wanted = {**model_kwargs} if dtype in (None, "auto") else {"dtype": dtype, **model_kwargs}
-    with adapters.building, no_init_weights():
+    with adapters.building_anew(), no_init_weights():
         if config.model_type in ENCODER_OF_T5:
             model = T5EncoderModel._from_config(config, **wanted)
         else:

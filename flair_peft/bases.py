@@ -161,8 +161,7 @@ def source_of_quantised(record: BaseRecord, model: PreTrainedModel, *, cache_dir
     """Return the record of a quantised base with the digest of all weights of its source, if that is there still."""
     kwargs = _reaching(record, cache_dir)
     try:
-        with torch.random.fork_rng(devices=[]):
-            found = frozen.find_source(record, model.config, kwargs)
+        found = frozen.find_source(record, model.config, kwargs)
     except (BaseModelNotFoundError, BaseMismatchError):
         return record
     if record.fingerprint is None or not found.is_as(record):
@@ -278,8 +277,7 @@ def check_made(
     """
     dtype = parse_dtype(expected.dtype or record.dtype or "float32")
     wanted = dataclasses.replace(record, fingerprint=expected.fingerprint, read_fingerprint=expected.read_fingerprint)
-    with torch.random.fork_rng(devices=[]):
-        found = frozen.read_again(wanted, model.config, dtype=dtype, kwargs=_reaching(record, cache_dir))
+    found = frozen.read_again(wanted, model.config, dtype=dtype, kwargs=_reaching(record, cache_dir))
     proof.check_base(found, expected, name=name)
 
 
@@ -294,16 +292,14 @@ def _reaching(record: BaseRecord, cache_dir: str | None) -> dict[str, Any]:
 def reference(
     record: BaseRecord, model: PreTrainedModel, *, dtype: torch.dtype, cache_dir: str | None
 ) -> FrozenBase | None:
-    """Return the base as its source has it now, read anew, for a trained model to be compared with.
+    """Return the base as its source has it now, for a trained model to be compared with.
 
     Nothing is downloaded. ``None`` if it is gone, or if it is not the one that the model was made from any more.
     """
     kwargs = _reaching(record, cache_dir)
 
     def read(record: BaseRecord, wanted: torch.dtype) -> FrozenBase:
-        # Weights that the source lacks are drawn at random; a training goes on as if nothing had been saved.
-        with torch.random.fork_rng(devices=[]):
-            return frozen.read_again(record, model.config, dtype=wanted, kwargs=kwargs)
+        return frozen.read_again(record, model.config, dtype=wanted, kwargs=kwargs)
 
     try:
         found = read(record, dtype if record.dtype is None else parse_dtype(record.dtype))

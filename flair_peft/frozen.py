@@ -439,7 +439,7 @@ def read_again(
         if mapped.is_as(record):
             return mapped
     # The class may choose dtypes of its own, or the files hold several.
-    return find_again(record, config, dtype=dtype, kwargs=kwargs, is_shared=False)
+    return find_again(record, config, dtype=dtype, kwargs=kwargs)
 
 
 def find_source(record: BaseRecord, config: PretrainedConfig, kwargs: Mapping[str, Any]) -> FrozenBase:
@@ -458,7 +458,7 @@ def find_source(record: BaseRecord, config: PretrainedConfig, kwargs: Mapping[st
         del plain.quantization_config
     plain.dtype = None  # that of the trained model: "auto" reads it before it looks into the files
     kept = {name: value for name, value in kwargs.items() if name not in PLACING}
-    return find_again(record, plain, dtype="auto", kwargs=kept, is_shared=False)
+    return find_again(record, plain, dtype="auto", kwargs=kept)
 
 
 def find(
@@ -468,7 +468,6 @@ def find(
     dtype: DtypeLike | None,
     kwargs: Mapping[str, Any],
     device: torch.device | str = "cpu",
-    is_shared: bool = True,
     is_held: bool = False,
 ) -> FrozenBase:
     """Return the base model, and the very same one as long as it is alive and nothing of its source has changed.
@@ -479,7 +478,6 @@ def find(
         dtype: as for :func:`flair_peft.backbone.find_model`.
         kwargs: for ``AutoModel.from_pretrained``.
         device: where its weights go, unless quantisation or a device map places them.
-        is_shared: if False, it is read again.
         is_held: whether a model will stand on it, so that it must fit into the memory of the device; what is only
             compared is mapped from its files.
 
@@ -487,8 +485,6 @@ def find(
         BaseModelNotFoundError: there is none.
         InsufficientMemoryError: it does not fit.
     """
-    if not is_shared:
-        return _load(record, config, dtype=dtype, kwargs=kwargs, device=device)
     with _lock:
         key = _identity(record, config, dtype, kwargs, device)
         found = _cache.get(key) if key is not None else None
@@ -517,7 +513,6 @@ def find_again(
     dtype: DtypeLike | None,
     kwargs: Mapping[str, Any],
     device: torch.device | str = "cpu",
-    is_shared: bool = True,
     is_held: bool = False,
 ) -> FrozenBase:
     """Return the base model that a checkpoint was trained on, as its source has it.
@@ -528,7 +523,6 @@ def find_again(
         dtype: of the trained model's base.
         kwargs: as for :func:`find`.
         device: as for :func:`find`.
-        is_shared: as for :func:`find`.
         is_held: as for :func:`find`.
 
     Raises:
@@ -541,7 +535,7 @@ def find_again(
     shape = copy.deepcopy(config)
     shape.get_text_config().vocab_size = size
     shape.output_hidden_states = True
-    return find(record, shape, dtype=dtype, kwargs=kwargs, device=device, is_shared=is_shared, is_held=is_held)
+    return find(record, shape, dtype=dtype, kwargs=kwargs, device=device, is_held=is_held)
 
 
 def _load(

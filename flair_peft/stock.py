@@ -11,7 +11,7 @@ from typing import Any
 from flair.nn import Model
 from peft import PeftConfig
 
-from flair_peft import assembly, keys, legacy, models, progress, residency, states
+from flair_peft import adapters, assembly, keys, legacy, models, progress, residency, states
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import (
     AdapterConfigError,
@@ -198,7 +198,8 @@ def load_state(
     load = load or model_class.load
     if not states.has_adapters(state):
         refuse_useless(options, options, source, "it holds no adapter")
-        return load(state)
+        with adapters.building:
+            return load(state)
     given = options.get("peft_config")
     completed = states.with_config(state, given, source=source)
     lacking = [] if given is None else states.adapters_without_config(state)

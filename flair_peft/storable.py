@@ -151,7 +151,7 @@ class Storable(StoredWeights):
     def compare_with_base(self, trained: Set[str] | None = None, *, is_tied: bool = True) -> StoredBase:
         """Return which of the weights are the base's own, bit by bit, and need not be stored.
 
-        The base is read anew from its source. Where that is gone, everything has to be stored.
+        They are compared with the base as its source has it. Where that is gone, everything has to be stored.
 
         Args:
             trained: names of those to be stored in any case; None means all that require a gradient.

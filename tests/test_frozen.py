@@ -19,7 +19,14 @@ from peft import LNTuningConfig, LoraConfig
 from transformers import AutoConfig
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, fingerprint, frozen, residency
+from flair_peft import (
+    PeftTransformerDocumentEmbeddings,
+    PeftTransformerWordEmbeddings,
+    SharedBase,
+    fingerprint,
+    frozen,
+    residency,
+)
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.frozen import FrozenBase
 from flair_peft.refusals import REFUSED_METHODS
@@ -581,3 +588,138 @@ def test_way_to_a_source_is_no_reason_to_share_less(
     flair_peft.save_pretrained(model, tmp_path / "x")
     loaded = flair_peft.from_pretrained(tmp_path / "x", **options)
     assert set(pointers(loaded.embeddings).values()) == set(pointers(model.embeddings).values())
+
+
+def state_and_draw(make_model: Callable[[], Any]) -> tuple[dict[str, torch.Tensor], float]:
+    """Return all tensors of a model that is made after a fixed seed, and the random number that comes next."""
+    torch.manual_seed(42)
+    model = make_model()
+    drawn = torch.rand(1).item()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, drawn
+
+
+@pytest.mark.parametrize(("architecture", "attention"), [("bert", "eager"), ("bert-mlm", None), ("llama", None)])
+def test_same_seed_gives_the_same_weights_whether_or_not_a_base_is_alive(
+    architecture: str, attention: str | None, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """What is drawn at random shows nothing of the cache: in head, adapter, lacking weights and what comes next."""
+    moved = str(shutil.copytree(base(architecture), tmp_path / "copy"))
+    options = {"transformers_model_kwargs": {"attn_implementation": attention}} if attention else {}
+
+    def build() -> Any:
+        return ZOO["text-classifier"].build(None, lambda **kwargs: make(moved, **kwargs, **options))
+
+    gc.collect()
+    (first, drawn), alive = state_and_draw(build), build()
+    for state, again in (state_and_draw(build), state_and_draw(build)):
+        assert again == drawn
+        assert all(torch.equal(state[name], first[name]) for name in first)
+    flair_peft.save_pretrained(alive, tmp_path / "model")
+    torch.manual_seed(1)
+    expected = torch.rand(1).item()
+    torch.manual_seed(1)
+    flair_peft.save_pretrained(alive, tmp_path / "again")
+    assert torch.rand(1).item() == expected
+    _, drawn = state_and_draw(lambda: flair_peft.from_pretrained(tmp_path / "model"))
+    del alive
+    gc.collect()
+    assert state_and_draw(lambda: flair_peft.from_pretrained(tmp_path / "model"))[1] == drawn
+
+
+def test_predicting_together_draws_no_random_number(base: Callable[[str], str], tmp_path: Path) -> None:
+    """The module tree of mixed batches is made once, and its making shows in no random number."""
+    model = ZOO["text-classifier"].build(None, lambda **kwargs: make(base("bert"), **kwargs))
+    flair_peft.save_pretrained(model, tmp_path / "model")
+    shared = SharedBase(base("bert"), dtype="bfloat16")
+    models = [shared.load(tmp_path / "model") for _ in range(2)]
+    torch.manual_seed(1)
+    expected = torch.rand(1).item()
+    torch.manual_seed(1)
+    shared.predict({each: [Sentence("Berlin is large .")] for each in models})
+    assert torch.rand(1).item() == expected
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_base_that_a_server_loads_first_serves_and_trains_everywhere(
+    mode: Any, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A load inside of inference_mode blocks its base for nobody, and what it gives is trained as any other model."""
+    moved = str(shutil.copytree(base("bert"), tmp_path / "copy"))
+    model = ZOO["text-classifier"].build(None, lambda **kwargs: make(moved, **kwargs))
+    model.save(tmp_path / "model.pt")
+    expected = vector(model.embeddings)
+    load, corpus = type(model).load, ZOO["text-classifier"].corpus()
+    del model
+    gc.collect()
+    with mode():
+        served, fresh = load(tmp_path / "model.pt"), make(moved)
+        shared = SharedBase(moved, dtype="float32")
+        together = [shared.load(tmp_path / "model.pt") for _ in range(2)]
+        assert torch.equal(vector(served.embeddings), expected)
+        shared.predict({each: [Sentence("Berlin is large .")] for each in together})
+    shared.predict({each: [Sentence("Berlin is large .")] for each in together})
+    outside = load(tmp_path / "model.pt")
+    outside.save(tmp_path / "again.pt")
+    served.save(tmp_path / "again.pt")
+    for loaded in (served, outside, together[0]):
+        assert torch.equal(vector(loaded.embeddings), expected)
+        ModelTrainer(loaded, corpus).train(tmp_path / "training", max_epochs=1, learning_rate=0.1, mini_batch_size=4)
+        assert not torch.equal(vector(loaded.embeddings), expected)
+    fresh.embed(Sentence("Berlin"))
+
+
+def save_two(base: str, folder: Path) -> None:
+    """Write two models, each as a directory and as a file."""
+    for name in ("text-classifier", "sequence-tagger-rnn-crf"):
+        model = ZOO[name].build(lambda **k: make_words(base, **k), lambda **k: make(base, **k))
+        flair_peft.save_pretrained(model, folder / name)
+        model.save(folder / f"{name}.pt")
+
+
+def make_words(base: str, **options: Any) -> PeftTransformerWordEmbeddings:
+    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False)
+    return PeftTransformerWordEmbeddings(base, peft_config=config, **options)
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(40, marks=pytest.mark.matrix)])
+def test_threads_that_load_save_predict_and_unload_disturb_nobody(
+    rounds: int, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Bases are read under switches for the whole process: threads wait, or do not see them. All predict the same."""
+    moved = str(shutil.copytree(base("bert-mlm"), tmp_path / "copy"))
+    save_two(moved, tmp_path)
+    shared, failures, scores = SharedBase(moved), list[str](), set[tuple[str, float]]()
+    start = threading.Barrier(8)
+
+    def use(model: Any) -> None:
+        sentence = Sentence("Berlin is large .")
+        model.predict(sentence, return_probabilities_for_all_classes=True)
+        kind = type(model).__name__
+        scores.add((kind, round(sum(label.score for label in sentence.get_labels(model.label_type)), 5)))
+        assert all(parameter.device.type == "cpu" and parameter.isfinite().all() for parameter in model.parameters())
+
+    def work(number: int) -> None:
+        start.wait()
+        for turn in range(rounds):
+            source = tmp_path / ("text-classifier" if (number + turn) % 2 else "sequence-tagger-rnn-crf")
+            try:
+                model = shared.load(source)
+                use(model)
+                shared.unload(model)
+                alone = flair_peft.from_pretrained(f"{source}.pt", base_model=str(folders[(number + turn) % 3]))
+                use(alone)
+                alone.save(tmp_path / f"saved-{number}.pt")
+                use(flair_peft.from_pretrained(tmp_path / f"saved-{number}.pt"))
+            except Exception as error:  # whatever it is, it must not be
+                failures.append(repr(error)[:300])
+
+    # Copies of the base are bases of their own, which are read while others are in use.
+    folders = [shutil.copytree(moved, tmp_path / f"other-{number}") for number in range(3)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert len(scores) == 2
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
