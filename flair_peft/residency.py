@@ -78,10 +78,12 @@ def map_again(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
     known = _mappings()
     found = [_mapping_of(tensor, known) for tensor in tensors]
     # One for each old one: of two mappings of a file, one can show in a place what the other does not.
-    anew = {each.first: _map(each.path) for each in found if each is not None}
-    known = _mappings()
+    anew = {each: _map(each.path) for each in set(found) if each is not None}
+    files = {each.first: each.file for each in _mappings()}
+    # Another file can have the name now.
+    same = {old: new for old, new in anew.items() if new is not None and files.get(new.data_ptr()) == old.file}
     return [
-        None if each is None else _again(tensor, each, anew[each.first], known)
+        _again(tensor, each, same[each]) if each is not None and each in same else None
         for tensor, each in zip(tensors, found, strict=True)
     ]
 
@@ -113,16 +115,9 @@ def _map(path: str) -> torch.UntypedStorage | None:
         return None
 
 
-def _again(
-    tensor: torch.Tensor, old: _Mapping, whole: torch.UntypedStorage | None, known: Sequence[_Mapping]
-) -> torch.Tensor | None:
-    """Return the tensor in the new mapping, if that is of the same file: another can have its name now."""
-    written = _written(tensor)
-    if whole is None or written is None or not tensor.is_contiguous():
-        return None
-    first = address(tensor) - old.first + old.offset
-    new = next((each for each in known if each.first == whole.data_ptr()), None)
-    if new is None or new.file != old.file or first + tensor.nbytes > len(whole):
+def _again(tensor: torch.Tensor, old: _Mapping, whole: torch.UntypedStorage) -> torch.Tensor | None:
+    written, first = _written(tensor), address(tensor) - old.first + old.offset
+    if written is None or not tensor.is_contiguous() or first + tensor.nbytes > len(whole):
         return None
     part: torch.UntypedStorage = whole[first : first + tensor.nbytes]
     again = torch.empty(0, dtype=tensor.dtype).set_(part, 0, tensor.shape, tensor.stride())

@@ -303,6 +303,23 @@ def test_write_of_one_model_never_reaches_another(
     del keep
 
 
+def test_base_whose_file_cannot_be_mapped_again_is_shared_and_written_apart_all_the_same(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A base that is alive stays what it is when its file is replaced or removed; where nothing is mapped, too."""
+    moved = Path(shutil.copytree(base("bert"), tmp_path / "copy"))
+    plain = found(str(moved)).with_rows(1)
+    mapped = plain.copy()
+    before = {name: tensor.clone() for name, tensor in mapped.state_dict().items()}
+    (moved / "model.safetensors").unlink()
+    first, second = plain.copy(), plain.copy()
+    assert places_of(dict(first.named_parameters())) == places_of(dict(second.named_parameters()))
+    for parameter in [*first.parameters(), *mapped.parameters()]:
+        parameter.data.add_(1)
+    for state in (second.state_dict(), plain.copy().state_dict()):
+        assert all(torch.equal(state[name], before[name]) for name in before)
+
+
 def test_forward_and_backward_passes_leave_the_memory_shared(base: Callable[[str], str]) -> None:
     """What is copied when it is written to is not copied when it is read, in whatever dtype."""
     keep = SharedBase(base("bert")), SharedBase(base("llama"), dtype="bfloat16")

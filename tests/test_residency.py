@@ -61,3 +61,36 @@ def test_freed_memory_is_given_back() -> None:
     kept = torch.ones(1_000_000)
     residency.give_back_freed()
     assert float(kept.sum()) == 1_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_map_again_gives_the_same_values_in_pages_that_are_written_apart(tmp_path: Path) -> None:
+    """What was written before is there, what is written afterwards is in one of the two, and never in the file."""
+    file = tmp_path / "a b.safetensors"
+    save_file({"x": torch.arange(100_000.0), "y": torch.ones(3, 5)}, file)
+    content = file.read_bytes()
+    first = load_file(file)
+    first["x"][50_000:50_010] = -1
+    second = dict(zip(first, residency.map_again(list(first.values())), strict=True))
+    for name, tensor in first.items():
+        again = second[name]
+        assert again is not None
+        assert torch.equal(again, tensor)
+        again.add_(1)
+        assert torch.equal(again, tensor + 1)
+        tensor.zero_()
+        assert again.sum() > 0
+    assert file.read_bytes() == content
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_map_again_takes_no_other_file_of_that_name(tmp_path: Path) -> None:
+    """A file that was replaced or removed is not mapped again, nor is memory that is no file's."""
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.ones(100_000)}, file)
+    first = load_file(file)["x"]
+    save_file({"x": torch.zeros(100_000)}, tmp_path / "new")
+    (tmp_path / "new").replace(file)
+    assert residency.map_again([first, torch.ones(10), torch.empty(0)]) == [None, None, None]
+    file.unlink()
+    assert residency.map_again([first]) == [None]
