@@ -160,12 +160,12 @@ class LoadOptions:
     def arguments(self) -> dict[str, Any]:
         """Return arguments for ``from_pretrained`` of transformers."""
         asked = {
-            "token": self.token,
             "cache_dir": self.cache_dir,
             "local_files_only": self.local_files_only,
             "trust_remote_code": self.trust_remote_code,
         }
-        return {name: value for name, value in asked.items() if value not in (None, False)}
+        given = {name: value for name, value in asked.items() if value not in (None, False)}
+        return given if self.token is None else {**given, "token": self.token}  # False: send none, though there is one
 
 
 _options: contextvars.ContextVar[LoadOptions] = contextvars.ContextVar("flair_peft_load_options")

@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -43,6 +44,8 @@ _locks: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, contextlib.AbstractCo
 )
 _known: contextvars.ContextVar[KnownTokenizers | None] = contextvars.ContextVar("flair_peft_tokenizers", default=None)
 
+_FILES_OF_TOKENIZERS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+
 # Tried in this order for a tokenizer without a padding token; padding is masked, so any token will do.
 _PADDING_CANDIDATES = ("eos_token", "unk_token", "bos_token", "cls_token", "sep_token")
 
@@ -61,6 +64,11 @@ def find_tokenizer(source: str, kwargs: KeywordArguments) -> PreTrainedTokenizer
         BaseModelNotFoundError: there is none, or none that can be read.
     """
     try:
+        if kwargs.get("token") is False and not Path(source).is_dir() and not kwargs.get("local_files_only"):
+            # transformers asks for the list of all files with the user's token, whatever it was told.
+            reaching = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}
+            snapshot_download(source, allow_patterns=_FILES_OF_TOKENIZERS, **reaching)
+            kwargs = {**kwargs, "local_files_only": True}
         return _read(source, {"add_prefix_space": True, **with_answer(kwargs)})
     except Exception as error:  # transformers and tokenizers fail in many ways
         raise _unreadable(source, error) from error

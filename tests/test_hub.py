@@ -24,7 +24,7 @@ from peft import LoraConfig
 from safetensors.torch import load, save
 
 import flair_peft
-from flair_peft import frozen
+from flair_peft import SharedBase, frozen
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, BaseModelNotFoundError, ModelFileError, SaveError
 from tests import round_trip
@@ -650,3 +650,38 @@ print(*(f"{{label.value}}={{label.score!r}}" for label in sentence.labels))
     sentence = Sentence("George Washington went to Washington .")
     Model.load(REPO).predict(sentence, return_probabilities_for_all_classes=True)
     assert found.stdout.split() == [f"{label.value}={label.score!r}" for label in sentence.labels]
+
+
+def _load_checkpoint(_: Path) -> object:
+    return Model.load(REPO, token=False)
+
+
+def _load_adapter(cache: Path) -> object:
+    folder = snapshot_download(REPO, cache_dir=cache / "adapter", token=False)
+    return PeftTransformerEmbeddings.from_adapter(folder, base_model=BASE, token=False)
+
+
+def _make_embeddings(_: Path) -> object:
+    return PeftTransformerEmbeddings(BASE, token=False)
+
+
+def _make_shared_base(_: Path) -> object:
+    return SharedBase(BASE, token=False).load(REPO, token=False)
+
+
+@pytest.mark.parametrize("act", [_load_checkpoint, _load_adapter, _make_embeddings, _make_shared_base])
+def test_hub_is_sent_no_token_where_token_is_false(
+    act: Callable[[Path], object],
+    hub: _Hub,
+    pushed: tuple[str, list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though the user is logged in: no request has one, for the model, its base, its tokenizer or its adapter."""
+    seen, reply = list[Any](), hub._reply
+    monkeypatch.setattr(hub, "_reply", lambda request: (seen.append(request), reply(request))[1])
+    with online(hub, None, tmp_path / "other", token=hub.token):
+        _forget_bases()
+        assert act(tmp_path) is not None
+    assert {request.path.split("/")[2] for request in seen if "resolve" in request.path} >= {BASE.split("/")[1]}
+    assert {request.path for request in seen if request.token is not None} == set()
