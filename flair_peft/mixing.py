@@ -30,6 +30,9 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 _PADDABLE = frozenset({"input_ids", "attention_mask"})
 _SETTINGS = frozenset({"output_hidden_states", "return_dict", "use_cache", "use_mems"})
 
+# What a trial may raise where PEFT cannot mix an adapter, or where it could not be tried.
+_TRIAL_ERRORS = (AdapterConfigError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, MemoryError)
+
 Output = Mapping[str, Any]
 
 
@@ -208,8 +211,10 @@ class _Tree:
         if guest.kind not in self._slots and guest.kind not in self._refused:
             try:
                 self._try_out(guest)
-            except (AdapterConfigError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            except _TRIAL_ERRORS as error:
                 self._slots, self._model = {}, None
+                if _is_for_want_of_memory(error):
+                    return "there was no memory to try whether it can be mixed"  # there may be the next time
                 self._refused[guest.kind] = f"PEFT cannot mix it ({type(error).__name__}: {str(error)[:200]})"
         return self._refused.get(guest.kind)
 
@@ -291,6 +296,12 @@ class _Tree:
             apart = proof.distance(torch.stack(found["hidden_states"]).float(), expected)
             if not apart <= _TOLERANCE.get(embeddings.base_dtype, 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")
+
+
+def _is_for_want_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: CPUs and the libraries of GPUs say so in a plain RuntimeError."""
+    is_said = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("memory", "alloc"))
+    return is_said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _fill_(target: _Places, name: str, source: _Places) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, mixing
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError
 from tests.methods import perturb_
@@ -139,6 +139,41 @@ def test_predict_together_runs_one_forward_pass_for_all(base: Callable[[str], st
     with counting_forward_passes() as passes:
         shared.predict(sentences, mini_batch_size=3)
     assert passes == [3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_remembered"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate 8 bytes"), False),
+        (MemoryError(), False),
+        (NotImplementedError("this layer mixes nothing"), True),
+        (RuntimeError("shapes cannot be multiplied"), True),
+    ],
+    ids=["gpu", "cpu", "python", "unsupported", "shapes"],
+)
+def test_adapter_that_could_not_be_tried_for_want_of_memory_is_tried_again(
+    error: Exception, is_remembered: bool, base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile each model has a pass of its own, with the same labels; what PEFT cannot mix is tried once."""
+    shared = SharedBase(base("bert"))
+    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    def labels() -> list[Any]:
+        sentences = {model: [Sentence(text) for text in TEXTS] for model in models}
+        shared.predict(sentences)
+        return [labels_of(points) for points in sentences.values()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mixing._Tree, "_forward", fail)
+        alone = labels()
+    with counting_forward_passes() as passes:
+        together = labels()
+    assert (6 in passes) is not is_remembered
+    assert [largest_difference(a, b) < 1e-4 for a, b in zip(alone, together, strict=True)] == [True, True]
 
 
 class counting_forward_passes:  # noqa: N801 - used as a function
