@@ -102,7 +102,7 @@ def _config(path: AnyFile, settings: Mapping[str, Any]) -> PeftConfig:
         return configs.decode_config(older_peft.bring_up_to_date(settings, str(Path(str(path)).parent)))
     except AdapterConfigError:
         raise
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise AdapterConfigError(
             f"Cannot read '{path}': {str(error).strip() or type(error).__name__}. The installed PEFT refuses these "
             "settings. Install the version of PEFT that wrote them, or correct the file."

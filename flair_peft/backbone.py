@@ -50,7 +50,7 @@ def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
         config = _read_config(source, {"output_hidden_states": True, **with_answer(kwargs)})
     except BaseModelNotFoundError:
         raise
-    except (OSError, HFValidationError, ValueError) as error:
+    except (OSError, HFValidationError, ValueError, RecursionError) as error:
         raise not_found(source, error) from error
     return tame_(config, kwargs)
 

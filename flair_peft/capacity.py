@@ -54,7 +54,7 @@ def check_fits(
     unread = "decoder." if config.model_type in ENCODER_OF_T5 else None
     try:
         stored = _count_numbers(source, kwargs, unread=unread)
-    except (OSError, HFValidationError, ValueError, LookupError, TypeError, struct.error):
+    except (OSError, HFValidationError, ValueError, LookupError, TypeError, RecursionError, struct.error):
         return  # who loads it says what is wrong with it
     itemsize = _bytes_per_number(dtype, kwargs)
     needed = int(sum(count * (itemsize or size) for size, count in stored.items()))

@@ -70,7 +70,7 @@ def _mapped(folder: Path, names: list[str], matrix: torch.Tensor, rows: torch.Te
                 if mapped is not None and _is_same(mapped[: len(matrix)], matrix):
                     mapped[len(matrix) :] = rows
                     return mapped
-        except (OSError, ValueError, LookupError, TypeError, struct.error) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, struct.error) as error:
             log.debug("Not mapped from '%s': %s", path, error)  # a copy serves as well
     return None
 

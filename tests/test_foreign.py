@@ -728,6 +728,12 @@ def _break_file(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"{")
 
 
+def _nest_config(folder: Path, levels: int) -> None:
+    path = folder / "adapter_config.json"
+    settings = {**json.loads(path.read_text()), "rank_pattern": "nested"}
+    path.write_text(json.dumps(settings).replace('"nested"', '{"a": ' * levels + "1" + "}" * levels))
+
+
 FILE_ERRORS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no config": (lambda f: (f / "adapter_config.json").unlink(), ModelFileError, "no adapter_config.json in"),
     "no weights": (
@@ -735,6 +741,8 @@ FILE_ERRORS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ModelFileError,
         "no adapter_model.safetensors",
     ),
+    "deep config": (lambda f: _nest_config(f, 3_000), ModelFileError, "Cannot read"),
+    "deep setting": (lambda f: _nest_config(f, 900), AdapterConfigError, "Cannot read"),
     "broken config": (lambda f: _break_file(f, "adapter_config.json"), ModelFileError, "Cannot read"),
     "broken weights": (lambda f: _break_file(f, "adapter_model.safetensors"), ModelFileError, "Cannot read"),
     "empty weights": (lambda f: _rewrite(f, lambda _: {}), ModelFileError, "it holds no tensors"),

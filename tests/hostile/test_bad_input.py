@@ -267,6 +267,8 @@ DAMAGED_BASES: dict[str, Callable[[Path], None]] = {
     "config is not JSON": _with_config("{"),
     "config is empty": _with_config("{}"),
     "config names no known architecture": _with_config(json.dumps({"model_type": "banana"})),
+    "config is nested too deep": _with_config('{"a": ' * 3_000 + "1" + "}" * 3_000),
+    "config is nested as deep as Python reads": _with_config('{"a": ' * 900 + "1" + "}" * 900),
     "weights are empty": _cut_weights(0),
     "weights end in their header": _cut_weights(500),
     "weights end early": _cut_weights(-100),
