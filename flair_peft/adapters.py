@@ -228,10 +228,10 @@ def report_without_effect(model: PeftModel) -> None:
     found = modules_without_effect(model)
     if found:
         log.warning(
-            "The adapter has no effect on %s modules, such as %s: its scale is zero there. It changes nothing and "
+            "The adapter has no effect on %s modules, such as '%s': its scale is zero there. It changes nothing and "
             "learns nothing. Pass an alpha (or scaling) that is not zero, such as lora_alpha=32 with LoRA.",
             len(found),
-            name_some(found, limit=1),
+            found[0].removeprefix("base_model.model."),
         )
 
 

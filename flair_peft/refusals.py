@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -64,7 +65,7 @@ def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
         raise unsupported(model, config, "PEFT puts a prefix on a GPU alone where the base is spread (peft#3619)")
 
 
-_NAMING = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
+_NAMING = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "trainable_token_indices")
 
 
 def check_names(model: PreTrainedModel, config: PeftConfig) -> None:
@@ -80,13 +81,13 @@ def check_names(model: PreTrainedModel, config: PeftConfig) -> None:
     for setting in _NAMING:
         entries = getattr(config, setting, None) or ()
         entries = () if isinstance(entries, str) else entries
-        found = {entry: _ending_in(entry, names) for entry in entries}
+        found = {entry: _ending_in(entry, names) for entry in entries if isinstance(entry, str)}
         unmatched = sorted(entry for entry, modules in found.items() if not modules)
         if not unmatched or (setting == "target_modules" and len(unmatched) == len(found)):
             continue  # without any target, PEFT adds no adapter
         taken = {name for modules in found.values() for name in modules}
-        free = {name.rpartition(".")[2] for name in names if name not in taken}
-        slips = {e: n for e in unmatched for n in sorted(free) if _is_slip(e.rpartition(".")[2], n)}
+        free = [name.split(".") for name in names if name not in taken]
+        slips = {e: n for e in unmatched for n in {".".join(f[-1 - e.count(".") :]) for f in free} if _is_slip(e, n)}
         if slips:
             meant = ", ".join(f"'{entry}' (is '{name}' meant?)" for entry, name in slips.items())
             raise AdapterConfigError(
@@ -124,10 +125,11 @@ def _ending_in(entry: str, names: Sequence[str]) -> list[str]:
 def _is_slip(written: str, name: str) -> bool:
     """Whether a name was written with its letters in another order or case, or with one too many or too few.
 
-    Another letter makes another name: ``q_proj``, ``k_proj``.
+    Another letter or number makes another name: ``q_proj`` and ``k_proj``, ``fc1`` and ``fc2``.
     """
     short, long = sorted((written.lower(), name.lower()), key=len)
-    if len(long) < 4 or len(long) - len(short) > 1:
+    are_others = re.findall(r"\d+", written) != re.findall(r"\d+", name)
+    if are_others or len(long) < 4 or len(long) - len(short) > 1:
         return False
     if len(long) == len(short):
         return sorted(long) == sorted(short)

@@ -911,6 +911,12 @@ NAMES: dict[str, tuple[str, Callable[[], PeftConfig], str]] = {
     "a letter missing": ("llama", lambda: lora(target_modules=["q_proj", "gateproj"]), "is 'gate_proj' meant"),
     "another case": ("bert", lambda: lora(target_modules=["Query", "value"]), "is 'query' meant"),
     "of a path": ("bert", lambda: lora(target_modules=["key", "self.valeu"]), "'self.valeu' .is 'value' meant"),
+    "in a path": (
+        "bert",
+        lambda: lora(target_modules=["key", "encoder.layr.1.attention.self.query"]),
+        "is 'encoder.layer.1.attention.self.query' meant",
+    ),
+    "with trained tokens": ("bert", lambda: lora(trainable_token_indices={"word_embeddngs": [5]}), "'word_embeddings'"),
     "saved": ("bert", lambda: lora(modules_to_save=["poler"]), "'poler' .is 'pooler' meant.*modules_to_save"),
     "excluded": ("bert", lambda: lora(exclude_modules=["quer"], target_modules=["value"]), "exclude_modules"),
     "feed-forward": (
@@ -934,6 +940,11 @@ LISTS: dict[str, tuple[str, Callable[[], PeftConfig], tuple[str, ...]]] = {
         "bert",
         lambda: lora(target_modules=["query", "value", "q_proj", "v_proj", "c_attn", "querys"]),
         ("'c_attn', 'q_proj', 'querys', 'v_proj'", "target_modules", "'dense', 'key'"),
+    ),
+    "of deeper models": (
+        "bert",
+        lambda: lora(target_modules=[f"layer.{number}.attention.self.query" for number in (0, 1, 10)]),
+        ("'layer.10.attention.self.query'", "target_modules"),
     ),
     "with the head of a class": ("bert", lambda: lora(modules_to_save=["classifier"]), ("'classifier'", "to_save")),
     "with too many layers": ("bert", lambda: lora(layers_to_transform=[0, 1, 2]), ("no layers '2'", "0 to 1")),
