@@ -41,7 +41,7 @@ def of_tensor(tensor: torch.Tensor) -> str:
 
 def not_finite(tensors: Tensors) -> list[str]:
     """Return the names of the tensors that hold NaN or infinite numbers."""
-    return [name for name, tensor in tensors.items() if not all(p.isfinite().all() for p in _pieces(tensor.detach()))]
+    return [name for name, tensor in tensors.items() if not all(map(_is_finite, _pieces(tensor.detach())))]
 
 
 def _digest(tensors: Tensors, names: Iterable[str], parts: Callable[[torch.Tensor], Iterable[torch.Tensor]]) -> str:
@@ -68,6 +68,11 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), _PIECE):
         yield flat[start : start + _PIECE]
+
+
+def _is_finite(flat: torch.Tensor) -> bool:
+    # torch cannot tell it of all numbers of 8 bits.
+    return bool((flat.float() if flat.itemsize == 1 else flat).isfinite().all())
 
 
 def _feed(digest: Any, flat: torch.Tensor) -> None:

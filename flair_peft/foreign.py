@@ -418,12 +418,9 @@ def _grown(tensor: torch.Tensor, own: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _check_learned(plan: Plan, model: PeftModel, fitted: Tensors, *, allow_untrained: bool) -> None:
-    unscaled = adapters.modules_without_effect(model)
-    if (
-        unscaled
-        and len(unscaled) == sum(isinstance(m, BaseTunerLayer) for m in model.modules())
-        and not allow_untrained
-    ):
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    is_unscaled = bool(layers) and len(adapters.modules_without_effect(model)) == len(layers)
+    if is_unscaled and not allow_untrained:
         raise UntrainedAdapterError(
             f"Cannot use the adapter '{plan.source}': the scale in its {CONFIG} is zero, so that it would compute what "
             "the base computes. A training with this scale learns nothing, or the file was changed afterwards. Correct "

@@ -194,9 +194,10 @@ class AdapterGuard(TrainerPlugin):
             adapters.report_without_effect(peft_model)
 
     @TrainerPlugin.hook("after_setup")
-    def check_rates(self, optimizer: type[torch.optim.Optimizer], max_epochs: int, epoch: int = 0, **_: Any) -> None:
+    def check_rates(self, max_epochs: int, epoch: int = 0, **_: Any) -> None:
         """Say, where a training starts anew, if the adapter will hardly learn at its learning rate."""
-        is_known = optimizer.__module__.startswith("torch.optim")
+        # Optimisers of other libraries may mean another thing by a learning rate.
+        is_known = type(self.trainer.optimizer).__module__.startswith("torch.optim")
         if not is_known or not 0 == epoch < max_epochs or not is_main_process():
             return
         for embeddings in _adapted(self.model):

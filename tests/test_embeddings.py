@@ -37,7 +37,7 @@ from flair_peft import (
     PeftTransformerEmbeddings,
     PeftTransformerWordEmbeddings,
 )
-from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, ModelFileError
+from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, ModelFileError, StateMismatchError
 from tests import tiny
 from tests.methods import METHODS
 from tests.vectors import is_close, is_same
@@ -978,3 +978,11 @@ def test_base_that_holds_nan_is_said_when_an_adapter_is_added(
     with caplog.at_level(logging.WARNING, logger="flair_peft"):
         PeftTransformerDocumentEmbeddings(str(tmp_path / "base"), peft_config=lora())
     assert "BertModel gives NaN or infinite numbers in float32" in caplog.text
+
+
+def test_empty_tensors_of_zero_3_are_called_what_they_are(base: Base) -> None:
+    """Weights that nobody gathered before they were saved have no numbers; that is no other model size."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora())
+    state = {name: t[:0, 0] if "query.lora_B" in name else t for name, t in embeddings.state_dict().items()}
+    with pytest.raises(StateMismatchError, match=r"empty, as ZeRO-3 leaves weights.*: '.*query\.lora_B"):
+        embeddings.load_state_dict(state)
