@@ -6,6 +6,7 @@ These attributes of Flair are replaced, each by a function that calls the origin
 ``load`` of ``Model`` and its subclasses       takes files, directories and Hub ids with adapters; aligns dtypes
 ``Model.save``                                 writes what was learned, whole or not at all, and no pickled objects;
                                                and merged models, and what replaces a file with an adapter, likewise
+``predict`` of ``Model`` and its subclasses    says what a model with an adapter cannot predict for, or with
 ``train`` of ``Model`` and its subclasses      gives a cast head its fp32 values back, or fp32, before it trains
 ``Model._apply``                               keeps heads that need fp32 in fp32, whatever ``model.half()`` does
 ``Embeddings._everything_embedded``            never reuses vectors that depend on an adapter that can change
@@ -52,6 +53,7 @@ from flair_peft import (
     methods,
     models,
     parallel,
+    readings,
     residency,
     resume,
     stock,
@@ -138,6 +140,9 @@ def _other_replacements() -> Iterator[_Replacement]:
     for model_class in [Model, *(c for c in assembly.subclasses(Model) if "train" in vars(c))]:
         original = vars(model_class).get("train", torch.nn.Module.train)
         yield _Replacement(model_class, "train", _training_in_fp32(original))
+    for model_class in [Model, *assembly.subclasses(Model)]:
+        if "predict" in vars(model_class):
+            yield _Replacement(model_class, "predict", _predicting_what_it_can(vars(model_class)["predict"]))
     yield _Replacement(Model, "save", _saving_what_was_learned(vars(Model)["save"]))
     yield _Replacement(Model, "_apply", _converting_by_the_rule(vars(Model).get("_apply", torch.nn.Module._apply)))
     for owner in (Embeddings, TokenEmbeddings):
@@ -211,6 +216,19 @@ def _training_in_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
     return train
 
 
+def _predicting_what_it_can(original: Callable[..., Any]) -> Callable[..., Any]:
+    (_, name, *_) = inspect.signature(original).parameters
+
+    @functools.wraps(original)
+    def predict(self: Model, *args: Any, **kwargs: Any) -> Any:
+        if _installed and (args or name in kwargs) and any(dtypes.adapted_embeddings(self)):
+            readings.check_embeddings(self)
+            readings.check_points(self, args[0] if args else kwargs[name])
+        return original(self, *args, **kwargs)
+
+    return predict
+
+
 def _converting_by_the_rule(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _apply(self: Model, fn: Callable[..., Any], recurse: bool = True) -> Model:
@@ -272,6 +290,7 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         arguments = signature.bind(self, *args, **kwargs)
         settings = arguments.arguments
+        readings.check_embeddings(self.model)
         self.model.train()  # in fp32, before an optimiser or DistributedDataParallel takes note of dtypes
         training.check_training(
             self.model,

@@ -16,7 +16,7 @@ from flair.nn import Model
 from peft import PeftConfig
 from tqdm import tqdm
 
-from flair_peft import bases, dtypes, hub, layout, mixing, models, rendezvous, stock, tokenizer_files
+from flair_peft import bases, dtypes, hub, layout, mixing, models, readings, rendezvous, stock, tokenizer_files
 from flair_peft.adapter_memory import AdapterMemory
 from flair_peft.dtypes import DtypeLike
 from flair_peft.embeddings import PeftTransformerEmbeddings
@@ -136,10 +136,7 @@ class SharedBase:
             AdapterConfigError: it was not loaded here, or was unloaded before.
         """
         if model not in self._models:
-            raise AdapterConfigError(
-                f"Cannot unload this {type(model).__name__}: it is not one of the {len(self._models)} models of this "
-                "SharedBase. It was loaded elsewhere, or unloaded before. Pass what load returned."
-            )
+            raise self._stranger("unload", model)
         self._models.discard(model)
         for embeddings in _embeddings_of(model):
             if self._memory is not None:
@@ -165,15 +162,14 @@ class SharedBase:
             **options: for the ``predict`` of each model.
 
         Raises:
-            AdapterConfigError: a key is no Flair model.
+            AdapterConfigError: a key is no Flair model, or has an adapter and is not one of :attr:`models`.
+            PredictionSetupError: a value is no data point, nor a list of them.
         """
-        jobs = [_Job(model, _as_list(given)) for model, given in sentences.items()]
-        for job in jobs:
-            if not isinstance(job.model, Model):
-                raise AdapterConfigError(
-                    f"Cannot predict with a {type(job.model).__name__}: it is no Flair model. predict takes a "
-                    "dictionary from models to their sentences. Pass {model: sentences}."
-                )
+        if not isinstance(sentences, Mapping):
+            raise _no_model(sentences)
+        for model, points in sentences.items():
+            self._check(model, points)
+        jobs = [_Job(model, _as_list(points)) for model, points in sentences.items()]
         total, session = sum(len(job.data_points) for job in jobs), self._batches.start()
         with tqdm(total=total, desc="Batch inference", disable=not verbose) as bar:
             for wave in _waves(jobs, limit=mini_batch_size, label_name=options.get("label_name")):
@@ -183,6 +179,26 @@ class SharedBase:
                     [functools.partial(job.run, rounds, bar.update, options) for job in wave],
                     functools.partial(session.run, rows=mini_batch_size),
                 )
+
+    def _check(self, model: Any, points: Any) -> None:
+        if not isinstance(model, Model):
+            raise _no_model(model)
+        if model not in self._models and _embeddings_of(model):
+            raise self._stranger("predict with", model)
+        readings.check_points(model, points)
+
+    def _stranger(self, action: str, model: Any) -> AdapterConfigError:
+        return AdapterConfigError(
+            f"Cannot {action} this {type(model).__name__}: it is not one of the {len(self._models)} models of this "
+            "SharedBase. It was loaded elsewhere, or unloaded before. Pass what load returned."
+        )
+
+
+def _no_model(given: Any) -> AdapterConfigError:
+    return AdapterConfigError(
+        f"Cannot predict with a {type(given).__name__}: it is no Flair model. predict takes a dictionary from models "
+        "to their sentences. Pass {model: sentences}."
+    )
 
 
 class _Job:

@@ -9,18 +9,19 @@ import logging
 import pickle
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flair
 import pytest
 import torch
-from flair.data import Sentence
+from flair.data import Corpus, Dictionary, Sentence
 from flair.embeddings import (
     DocumentPoolEmbeddings,
     DocumentRNNEmbeddings,
     Embeddings,
+    OneHotEmbeddings,
     StackedEmbeddings,
     TransformerDocumentEmbeddings,
     TransformerEmbeddings,
@@ -28,6 +29,8 @@ from flair.embeddings import (
 )
 from flair.embeddings.base import load_embeddings
 from flair.embeddings.transformer import SENTENCE_BOUNDARY_TAG
+from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenClassifier
+from flair.trainers import ModelTrainer
 from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig
 from transformers import AutoModel
 
@@ -37,7 +40,13 @@ from flair_peft import (
     PeftTransformerEmbeddings,
     PeftTransformerWordEmbeddings,
 )
-from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, ModelFileError, StateMismatchError
+from flair_peft.errors import (
+    AdapterConfigError,
+    BaseModelNotFoundError,
+    ModelFileError,
+    PredictionSetupError,
+    StateMismatchError,
+)
 from tests import tiny
 from tests.methods import METHODS
 from tests.vectors import is_close, is_same
@@ -986,3 +995,57 @@ def test_empty_tensors_of_zero_3_are_called_what_they_are(base: Base) -> None:
     state = {name: t[:0, 0] if "query.lora_B" in name else t for name, t in embeddings.state_dict().items()}
     with pytest.raises(StateMismatchError, match=r"empty, as ZeRO-3 leaves weights.*: '.*query\.lora_B"):
         embeddings.load_state_dict(state)
+
+
+WORDS, SENTENCES = PeftTransformerWordEmbeddings, PeftTransformerDocumentEmbeddings
+
+
+def _misread_models(base: str) -> Iterator[tuple[Any, str]]:
+    """Yield models whose embeddings embed what they do not read, and the class that they want."""
+    labels = Dictionary(add_unk=False)
+    for label in ("a", "b"):
+        labels.add_item(label)
+    options = {"label_dictionary": labels, "label_type": "class"}
+    words, sentences = WORDS(base), SENTENCES(base)
+    yield TextClassifier(words, **options), "PeftTransformerDocumentEmbeddings"
+    yield TextRegressor(words, label_name="value"), "PeftTransformerDocumentEmbeddings"
+    yield TokenClassifier(sentences, **options), "PeftTransformerWordEmbeddings"
+    yield SequenceTagger(StackedEmbeddings([words, sentences]), labels, "class"), "PeftTransformerWordEmbeddings"
+
+
+def test_model_whose_embeddings_embed_something_else_says_which_it_reads(base: Base, tmp_path: Path) -> None:
+    """Words in a classifier and sentences in a tagger end in an error that names both, not in one on shapes."""
+    sentence = Sentence("Berlin is large")
+    corpus = Corpus(train=[sentence], dev=[sentence], test=[sentence])
+    for model, wanted in _misread_models(base("bert")):
+        with pytest.raises(AdapterConfigError, match=f"{type(model).__name__}.*Make the model with {wanted}"):
+            model.predict(sentence)
+        with pytest.raises(AdapterConfigError, match=wanted):
+            ModelTrainer(model, corpus).fine_tune(tmp_path, max_epochs=1)
+
+
+@pytest.mark.parametrize("given", ["Berlin is large", ["Berlin"], [["Berlin", "is"]], ("Berlin",), None])
+def test_predict_for_what_is_no_sentence_says_what_to_pass(given: Any, base: Base) -> None:
+    """A text, or a list of texts, ends in an error that names it, whichever class and keyword; sentences pass."""
+    labels = Dictionary(add_unk=False)
+    labels.add_item("a")
+    classifier = TextClassifier(SENTENCES(base("bert")), label_dictionary=labels, label_type="class")
+    tagger = SequenceTagger(WORDS(base("bert")), labels, "class", use_crf=False)
+    for model in (classifier, tagger):
+        with pytest.raises(PredictionSetupError, match=r"labels data points.*predict_stream"):
+            model.predict(given)
+        with pytest.raises(PredictionSetupError, match="labels data points"):
+            model.predict(sentences=given)
+        model.predict([])
+        model.predict(sentences=Sentence("Berlin is large"))
+
+
+def test_predict_of_a_plain_model_with_a_text_is_left_to_flair() -> None:
+    """A model without an adapter raises what Flair raises."""
+    labels = Dictionary(add_unk=False)
+    labels.add_item("a")
+    plain = TextClassifier(
+        DocumentPoolEmbeddings([OneHotEmbeddings(labels)]), label_dictionary=labels, label_type="class"
+    )
+    with pytest.raises(AttributeError):
+        plain.predict("Berlin")

@@ -68,6 +68,7 @@ FLOORS = (
     "embeddings",
     "heads",
     "rehearsal",
+    "readings",
     "states",
     "legacy",
     "layout",

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, mixing
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, from_pretrained, mixing
 from flair_peft.embeddings import PeftTransformerEmbeddings
-from flair_peft.errors import AdapterConfigError, BaseMismatchError
+from flair_peft.errors import AdapterConfigError, BaseMismatchError, PredictionSetupError
 from tests.methods import perturb_
 from tests.places import addresses_of
 from tests.round_trip import Factories, largest_difference
@@ -679,3 +679,25 @@ def test_sequence_tagger_and_classifier_of_one_sentence_list(base: Callable[[str
     sentiment.predict(separate)
     assert largest_difference(labels_of(separate), labels_of(together)) < TOLERANCE
     assert all(sentence.get_labels("sentiment") for sentence in together)
+
+
+def test_predict_together_with_what_is_no_model_of_this_base_says_so(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A text, a list, a model from elsewhere and one that was unloaded each end in an error that names it."""
+    save("text-classifier", base("bert"), tmp_path / "model")
+    shared = SharedBase(base("bert"))
+    model, elsewhere = shared.load(tmp_path / "model"), from_pretrained(tmp_path / "model")
+    for given in ("Berlin", ["Berlin"], [["Berlin"]]):
+        with pytest.raises(PredictionSetupError, match="labels data points"):
+            shared.predict({model: given})
+    for given in ("Berlin", [Sentence("Berlin")], Sentence("Berlin"), {"model": Sentence("Berlin")}):
+        with pytest.raises(AdapterConfigError, match=r"Pass \{model: sentences\}"):
+            shared.predict(given)
+    shared.unload(model)
+    for stranger in (model, elsewhere):
+        with pytest.raises(AdapterConfigError, match="loaded elsewhere, or unloaded before"):
+            shared.predict({stranger: [Sentence("Berlin")]})
+        with pytest.raises(AdapterConfigError, match="loaded elsewhere, or unloaded before"):
+            shared.unload(stranger)
+        stranger.predict(Sentence("Berlin"))
