@@ -180,7 +180,7 @@ def derived_again(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -
     PEFT 0.11 and 0.12 stored the permutations of BOFT, which follow from its settings.
     """
     own = {keys.canonical_key(name): buffer for name, buffer in model.named_buffers() if keys.base_key(name) is None}
-    found = {key: own.get(keys.canonical_key(key)) for key in tensors}
+    found = {key: own.get(keys.canonical_key(key)) for key in tensors if isinstance(tensors[key], torch.Tensor)}
     return {
         key
         for key, buffer in found.items()

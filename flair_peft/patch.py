@@ -141,7 +141,7 @@ def _other_replacements() -> Iterator[_Replacement]:
         original = vars(model_class).get("train", torch.nn.Module.train)
         yield _Replacement(model_class, "train", _training_in_fp32(original))
     for model_class in [Model, *assembly.subclasses(Model)]:
-        if "predict" in vars(model_class):
+        if inspect.isfunction(vars(model_class).get("predict")):
             yield _Replacement(model_class, "predict", _predicting_what_it_can(vars(model_class)["predict"]))
     yield _Replacement(Model, "save", _saving_what_was_learned(vars(Model)["save"]))
     yield _Replacement(Model, "_apply", _converting_by_the_rule(vars(Model).get("_apply", torch.nn.Module._apply)))
@@ -217,7 +217,7 @@ def _training_in_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _predicting_what_it_can(original: Callable[..., Any]) -> Callable[..., Any]:
-    (_, name, *_) = inspect.signature(original).parameters
+    name = next(iter([*inspect.signature(original).parameters][1:]), "")
 
     @functools.wraps(original)
     def predict(self: Model, *args: Any, **kwargs: Any) -> Any:
