@@ -32,6 +32,9 @@ log = logging.getLogger("flair_peft")
 
 KeywordArguments = Mapping[str, Any]
 
+# What settings that do not make sense give, wherever they are read.
+_SENSELESS = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
+
 # Flair reads the encoder of these; AutoModel would ask for decoder inputs.
 ENCODER_OF_T5 = frozenset({"t5", "mt5", "longt5"})
 
@@ -50,7 +53,7 @@ def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
         config = _read_config(source, {"output_hidden_states": True, **with_answer(kwargs)})
     except BaseModelNotFoundError:
         raise
-    except (OSError, HFValidationError, ValueError, RecursionError) as error:
+    except (OSError, HFValidationError, RecursionError, *_SENSELESS) as error:
         raise not_found(source, error) from error
     return tame_(config, kwargs)
 

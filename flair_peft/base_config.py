@@ -393,7 +393,8 @@ class _Reader:
     def _period(self, layers: list[Any], found: Settings) -> int:
         if found.get("num_hidden_layers", len(layers)) == len(layers):
             said = found.get("global_attn_every_n_layers")
-            for period in [*([said] if isinstance(said, int) and said > 0 else []), *range(1, len(layers) + 1)]:
+            second = next((index for index, kind in enumerate(layers) if index and kind == "full_attention"), None)
+            for period in [*([said] if isinstance(said, int) and said > 0 else []), second or max(len(layers), 1)]:
                 kinds = ["sliding_attention" if index % period else "full_attention" for index in range(len(layers))]
                 if kinds == layers:
                     return period

@@ -20,7 +20,7 @@ from transformers import MODEL_MAPPING, Gemma3TextConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, base_config
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, backbone, base_config
 from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError
 from tests import tiny
 from tests.regression.make import labels
@@ -180,6 +180,28 @@ def test_setting_that_nothing_reads_is_named_in_files_of_a_newer_transformers_al
         assert not caplog.messages
         read("llama", novelty=3)
     assert ["'novelty'" in message for message in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "llama", "max_position_embeddings": 8, "rope_parameters": {"rope_type": "longrope"}},
+        {
+            "model_type": "llama",
+            "max_position_embeddings": 8,
+            "rope_parameters": flat(kind="longrope", factor="2", original_max_position_embeddings=0),
+        },
+        {"model_type": "modernbert", "num_hidden_layers": 2, "layer_types": [["full_attention"], {}]},
+        {"model_type": "modernbert", "num_hidden_layers": 10**5, "layer_types": ["full_attention"] * 99999 + ["?"]},
+    ],
+)
+def test_settings_without_sense_are_refused_by_the_name_of_their_folder(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """With an error of the tree, at once."""
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_version": _NEWER, **settings}), encoding="utf-8")
+    with refused(f"Cannot load the base model from '{tmp_path}'"):
+        backbone.find_config(str(tmp_path), {})
 
 
 def test_setting_of_an_older_transformers_is_not_judged() -> None:
