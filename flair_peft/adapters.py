@@ -10,6 +10,7 @@ import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
@@ -42,7 +43,18 @@ def building_anew() -> Iterator[None]:
 
 
 # What PEFT raises where a method does not fit; AssertionError comes from torch without CUDA.
-_INJECTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, re.error)
+_INJECTION_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    ImportError,
+    re.error,
+)
+
+_ALWAYS_GIVEN = frozenset({"attention_mask", "inputs_embeds", "output_attentions"})
 
 
 def inject(model: PreTrainedModel, config: PeftConfig, *, is_filled_later: bool = False) -> PeftModel:
@@ -278,6 +290,19 @@ def require_input_gradients_(model: PeftModel) -> None:
     base = model.get_base_model()
     if getattr(base, "is_gradient_checkpointing", False) and not getattr(base, "_require_grads_hook", None):
         base.enable_input_require_grads()
+
+
+def forward(model: PeftModel, inputs: Mapping[str, Any]) -> Any:
+    """Return the output of the model with its adapter.
+
+    PEFT's model for feature extraction gives every base some arguments that not all take, such as FNet and CLIP: these
+    get what they take, and what PEFT's plain model gives them. Rows of a prompt need the former.
+    """
+    parameters = inspect.signature(model.get_base_model().forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if takes_any or parameters.keys() >= _ALWAYS_GIVEN or model.peft_config[ADAPTER_NAME].is_prompt_learning:
+        return model(**inputs)
+    return PeftModel.forward(model, **{name: value for name, value in inputs.items() if name in parameters})
 
 
 def without_cache(model: PeftModel) -> dict[str, bool]:

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, T5EncoderModel
-from transformers.modeling_utils import no_init_weights
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import _add_variant, load_state_dict, no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file, is_flash_attn_2_available, is_flash_attn_3_available, is_offline_mode
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_offline_mode,
+)
 
 from flair_peft import adapters, base_config
 from flair_peft.dtypes import DtypeLike
@@ -32,11 +45,29 @@ log = logging.getLogger("flair_peft")
 
 KeywordArguments = Mapping[str, Any]
 
-# What settings that do not make sense give, wherever they are read.
-_SENSELESS = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
+# Of these the encoder is read; AutoModel would ask for decoder inputs. Each is the name of a class of transformers.
+ENCODER_OF_T5: Mapping[str, str] = {
+    "t5": "T5EncoderModel",
+    "mt5": "T5EncoderModel",
+    "longt5": "LongT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "t5gemma": "T5GemmaEncoderModel",
+}
 
-# Flair reads the encoder of these; AutoModel would ask for decoder inputs.
-ENCODER_OF_T5 = frozenset({"t5", "mt5", "longt5"})
+# What transformers raises for files that it cannot make a model of.
+UNUSABLE = (
+    OSError,
+    HFValidationError,
+    ArithmeticError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    ImportError,
+    SafetensorError,
+)
 
 
 def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
@@ -50,10 +81,10 @@ def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
         BaseModelNotFoundError: there is none, or only a newer transformers computes what it says.
     """
     try:
-        config = _read_config(source, {"output_hidden_states": True, **with_answer(kwargs)})
+        config = _of_encoder(_read_config(source, {"output_hidden_states": True, **with_answer(kwargs)}))
     except BaseModelNotFoundError:
         raise
-    except (OSError, HFValidationError, RecursionError, *_SENSELESS) as error:
+    except UNUSABLE as error:
         raise not_found(source, error) from error
     return tame_(config, kwargs)
 
@@ -61,6 +92,20 @@ def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
 def with_answer(kwargs: KeywordArguments) -> dict[str, Any]:
     """Return the arguments with a word on code of the model's own: without it, transformers asks on standard input."""
     return {**kwargs, "trust_remote_code": bool(kwargs.get("trust_remote_code"))}
+
+
+def _of_encoder(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the config, changed in place where an encoder has one of its own in it, as that encoder wants it."""
+    encoder = getattr(config, "encoder", None)
+    if config.model_type in ENCODER_OF_T5 and isinstance(encoder, PretrainedConfig):
+        config.is_encoder_decoder, config.hidden_size = False, encoder.hidden_size
+        config.num_hidden_layers = encoder.num_hidden_layers
+    return config
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a config that holds the size of the vocabulary, for a model that reads text and more."""
+    return config if hasattr(config, "vocab_size") else config.get_text_config()
 
 
 def find_file(source: str, name: str, kwargs: KeywordArguments) -> Path | None:
@@ -121,21 +166,39 @@ def find_model(
             model, found = model_class.from_pretrained(
                 source, config=config, output_loading_info=True, **wanted, **with_answer(kwargs)
             )
-    except AttributeError as error:
-        # So transformers fails where the cache has no weights and it may not download them.
-        if Path(source).is_dir() or not (kwargs.get("local_files_only") or is_offline_mode()):
-            raise
-        raise not_found(source, FileNotFoundError("no weights")) from error
-    except (OSError, HFValidationError, ValueError, SafetensorError, RuntimeError) as error:
-        raise not_found(source, error) from error
+    except UNUSABLE as error:
+        # An AttributeError is how transformers fails where the cache has no weights and it may not download them.
+        is_unread = isinstance(error, AttributeError) and (kwargs.get("local_files_only") or is_offline_mode())
+        is_missing = is_unread and not Path(source).is_dir()
+        raise not_found(source, FileNotFoundError("no weights") if is_missing else error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _has_adapter_beside(source)
+    _check_reads_ids(model, source)
     if dtype is not None and not getattr(model, "quantization_method", None):
         _cast_left_overs_(model)
     if set(map(str, getattr(model, "hf_device_map", {}).values())) == {"cpu"}:
         # It says nothing, and PEFT looks for a GPU in it to put a prefix there (peft#3619).
         del model.hf_device_map
-    return model.eval(), frozenset(found["missing_keys"])
+    # Of another shape than in the file, where the user lets that pass, they are as random as those that it lacks.
+    return model.eval(), frozenset([*found["missing_keys"], *found["mismatched_keys"]])
+
+
+def _check_reads_ids(model: PreTrainedModel, source: str) -> None:
+    try:
+        is_matrix = model.get_input_embeddings().weight.dim() == 2
+    except (AttributeError, NotImplementedError):
+        is_matrix = False
+    if not is_matrix:
+        raise AdapterConfigError(
+            f"Cannot use '{source}' as a base model: {type(model).__name__} has no matrix of input embeddings. Flair "
+            "gives a transformer the ids of subtokens, and this one reads something else. Pass a model for text."
+        )
+    if not hasattr(model.config, "hidden_size"):
+        raise AdapterConfigError(
+            f"Cannot use '{source}' as a base model: {type(model).__name__} is several models in one, and its config "
+            "has no hidden_size. Flair embeds with one transformer for text. Pass that alone: save it, such as "
+            "model.language_model, in a directory of its own, with the tokenizer."
+        )
 
 
 def _has_adapter_beside(source: str) -> AdapterConfigError:
@@ -154,7 +217,7 @@ def _is_pinned(source: str, kwargs: KeywordArguments) -> bool:
 
 def _model_class(config: PretrainedConfig, kwargs: KeywordArguments) -> Any:
     if config.model_type in ENCODER_OF_T5:
-        return T5EncoderModel
+        return getattr(transformers, ENCODER_OF_T5[config.model_type])
     # AutoModel looks for an adapter beside the weights, and asks the Hub for it even with local_files_only.
     found = None if kwargs.get("trust_remote_code") else MODEL_MAPPING.get(type(config), None)
     return found if getattr(found, "config_class", None) is type(config) else AutoModel
@@ -170,17 +233,73 @@ def build_model(
     wanted = {**model_kwargs} if dtype in (None, "auto") else {"dtype": dtype, **model_kwargs}
     with adapters.building_anew(), no_init_weights():
         if config.model_type in ENCODER_OF_T5:
-            model = T5EncoderModel._from_config(config, **wanted)
+            model = _model_class(config, model_kwargs)._from_config(config, **wanted)
         else:
             model = AutoModel.from_config(config, **with_answer(wanted))
     model.tie_weights()
     return model.eval()
 
 
+def read_parts(model: PreTrainedModel) -> frozenset[str] | None:
+    """Return the names of those parts of a model that its vectors depend on; ``None`` if that cannot be told.
+
+    A part is what the model holds itself, such as ``"embeddings"``. What images would reach is not asked.
+    """
+    if "pixel_values" in inspect.signature(model.forward).parameters:
+        return None
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            output = model(ids, output_hidden_states=True, return_dict=True)
+        except Exception:  # some ask for more than ids
+            return None
+    last = [] if model.config.is_encoder_decoder else [output[0]]
+    reached = _leaves([*states_of(output)[0], *last])
+    return frozenset(name.partition(".")[0] for name, each in model.named_parameters() if id(each) in reached)
+
+
+def _leaves(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Return ``id`` of each parameter that a gradient of the tensors would reach; none is computed."""
+    waiting, seen = [tensor.grad_fn for tensor in tensors], set[Any]()
+    while waiting:
+        step = waiting.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            waiting.extend(before for before, _ in step.next_functions)
+    return {id(step.variable) for step in seen if hasattr(step, "variable")}
+
+
+def states_of(output: Mapping[str, Any]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return all hidden states, and the one that the transformer, or its encoder, returns as its last."""
+    states, last = output.get("hidden_states"), output.get("last_hidden_state")
+    if states is None:
+        states, last = output["encoder_hidden_states"], output.get("encoder_last_hidden_state")
+    return tuple(states), states[-1] if last is None else last
+
+
+def names_in_file(source: str, kwargs: KeywordArguments) -> list[str]:
+    """Return the names of the weights in the files of a base, as they are spelt there; none if they cannot be read."""
+    variant = kwargs.get("variant")
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
+        with contextlib.suppress(Exception):
+            path = find_file(source, _add_variant(name, variant), kwargs)
+            if path is not None and path.suffix == ".json":
+                return sorted(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+            if path is not None:
+                return sorted(load_state_dict(str(path), map_location="meta"))
+    return []
+
+
 def has_unread_layers(model: PreTrainedModel) -> bool:
     """Whether the model has linear layers that learn nothing: a pooler, or LayoutLM's biases, read without gradient."""
     has_bias = any(name.endswith("rel_pos_bias") for name, _ in model.named_modules())
     return getattr(model, "pooler", None) is not None or has_bias
+
+
+def takes_mask(model: PreTrainedModel) -> bool:
+    """Whether padding can be masked; FNet mixes all positions of a batch."""
+    parameters = inspect.signature(model.forward).parameters
+    return "attention_mask" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def has_transposed_weights(model: PreTrainedModel) -> bool:
@@ -296,7 +415,7 @@ def names_kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> frozenset[
 def first_line(error: Exception) -> str:
     """Return what an error of another library says, as a part of a sentence."""
     lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".:") if lines else "no reason given"
+    return textwrap.shorten(lines[0], 240, placeholder=" …").rstrip(".:") if lines else "no reason given"
 
 
 def not_found(source: str, error: Exception) -> BaseModelNotFoundError:
@@ -306,10 +425,18 @@ def not_found(source: str, error: Exception) -> BaseModelNotFoundError:
             f"Cannot load the base model '{source}': it comes with code of its own, which would run on this machine. "
             "No file may switch that on. If you trust that code, pass trust_remote_code=True."
         )
-    if Path(source).is_dir() or not isinstance(error, OSError | HFValidationError):
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("config.json")) and not any(folder.glob("*/config.json")):
+        return BaseModelNotFoundError(
+            f"Cannot load the base model from '{source}': there is no config.json in it. It is not a transformers model"
+            f"{'' if any(folder.iterdir()) else ', but an empty folder'}. Pass a directory that holds config.json, the "
+            "weights and the tokenizer."
+        )
+    if folder.is_dir() or not isinstance(error, OSError | HFValidationError):
         return BaseModelNotFoundError(
             f"Cannot load the base model from '{source}': {type(error).__name__}: {first_line(error)}. It is not a "
-            "complete transformers model. Pass a directory that holds config.json, the weights and the tokenizer."
+            "complete model, or none that the installed transformers can build. Pass a directory that holds "
+            "config.json, the weights and the tokenizer, or install the version that wrote it."
         )
     return BaseModelNotFoundError(
         f"Cannot find the base model '{source}'. It is neither a directory with a transformers model nor in the local "

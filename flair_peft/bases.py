@@ -93,7 +93,7 @@ def find_new(
         model_kwargs: for ``AutoModel.from_pretrained``.
 
     Raises:
-        BaseModelNotFoundError: there is none.
+        BaseModelNotFoundError: there is none, or not with all its weights.
     """
     config = backbone.find_config(name, config_kwargs)
     record = BaseRecord(
@@ -104,6 +104,7 @@ def find_new(
     )
     kwargs = {key: value for key, value in model_kwargs.items() if key != "revision" or record.revision is None}
     found = frozen.find(record, config, dtype=dtype, kwargs=kwargs, device=flair.device, is_held=True)
+    proof.check_complete(found, model_kwargs)
     if found.is_placed:
         _ = found.known_record  # before an adapter is added to the very model, or a forward pass casts its biases
     return found
@@ -174,7 +175,7 @@ def source_of_quantised(record: BaseRecord, model: PreTrainedModel, *, cache_dir
 def _check_rows(stored: StoredBase, config: PretrainedConfig, name: str) -> None:
     rows = 0 if stored.added_rows is None else len(stored.added_rows)
     size = None if stored.record is None else stored.record.vocabulary_size
-    wanted = getattr(config.get_text_config(), "vocab_size", None)
+    wanted = getattr(backbone.text_config(config), "vocab_size", None)
     if rows and size is not None and size + rows != wanted:
         raise ModelFileError(
             f"Cannot load '{name}': it adds {rows} rows to a vocabulary of {size}, and its model has {wanted}. The "
@@ -322,10 +323,12 @@ def _explain(
             f"that the adapter was trained on fits: '{recorded.name}'. Pass base_model= with its directory or Hub id."
         )
     revision = f", revision {recorded.revision}" if recorded.revision else ""
+    folder = load_options().directory
+    named = f" from '{folder}'" if folder is not None else ""
     return BaseModelNotFoundError(
-        f"Cannot load '{name}': its base model '{wanted.name}'{revision} is neither a directory here nor in the local "
-        "cache, and it could not be downloaded. The file holds only what was learned on top of it. Pass base_model= "
-        "with the directory or Hub id of that model."
+        f"Cannot load '{name}'{named}: its base model '{wanted.name}'{revision} is neither a directory here nor in the "
+        "local cache, and it could not be downloaded. The file holds only what was learned on top of it. Pass "
+        "base_model= with the directory or Hub id of that model."
     )
 
 

@@ -32,6 +32,7 @@ _FILLED_IN = _SETS | {"layers_to_transform", "layers_pattern", "modules_to_save"
 
 # What an adapter is multiplied with, for which PEFT takes a default of its own where a file lacks it.
 _SCALES = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha", "shadow_alpha", "scaling")
+_METHODS = frozenset(method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING)
 
 DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32
@@ -65,6 +66,7 @@ def own_config(peft_config: Any) -> PeftConfig:
             f"Cannot add an adapter from {type(peft_config).__name__}: {peft_config!r:.80}. peft_config takes an "
             "instance of a PEFT method's config. Pass one, for example LoraConfig(r=16, lora_alpha=32)."
         )
+    _check_method(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     config = copy.deepcopy(peft_config)
     _refuse_endless(config.to_dict(), type(config).__name__)
     config.task_type = TaskType.FEATURE_EXTRACTION
@@ -105,12 +107,12 @@ def decode_config(stored: Any) -> PeftConfig:
     """
     if isinstance(stored, PeftConfig):
         return own_config(stored)
-    known = [method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING]
-    if not isinstance(stored, Mapping) or stored.get("peft_type") not in known:
+    if not isinstance(stored, Mapping):
         raise AdapterConfigError(
-            f"Cannot read the stored PEFT config {stored!r:.80}. PEFT {peft.__version__} knows no such method. Install "
-            "the PEFT version with which the model was trained, or a newer one."
+            f"Cannot read the stored PEFT config: it is a {type(stored).__name__}. PEFT's configs are dictionaries. "
+            "Copy or save the file again."
         )
+    _check_method(stored.get("peft_type"))
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[stored["peft_type"]]
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     values = {name: value for name, value in stored.items() if name not in _METADATA_FIELDS}
@@ -141,6 +143,18 @@ def decode_config(stored: Any) -> PeftConfig:
         if made.get(name) != values[name]:
             vars(config)[name] = set(value) if name in _SETS and isinstance(value, list) else value
     return own_config(config)
+
+
+def _check_method(name: Any) -> None:
+    """Return if the installed PEFT has a method of this name, spelt so."""
+    if isinstance(name, str) and name in _METHODS:
+        return
+    meant = name.upper() if isinstance(name, str) else None
+    advice = "Install the PEFT version with which the model was trained, or a newer one."
+    raise AdapterConfigError(
+        f"Cannot read the PEFT config: its peft_type is {name!r:.80}. PEFT {peft.__version__} knows no such method. "
+        f"{f'Write {meant!r} instead.' if meant in _METHODS else advice}"
+    )
 
 
 PATTERNS = ("rank_pattern", "alpha_pattern")

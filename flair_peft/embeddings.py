@@ -423,7 +423,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
 
         They are asked for by name and without a cache: the last output of a decoder can be its cache.
         """
-        states, last = states_of(self._output(input_ids, **tensors))
+        states, last = backbone.states_of(self._output(input_ids, **tensors))
         beyond = [index for index in self.layer_indexes if not -len(states) <= index < len(states)]
         if beyond:
             raise AdapterConfigError(
@@ -444,7 +444,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         """Whether the transformer goes on after the last of its hidden states; the model is asked, by a small pass."""
         ids = torch.tensor([proof.probe_ids(self)])
         with proof.evaluating(self), torch.no_grad():
-            states, last = states_of(self._output(ids, attention_mask=torch.ones_like(ids)))
+            states, last = backbone.states_of(self._output(ids, attention_mask=torch.ones_like(ids)))
         return not torch.equal(states[-1], last)
 
     def _output(self, input_ids: torch.Tensor, **tensors: Any) -> Any:
@@ -515,6 +515,12 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
                 "%s weighs its parts by an average over the batch: the vectors of a sentence depend on the sentences "
                 "that are embedded with it. Predict with the same mini_batch_size and order to get the same labels.",
                 methods.method_name(self.adapter_config),
+            )
+        if not backbone.takes_mask(self.base_model):
+            log.warning(
+                "%s takes no attention mask: the vectors of a sentence depend on the padding of its batch. Predict "
+                "with the same mini_batch_size and order to get the same labels.",
+                type(self.base_model).__name__,
             )
         if not self.fine_tune:
             log.warning(
@@ -614,15 +620,7 @@ class ForwardPass:
     def run(self) -> Any:
         """Return the output, as :mod:`transformers` gives it."""
         with self.embeddings.in_use():
-            return self.embeddings.model(**self.inputs)
-
-
-def states_of(output: Mapping[str, Any]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """Return all hidden states, and the one that the transformer, or its encoder, returns as its last."""
-    states, last = output.get("hidden_states"), output.get("last_hidden_state")
-    if states is None:
-        states, last = output["encoder_hidden_states"], output.get("encoder_last_hidden_state")
-    return tuple(states), states[-1] if last is None else last
+            return adapters.forward(self.embeddings.model, self.inputs)
 
 
 class _PoolingView:
@@ -673,9 +671,12 @@ def counterpart(stock_class: type[TransformerEmbeddings]) -> type[PeftTransforme
 
 
 def _default_config(base: PreTrainedModel) -> PeftConfig:
-    return configs.default_config(
+    config = configs.default_config(
         has_unread_layers=backbone.has_unread_layers(base), has_transposed_weights=backbone.has_transposed_weights(base)
     )
+    if not refusals.linear_names(base):
+        config.target_modules = set(refusals.names_to_target(base))  # "all-linear" leaves convolutions out
+    return config
 
 
 def _unique_name(base_model_name: str, config: PeftConfig) -> str:
@@ -687,4 +688,4 @@ def _unique_name(base_model_name: str, config: PeftConfig) -> str:
 def _count_hidden_states(base: PreTrainedModel) -> int:
     with torch.no_grad():
         output = base(torch.tensor([[1]], device=base.device), output_hidden_states=True, return_dict=True)
-    return len(states_of(output)[0])
+    return len(backbone.states_of(output)[0])

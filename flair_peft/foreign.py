@@ -21,6 +21,7 @@ from flair_peft.errors import (
     AdapterConfigError,
     AdapterMismatchError,
     BaseMismatchError,
+    BaseModelNotFoundError,
     FlairPeftError,
     UnsupportedMethodError,
     UntrainedAdapterError,
@@ -131,8 +132,16 @@ def plan(
     revision = base_revision or (files.settings.get("revision") if base_model in (None, base_named(files)) else None)
     access = {**options.arguments(), **({} if revision is None else {"revision": revision})}
     trusted = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
-    base_config = backbone.find_config(base, {**(kwargs.get("transformers_config_kwargs") or {}), **access, **trusted})
-    model = origins.skeleton(base_config, trust_remote_code=bool(trusted.get("trust_remote_code")))
+    try:
+        base_config = backbone.find_config(
+            base, {**(kwargs.get("transformers_config_kwargs") or {}), **access, **trusted}
+        )
+    except BaseModelNotFoundError as error:
+        raise error if base_model is not None else _moved(files, base, error) from error
+    try:
+        model = origins.skeleton(base_config, trust_remote_code=bool(trusted.get("trust_remote_code")))
+    except backbone.UNUSABLE as error:
+        raise backbone.not_found(base, error) from error
     try:
         return _plan(files, base, base_config, model, access)
     except FlairPeftError:
@@ -175,6 +184,14 @@ def _plan(
         head=_head(files, base_config, outside) if outside else None,
         ranks=bare_config.take_ranks_(config, landing.prefix, placed),
         access={"tokenizer": files.tokenizer, **access},
+    )
+
+
+def _moved(files: AdapterFiles, base: str, error: Exception) -> BaseModelNotFoundError:
+    return BaseModelNotFoundError(
+        f"Cannot load the adapter '{files.source}': '{files.folder / CONFIG}' names the base model '{base}', which "
+        f"cannot be used ({str(error).partition('. ')[0]}). It may have been moved since. Pass base_model= with its "
+        "directory or Hub id."
     )
 
 

@@ -165,6 +165,10 @@ class FrozenBase:
         """Return name → tensor of all weights that the source has; they must not be written to."""
         return {name: t for name, t in self._model.state_dict().items() if name not in self.random_names}
 
+    def names_of_parameters(self) -> frozenset[str]:
+        """Return the names of all weights but buffers, which a model computes when it is made."""
+        return frozenset(name for name, _ in self._model.named_parameters(remove_duplicate=False))
+
     def names_of_input_embeddings(self) -> frozenset[str]:
         """Return the names under which state dicts hold the input embeddings: several where weights are tied."""
         matrix = self._model.get_input_embeddings().weight
@@ -531,9 +535,9 @@ def find_again(
     """
     size = record.vocabulary_size
     if size is None:
-        size = backbone.find_config(record.name, kwargs).get_text_config().vocab_size
+        size = backbone.text_config(backbone.find_config(record.name, kwargs)).vocab_size
     shape = copy.deepcopy(config)
-    shape.get_text_config().vocab_size = size
+    backbone.text_config(shape).vocab_size = size
     shape.output_hidden_states = True
     return find(record, shape, dtype=dtype, kwargs=kwargs, device=device, is_held=is_held)
 

@@ -10,8 +10,19 @@ from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbedding
 from flair.nn import Model
 from transformers import PreTrainedModel
 
-from flair_peft import assembly, base_config, codec, dtypes, methods, models, proof, quantised, tokenizer_files
-from flair_peft.embeddings import PeftTransformerEmbeddings, states_of
+from flair_peft import (
+    assembly,
+    backbone,
+    base_config,
+    codec,
+    dtypes,
+    methods,
+    models,
+    proof,
+    quantised,
+    tokenizer_files,
+)
+from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError, name_some
 
 # Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
@@ -164,4 +175,4 @@ def _hidden_states(transformer: torch.nn.Module, ids: list[int]) -> torch.Tensor
         output = transformer(
             input_ids=batch, attention_mask=torch.ones_like(batch), output_hidden_states=True, return_dict=True
         )
-    return torch.cat(states_of(output)[0]).cpu()
+    return torch.cat(backbone.states_of(output)[0]).cpu()

@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from flair_peft import adapters, keys, methods, proof, refusals
+from flair_peft import adapters, backbone, keys, methods, proof, refusals
 from flair_peft import config as configs
-from flair_peft.embeddings import ForwardPass, PeftTransformerEmbeddings, states_of
+from flair_peft.embeddings import ForwardPass, PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError
 from flair_peft.frozen import FrozenBase
 
@@ -249,7 +249,7 @@ class _Tree:
         settings = {name: value for name, value in inputs[0].items() if name in _SETTINGS}
         row_names = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
         output = self._model(**batch, **settings, adapter_names=row_names)
-        states, last = states_of(output)
+        states, last = backbone.states_of(output)
         outputs, first = list[Output](), 0
         for given, count in zip(inputs, counts, strict=True):
             rows, columns = slice(first, first + count), slice(given["input_ids"].shape[1])
@@ -292,7 +292,7 @@ class _Tree:
         with embeddings.in_use():
             mixed = self.run(sentences, [guest, guest])
         for sentence, found in zip(sentences, mixed, strict=True):
-            expected = torch.stack(states_of(sentence.run())[0]).float()
+            expected = torch.stack(backbone.states_of(sentence.run())[0]).float()
             apart = proof.distance(torch.stack(found["hidden_states"]).float(), expected)
             if not apart <= _TOLERANCE.get(embeddings.base_dtype, 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")

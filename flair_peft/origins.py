@@ -7,6 +7,7 @@ must lead to modules that the bare model has. What then lies outside of the tran
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -64,8 +65,10 @@ class Landing:
 def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the bare model of this shape without memory for its weights."""
     kwargs = {"trust_remote_code": True} if trust_remote_code else {}
-    with torch.device("meta"):
+    with contextlib.suppress(NotImplementedError), torch.device("meta"):
         return backbone.build_model(config, dtype=None, model_kwargs=kwargs)
+    # Some, such as Apertus, compute with weights while they are made. Memory that nobody touches is not taken.
+    return backbone.build_model(config, dtype=None, model_kwargs=kwargs)
 
 
 def prefixes(config: PretrainedConfig, model: PreTrainedModel) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from flair_peft import adapters, fingerprint, tokenizer_files
+from flair_peft import adapters, backbone, fingerprint, keys, tokenizer_files
 from flair_peft.dtypes import dtype_name
-from flair_peft.errors import BaseMismatchError, ModelFileError, StateMismatchError, name_some
+from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFileError, StateMismatchError, name_some
 from flair_peft.frozen import FrozenBase
 from flair_peft.sources import BaseRecord, load_options
 
@@ -43,6 +43,27 @@ def check_base(base: FrozenBase, expected: BaseRecord, *, name: str) -> None:
         )
     if verify == "full" and not base.is_fully_as(expected):
         raise _mismatch(base, expected, "some of its weights differ")
+
+
+def check_complete(base: FrozenBase, kwargs: Mapping[str, Any]) -> None:
+    """Return if the files of a new base hold every weight that hidden states depend on; the others are random.
+
+    Raises:
+        BaseModelNotFoundError: they do not; the message names weights that are missing, and what is there instead.
+    """
+    lacking = {name for name in base.random_names & base.names_of_parameters() if not keys.is_unread(name)}
+    read = backbone.read_parts(base.copy()) if lacking and not base.is_placed else None
+    if read is not None:
+        lacking = {name for name in lacking if name.partition(".")[0] in read}
+    if not lacking:
+        return
+    unused = set(backbone.names_in_file(base.record.name, kwargs)) - base.names_of_parameters()
+    instead = f", and hold others that it does not have: {name_some(unused, limit=3)}" if unused else ""
+    raise BaseModelNotFoundError(
+        f"Cannot use '{base.record.name}' as a base model: its files lack weights of the model that its config "
+        f"describes, {name_some(lacking, limit=3)}{instead}. They would be random, and others in each process. Save "
+        "the whole model there with save_pretrained of its own class, or pass another base."
+    )
 
 
 def take_probe(embeddings: Any) -> dict[str, Any]:

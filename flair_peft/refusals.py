@@ -11,7 +11,9 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from flair_peft import keys
 from flair_peft.errors import AdapterConfigError, FlairPeftError, UnsupportedMethodError, name_some
 from flair_peft.methods import ADAPTER_NAME, PREFIXING, PREPENDING, describe, method_name
 
@@ -28,6 +30,7 @@ REFUSED_METHODS: Mapping[str, str] = {
 
 _REFUSED_SETTINGS: Mapping[str, str] = {
     "alora_invocation_tokens": "activated LoRA switches on at a token of a prompt, and Flair has no prompts",
+    "megatron_config": "it adapts layers of Megatron-LM, which no model of transformers has",
     "sample_at_inference": "every prediction would be drawn anew",
     "use_qalora": "it is written for GPTQ layers, and elsewhere PEFT trains plain LoRA without a word",
 }
@@ -100,7 +103,7 @@ def check_names(model: PreTrainedModel, config: PeftConfig) -> None:
             type(model).__name__,
             name_some(unmatched),
             setting,
-            name_some(_linear_names(model), limit=12),
+            name_some(linear_names(model), limit=12),
         )
     _report_lost_layers(model, config, names)
 
@@ -217,12 +220,19 @@ def explain_injection(model: PreTrainedModel, config: PeftConfig, error: Excepti
     targets = getattr(config, "target_modules", None)
     targets = sorted(targets) if isinstance(targets, set) else targets
     if "target" in str(error).lower() and "found" in str(error).lower():
-        linear = _linear_names(model)
         return AdapterConfigError(
             f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: its target_modules {targets!r} "
-            f"match no module that it can adapt. Its linear modules are called {name_some(linear, limit=12)}. "
-            'Pass some of these, or target_modules="all-linear".'
+            f"match no module that it can adapt. Its layers are called {name_some(names_to_target(model), limit=12)}. "
+            f"Pass some of these{_or_all_linear(model)}."
         )
+    if targets is None and "target_modules" in str(error):
+        return AdapterConfigError(
+            f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: its config names no "
+            f"target_modules. PEFT has no default for the model type '{model.config.model_type}'. Pass "
+            f"target_modules={names_to_target(model)}{_or_all_linear(model)}."
+        )
+    if getattr(config, "init_lora_weights", None) == "loftq" and not torch.cuda.is_available():
+        return unsupported(model, config, "init_lora_weights='loftq' quantises the base on a GPU, and there is none")
     other = "another method" if config.peft_type == PeftType.LORA else "another method, LoRA for example,"
     return UnsupportedMethodError(
         f"Cannot use this {method_name(config)} config on {type(model).__name__}. The reason: PEFT says: "
@@ -230,13 +240,24 @@ def explain_injection(model: PreTrainedModel, config: PeftConfig, error: Excepti
     )
 
 
-def _linear_names(model: PreTrainedModel) -> set[str]:
-    return {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """Return what the linear layers are called, poolers apart, by the last parts of their names."""
+    return _last_parts(model, lambda layer: isinstance(layer, torch.nn.Linear | Conv1D))
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, torch.nn.Linear) or type(base).__name__ == "Conv1D"
+def names_to_target(model: torch.nn.Module) -> list[str]:
+    """Return what the layers are called that an adapter fits: linear ones, or convolutions if there are none."""
+    return linear_names(model) or _last_parts(model, lambda layer: isinstance(layer, torch.nn.Conv1d))
+
+
+def _last_parts(model: torch.nn.Module, is_meant: Callable[[torch.nn.Module], bool]) -> list[str]:
+    named = ((name, module) for name, module in model.named_modules() if not keys.is_unread(name))
+    layers = ((name, m.get_base_layer() if isinstance(m, BaseTunerLayer) else m) for name, m in named)
+    return sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name, m in layers if is_meant(m)})
+
+
+def _or_all_linear(model: torch.nn.Module) -> str:
+    return ', or target_modules="all-linear"' if linear_names(model) else ""
 
 
 def unsupported(model: PreTrainedModel, config: PeftConfig, reason: str) -> UnsupportedMethodError:

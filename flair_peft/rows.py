@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from flair_peft import fingerprint, residency
+from flair_peft import backbone, fingerprint, residency
+from flair_peft.errors import AdapterConfigError
 
 log = logging.getLogger("flair_peft")
 
@@ -47,8 +48,15 @@ def append_rows_(model: PreTrainedModel, rows: torch.Tensor, folder: Path | None
     old = model.get_input_embeddings().weight
     holders = [module for module in model.modules() if module._parameters.get("weight") is old]
     if any(type(module) is not torch.nn.Embedding for module in holders):
-        model.resize_token_embeddings(len(old) + len(rows), mean_resizing=False)
-        model.get_input_embeddings().weight.data[len(old) :] = rows
+        start = len(old)  # resizing makes this very parameter longer
+        try:
+            model.resize_token_embeddings(start + len(rows), mean_resizing=False)
+        except (TypeError, NotImplementedError) as error:
+            raise AdapterConfigError(
+                f"Cannot add a row to the input embeddings of {type(model).__name__}: {backbone.first_line(error)}. "
+                "Flair's context separator needs one. Pass use_context_separator=False."
+            ) from error
+        model.get_input_embeddings().weight.data[start:] = rows
         return
     names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is old]
     mapped = _mapped(folder, names, old.detach(), rows) if folder is not None and old.device.type == "cpu" else None
@@ -56,7 +64,7 @@ def append_rows_(model: PreTrainedModel, rows: torch.Tensor, folder: Path | None
     new = torch.nn.Parameter(longer, requires_grad=old.requires_grad)
     for module in holders:
         module.weight, module.num_embeddings = new, len(new)
-    model.config.get_text_config().vocab_size = len(new)
+    backbone.text_config(model.config).vocab_size = len(new)
     if hasattr(model, "vocab_size"):
         model.vocab_size = len(new)
 

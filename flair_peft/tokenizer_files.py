@@ -130,9 +130,12 @@ def _special_tokens(written: KeywordArguments) -> dict[str, Any]:
 
 def _unreadable(source: str, error: Exception) -> BaseModelNotFoundError:
     folder = Path(source)
-    has_files = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    if not has_files or "trust_remote_code=True" in str(error):
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    is_model = folder.is_dir() and (has_tokenizer or any(folder.glob("config.json")))
+    if not is_model or "trust_remote_code=True" in str(error):
         return not_found(source, error)
+    if not has_tokenizer:
+        error = FileNotFoundError("there is no tokenizer_config.json in it")
     return BaseModelNotFoundError(
         f"Cannot read the tokenizer in '{source}': {type(error).__name__}: {first_line(error)}. Its files are damaged "
         "or incomplete, or need a class or code that the installed transformers does not have. Save it there as a fast "

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from flair.data import Sentence
 from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbeddings, TransformerWordEmbeddings
 from flair.embeddings.base import load_embeddings
-from peft import LoraConfig
-from transformers import AutoModel, T5EncoderModel
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, AutoTokenizer, T5EncoderModel
 
 from flair_peft import (
     PeftTransformerDocumentEmbeddings,
     PeftTransformerEmbeddings,
     PeftTransformerWordEmbeddings,
 )
+from flair_peft.errors import AdapterConfigError
 from flair_peft.tokenizer_files import complete_padding_
 from tests import tiny, vectors
 from tests.vectors import is_same
@@ -255,3 +258,124 @@ def test_tokenizer_is_completed_once_and_stays_so(base: Base, architecture: str)
     complete_padding_(tokenizer)
     assert (tokenizer.pad_token, tokenizer.padding_side, len(tokenizer)) == before
     assert tokenizer.padding_side == "right"
+
+
+# PEFT's word on convolutions, which it adapts and does not merge.
+UNCOMMON = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer")
+# Of these stock Flair asks the decoder too, or finds no size.
+ENCODERS = {"umt5": "UMT5EncoderModel", "t5gemma": "T5GemmaEncoderModel"}
+
+
+def make_uncommon(base: Base, architecture: str, **given: Any) -> PeftTransformerWordEmbeddings:
+    targets = tiny.MORE_TARGETS[architecture]
+    config = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=targets)
+    return PeftTransformerWordEmbeddings(base(architecture), **{"peft_config": config, **given})
+
+
+@UNCOMMON
+@pytest.mark.parametrize("architecture", tiny.MORE_TARGETS)
+def test_uncommon_architecture_with_adapter_off_equals_stock_or_its_encoder(base: Base, architecture: str) -> None:
+    """Its vectors are stock Flair's; where stock Flair fails, hidden states are those of the encoder alone."""
+    embeddings = make_uncommon(base, architecture, use_context_separator=architecture not in ENCODERS)
+    with embeddings.model.disable_adapter(), torch.no_grad():
+        if architecture not in ENCODERS:
+            stock = TransformerWordEmbeddings(base(architecture))
+            assert is_same(embed(embeddings, architecture), embed(stock, architecture))
+            return
+        config = embeddings.base_model.config
+        encoder = getattr(transformers, ENCODERS[architecture]).from_pretrained(base(architecture), config=config)
+        tensors = embeddings.prepare_tensors(tiny.make_sentences(architecture, TEXTS))
+        inputs = {name: tensors[name] for name in ("input_ids", "attention_mask")}
+        expected = encoder(**inputs, output_hidden_states=True).hidden_states[-1]
+        assert is_same(embeddings.hidden_states(**inputs), [expected])
+
+
+@UNCOMMON
+@pytest.mark.parametrize("architecture", tiny.MORE_TARGETS)
+def test_uncommon_architecture_learns_and_comes_back_bit_equal_with_the_separators_row(
+    base: Base, architecture: str
+) -> None:
+    """Both matrices of every target learn, and two round trips keep the bits, context and its new row included."""
+    embeddings = make_uncommon(base, architecture, use_context=True, context_dropout=0.0)
+    assert without_gradient(embeddings, architecture) == []
+    embeddings.eval()
+    expected = embed(embeddings, architecture)
+    for _ in range(2):
+        embeddings = load_embeddings(embeddings.save_embeddings())
+        assert is_same(embed(embeddings, architecture), expected)
+
+
+@UNCOMMON
+@pytest.mark.parametrize("architecture", [name for name in tiny.MORE_TARGETS if name != "bart"])
+def test_uncommon_architecture_with_the_default_config_learns_in_every_layer(base: Base, architecture: str) -> None:
+    """Without a config its linear layers get an adapter, or its convolutions where it has no others."""
+    waiting = without_gradient(make_uncommon(base, architecture, peft_config=None), architecture)
+    assert [name for name in waiting if "lora_A" not in name] == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [
+        ("mpnet", r"\['dense', 'k', 'o', 'q', 'v'\], or target_modules=\"all-linear\"\."),
+        ("squeezebert", r"\['conv1d', 'key', 'query', 'value'\]\."),
+    ],
+)
+def test_architecture_without_default_targets_says_which_to_pass(base: Base, architecture: str, targets: str) -> None:
+    """LoRA without targets is refused with the very names that this model has."""
+    with pytest.raises(AdapterConfigError, match=f"model type '{architecture}'\\. Pass target_modules={targets}"):
+        make_uncommon(base, architecture, peft_config=LoraConfig(r=8))
+    assert make_uncommon(base, "mpnet", peft_config=LoraConfig(r=8, target_modules=["dense", "k", "o", "q", "v"]))
+
+
+def test_architecture_without_a_mask_says_that_batches_count(base: Base, caplog: pytest.LogCaptureFixture) -> None:
+    """FNet mixes a sentence with the padding of its batch, in stock Flair as well."""
+    make_uncommon(base, "fnet")
+    assert "depend on the padding of its batch" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Canine", "no matrix of input embeddings"), ("Gemma3", "several models in one.*language_model")],
+)
+def test_architecture_that_reads_no_ids_is_refused_by_name(base: Base, tmp_path: Path, name: str, message: str) -> None:
+    """What is no single transformer over subtokens is refused in three sentences."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    parts = {
+        "text_config": {**small, "vocab_size": 500, "head_dim": 8, "num_key_value_heads": 2},
+        "vision_config": {**small, "image_size": 32, "patch_size": 16},
+        "mm_tokens_per_image": 4,
+    }
+    settings = {**small, "num_hash_buckets": 64} if name == "Canine" else parts
+    model_class = getattr(transformers, f"{name}Model")
+    model_class(getattr(transformers, f"{name}Config")(**settings)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(base("bert")).save_pretrained(tmp_path)
+    with pytest.raises(AdapterConfigError, match=f"Cannot use .* as a base model: {name}Model .*{message}"):
+        PeftTransformerWordEmbeddings(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["Apertus", "Qwen3Moe"])
+def test_architecture_that_computes_while_it_is_built_takes_a_foreign_adapter(
+    base: Base, tmp_path: Path, name: str
+) -> None:
+    """An adapter of a model that needs its weights to be built gives the hidden states that it gave there."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    tokenizer = AutoTokenizer.from_pretrained(base("qwen3"))
+    more = experts if "Moe" in name else {}
+    config_class = getattr(transformers, f"{name}Config")
+    config = config_class(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes, **more)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    embeddings = PeftTransformerWordEmbeddings.from_adapter(
+        str(tmp_path / "adapter"), base_model=str(tmp_path / "base"), use_context_separator=False
+    )
+    ids = torch.arange(6, 12).unsqueeze(0)
+    with torch.no_grad():
+        expected = adapted(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        (found,) = embeddings.hidden_states(ids, attention_mask=torch.ones_like(ids))
+    torch.testing.assert_close(found, expected)

@@ -657,6 +657,19 @@ def test_foreign_adapter_without_a_tokenizer_uses_that_of_the_base(base: Bases, 
     assert embeddings.tokenizer.get_vocab() == transformers.AutoTokenizer.from_pretrained(base("bert")).get_vocab()
 
 
+def test_foreign_adapter_whose_base_was_moved_names_the_file_that_named_it(base: Bases, tmp_path: Path) -> None:
+    """The message says which file names a base that is gone, and how to name another."""
+    train(base("bert"), tmp_path, "bare", lora(target_modules=["query"]))
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "moved")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        BaseModelNotFoundError, match=r"adapter_config\.json' names the base model '.*/moved'.* base_model="
+    ):
+        PeftTransformerEmbeddings.from_adapter(str(tmp_path))
+    assert PeftTransformerEmbeddings.from_adapter(str(tmp_path), base_model=base("bert"))
+
+
 # ---- files
 
 

@@ -74,6 +74,18 @@ def test_lora_on_architecture_predicts_the_same_after_loading(
     check_round_trip(factories, model_name, dtype, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer")
+@pytest.mark.parametrize("model_name", few(MODELS, ["sequence-tagger"]))
+@pytest.mark.parametrize("architecture", few(tiny.MORE_TARGETS, ["umt5", "squeezebert"]))
+def test_lora_on_uncommon_architecture_predicts_the_same_after_loading(
+    architecture: str, model_name: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """LoRA survives train → save → load on architectures that stock Flair or PEFT treat apart."""
+    config = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=tiny.MORE_TARGETS[architecture])
+    factories = round_trip.Factories(base(architecture), config, dtype=torch.float32)
+    check_round_trip(factories, model_name, torch.float32, tmp_path)
+
+
 def test_matrix_has_its_154_combinations() -> None:
     """The published number counts 22 configurations in two dtypes and 11 architectures in three, on two models."""
     on_bert = len(MATRIX) * 2 * len(MODELS)

@@ -19,13 +19,14 @@ import safetensors.torch
 import torch
 from flair.data import Dictionary, Sentence
 from flair.embeddings import TransformerDocumentEmbeddings
+from flair.embeddings.base import load_embeddings
 from flair.models import TextClassifier
 from huggingface_hub import CommitOperationAdd, HfApi
 from peft import LoraConfig, PeftConfig
-from transformers import AutoModel, AutoTokenizer, dynamic_module_utils
+from transformers import AutoConfig, AutoModel, AutoTokenizer, T5Model, dynamic_module_utils
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, frozen, manifest
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, frozen, manifest, proof
 from flair_peft.errors import (
     AdapterConfigError,
     BaseMismatchError,
@@ -796,3 +797,108 @@ def test_copy_whose_read_weights_differ_is_refused(base: Callable[[str], str], t
     changed.save_pretrained(tmp_path / "copy")
     with pytest.raises(BaseMismatchError, match="its weights differ"):
         TextClassifier.load(tmp_path / "model.pt", base_model=str(tmp_path / "copy"))
+
+
+def _changed_base(base: Base, architecture: str, folder: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """Return a copy of a tiny base whose file of weights is another."""
+    shutil.copytree(base(architecture), folder)
+    file = folder / "model.safetensors"
+    safetensors.torch.save_file(change(safetensors.torch.load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+LACKING: dict[str, tuple[Callable[[str], str | None], str]] = {
+    "other-prefix": ("student.{}".format, "'embeddings.LayerNorm.bias'.* and hold .*'student.embeddings"),
+    "wrapped": ("module.{}".format, "'embeddings.LayerNorm.bias'.* and hold .*'module.embeddings"),
+    "one-bias": (
+        lambda name: None if name == "encoder.layer.1.output.LayerNorm.bias" else name,
+        r"describes, 'encoder\.layer\.1\.output\.LayerNorm\.bias'\. They",
+    ),
+    "renamed-norm": (
+        lambda name: name.replace("attention.output.LayerNorm", "attention.ln"),
+        r"'encoder\.layer\.0\.attention\.output\.LayerNorm\.bias'.* and hold .*'encoder\.layer\.0\.attention\.ln",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LACKING)
+@pytest.mark.parametrize("entry", few(["embeddings", "shared"], ["embeddings"]))
+def test_base_whose_file_lacks_weights_is_refused_by_their_names(
+    base: Base, tmp_path: Path, case: str, entry: str
+) -> None:
+    """Nothing that hidden states depend on is drawn at random without a word."""
+    rename, message = LACKING[case]
+    folder = _changed_base(
+        base, "bert", tmp_path / "base", lambda w: {rename(name): t for name, t in w.items() if rename(name)}
+    )
+    make = PeftTransformerDocumentEmbeddings if entry == "embeddings" else SharedBase
+    with pytest.raises(BaseModelNotFoundError, match=message):
+        make(str(folder))
+
+
+@pytest.mark.parametrize("form", few(["bin", "sharded"], ["sharded"]))
+def test_base_in_other_files_that_lack_weights_is_refused_by_their_names(base: Base, tmp_path: Path, form: str) -> None:
+    """Pickled and sharded weights are judged as others are."""
+    folder = Path(shutil.copytree(base("bert"), tmp_path / "base"))
+    weights = {
+        f"student.{name}": tensor for name, tensor in safetensors.torch.load_file(folder / "model.safetensors").items()
+    }
+    (folder / "model.safetensors").unlink()
+    if form == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(weights, folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BaseModelNotFoundError, match=r"'embeddings\.LayerNorm.* and hold .*'student\.embeddings"):
+        PeftTransformerDocumentEmbeddings(str(folder))
+
+
+def test_base_with_fewer_layers_or_other_shapes_in_its_file_than_in_its_config_is_refused(
+    base: Base, tmp_path: Path
+) -> None:
+    """A config may not ask for layers that are nowhere, nor a user let shapes differ unseen."""
+    folder = Path(shutil.copytree(base("bert"), tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(BaseModelNotFoundError, match=r"'encoder\.layer\.2\.attention"):
+        PeftTransformerDocumentEmbeddings(str(folder))
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(BaseModelNotFoundError, match=r"'encoder\.layer\.0\.intermediate"):
+        PeftTransformerDocumentEmbeddings(str(folder), transformers_model_kwargs={"ignore_mismatched_sizes": True})
+
+
+def test_base_that_lacks_only_what_no_vector_depends_on_is_taken(base: Base, tmp_path: Path) -> None:
+    """A parameter that only a pretraining task reads may be missing, and the encoder of a larger file is enough."""
+    without = _changed_base(
+        base, "xlnet", tmp_path / "xlnet", lambda w: {name: t for name, t in w.items() if name != "mask_emb"}
+    )
+    assert PeftTransformerDocumentEmbeddings(str(without)).embed(Sentence("Berlin"))
+    whole = Path(shutil.copytree(base("t5"), tmp_path / "t5"))
+    torch.manual_seed(0)
+    T5Model(AutoConfig.from_pretrained(whole)).save_pretrained(whole)
+    assert PeftTransformerDocumentEmbeddings(str(whole)).embed(Sentence("Berlin"))
+
+
+def vector_from(embeddings: PeftTransformerDocumentEmbeddings) -> torch.Tensor:
+    (sentence,) = embeddings.embed(Sentence("Berlin is large"))
+    return sentence.embedding
+
+
+def test_file_that_holds_what_its_base_lacks_loads_all_the_same(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base is only judged when a training may start from it: older files hold the weights that were random."""
+    folder = _changed_base(
+        base,
+        "bert",
+        tmp_path / "base",
+        lambda w: {n: t for n, t in w.items() if n != "encoder.layer.0.output.dense.bias"},
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(proof, "check_complete", lambda *_: None)
+        embeddings = PeftTransformerDocumentEmbeddings(str(folder))
+    expected = vector_from(embeddings)
+    stored = embeddings.save_embeddings()
+    del embeddings
+    assert torch.equal(vector_from(load_embeddings(stored)), expected)

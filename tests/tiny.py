@@ -72,6 +72,16 @@ ATTENTION_TARGETS: dict[str, list[str]] = {
 """Architecture → names of its linear modules, for ``LoraConfig(target_modules=…)``."""
 
 ARCHITECTURES: tuple[str, ...] = tuple(ATTENTION_TARGETS)
+
+MORE_TARGETS: dict[str, list[str] | str] = {
+    "umt5": ["q", "k", "v"],
+    "t5gemma": _PROJECTIONS,
+    "fnet": ["dense"],  # mixes by a Fourier transform: no attention, and no mask
+    "squeezebert": _QUERY_KEY_VALUE,  # convolutions in groups
+    "mpnet": ["q", "k", "v"],
+    "bart": r"encoder\..*[qkv]_proj",  # has a decoder, which is not read
+}
+"""Architectures that PEFT or Flair treats apart, and the names of their layers."""
 DECODERS: tuple[str, ...] = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma")
 LAYOUT: tuple[str, ...] = ("layoutlm", "layoutlmv3")
 WITHOUT_PADDING_TOKEN: tuple[str, ...] = ("gpt2", "llama", "mistral")
@@ -303,6 +313,12 @@ _TOKENIZERS: dict[str, _Tokenizer] = {
         "LlamaTokenizerFast", trained_with=_LLAMA_PIECES, model_max_length=UNBOUNDED, legacy=False
     ),
     "gemma": _sentence_piece("GemmaTokenizerFast", trained_with=_GEMMA_PIECES, model_max_length=UNBOUNDED),
+    "umt5": _sentence_piece("T5TokenizerFast", trained_with=_T5_PIECES, extra_ids=4),
+    "t5gemma": _sentence_piece("GemmaTokenizerFast", trained_with=_GEMMA_PIECES, model_max_length=UNBOUNDED),
+    "fnet": _sentence_piece("FNetTokenizerFast", trained_with=_ALBERT_PIECES),
+    "squeezebert": _word_pieces("SqueezeBertTokenizerFast"),
+    "mpnet": _word_pieces("MPNetTokenizerFast"),
+    "bart": _byte_level("BartTokenizerFast", *_ROBERTA_SPECIAL),
 }
 
 _SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -326,6 +342,17 @@ def _encoder(name: str, *, positions: int = MAX_LENGTH, **options: object) -> _M
 
 def _decoder(name: str, **options: object) -> _Model:
     return _encoder(name, num_key_value_heads=2, head_dim=8, **options)
+
+
+def _of_two(name: str, **options: object) -> _Model:
+    """Return a function as that of :func:`_model`, of a model whose config holds those of an encoder and a decoder."""
+
+    def make(vocabulary_size: int) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+        part = {"vocab_size": vocabulary_size, **options}
+        config = getattr(transformers, f"{name}Config")(encoder=part, decoder=part, vocab_size=vocabulary_size)
+        return config, getattr(transformers, f"{name}Model")
+
+    return make
 
 
 # RoBERTa counts positions from pad_token_id + 1 on.
@@ -387,4 +414,27 @@ _MODELS: dict[str, _Model] = {
     "qwen3": _decoder("Qwen3", bos_token_id=0, eos_token_id=0),
     "mistral": _decoder("Mistral", bos_token_id=1, eos_token_id=2, sliding_window=None),
     "gemma": _decoder("Gemma", pad_token_id=0, bos_token_id=2, eos_token_id=1),
+    "umt5": _model("UMT5", d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0),
+    "t5gemma": _of_two("T5Gemma", **_SIZE, num_key_value_heads=2, head_dim=8, sliding_window=16),
+    "fnet": _model(
+        "FNet",
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        max_position_embeddings=MAX_LENGTH,
+        tpu_short_seq_length=MAX_LENGTH,
+    ),
+    "squeezebert": _encoder("SqueezeBert", embedding_size=32),
+    "mpnet": _encoder("MPNet", positions=MAX_LENGTH + 2),
+    "bart": _model(
+        "Bart",
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=MAX_LENGTH,
+    ),
 }

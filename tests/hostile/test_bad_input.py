@@ -23,7 +23,7 @@ import pytest
 import torch
 from flair.models import TextClassifier
 from flair.nn import Model
-from peft import IA3Config, LNTuningConfig, LoraConfig, OFTConfig, PeftConfig, PrefixTuningConfig
+from peft import IA3Config, LNTuningConfig, LoftQConfig, LoraConfig, OFTConfig, PeftConfig, PrefixTuningConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, assembly, patch
@@ -129,6 +129,11 @@ def test_prefix_on_a_model_without_past_key_values_is_refused(architecture: str,
     )
 
 
+def _spelt(config: LoraConfig, method: str) -> LoraConfig:
+    config.peft_type = method
+    return config
+
+
 UNFIT: dict[str, Callable[[], PeftConfig]] = {
     "no such name": lambda: lora(target_modules=["nothing"]),
     "no such expression": lambda: lora(target_modules=r"nothing.*"),
@@ -144,8 +149,14 @@ UNFIT: dict[str, Callable[[], PeftConfig]] = {
     "negative rank": lambda: lora(r=-1),
     "rank in words": lambda: lora(r="four"),
     "alpha in words": lambda: lora(lora_alpha="twelve"),
+    "Megatron": lambda: lora(megatron_config={"hidden_size": 32}),
+    "method in lower case": lambda: _spelt(lora(), "lora"),
     "token beyond the vocabulary": lambda: lora(trainable_token_indices=[10**6]),
 }
+
+
+if not torch.cuda.is_available():
+    UNFIT["quantisation on a CPU"] = lambda: lora(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))
 
 
 @pytest.mark.parametrize("name", UNFIT)
@@ -266,6 +277,9 @@ DAMAGED_BASES: dict[str, Callable[[Path], None]] = {
     "no tokenizer": _without("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"),
     "config is not JSON": _with_config("{"),
     "config is empty": _with_config("{}"),
+    "config is a list": _with_config("[1]"),
+    "config is deep": _with_config("[" * 100_000),
+    "config has sizes in words": _with_config(json.dumps({"model_type": "bert", "hidden_size": "32"})),
     "config names no known architecture": _with_config(json.dumps({"model_type": "banana"})),
     "config is nested too deep": _with_config('{"a": ' * 3_000 + "1" + "}" * 3_000),
     "config is nested as deep as Python reads": _with_config('{"a": ' * 900 + "1" + "}" * 900),
@@ -282,6 +296,22 @@ def test_base_directory_that_is_damaged_is_refused_with_its_name(damage: str, ba
     DAMAGED_BASES[damage](directory)
     message = assert_refused(FlairPeftError, lambda: PeftTransformerWordEmbeddings(str(directory), peft_config=lora()))
     assert str(directory) in message
+
+
+def test_base_directory_that_is_empty_is_said_to_be_so(tmp_path: Path) -> None:
+    """An empty folder is called one."""
+    assert "an empty folder" in assert_refused(
+        BaseModelNotFoundError, lambda: PeftTransformerWordEmbeddings(str(tmp_path))
+    )
+
+
+def test_method_in_lower_case_is_answered_with_its_name(base: Base) -> None:
+    """What only its spelling makes unknown is told how to write it."""
+    config = _spelt(lora(), "lora")
+    message = assert_refused(
+        AdapterConfigError, lambda: PeftTransformerWordEmbeddings(base("bert"), peft_config=config)
+    )
+    assert message.endswith("Write 'LORA' instead.")
 
 
 def _saved(value: Any) -> bytes:
