@@ -247,7 +247,7 @@ def report_without_effect(model: PeftModel) -> None:
         )
 
 
-def trainable_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Return name → parameter of all that the adapter trains."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -292,22 +292,25 @@ def require_input_gradients_(model: PeftModel) -> None:
         base.enable_input_require_grads()
 
 
-def forward(model: PeftModel, inputs: Mapping[str, Any]) -> Any:
-    """Return the output of the model with its adapter.
+def forward(model: PreTrainedModel | PeftModel, inputs: Mapping[str, Any]) -> Any:
+    """Return the output of the model, with its adapter if it has one.
 
     PEFT's model for feature extraction gives every base some arguments that not all take, such as FNet and CLIP: these
     get what they take, and what PEFT's plain model gives them. Rows of a prompt need the former.
     """
-    parameters = inspect.signature(model.get_base_model().forward).parameters
+    has_adapter = isinstance(model, PeftModel)
+    parameters = inspect.signature((model.get_base_model() if has_adapter else model).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if takes_any or parameters.keys() >= _ALWAYS_GIVEN or model.peft_config[ADAPTER_NAME].is_prompt_learning:
+    is_prompt = has_adapter and model.peft_config[ADAPTER_NAME].is_prompt_learning
+    if takes_any or parameters.keys() >= _ALWAYS_GIVEN or is_prompt:
         return model(**inputs)
-    return PeftModel.forward(model, **{name: value for name, value in inputs.items() if name in parameters})
+    known = {name: value for name, value in inputs.items() if name in parameters}
+    return PeftModel.forward(model, **known) if has_adapter else model(**known)
 
 
-def without_cache(model: PeftModel) -> dict[str, bool]:
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
     """Return the keyword arguments that keep the base from building a cache for generation."""
-    parameters = inspect.signature(model.get_base_model().forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     return {name: False for name in ("use_cache", "use_mems") if name in parameters}
 
 

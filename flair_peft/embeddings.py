@@ -322,13 +322,29 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
 
     @property
     def adapter_config(self) -> PeftConfig:
-        """The config of the adapter, as it was trained."""
-        return self._pending_config or self.model.peft_config[methods.ADAPTER_NAME]
+        """The config of the adapter, as it was trained.
+
+        Raises:
+            AdapterConfigError: PEFT merged, unloaded or deleted the adapter.
+        """
+        if self._pending_config is not None:
+            return self._pending_config
+        if not self.has_adapter:
+            refusals.refuse_without_adapter(self.model)
+        return self.model.peft_config[methods.ADAPTER_NAME]
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the adapter is there: ``embeddings.model = embeddings.model.merge_and_unload()`` takes it away."""
+        return isinstance(self.model, PeftModel) and methods.ADAPTER_NAME in self.model.peft_config
 
     @property
     def base_model(self) -> PreTrainedModel:
         """The frozen transformer, without the PEFT model around it."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if not isinstance(self.model, PeftModel):
+            return self.model
+        # PEFT asks its adapters where the base is; after delete_adapter it may have none.
+        return self.model.get_base_model() if self.model.peft_config else self.model.base_model.model
 
     @property
     def is_quantised(self) -> bool:
@@ -364,7 +380,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
     def train(self, mode: bool = True) -> Self:
         """Set the mode as torch does; an adapter that was narrowed trains in fp32, with its exact values if kept."""
         super().train(mode)
-        if mode and isinstance(self.model, PeftModel):
+        if mode and self.has_adapter:
             with self.in_use():
                 dtypes.restore_(self.model, lambda: dict(self.model.named_parameters()))
                 adapters.widen_(self.model)
@@ -432,7 +448,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
             )
         if self.after_final_norm:
             states = (*states[:-1], last)
-        first = 0 if self.keep_virtual_rows else adapters.virtual_rows(self.model)
+        first = adapters.virtual_rows(self.model) if self.has_adapter and not self.keep_virtual_rows else 0
         return tuple(states[index][:, first:] for index in self.layer_indexes)
 
     @property
@@ -453,14 +469,14 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
                 f"Cannot embed with '{self.name}': its weights were never loaded. It was built from stored parameters "
                 "without a state dict. Load the whole Flair model, or call load_state_dict first."
             )
-        if self.training:
+        if self.training and self.has_adapter:
             adapters.require_input_gradients_(self.model)
             refusals.refuse_lost_prefix(self.model)
         device = self.base_model.device
         inputs: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.base_dtype)
-        inputs.update(adapters.without_cache(self.model))
+        inputs.update(adapters.without_cache(self.base_model))
         inputs = {"input_ids": input_ids.to(device), **inputs, "output_hidden_states": True, "return_dict": True}
         # Several models may predict together: then a forward pass is one for all of them.
         forward_pass = ForwardPass(self, inputs)
@@ -619,8 +635,9 @@ class ForwardPass:
 
     def run(self) -> Any:
         """Return the output, as :mod:`transformers` gives it."""
+        has_adapter = self.embeddings.has_adapter
         with self.embeddings.in_use():
-            return adapters.forward(self.embeddings.model, self.inputs)
+            return adapters.forward(self.embeddings.model if has_adapter else self.embeddings.base_model, self.inputs)
 
 
 class _PoolingView:

@@ -334,7 +334,11 @@ def _empty_(target: _Places, name: str) -> None:
 
 def _as_pass(embeddings: PeftTransformerEmbeddings, ids: Sequence[int]) -> ForwardPass:
     batch = torch.tensor([list(ids)], device=embeddings.base_model.device)
-    inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch), **adapters.without_cache(embeddings.model)}
+    inputs = {
+        "input_ids": batch,
+        "attention_mask": torch.ones_like(batch),
+        **adapters.without_cache(embeddings.base_model),
+    }
     return ForwardPass(embeddings, {**inputs, "output_hidden_states": True, "return_dict": True})
 
 

@@ -183,6 +183,26 @@ def refuse_lost_prefix(model: PeftModel) -> None:
         raise unsupported(base, config, "gradient checkpointing drops past key values, which carry the prefix")
 
 
+def refuse_without_adapter(model: torch.nn.Module) -> None:
+    """Return if the model of embeddings has its adapter, and not only the base that PEFT's ``merge_and_unload`` leaves.
+
+    Raises:
+        AdapterConfigError: it has none; the message names what merges a whole Flair model.
+    """
+    is_there = isinstance(model, PeftModel) and ADAPTER_NAME in model.peft_config
+    if not is_there or all(keys.base_key(name) is not None for name in _names_of_tensors(model)):
+        raise AdapterConfigError(
+            "Cannot store, train or copy these embeddings: their adapter was merged, unloaded or deleted, and what is "
+            "left can only embed. Files hold adapters beside their base, and a load would look for one. Make the "
+            "embeddings again; flair_peft.merge(model) turns a model with its adapter into a plain one, which Flair "
+            "saves and loads."
+        )
+
+
+def _names_of_tensors(model: torch.nn.Module) -> list[str]:
+    return [*(name for name, _ in model.named_parameters()), *(name for name, _ in model.named_buffers())]
+
+
 def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None = None) -> None:
     """Return if a file that holds the adapter and not the base would give the model back as it is now.
 
@@ -193,6 +213,8 @@ def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None 
     Raises:
         AdapterConfigError: the adapter is merged or switched off, or there are several.
     """
+    if not isinstance(model, PeftModel):
+        refuse_without_adapter(model)
     if layers is None:
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     others = sorted(set(model.peft_config) - {ADAPTER_NAME})
@@ -201,6 +223,7 @@ def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None 
             f"Cannot store the adapter: it is called {name_some(others) or 'nothing'}, and files hold the one called "
             f"'{ADAPTER_NAME}', which was deleted. Make embeddings with the adapter that you want to store."
         )
+    refuse_without_adapter(model)
     if others:
         reason, remedy = f"is one of several, beside {name_some(others)}, and files hold one", "delete_adapter(name)"
     elif any(layer.merged for layer in layers):

@@ -16,7 +16,7 @@ from flair.trainers.plugins.base import TrainerPlugin
 from peft import PeftConfig, PeftModel, PeftType
 from peft.optimizers import create_loraplus_optimizer
 
-from flair_peft import adapters, dtypes, methods, models, quantised
+from flair_peft import adapters, dtypes, methods, models, quantised, refusals
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import TrainingSetupError, name_some
 
@@ -279,6 +279,7 @@ def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: A
     """
     for module in model.modules():
         if isinstance(module, PeftTransformerEmbeddings):
+            refusals.refuse_unstorable(module.model)
             quantised.check_storable(module.base_model, module.name)
     narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
     if narrow and not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.SGD)):

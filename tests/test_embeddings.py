@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import logging
@@ -50,6 +51,7 @@ from flair_peft.errors import (
 from tests import tiny
 from tests.methods import METHODS
 from tests.vectors import is_close, is_same
+from tests.zoo import sentence_corpus
 
 Base = Callable[[str], str]
 
@@ -1049,3 +1051,48 @@ def test_predict_of_a_plain_model_with_a_text_is_left_to_flair() -> None:
     )
     with pytest.raises(AttributeError):
         plain.predict("Berlin")
+
+
+def merge_and_assign(embeddings: PeftTransformerEmbeddings) -> None:
+    embeddings.model = embeddings.model.merge_and_unload()
+
+
+def unload_and_assign(embeddings: PeftTransformerEmbeddings) -> None:
+    embeddings.model = embeddings.model.unload()
+
+
+TAKING_AWAY: dict[str, Callable[[PeftTransformerEmbeddings], Any]] = {
+    "merged": merge_and_assign,
+    "merged in place": lambda embeddings: embeddings.model.merge_and_unload(),
+    "unloaded": unload_and_assign,
+    "deleted": lambda embeddings: embeddings.model.delete_adapter("default"),
+}
+
+
+@pytest.mark.parametrize("how", TAKING_AWAY)
+def test_embeddings_whose_adapter_peft_took_away_embed_on_and_are_stored_by_no_file(
+    how: str, base: Base, tmp_path: Path
+) -> None:
+    """PEFT's own idiom: vectors as merged, or of the base; saving and training name `flair_peft.merge`."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora(), use_context_separator=False)
+    labels = sentence_corpus().make_label_dictionary("sentiment", add_unk=False)
+    model = TextClassifier(embeddings, label_type="sentiment", label_dictionary=labels)
+    sentences = [Sentence(text) for text in TEXTS]
+    adapted = embed(embeddings, TEXTS)
+    stock = embed(TransformerDocumentEmbeddings(base("bert"), use_context_separator=False), TEXTS)
+    TAKING_AWAY[how](embeddings)
+    expected = adapted if "merged" in how else stock
+    for moved in (model, model.to("cpu"), model.train().eval(), copy.deepcopy(model) if how != "deleted" else model):
+        assert all(map(is_close, embed(moved.embeddings, TEXTS), expected))
+    model.predict(sentences)
+    for act in (model.save, functools.partial(flair_peft.save_pretrained, model)):
+        with pytest.raises(AdapterConfigError, match="Cannot store"):
+            act(tmp_path / "out")
+    with pytest.raises(AdapterConfigError, match="Cannot store"):
+        ModelTrainer(model, sentence_corpus()).fine_tune(tmp_path, max_epochs=1)
+    with pytest.raises(AdapterConfigError, match="Cannot store"):
+        flair_peft.merge(model)
+    if how != "deleted":
+        with pytest.raises(AdapterConfigError, match=r"flair_peft\.merge\(model\)"):
+            model.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
