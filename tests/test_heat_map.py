@@ -23,6 +23,7 @@ from flair_peft.errors import (
     BaseModelNotFoundError,
     MissingConfigError,
     ModelFileError,
+    SaveError,
     UnsupportedMethodError,
 )
 from flair_peft.heat_map import Map, Move, draw, effective_rank, measure, singular_values
@@ -206,6 +207,12 @@ def test_drawing_to_a_folder_or_without_an_ending_is_refused(name: str, tmp_path
     with pytest.raises(ModelFileError, match=r"Use \.png"):
         draw(Map((Move("layer.0.query", 1.0, None, 1.0, 2),), ()), tmp_path / name, title="x")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_plot_into_a_folder_that_is_missing_is_refused(tmp_path: Path) -> None:
+    """The message names the file, and what to make first."""
+    with pytest.raises(SaveError, match=r"absent/x\.png.*Make the folder first"):
+        draw(Map((Move("layer.0.query", 1.0, None, 1.0, 2),), ()), tmp_path / "absent" / "x.png", title="x")
 
 
 def test_moves_against_a_base_that_the_user_names_say_that_it_is_not_checked(base: Base, tmp_path: Path) -> None:
