@@ -921,7 +921,7 @@ NAMES: dict[str, tuple[str, Callable[[], PeftConfig], str]] = {
     "a letter too many": ("bert", lambda: lora(target_modules=["querys", "value"]), "'querys' .is 'query' meant"),
     "a letter missing": ("llama", lambda: lora(target_modules=["q_proj", "gateproj"]), "is 'gate_proj' meant"),
     "another case": ("bert", lambda: lora(target_modules=["Query", "value"]), "is 'query' meant"),
-    "of a path": ("bert", lambda: lora(target_modules=["key", "self.valeu"]), "'self.valeu' .is 'value' meant"),
+    "of a path": ("bert", lambda: lora(target_modules=["key", "self.valeu"]), "'self.valeu' .is 'self.value' meant"),
     "in a path": (
         "bert",
         lambda: lora(target_modules=["key", "encoder.layr.1.attention.self.query"]),
