@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from peft import PeftConfig
 
-from flair_peft import checkpoint, hub, older_peft
+from flair_peft import capacity, checkpoint, hub, older_peft
 from flair_peft import config as configs
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
 from flair_peft.fingerprint import not_finite
@@ -77,6 +77,7 @@ def read(source: str, *, revision: str | None, subfolder: str | None, options: L
     if weights is None:
         raise _missing(source, folder, WEIGHTS)
     tensors = older_peft.rename(_read_tensors(source, weights))
+    capacity.Bounds(source, tensors).check_settings(settings)
     return AdapterFiles(source, folder, settings, _config(files[CONFIG], settings), tensors, _labels(folder))
 
 

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from flair_peft import keys, methods, refusals
-from flair_peft.errors import AdapterConfigError, name_some
+from flair_peft.errors import AdapterConfigError, FlairPeftError, name_some
 from flair_peft.methods import ADAPTER_NAME
 
 log = logging.getLogger("flair_peft")
@@ -76,6 +76,8 @@ def inject(model: PreTrainedModel, config: PeftConfig, *, is_filled_later: bool 
     try:
         with building, _standing_in_for_offloaded(model):
             peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    except FlairPeftError:
+        raise
     except _INJECTION_ERRORS as error:
         raise refusals.explain_injection(model, config, error) from error
     if not any(parameter.requires_grad for parameter in peft_model.parameters()):

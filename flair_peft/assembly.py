@@ -13,7 +13,7 @@ import torch
 from flair.models import MultitaskModel
 from flair.nn import Model
 
-from flair_peft import adapters, allowed, dtypes, rehearsal, states, weights
+from flair_peft import adapters, allowed, capacity, dtypes, rehearsal, states, weights
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import (
     AdapterConfigError,
@@ -54,7 +54,12 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
             _refuse_useless_base(state, source)
             rehearsal.check_settings(state, source=source)
             # Flair makes the head, and a server may load a model between two predictions.
-            with weights.expecting(states.inner_embeddings(state)), adapters.building, torch.inference_mode(False):
+            with (
+                weights.expecting(states.inner_embeddings(state)),
+                capacity.bounded(source, states.tensors_of(state)),
+                adapters.building,
+                torch.inference_mode(False),
+            ):
                 model = load(state)
     finally:
         _is_going_on.reset(token)

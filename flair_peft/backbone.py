@@ -34,12 +34,16 @@ from transformers.utils import (
 
 from flair_peft import adapters, base_config
 from flair_peft.dtypes import DtypeLike
-from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, UnsafeFileError
+from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, FlairPeftError, UnsafeFileError
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 
+# What transformers writes out one by one when it reads a config.
+_COUNTED = re.compile(r"(layers?|labels|blocks|groups|experts)$")
+_MANY = 1_000_000
+
 # How a file of a base is reached.
-_REACHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+REACHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 log = logging.getLogger("flair_peft")
 
@@ -89,6 +93,32 @@ def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
     return tame_(config, kwargs)
 
 
+def refuse_endless(source: str, kwargs: KeywordArguments) -> None:
+    """Return if a config counts nothing that transformers would write out when it reads the config, for ever.
+
+    Raises:
+        BaseModelNotFoundError: it counts as many layers or labels as no model has.
+    """
+    reaching = {name: kwargs[name] for name in REACHING if kwargs.get(name) is not None}
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(source, **reaching)
+    except (OSError, HFValidationError, ValueError):
+        return  # who reads it says what is wrong with it
+    refuse_many(settings, source)
+
+
+def refuse_many(settings: Any, source: str) -> None:
+    """Return if a config, as plain values, counts no more layers or labels than a model can have."""
+    for name, value in settings.items() if isinstance(settings, Mapping) else enumerate(settings):
+        if isinstance(value, int) and value > _MANY and _COUNTED.search(str(name)):
+            raise BaseModelNotFoundError(
+                f"Cannot use the base model '{source}': its config asks for {value:,} {name}. No model has so many, "
+                "and writing them out would not end. Correct the config, or pass another base model."
+            )
+        if isinstance(value, Mapping | list):
+            refuse_many(value, source)
+
+
 def with_answer(kwargs: KeywordArguments) -> dict[str, Any]:
     """Return the arguments with a word on code of the model's own: without it, transformers asks on standard input."""
     return {**kwargs, "trust_remote_code": bool(kwargs.get("trust_remote_code"))}
@@ -116,7 +146,7 @@ def find_file(source: str, name: str, kwargs: KeywordArguments) -> Path | None:
         name: of the file.
         kwargs: for ``from_pretrained``, of which those are used that say how a file is reached.
     """
-    reaching = {key: kwargs[key] for key in _REACHING if kwargs.get(key) is not None}
+    reaching = {key: kwargs[key] for key in REACHING if kwargs.get(key) is not None}
     kinds = ("missing_entries", "gated_repo", "connection_errors")
     settings = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
     found = cached_file(source, name, **reaching, **settings)
@@ -125,6 +155,7 @@ def find_file(source: str, name: str, kwargs: KeywordArguments) -> Path | None:
 
 def _read_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
     described, settings = PretrainedConfig.get_config_dict(source, **kwargs)
+    refuse_many(described, source)
     runs_code = kwargs.get("trust_remote_code") and "AutoConfig" in (described.get("auto_map") or {})
     if not runs_code:
         described = base_config.in_own_words(described, source)
@@ -166,6 +197,8 @@ def find_model(
             model, found = model_class.from_pretrained(
                 source, config=config, output_loading_info=True, **wanted, **with_answer(kwargs)
             )
+    except FlairPeftError:
+        raise
     except UNUSABLE as error:
         # An AttributeError is how transformers fails where the cache has no weights and it may not download them.
         is_unread = isinstance(error, AttributeError) and (kwargs.get("local_files_only") or is_offline_mode())

@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flair_peft import backbone, frozen, proof, quantised
+from flair_peft import backbone, capacity, frozen, proof, quantised
 from flair_peft.dtypes import DtypeLike, dtype_name, parse_dtype
 from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFileError
 from flair_peft.frozen import FrozenBase
@@ -103,7 +103,8 @@ def find_new(
         arguments=kept_arguments(model_kwargs),
     )
     kwargs = {key: value for key, value in model_kwargs.items() if key != "revision" or record.revision is None}
-    found = frozen.find(record, config, dtype=dtype, kwargs=kwargs, device=flair.device, is_held=True)
+    with capacity.bounded(name, {}):
+        found = frozen.find(record, config, dtype=dtype, kwargs=kwargs, device=flair.device, is_held=True)
     proof.check_complete(found, model_kwargs)
     if found.is_placed:
         _ = found.known_record  # before an adapter is added to the very model, or a forward pass casts its biases

@@ -7,8 +7,9 @@ import dataclasses
 import enum
 import math
 import re
+import time
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import peft
@@ -182,6 +183,88 @@ def without_rivals(pattern: Mapping[str, Any], names: Collection[str]) -> dict[s
 
 def _matching(pattern: Mapping[str, Any], name: str) -> list[Any]:
     return [value for key, value in pattern.items() if get_pattern_key([key], name) == key]
+
+
+# Settings whose text PEFT takes for no regular expression.
+_NO_PATTERNS = frozenset(
+    {*("base_model_name_or_path", "revision", "prompt_tuning_init_text", "tokenizer_name_or_path"), *_METADATA_FIELDS}
+)
+
+# What repeats, and groups that are repeated as a whole: these can take as many steps as there are ways to split a name.
+_REPEATED, _REPEATED_GROUP, _LOOKING_AROUND = re.compile(r"[*+{]"), re.compile(r"\)[*+{]"), re.compile(r"\(\?<?[=!]")
+_FEW_REPEATED, _SOME_REPEATED = 2, 6
+
+# CPU seconds that one name, and all names, may take: what takes longer for one would go on for ever for the next.
+_FOR_ONE, _FOR_ALL = 0.01, 0.5
+_STEP, _MANY_NAMES = 2, 2_000
+
+
+def refuse_endless_patterns(settings: Mapping[str, Any], names: Collection[str], *, source: str) -> None:
+    """Return if PEFT comes to an end with the regular expressions that a config from a file holds.
+
+    Python's backtrack: an expression can take longer than anybody waits, and nothing can stop it.
+
+    Args:
+        settings: of a config from a file.
+        names: of the modules that are compared with them.
+        source: named in errors.
+
+    Raises:
+        AdapterConfigError: an expression takes too long.
+    """
+    patterns = {name: value for name, value in settings.items() if name not in _NO_PATTERNS}
+    suspicious = {text for text in _texts_in(patterns) if not _is_simple(text)}
+    for pattern in sorted(suspicious):
+        if not _comes_to_an_end(pattern, names):
+            raise AdapterConfigError(
+                f"Cannot use the PEFT config of '{source}': comparing its regular expression {pattern!r:.80} with the "
+                f"names of {len(names)} modules does not end within a second. It repeats what repeats already. Write "
+                "the names of the modules instead."
+            )
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    parts = [*value, *value.values()] if isinstance(value, Mapping) else value
+    for part in parts if isinstance(parts, (list, tuple, set)) else ():
+        yield from _texts_in(part)
+
+
+def _is_simple(pattern: str) -> bool:
+    """Whether no part of a regular expression repeats another that repeats, and few parts repeat at all."""
+    return len(_REPEATED.findall(pattern)) <= _FEW_REPEATED and not _REPEATED_GROUP.search(pattern)
+
+
+def _comes_to_an_end(pattern: str, names: Collection[str]) -> bool:
+    """Whether an expression is compared with the names in time: with ever longer parts of each, to see it coming."""
+    is_wild = _REPEATED_GROUP.search(pattern) or len(_REPEATED.findall(pattern)) > _SOME_REPEATED
+    if is_wild and _LOOKING_AROUND.search(pattern):
+        return False  # it can see the end of a name, and begin to take long there
+    try:
+        forms = [re.compile(form) for form in (pattern, rf"(?:.*\.)?({pattern})$")]
+    except (re.error, RecursionError, OverflowError):
+        return True  # PEFT says so
+    if len(names) > _MANY_NAMES:
+        names = {re.sub(r"\d+", "0", name) for name in names}
+    parts = sorted({name[:end] for name in names for end in [*range(_STEP, len(name), _STEP), len(name)]}, key=len)
+    left = _FOR_ALL
+    for part in parts:
+        took = _time(forms, part)
+        if took > _FOR_ONE:
+            took = min(took, _time(forms, part))  # something else may have taken its time
+        left -= took
+        if took > _FOR_ONE or left < 0:
+            return False
+    return True
+
+
+def _time(forms: Iterable[re.Pattern[str]], text: str) -> float:
+    """Return the CPU seconds of this thread that comparing takes."""
+    start = time.thread_time()
+    for form in forms:
+        form.fullmatch(text)
+    return time.thread_time() - start
 
 
 def _is_off(value: Any) -> bool:

@@ -28,6 +28,7 @@ from flair_peft import (
     adapters,
     backbone,
     bases,
+    capacity,
     dtypes,
     foreign,
     frozen,
@@ -250,6 +251,9 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         if found is not None and frozen.is_placed(base):
             self._placed_start = PlacedStart.of(base, dtype=read_dtype, random_names=found.random_names)
         if is_new:
+            bounds = capacity.bounds()
+            if bounds is not None:
+                bounds.know_model(base)
             self.model = adapters.inject(base, own_config)
         else:
             self._left_out = frozenset(map(keys.canonical_key, stored.left_out))
@@ -305,9 +309,12 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         """
         options = LoadOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         files = adapter_files.read(str(source), revision=revision, subfolder=subfolder, options=options)
-        plan = foreign.plan(files, base_model=base_model, base_revision=base_revision, options=options, kwargs=kwargs)
-        rows = {"added_rows": plan.added_rows}
-        embeddings = cls(plan.base, peft_config=plan.config, stored_base=rows, **{**plan.access, **kwargs})
+        with capacity.bounded(str(source), files.tensors):
+            plan = foreign.plan(
+                files, base_model=base_model, base_revision=base_revision, options=options, kwargs=kwargs
+            )
+            rows = {"added_rows": plan.added_rows}
+            embeddings = cls(plan.base, peft_config=plan.config, stored_base=rows, **{**plan.access, **kwargs})
         foreign.fill_(embeddings, plan, allow_untrained=allow_untrained)
         embeddings._start, embeddings.foreign_head = {}, plan.head
         if not embeddings.after_final_norm and embeddings.reads_last_layer and embeddings.stops_before_final_norm():

@@ -15,7 +15,8 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flair_peft import adapters, backbone, bare_config, keys, methods, older_peft, origins, refusals
+from flair_peft import adapters, backbone, bare_config, capacity, keys, methods, older_peft, origins, refusals
+from flair_peft import config as configs
 from flair_peft.adapter_files import CONFIG, AdapterFiles
 from flair_peft.errors import (
     AdapterConfigError,
@@ -138,10 +139,10 @@ def plan(
         )
     except BaseModelNotFoundError as error:
         raise error if base_model is not None else _moved(files, base, error) from error
-    try:
-        model = origins.skeleton(base_config, trust_remote_code=bool(trusted.get("trust_remote_code")))
-    except backbone.UNUSABLE as error:
-        raise backbone.not_found(base, error) from error
+    bounds = capacity.bounds()
+    if bounds is not None:
+        bounds.know_base(base, {**access, **trusted})
+    model = origins.skeleton(base_config, trust_remote_code=bool(trusted.get("trust_remote_code")))
     try:
         return _plan(files, base, base_config, model, access)
     except FlairPeftError:
@@ -165,6 +166,8 @@ def _plan(
     saved = getattr(config, "modules_to_save", None) or ()
     every_name = frozenset(name for name, _ in model.named_modules(remove_duplicate=False) if name)
     rules = origins.prefixes(base_config, model)
+    named = [rule + name for rule in rules for name in every_name]
+    configs.refuse_endless_patterns(config.to_dict(), named, source=files.source)
     landing = origins.locate(tensors, every_name, rules, origins.part_of_a_class(base_config, saved))
     outside.update(_single(landing.outside, tensors))
     placed, matrix, is_copy = _take_matrix(_single(landing.inside, tensors), _matrix_names(model), config)

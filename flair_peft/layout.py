@@ -15,10 +15,10 @@ import torch
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from flair_peft import bare_config, codec, fingerprint, keys, methods, residency
+from flair_peft import bare_config, capacity, codec, fingerprint, keys, methods, residency
 from flair_peft import config as configs
 from flair_peft.embeddings import PeftTransformerEmbeddings
-from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
+from flair_peft.errors import FlairPeftError, ModelFileError, name_some
 from flair_peft.fingerprint import are_same_bits
 
 Tensors = dict[str, torch.Tensor]
@@ -86,9 +86,11 @@ def from_files(
         raise _damaged(f"nothing uses {name_some(set(tensors) - known)}")
     for index, part in enumerate(parts):
         folder = folder_of(index)
-        _give_weights(part, dict(tensors.get(folder + ADAPTER_WEIGHTS, {})), found)
+        adapter = dict(tensors.get(folder + ADAPTER_WEIGHTS, {}))
+        bounds = capacity.Bounds(folder + ADAPTER_CONFIG, {**adapter, **found})
+        _give_weights(part, adapter, found)
         for params in _params_of(model, index):
-            params["peft_config"] = _read_config(files, folder + ADAPTER_CONFIG)
+            params["peft_config"] = _read_config(files, folder + ADAPTER_CONFIG, bounds)
             _give_archives(params, folder, files, found)
     return codec.decode(model, found)
 
@@ -234,14 +236,15 @@ def _resolve_patterns_(config: PeftConfig, adapted: list[str]) -> None:
             vars(config)[setting] = configs.without_rivals(getattr(config, setting), adapted)
 
 
-def _read_config(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+def _read_config(files: Mapping[str, bytes], name: str, bounds: capacity.Bounds) -> dict[str, Any]:
     try:
         stored = json.loads(files[name])
+        bounds.check_settings(stored)
         return configs.encode_config(configs.decode_config(stored))
     except KeyError as error:
         raise _damaged(f"'{name}' is missing") from error
     except (ValueError, RecursionError, TypeError) as error:
-        if isinstance(error, AdapterConfigError):
+        if isinstance(error, FlairPeftError):
             raise
         raise _damaged(f"'{name}' cannot be read: {error}") from error
 

@@ -18,8 +18,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from flair_peft import adapters, backbone, keys
-from flair_peft.errors import AdapterConfigError, AdapterMismatchError, BaseMismatchError, name_some
+from flair_peft import adapters, backbone, capacity, keys
+from flair_peft.errors import AdapterConfigError, AdapterMismatchError, BaseMismatchError, FlairPeftError, name_some
 
 # Tasks of PEFT and the classes of transformers that are trained for them; the first column is what PEFT stores.
 _TASKS = (
@@ -63,12 +63,22 @@ class Landing:
 
 
 def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the bare model of this shape without memory for its weights."""
+    """Return the bare model of this shape without memory for its weights.
+
+    Raises:
+        BaseModelNotFoundError: the config makes no model.
+    """
     kwargs = {"trust_remote_code": True} if trust_remote_code else {}
-    with contextlib.suppress(NotImplementedError), torch.device("meta"):
+    _begin_to_count()
+    try:
+        with contextlib.suppress(NotImplementedError), torch.device("meta"):
+            return backbone.build_model(config, dtype=None, model_kwargs=kwargs)
+        # Some, such as Apertus, compute with weights while they are made. Memory that nobody touches is not taken.
         return backbone.build_model(config, dtype=None, model_kwargs=kwargs)
-    # Some, such as Apertus, compute with weights while they are made. Memory that nobody touches is not taken.
-    return backbone.build_model(config, dtype=None, model_kwargs=kwargs)
+    except FlairPeftError:
+        raise
+    except backbone.UNUSABLE as error:
+        raise backbone.not_found(config.name_or_path, error) from error
 
 
 def prefixes(config: PretrainedConfig, model: PreTrainedModel) -> tuple[str, ...]:
@@ -123,11 +133,20 @@ def bare_name(name: str, rules: Iterable[str], modules: Collection[str]) -> str 
 
 def build_source(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
     """Return a model of the class without memory for its weights, or ``None`` where this config makes none."""
+    _begin_to_count()
     try:
         with adapters.building, torch.device("meta"):
             return cls._from_config(config)
+    except FlairPeftError:
+        raise
     except (ValueError, ImportError, AttributeError, TypeError):
         return None  # a class for other settings of this architecture: no adapter was trained on it
+
+
+def _begin_to_count() -> None:
+    bounds = capacity.bounds()
+    if bounds is not None:
+        bounds.begin()
 
 
 def reading_of_head(cls: type[PreTrainedModel], config: PretrainedConfig) -> str | None:

@@ -21,6 +21,7 @@ from flair_peft import (
     backbone,
     base_config,
     bases,
+    capacity,
     dtypes,
     frozen,
     keys,
@@ -226,6 +227,9 @@ class Storable(StoredWeights):
                 f"Cannot rebuild the embeddings of '{params.get('model')}': their parameters lack "
                 f"{name_some(lacking)}. They are damaged or were not written by flair_peft. Save the model again."
             )
+        bounds = capacity.bounds()
+        if bounds is not None:
+            bounds.check_settings(params["peft_config"])
         params["peft_config"] = configs.decode_config(params["peft_config"])
         # PEFT warns of another path; whether the base is the right one is checked by its weights.
         params["peft_config"].base_model_name_or_path = None
@@ -237,6 +241,7 @@ class Storable(StoredWeights):
             params.get("peft_gradient_checkpointing_kwargs")
         )
         shape = dict(params.pop("config_state_dict"))
+        backbone.refuse_many(shape, str(params.get("model")))
         shape.pop("auto_map", None)  # names code
         shape.pop("quantization_config", None)  # it is read from what the file says of its base
         shape.pop("_attn_implementation", None)

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
-from flair_peft.backbone import find_file, first_line, not_found, with_answer
+from flair_peft.backbone import find_file, first_line, not_found, refuse_endless, with_answer
 from flair_peft.errors import BaseModelNotFoundError, ModelFileError
 
 KeywordArguments = Mapping[str, Any]
@@ -63,6 +63,7 @@ def find_tokenizer(source: str, kwargs: KeywordArguments) -> PreTrainedTokenizer
     Raises:
         BaseModelNotFoundError: there is none, or none that can be read.
     """
+    refuse_endless(source, kwargs)
     try:
         if kwargs.get("token") is False and not Path(source).is_dir() and not kwargs.get("local_files_only"):
             # transformers asks for the list of all files with the user's token, whatever it was told.
@@ -228,17 +229,23 @@ def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTok
 
 def digest_of_vocabulary(stored: BytesIO) -> str | None:
     """Return a digest of the files of a tokenizer without its settings, or ``None`` for what is no zip file."""
+    digest = hashlib.sha256()
     try:
-        return _digest(BytesIO(stored.getvalue()), leave_out="tokenizer_config.json")
+        with zipfile.ZipFile(BytesIO(stored.getvalue())) as files:
+            for name in sorted(set(files.namelist()) - {"tokenizer_config.json"}):
+                content = files.read(name)
+                # Before the tokens stand truncation and padding, as the last batch left them.
+                digest.update(name.encode() + content[max(content.find(b'"added_tokens"'), 0) :])
     except zipfile.BadZipFile:
         return None
+    return digest.hexdigest()
 
 
-def _digest(stored: BytesIO, *, leave_out: str | None = None) -> str:
+def _digest(stored: BytesIO) -> str:
     """Return a digest of names and contents of the files; the archive holds times of writing, too."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(stored) as files:
-        for name in sorted(set(files.namelist()) - {leave_out}):
+        for name in sorted(files.namelist()):
             content = files.read(name)
             digest.update(f"{name} {len(content)} ".encode() + content)
     return digest.hexdigest()

@@ -15,7 +15,8 @@ from flair.embeddings.transformer import TransformerBaseEmbeddings
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from flair_peft import adapters, fingerprint, keys, learned, methods, proof, quantised
+from flair_peft import adapters, capacity, fingerprint, keys, learned, methods, proof, quantised
+from flair_peft import config as configs
 from flair_peft.errors import StateMismatchError, name_some
 from flair_peft.fingerprint import are_same_bits
 from flair_peft.frozen import FrozenBase
@@ -84,6 +85,10 @@ class StoredWeights(TransformerBaseEmbeddings):
             has_weights: which of the two.
         """
         self._awaits_weights = True
+        configs.refuse_endless_patterns(config.to_dict(), [name for name, _ in base.named_modules()], source=self.name)
+        bounds = capacity.bounds()
+        if bounds is not None:
+            bounds.know_model(base)
         if methods.is_derived_from_base(config):
             self.model, self._pending_config = base, config
         else:
