@@ -110,8 +110,8 @@ def decode_config(stored: Any) -> PeftConfig:
         return own_config(stored)
     if not isinstance(stored, Mapping):
         raise AdapterConfigError(
-            f"Cannot read the stored PEFT config: it is a {type(stored).__name__}. PEFT's configs are dictionaries. "
-            "Copy or save the file again."
+            f"Cannot read the stored PEFT config: it is a {type(stored).__name__}. PEFT {peft.__version__} "
+            "writes dictionaries. Copy or save the file again."
         )
     _check_method(stored.get("peft_type"))
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[stored["peft_type"]]

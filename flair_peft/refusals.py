@@ -248,7 +248,7 @@ def explain_injection(model: PreTrainedModel, config: PeftConfig, error: Excepti
             f"match no module that it can adapt. Its layers are called {name_some(names_to_target(model), limit=12)}. "
             f"Pass some of these{_or_all_linear(model)}."
         )
-    if targets is None and "target_modules" in str(error):
+    if targets is None and "specify `target_modules`" in str(error):
         return AdapterConfigError(
             f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: its config names no "
             f"target_modules. PEFT has no default for the model type '{model.config.model_type}'. Pass "
