@@ -202,6 +202,8 @@ def _compare_sizes(listed: Mapping[str, int], found: Mapping[str, int]) -> Itera
 
 def _read_adapter(path: Path) -> Contents:
     opened = checkpoint.hold_files(path, (layout.ADAPTER_CONFIG, *_ADAPTER_FILES))
+    if layout.ADAPTER_CONFIG not in opened:
+        raise _odd(path, f"its {layout.ADAPTER_CONFIG} cannot be opened")
     config = _read_json(opened[layout.ADAPTER_CONFIG])
     name = next((name for name in _ADAPTER_FILES if name in opened), None)
     tensors: Mapping[str, StoredTensor] = {}
