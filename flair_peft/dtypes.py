@@ -88,7 +88,7 @@ def align_head_(model: Model) -> None:
         return
     restore_head_(model)
     dtype = choose_head_dtype(model, adapted)
-    if dtype != torch.float32:
+    if dtype != own_head_dtype(model):
         _cast_head_(model, dtype)
     for embeddings in adapted:
         embeddings.output_dtype = dtype
@@ -101,8 +101,14 @@ def choose_head_dtype(model: Model, adapted: list[AdaptedEmbeddings]) -> torch.d
         return asked.pop()
     base_dtypes = {embeddings.base_dtype for embeddings in adapted}
     if asked or len(base_dtypes) > 1 or not has_castable_head(model):
-        return torch.float32
+        return own_head_dtype(model)
     return base_dtypes.pop()
+
+
+def own_head_dtype(model: Model) -> torch.dtype:
+    """Return the dtype in which the head was made, if it is not cast: fp32, unless torch's default is another one."""
+    found = (tensor.dtype for _, tensor in _all_head_tensors(model) if tensor.is_floating_point())
+    return next(found, torch.get_default_dtype())
 
 
 def has_castable_head(model: Model) -> bool:
@@ -123,7 +129,7 @@ def restore_head_(model: Model) -> None:
     restored = [restore_(owner, functools.partial(_head_tensors_of, owner)) for owner in _flair_models(model)]
     if any(restored):
         for embeddings in adapted_embeddings(model):
-            embeddings.output_dtype = torch.float32
+            embeddings.output_dtype = own_head_dtype(model)
 
 
 def train_in_fp32_(model: Model) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from flair.data import Dictionary, Sentence
-from flair.embeddings import StackedEmbeddings, TransformerWordEmbeddings
+from flair.embeddings import StackedEmbeddings, TransformerDocumentEmbeddings, TransformerWordEmbeddings
 from flair.models import MultitaskModel, SequenceTagger, TextClassifier, TokenClassifier
 from flair.nn import Classifier, Model
+from flair.trainers import ModelTrainer
 from peft import LoraConfig
 from transformers import AutoModel, AutoTokenizer
 
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings
 from flair_peft.dtypes import dtype_name, has_castable_head, parse_dtype, requested_dtype
 from flair_peft.errors import AdapterConfigError
+from tests.round_trip import SCORE_TOLERANCE, Factories, largest_difference
+from tests.zoo import ZOO
 
 LORA = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["query", "value"])
 SENTENCES = ["Berlin is large .", "I love it !"]
@@ -189,3 +192,44 @@ def test_model_in_double_precision_is_converted_whole(head: str, base: Callable[
     assert {p.dtype for p in model.parameters()} == {embeddings.output_dtype} == {torch.float64}
     model.eval()
     model.predict([Sentence(text) for text in SENTENCES])
+
+
+@pytest.fixture
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """Let torch make tensors in another dtype."""
+    found = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "default_dtype"),
+    [
+        ("text-classifier", torch.float64),
+        ("sequence-tagger", torch.float64),
+        ("sequence-tagger-rnn-crf", torch.float64),
+        ("text-classifier", torch.bfloat16),  # Flair's taggers hand scores to NumPy, which has no bfloat16
+    ],
+    indirect=["default_dtype"],
+)
+def test_default_dtype_of_torch_is_that_of_base_and_head_as_in_flair(
+    name: str, default_dtype: torch.dtype, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Predicting, training, saving, loading and predicting work in the dtypes that stock Flair has there."""
+    entry, corpus = ZOO[name], ZOO[name].corpus()
+    stock = entry.build(
+        lambda: TransformerWordEmbeddings(base("bert")), lambda: TransformerDocumentEmbeddings(base("bert"))
+    )
+    factories = Factories(base("bert"), LORA)
+    model = entry.build(factories.words, factories.documents)
+    entry.predict(model, corpus)
+    ModelTrainer(model, corpus).train(tmp_path, max_epochs=1, mini_batch_size=4, learning_rate=0.1)
+    expected = entry.predict(model, corpus)
+    loaded = type(model).load(tmp_path / "final-model.pt")
+    assert largest_difference(entry.predict(loaded, corpus), expected) <= SCORE_TOLERANCE.get(default_dtype, 0.0)
+    for each in (model, loaded):
+        dtypes = {key: tensor.dtype for key, tensor in each.state_dict().items() if "lora" not in key}
+        theirs = {key: tensor.dtype for key, tensor in stock.state_dict().items() if "embeddings" not in key}
+        assert set(dtypes.values()) - {torch.int64} == {default_dtype}
+        assert theirs.items() <= dtypes.items()
