@@ -30,6 +30,7 @@ from flair.models.relation_classifier_model import (
 from flair.nn import DeepNCMDecoder, LabelVerbalizerDecoder, PrototypicalDecoder
 from torch import nn
 
+from flair_peft import adapters
 from flair_peft.errors import ModelFileError, UnsupportedStateError, name_some
 
 Fields = dict[str, Any]
@@ -83,7 +84,7 @@ def read_fields(kind: Kind, value: Any, where: str) -> Fields:
     fields = kind.read(value)
     odd = {name for name, check in kind.fields.items() if not check(fields[name])}
     if not odd:
-        with torch.random.fork_rng(devices=[]):  # saving must not change what is drawn next in training
+        with adapters.building_anew():  # saving must not change what is drawn next in training
             odd = _differences(kind, value, (kind.mold or kind.build)(**fields))
     if odd:
         raise UnsupportedStateError(
@@ -119,7 +120,7 @@ def build_object(kind: Kind, fields: Fields, *, room: int) -> tuple[Any, int]:
             f"Cannot build a {kind.cls.__name__} with {size} weights: the file holds {room} more bytes at most. It is "
             "damaged, or was not written by flair_peft. Copy or save it again."
         )
-    with torch.random.fork_rng(devices=[]):
+    with adapters.building_anew():
         built = kind.build(**settings)
     if kind.is_module:
         _set_modes_(kind, built, **{name: fields[name] for name in _MODES})

@@ -242,7 +242,7 @@ class FrozenBase:
         attention = config._attn_implementation
         if attention in (None, self.config._attn_implementation):
             return self
-        with _lock:
+        with _lock, torch.inference_mode(False):
             if attention not in self._variants:
                 self._variants[attention] = self._with_attention(attention)
             return self._variants[attention]
@@ -306,7 +306,7 @@ class FrozenBase:
                 "context separator needs one. Keep the embeddings on a device in device_map, or pass "
                 "use_context_separator=False."
             )
-        with _lock:
+        with _lock, torch.inference_mode(False):
             if isinstance(new, int):
                 new = self._mean_row.repeat(new, 1)
             key = None if self._key is None else (*self._key, fingerprint.of_tensor(new))

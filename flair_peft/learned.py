@@ -59,7 +59,7 @@ def compare(
     Args:
         state: of the transformer with its adapter.
         trained: keys of tensors that require a gradient; these are never left out, since they may be about to change.
-        base: the base model, read anew from its source.
+        base: the base model, as its source has it.
         is_tied: tensors in one storage will be so after loading, too.
     """
     own, matrices = base.own_weights(), base.names_of_input_embeddings()
