@@ -13,7 +13,7 @@ import torch
 from flair.models import MultitaskModel
 from flair.nn import Model
 
-from flair_peft import adapters, allowed, capacity, dtypes, rehearsal, states, weights
+from flair_peft import adapters, allowed, capacity, dtypes, head_probe, states, weights
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import (
     AdapterConfigError,
@@ -52,7 +52,7 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
                 _refuse_unsafe_settings(state, source)
                 _refuse_unsafe(state, source)
             _refuse_useless_base(state, source)
-            rehearsal.check_settings(state, source=source)
+            head_probe.check_settings(state, source=source)
             # Flair makes the head, and a server may load a model between two predictions.
             with (
                 weights.expecting(states.inner_embeddings(state)),
@@ -67,7 +67,7 @@ def assemble(load: Callable[[dict[str, Any]], Model], state: dict[str, Any], *, 
     states.report_not_finite(states.tensors_of(state), f"'{source}'")
     _share_embeddings_again(model)
     dtypes.align_head_(model)
-    rehearsal.replay(model, state.get(rehearsal.KEY), source=source)
+    head_probe.replay(model, state.get(head_probe.KEY), source=source)
     return model
 
 

@@ -102,7 +102,7 @@ def refuse_endless(source: str, kwargs: KeywordArguments) -> None:
     reaching = {name: kwargs[name] for name in REACHING if kwargs.get(name) is not None}
     try:
         settings, _ = PretrainedConfig.get_config_dict(source, **reaching)
-    except (OSError, HFValidationError, ValueError):
+    except UNUSABLE:
         return  # who reads it says what is wrong with it
     refuse_many(settings, source)
 

@@ -139,7 +139,7 @@ _SIZED: frozenset[Callable[..., Any]] = frozenset(
 _COPYING = frozenset({torch.Tensor.__deepcopy__})
 
 # Made within a second, whatever files hold.
-_FEW_TENSORS, _FEW_NUMBERS = 1_000, 1 << 25
+_FEW_TENSORS, _FEW_NUMBERS = 10_000, 1 << 25
 
 # Parts of a model that have no weights, or share them, and what a method computes from the weights of the base.
 _TENSORS_FOR_EACH, _TENSORS_FOR_EACH_ADAPTED, _NUMBERS_FOR_EACH = 4, 32, 8
@@ -173,6 +173,10 @@ class Bounds(TorchFunctionMode):
         Raises:
             ModelFileError: they are.
         """
+        with contextlib.suppress(RecursionError):  # who reads a config that is so deep says so
+            self._check_settings(settings)
+
+    def _check_settings(self, settings: Any) -> None:
         size = max(_USUAL_SIZE, self.largest)
         for name, value in settings.items() if isinstance(settings, Mapping) else ():
             is_size = name in _RANKS and settings.get("peft_type") not in _FREE_RANK

@@ -133,6 +133,8 @@ def comparable(found: Inspection) -> dict[str, StoredTensor]:
     seen = set()
     places = {prefix: index for index, adapter in enumerate(found.adapters) for prefix in adapter.prefixes}
     for name, tensor in sorted(found.contents.tensors.items()):
+        if name.startswith("head_probe/"):
+            continue  # what the head gives follows from the rest
         inside = found.inside_transformer(name)
         if found.part_of(name) == "tokenizer" or (inside is not None and tensor.view in seen):
             continue

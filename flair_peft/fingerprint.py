@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,18 +20,28 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16:
 Tensors = Mapping[str, torch.Tensor]
 
 
-def sampled(tensors: Tensors, names: Iterable[str] | None = None) -> str:
-    """Return a digest of all names, or of those given, of shapes and dtypes, and of a sample of each tensor's elements.
+def sampled(tensors: Tensors) -> str:
+    """Return a digest of all names, shapes and dtypes, and of a sample of each tensor's elements.
 
     It reads a few pages of each tensor, so weights mapped from a file stay on disk. It tells re-trained weights, not a
     single changed one; :func:`full` does.
     """
-    return _digest(tensors, tensors if names is None else names, lambda tensor: [_sample(tensor)])
+    return sampled_and_part(tensors, ())[0]
 
 
-def full(tensors: Tensors, names: Iterable[str] | None = None) -> str:
-    """Return a digest of all names, or of those given, of shapes, dtypes and elements."""
-    return _digest(tensors, tensors if names is None else names, _pieces)
+def full(tensors: Tensors) -> str:
+    """Return a digest of all names, shapes, dtypes and elements."""
+    return full_and_part(tensors, ())[0]
+
+
+def sampled_and_part(tensors: Tensors, names: Collection[str]) -> tuple[str, str]:
+    """Return what :func:`sampled` does, and the same of the tensors named alone; each is read once."""
+    return _digests(tensors, names, lambda tensor: [_sample(tensor)])
+
+
+def full_and_part(tensors: Tensors, names: Collection[str]) -> tuple[str, str]:
+    """Return what :func:`full` does, and the same of the tensors named alone; each is read once."""
+    return _digests(tensors, names, _pieces)
 
 
 def of_tensor(tensor: torch.Tensor) -> str:
@@ -44,16 +54,19 @@ def not_finite(tensors: Tensors) -> list[str]:
     return [name for name, tensor in tensors.items() if not all(map(_is_finite, _pieces(tensor.detach())))]
 
 
-def _digest(tensors: Tensors, names: Iterable[str], parts: Callable[[torch.Tensor], Iterable[torch.Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        tensor = tensors[name].detach()
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+def _digests(
+    tensors: Tensors, names: Collection[str], parts: Callable[[torch.Tensor], Iterable[torch.Tensor]]
+) -> tuple[str, str]:
+    of_all, of_part = hashlib.sha256(), hashlib.sha256()
+    for name in sorted(tensors):
+        tensor, digests = tensors[name].detach(), [of_all, of_part] if name in names else [of_all]
+        for digest in digests:
+            digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         for part in parts(tensor):
-            _feed(digest, part)
+            _feed(digests, part)
             progress.advance(part.nbytes)
         residency.let_go(tensor)
-    return digest.hexdigest()
+    return of_all.hexdigest(), of_part.hexdigest()
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,11 +88,13 @@ def _is_finite(flat: torch.Tensor) -> bool:
     return bool((flat.float() if flat.itemsize == 1 else flat).isfinite().all())
 
 
-def _feed(digest: Any, flat: torch.Tensor) -> None:
+def _feed(digests: Iterable[Any], flat: torch.Tensor) -> None:
     plain = flat.contiguous().cpu()
     if plain.nbytes:
         # NumPy's view could be written to, and for that torch would copy memory that is copied on write.
-        digest.update((ctypes.c_char * plain.nbytes).from_address(residency.address(plain)))
+        content = (ctypes.c_char * plain.nbytes).from_address(residency.address(plain))
+        for digest in digests:
+            digest.update(content)
 
 
 def are_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,7 +139,9 @@ def plan(
             base, {**(kwargs.get("transformers_config_kwargs") or {}), **access, **trusted}
         )
     except BaseModelNotFoundError as error:
-        raise error if base_model is not None else _moved(files, base, error) from error
+        # A base that is there, or that needs code, did not move.
+        is_here = base_model is not None or Path(base).is_dir() or "trust_remote_code=True" in str(error)
+        raise error if is_here else _moved(files, base, error) from error
     bounds = capacity.bounds()
     if bounds is not None:
         bounds.know_base(base, {**access, **trusted})

@@ -24,7 +24,8 @@ from flair_peft.sources import BaseRecord
 _cache: weakref.WeakValueDictionary[tuple[Any, ...], FrozenBase] = weakref.WeakValueDictionary()
 _lock = adapters.building
 
-_full_fingerprints: dict[tuple[Any, str], str] = {}
+# State of a source and sample of its weights → digests of all its weights, and of those that are read.
+_full_fingerprints: dict[tuple[Any, str], tuple[str, str]] = {}
 
 # What a config says of its origin, which does not change the model.
 _NO_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
@@ -74,41 +75,44 @@ class FrozenBase:
         """The config of the model."""
         return self._model.config
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """Digest of a sample of the weights that the source has."""
-        return self._parent.fingerprint if self._parent is not None else fingerprint.sampled(self.own_weights())
+        return self._sampled_fingerprints[0]
 
-    @functools.cached_property
+    @property
     def read_fingerprint(self) -> str:
         """The same without weights that nobody reads: transformers writes random poolers into copies of a base."""
-        if self._parent is not None:
-            return self._parent.read_fingerprint
-        weights, read = self.own_weights(), self._names_read()
-        return self.fingerprint if len(read) == len(weights) else fingerprint.sampled(weights, read)
+        return self._sampled_fingerprints[1]
 
     @functools.cached_property
+    def _sampled_fingerprints(self) -> tuple[str, str]:
+        if self._parent is not None:
+            return self._parent._sampled_fingerprints
+        return fingerprint.sampled_and_part(self.own_weights(), self._names_read())
+
+    @property
     def full_fingerprint(self) -> str:
         """Digest of all weights that the source has; read once for each state of the source and dtype."""
-        return self._parent.full_fingerprint if self._parent is not None else self._full(self.fingerprint, None)
+        return self._full_fingerprints[0]
 
-    @functools.cached_property
+    @property
     def read_full_fingerprint(self) -> str:
         """The same without weights that nobody reads."""
-        if self._parent is not None:
-            return self._parent.read_full_fingerprint
-        is_same = self.read_fingerprint == self.fingerprint
-        return self.full_fingerprint if is_same else self._full(self.read_fingerprint, self._names_read())
+        return self._full_fingerprints[1]
 
-    def _full(self, sampled: str, names: list[str] | None) -> str:
-        key = (_state_of_source(self.record), sampled)
-        found = _full_fingerprints.get(key) or fingerprint.full(self.own_weights(), names)
+    @functools.cached_property
+    def _full_fingerprints(self) -> tuple[str, str]:
+        if self._parent is not None:
+            return self._parent._full_fingerprints
+        key = (_state_of_source(self.record), self.fingerprint)
+        found = _full_fingerprints.get(key) or fingerprint.full_and_part(self.own_weights(), self._names_read())
         if key[0] is not None:
             _full_fingerprints[key] = found
         return found
 
-    def _names_read(self) -> list[str]:
-        return [name for name in self.own_weights() if not keys.is_unread(name)]
+    def _names_read(self) -> frozenset[str]:
+        return frozenset(name for name in self.own_weights() if not keys.is_unread(name))
 
     def is_as(self, record: BaseRecord) -> bool:
         """Whether the weights that are read are those of a record, by a sample, or it says nothing of them.
@@ -143,7 +147,7 @@ class FrozenBase:
         """The record of a base that was found for a file: with the fingerprint if it was compared with that."""
         if self._parent is not None:
             return self._parent.expected_record
-        is_known = "fingerprint" in vars(self)
+        is_known = "_sampled_fingerprints" in vars(self)
         return self.known_record if is_known else dataclasses.replace(self.record, fingerprint=None)
 
     @property
@@ -361,24 +365,12 @@ class _Placed(FrozenBase):
         return record
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """Digest of a sample of the weights of the source."""
-        return str(self.known_record.fingerprint)
+    def _sampled_fingerprints(self) -> tuple[str, str]:
+        return str(self.known_record.fingerprint), str(self.known_record.read_fingerprint)
 
     @functools.cached_property
-    def read_fingerprint(self) -> str:
-        """Digest of a sample of those weights of the source that are read."""
-        return str(self.known_record.read_fingerprint)
-
-    @functools.cached_property
-    def full_fingerprint(self) -> str:
-        """Digest of all weights of the source."""
-        return self._source().full_fingerprint
-
-    @functools.cached_property
-    def read_full_fingerprint(self) -> str:
-        """Digest of all weights of the source that are read."""
-        return self._source().read_full_fingerprint
+    def _full_fingerprints(self) -> tuple[str, str]:
+        return self._source()._full_fingerprints
 
 
 class _Converted(FrozenBase):
@@ -562,9 +554,9 @@ def _load(
     base = FrozenBase(model, record, random_names)
     if torch.device(device).type == "cpu" or is_placed(model):
         return base
-    digests = base.fingerprint, base.read_fingerprint  # of the mapped file, before its weights go elsewhere
+    digests = base._sampled_fingerprints  # of the mapped file, before its weights go elsewhere
     base = FrozenBase(model.to(device), record, random_names)
-    base.fingerprint, base.read_fingerprint = digests
+    base._sampled_fingerprints = digests
     return base
 
 

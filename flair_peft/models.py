@@ -19,12 +19,12 @@ from flair_peft import (
     card,
     checkpoint,
     codec,
+    head_probe,
     hub,
     layout,
     learned,
     legacy,
     refusals,
-    rehearsal,
     residency,
     states,
 )
@@ -279,7 +279,7 @@ def describing(
     # The probe switches dropout off for a moment, which no other save may see.
     with _describing, learned.storing(parts):
         state = model._get_state_dict()
-        state = {**state, rehearsal.KEY: rehearsal.take(model, state), "versions": versions(), **extra}
+        state = {**state, head_probe.KEY: head_probe.take(model, state), "versions": versions(), **extra}
         if model.model_card is not None:
             state["model_card"] = card.plain(model.model_card)
         encoded = codec.encode(state)

@@ -51,9 +51,9 @@ from flair_peft import (
     legacy,
     merging,
     methods,
+    model_inputs,
     models,
     parallel,
-    readings,
     residency,
     resume,
     stock,
@@ -222,8 +222,8 @@ def _predicting_what_it_can(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def predict(self: Model, *args: Any, **kwargs: Any) -> Any:
         if _installed and (args or name in kwargs) and any(dtypes.adapted_embeddings(self)):
-            readings.check_embeddings(self)
-            readings.check_points(self, args[0] if args else kwargs[name])
+            model_inputs.check_embeddings(self)
+            model_inputs.check_points(self, args[0] if args else kwargs[name])
         return original(self, *args, **kwargs)
 
     return predict
@@ -290,7 +290,7 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         arguments = signature.bind(self, *args, **kwargs)
         settings = arguments.arguments
-        readings.check_embeddings(self.model)
+        model_inputs.check_embeddings(self.model)
         self.model.train()  # in fp32, before an optimiser or DistributedDataParallel takes note of dtypes
         training.check_training(
             self.model,

@@ -56,7 +56,8 @@ class _Mapping(NamedTuple):
 
 def address(tensor: torch.Tensor) -> int:
     """Return where a tensor's memory starts. ``data_ptr`` would first copy memory that is copied once it is written."""
-    return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
+    of_storage = torch._C._data_address(tensor)  # type: ignore[attr-defined]
+    return int(of_storage + tensor.storage_offset() * tensor.itemsize)
 
 
 def is_copied_on_write(tensor: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ from flair.nn import Model
 from peft import PeftConfig
 from tqdm import tqdm
 
-from flair_peft import bases, dtypes, hub, layout, mixing, models, readings, rendezvous, stock, tokenizer_files
+from flair_peft import bases, dtypes, hub, layout, mixing, model_inputs, models, rendezvous, stock, tokenizer_files
 from flair_peft.adapter_memory import AdapterMemory
 from flair_peft.dtypes import DtypeLike
 from flair_peft.embeddings import PeftTransformerEmbeddings
@@ -185,7 +185,7 @@ class SharedBase:
             raise _no_model(model)
         if model not in self._models and _embeddings_of(model):
             raise self._stranger("predict with", model)
-        readings.check_points(model, points)
+        model_inputs.check_points(model, points)
 
     def _stranger(self, action: str, model: Any) -> AdapterConfigError:
         return AdapterConfigError(

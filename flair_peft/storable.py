@@ -101,6 +101,7 @@ class Storable(StoredWeights):
                 "and pickles hold none of its weights. Leave out save_base=True, or save the model with model.save "
                 "instead of pickling it."
             )
+        tokenizer_files.forget_use_(self.tokenizer)
         params, config = super().to_params(), self.adapter_config
         shape = {name: value for name, value in params["config_state_dict"].items() if name != "quantization_config"}
         params = {

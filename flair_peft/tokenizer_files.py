@@ -232,7 +232,8 @@ def digest_of_vocabulary(stored: BytesIO) -> str | None:
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(BytesIO(stored.getvalue())) as files:
-            for name in sorted(set(files.namelist()) - {"tokenizer_config.json"}):
+            names = set(files.namelist()) - {"tokenizer_config.json"}
+            for name in sorted({_COMPLETE} if _COMPLETE in names else names):
                 content = files.read(name)
                 # Before the tokens stand truncation and padding, as the last batch left them.
                 digest.update(name.encode() + content[max(content.find(b'"added_tokens"'), 0) :])
@@ -287,6 +288,14 @@ def complete_padding_(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token is None:
         candidates = (getattr(tokenizer, name, None) for name in _PADDING_CANDIDATES)
         tokenizer.pad_token = next(token for token in candidates if token is not None)
+
+
+def forget_use_(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take away truncation and padding that the last batch left in the tokenizer, in place: each batch sets both."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        with exclusively(tokenizer):
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
 
 
 def portable_tokenizer_files(stored: BytesIO, tokenizer: PreTrainedTokenizerBase) -> BytesIO:

@@ -143,16 +143,9 @@ def test_processes_begin_with_the_same_random_numbers(launched: Path) -> None:
 
 
 def test_base_stays_as_its_source_has_it(launched: Path) -> None:
-    """In no process does training write to the base; only what the source lacks is that of the first process."""
-    for name in ("sgd", "biases", "bf16"):
+    """In no process does training write to the base; what the source lacks is the same in all of them."""
+    for name in ("sgd", "biases", "bf16", "mlm-only"):
         assert all(all(result["frozen"].values()) for result in results(launched, name))
-    first, second = (result["frozen"] for result in results(launched, "mlm-only"))
-    assert all(first.values())
-    assert {key for key, is_same in second.items() if not is_same} == {
-        key
-        for key in second
-        if key.endswith("pooler.dense.base_layer.weight")  # biases start as zeros
-    }
 
 
 @pytest.mark.matrix

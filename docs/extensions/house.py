@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 STOREYS = (
-    ("_version", "Errors, versions, dtypes, key spellings"),
+    ("first_imports", "Errors, versions, dtypes, key spellings"),
     ("opcodes", "Pickles and configs, read without running them"),
     ("adapters", "The frozen transformer and its adapter"),
     ("flair_objects", "Files: JSON and tensors, put in place whole"),

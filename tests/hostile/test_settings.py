@@ -373,7 +373,9 @@ def test_kernel_that_the_user_asks_for_is_fetched(
 ) -> None:
     """What is dropped is what files say, not what the user says; also where both say the same."""
     directory = changed_base(base, tmp_path, _attn_implementation_internal="asked/for")
-    with contextlib.suppress(KeyError):  # of BERT, which has an attention of this name only once it is fetched
+    with contextlib.suppress(
+        BaseModelNotFoundError
+    ):  # of BERT, which has an attention of this name only once it is fetched
         PeftTransformerWordEmbeddings(directory, peft_config=lora(), transformers_model_kwargs=place)
     assert fetched[:1] == list(place.values())
     del fetched[1:]
@@ -445,7 +447,14 @@ def test_model_that_a_method_names_is_not_read(base: Base, tmp_path: Path, fetch
     """PEFT's shadow can be any model, by its name."""
     path = Path(_adapter_on(base("bert"), base, tmp_path), "adapter_config.json")
     path.write_text(
-        json.dumps({"peft_type": "SHADOW", "shadow_model": "evil/model", "base_model_name_or_path": base("bert")})
+        json.dumps(
+            {
+                "peft_type": "SHADOW",
+                "shadow_model": "evil/model",
+                "shadow_alpha": 0.5,
+                "base_model_name_or_path": base("bert"),
+            }
+        )
     )
     with pytest.raises(FlairPeftError, match="shadow_model"):
         PeftTransformerWordEmbeddings.from_adapter(str(path.parent))

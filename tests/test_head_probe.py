@@ -19,7 +19,7 @@ from flair.nn import Model
 from peft import LoraConfig
 
 import flair_peft
-from flair_peft import rehearsal
+from flair_peft import head_probe
 from flair_peft.errors import ModelFileError, StateMismatchError
 from tests.hostile.test_mutations import resign
 from tests.round_trip import Factories
@@ -100,7 +100,7 @@ def test_another_order_of_labels_is_noticed(name: str, place: Callable[..., Path
         items[-2:] = items[:-3:-1]
 
     resign(directory, swap)
-    with pytest.raises(StateMismatchError, match="settings or labels"):
+    with pytest.raises(StateMismatchError, match="settings, labels or vocabulary"):
         flair_peft.from_pretrained(directory)
     assert flair_peft.from_pretrained(directory, verify=False)
 
@@ -150,7 +150,7 @@ def test_head_of_a_file_is_proven_as_that_of_a_directory_is(
     """The trainer's .pt files hold the same probe."""
     model = flair_peft.from_pretrained(place())
     with monkeypatch.context() as patch:
-        patch.setattr(rehearsal, "take", lambda live, state, take=rehearsal.take: take(_rolled(live), state))
+        patch.setattr(head_probe, "take", lambda live, state, take=head_probe.take: take(_rolled(live), state))
         model.save(tmp_path / "edited.pt")
     with pytest.raises(StateMismatchError, match="decoder"):
         TextClassifier.load(tmp_path / "edited.pt")
@@ -170,10 +170,10 @@ def test_file_without_a_probe_of_its_head_loads_and_verify_says_so(
     """Files of earlier versions hold none: they load, and what was not checked is said to whoever asks."""
     directory = place()
     tensors = safetensors.torch.load_file(directory / HEAD)
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(rehearsal.KEY)}
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(head_probe.KEY)}
     assert len(kept) < len(tensors)
     safetensors.torch.save_file(kept, directory / HEAD, {"format": "pt"})
-    resign(directory, lambda document: document["model"].pop(rehearsal.KEY))
+    resign(directory, lambda document: document["model"].pop(head_probe.KEY))
     with caplog.at_level(logging.WARNING, logger="flair_peft"):
         flair_peft.from_pretrained(directory)
         assert not [text for text in caplog.messages if "what its head gives" in text]
@@ -186,9 +186,9 @@ def test_damaged_probe_of_a_head_is_refused(damage: Any, place: Callable[..., Pa
     """Nonsense in its place is an error of this package."""
     directory = place()
     tensors = safetensors.torch.load_file(directory / HEAD)
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(rehearsal.KEY)}
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(head_probe.KEY)}
     safetensors.torch.save_file(kept, directory / HEAD, {"format": "pt"})
-    resign(directory, lambda document: document["model"].update({rehearsal.KEY: damage}))
+    resign(directory, lambda document: document["model"].update({head_probe.KEY: damage}))
     with pytest.raises(ModelFileError, match="probe of the head"):
         flair_peft.from_pretrained(directory)
 
