@@ -133,14 +133,18 @@ def restore_head_(model: Model) -> None:
 
 
 def train_in_fp32_(model: Model) -> None:
-    """Let the head train in fp32, in place: with its exact values if it was cast, with those it has if not."""
+    """Let the head train in fp32, in place: with its exact values if it was cast, with those it has if not.
+
+    Where torch's default is a half precision, heads are made and trained in that, as in Flair.
+    """
     restore_head_(model)
-    narrow = [each for each in adapted_embeddings(model) if each.output_dtype.itemsize < torch.float32.itemsize]
+    wanted = min(torch.float32, torch.get_default_dtype(), key=lambda dtype: dtype.itemsize)
+    narrow = [each for each in adapted_embeddings(model) if each.output_dtype.itemsize < wanted.itemsize]
     for _, tensor in _all_head_tensors(model) if narrow else ():
-        if tensor.is_floating_point() and tensor.itemsize < torch.float32.itemsize:
-            tensor.data = tensor.data.to(torch.float32)
+        if tensor.is_floating_point() and tensor.itemsize < wanted.itemsize:
+            tensor.data = tensor.data.to(wanted)
     for embeddings in narrow:
-        embeddings.output_dtype = torch.float32
+        embeddings.output_dtype = wanted
 
 
 def convert_(model: Model, convert: Callable[[], Model]) -> Model:
