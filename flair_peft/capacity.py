@@ -52,9 +52,6 @@ def check_fits(
     Raises:
         InsufficientMemoryError: they are larger; the message names both sizes, in bytes and GB.
     """
-    current = bounds()
-    if current is not None:
-        current.know_base(source, kwargs)
     is_other_file = kwargs.get("variant") is not None or kwargs.get("use_safetensors") is False
     if kwargs.get("device_map") is not None or hasattr(config, "quantization_config") or is_other_file:
         return
@@ -142,7 +139,7 @@ _COPYING = frozenset({torch.Tensor.__deepcopy__})
 _FEW_TENSORS, _FEW_NUMBERS = 10_000, 1 << 25
 
 # Parts of a model that have no weights, or share them, and what a method computes from the weights of the base.
-_TENSORS_FOR_EACH, _TENSORS_FOR_EACH_ADAPTED, _NUMBERS_FOR_EACH = 4, 32, 8
+_TENSORS_FOR_EACH, _TENSORS_FOR_EACH_ADAPTED, _NUMBERS_FOR_EACH = 16, 32, 12
 
 # Of bases of which nothing tells what their files hold.
 _UNKNOWN = (100_000, 1 << 50)
@@ -211,8 +208,9 @@ class Bounds(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _allow(self, func: Any, args: Any, kwargs: Any) -> None:
-        self._made += 1
-        self._held += _size_of(func, args, kwargs) if func in _SIZED else args[0].numel()
+        size = _size_of(func, args, kwargs) if func in _SIZED else args[0].numel()
+        self._made += size > 0
+        self._held += size
         if self._made > _FEW_TENSORS and self._made > self._factor * (self.count + self._of_bases[0]):
             raise self._error(f"{self._made:,} tensors")
         if self._held > _FEW_NUMBERS and self._held > _NUMBERS_FOR_EACH * (self._numbers + self._of_bases[1]):

@@ -191,7 +191,12 @@ _NO_PATTERNS = frozenset(
 )
 
 # What repeats, and groups that are repeated as a whole: these can take as many steps as there are ways to split a name.
-_REPEATED, _REPEATED_GROUP, _LOOKING_AROUND = re.compile(r"[*+{]"), re.compile(r"\)[*+{]"), re.compile(r"\(\?<?[=!]")
+_REPEATED, _REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
+
+# What looks around, and what does so without a group in it.
+_FLAGS = re.compile(r"\(\?[aiLmsux]+\)")
+_LOOKS_AROUND, _LOOKING_AROUND = re.compile(r"\(\?<?[=!]"), re.compile(r"\(\?<?[=!][^()]*\)")
+
 _FEW_REPEATED, _SOME_REPEATED = 2, 6
 
 # CPU seconds that one name, and all names, may take: what takes longer for one would go on for ever for the next.
@@ -238,13 +243,22 @@ def _is_simple(pattern: str) -> bool:
 
 def _comes_to_an_end(pattern: str, names: Collection[str]) -> bool:
     """Whether an expression is compared with the names in time: with ever longer parts of each, to see it coming."""
-    is_wild = _REPEATED_GROUP.search(pattern) or len(_REPEATED.findall(pattern)) > _SOME_REPEATED
-    if is_wild and _LOOKING_AROUND.search(pattern):
-        return False  # it can see the end of a name, and begin to take long there
     try:
-        forms = [re.compile(form) for form in (pattern, rf"(?:.*\.)?({pattern})$")]
+        re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return True  # PEFT says so
+    # What looks around can see the end of a name, and begin to take long there. It rules out ways of comparing the
+    # rest, and adds none: so the rest is timed where every way has to be tried.
+    bare = _LOOKING_AROUND.sub("", pattern)
+    set_first = _FLAGS.match(bare)
+    flags, bare = (set_first[0], bare[set_first.end() :]) if set_first else ("", bare)
+    is_wild = _REPEATED_GROUP.search(bare) or len(_REPEATED.findall(bare)) > _SOME_REPEATED
+    if is_wild and _LOOKS_AROUND.search(bare):
+        return False
+    try:
+        forms = [re.compile(flags + form) for form in (bare, rf"(?:.*\.)?({bare})$", rf"(?:{bare})(?!)")]
+    except (re.error, RecursionError, OverflowError):
+        return False
     if len(names) > _MANY_NAMES:
         names = {re.sub(r"\d+", "0", name) for name in names}
     parts = sorted({name[:end] for name in names for end in [*range(_STEP, len(name), _STEP), len(name)]}, key=len)

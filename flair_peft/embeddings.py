@@ -254,6 +254,9 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
             bounds = capacity.bounds()
             if bounds is not None:
                 bounds.know_model(base)
+            names = [name for name, _ in base.named_modules()]
+            # Files are refused for an expression that does not end: that is not to be found out after the training.
+            configs.refuse_endless_patterns(own_config.to_dict(), names, source=self.name)
             self.model = adapters.inject(base, own_config)
         else:
             self._left_out = frozenset(map(keys.canonical_key, stored.left_out))
@@ -479,6 +482,8 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         if self.training and self.has_adapter:
             adapters.require_input_gradients_(self.model)
             refusals.refuse_lost_prefix(self.model)
+        if torch.is_grad_enabled():
+            self.own_trained_()
         device = self.base_model.device
         inputs: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
         if "pixel_values" in inputs:

@@ -482,6 +482,9 @@ def find(
         InsufficientMemoryError: it does not fit.
     """
     with _lock:
+        bounds = capacity.bounds()
+        if bounds is not None:
+            bounds.know_base(record.name, _arguments(record, kwargs))
         key = _identity(record, config, dtype, kwargs, device)
         found = _cache.get(key) if key is not None else None
         if found is None:
@@ -630,6 +633,8 @@ def _folder(record: BaseRecord) -> Path | None:
 
 def _copied_on_write(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return a clone that torch gives memory of its own when one of the two is written to, if it can do that."""
+    if tensor.device.type not in ("cpu", "cuda"):
+        return None  # elsewhere torch does not promise that every write is seen (pytorch#150569)
     try:
         return tensor._lazy_clone()
     except RuntimeError:

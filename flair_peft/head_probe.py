@@ -17,6 +17,7 @@ from typing import Any
 import flair
 import torch
 from flair.data import DataPair, DataPoint, DataTriple, Dictionary, Sentence
+from flair.embeddings import PooledFlairEmbeddings
 from flair.embeddings.base import Embeddings
 from flair.models import MultitaskModel, SpanClassifier, TextPairClassifier, TextPairRegressor, TextTripleClassifier
 from flair.nn import Model
@@ -73,7 +74,16 @@ def take(model: Model, state: Mapping[str, Any]) -> dict[str, Any]:
         model: is in evaluation mode for a moment.
         state: of the model, as Flair gives it.
     """
-    return {"settings": _digest(state), "outputs": _outputs(model), "dtype": _coarsest(model)}
+    # These remember the words that they saw, which no file holds.
+    has_memory = any(isinstance(part, PooledFlairEmbeddings) for part in model.modules())
+    try:
+        outputs = {} if has_memory else _outputs(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # models of a user's own may want other data points, or none
+        log.info("No probe of the head of this %s: %s: %s", type(model).__name__, type(error).__name__, error)
+        outputs = {}
+    return {"settings": _digest(state), "outputs": outputs, "dtype": _coarsest(model)}
 
 
 def check_settings(state: Mapping[str, Any], *, source: str) -> None:
@@ -122,7 +132,13 @@ def replay(model: Model, stored: Mapping[str, Any] | None, *, source: str) -> No
         log.warning("Not checked for '%s': what its head gives. The file does not say what it gave here.", source)
     if stored is None or not verify or not is_comparable:
         return
-    found = _outputs(model)
+    try:
+        found = _outputs(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a device may lack what another one computes
+        log.warning("Not checked for '%s': what its head gives. It cannot predict here: %s", source, error)
+        return
     rounded_to = (stored["dtype"], *(dtype_name(e.output_dtype) for e in _embedded(model)))
     allowed = _WIDER * max(map(proof.tolerance, rounded_to))
     apart = {name: _distance(found.get(name), expected) for name, expected in stored["outputs"].items()}
@@ -166,9 +182,6 @@ def _outputs(model: Model) -> Tensors:
         with proof.evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _in_full_precision():
             for task in model.tasks.values() if isinstance(model, MultitaskModel) else [model]:
                 task.predict([_make_point(task)], label_name=_LABEL)
-    except Exception as error:  # models of a user's own may want other data points, or none
-        log.info("No probe of the head of this %s: %s: %s", type(model).__name__, type(error).__name__, error)
-        return {}
     finally:
         for hook in hooks:
             hook.remove()
@@ -229,7 +242,9 @@ def _first_of(model: Model, *names: str) -> Any:
 
 def _digest(state: Mapping[str, Any]) -> str:
     """Return a digest of the settings of a model, its labels among them, without those of embeddings."""
-    return hashlib.sha256(json.dumps(_plain(state), sort_keys=True).encode()).hexdigest()
+    # Flair takes the class out of a state before it hands that on.
+    settings = {name: value for name, value in state.items() if name != "__cls__"}
+    return hashlib.sha256(_spelled(settings).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -238,7 +253,7 @@ def _plain(value: Any) -> Any:
         names = [
             name for name in value if name not in _BESIDE and not (is_embeddings and _is_unread(name, value[name]))
         ]
-        return {str(name): _plain(value[name]) for name in names}
+        return {name if isinstance(name, str) else _spelled(name): _plain(value[name]) for name in names}
     if isinstance(value, Dictionary):
         return [item.decode("utf-8", "backslashreplace") for item in value.idx2item]
     if isinstance(value, BytesIO):
@@ -246,8 +261,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return list(map(_plain, value))
     if isinstance(value, set | frozenset):
-        return sorted(map(repr, value))
+        return sorted(map(_plain, value), key=_spelled)
     return value if isinstance(value, bool | int | float | str) else None
+
+
+def _spelled(value: Any) -> str:
+    return json.dumps(_plain(value), sort_keys=True)
 
 
 def _is_unread(name: str, value: Any) -> bool:

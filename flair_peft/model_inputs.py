@@ -20,6 +20,7 @@ from flair.models import (
     TokenClassifier,
 )
 from flair.nn import Model
+from torch.utils.data import Dataset
 
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, PredictionSetupError
@@ -36,6 +37,8 @@ def check_embeddings(model: Model) -> None:
         AdapterConfigError: they do not, so that the vectors that the model reads are not there.
     """
     for part in model.modules():
+        if not type(part).__module__.startswith("flair."):
+            continue  # a class of a user's own may read vectors in a way of its own
         for embeddings in _direct(part):
             if isinstance(part, _OF_WORDS) and not embeddings.token_embedding:
                 raise _misread(part, embeddings, "sentences", "words", "PeftTransformerWordEmbeddings")
@@ -63,8 +66,8 @@ def check_points(model: Model, given: Any) -> None:
     Raises:
         PredictionSetupError: it is something else, such as a text.
     """
-    points = given if isinstance(given, list) else [given]
-    wrong = next((point for point in points if not isinstance(point, (DataPoint, Corpus))), points)
+    points, known = given if isinstance(given, list) else [given], (DataPoint, Corpus, Dataset)
+    wrong = next((point for point in points if not isinstance(point, known)), points)
     if wrong is not points:
         raise PredictionSetupError(
             f"Cannot predict for {ascii(wrong)[:60]}, a {type(wrong).__name__}: this {type(model).__name__} labels "

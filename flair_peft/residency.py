@@ -65,6 +65,11 @@ def is_copied_on_write(tensor: torch.Tensor) -> bool:
     return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
 
 
+def lent(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor for somebody who reads it as if he might write: what is copied on write stays as it is."""
+    return tensor.detach()._lazy_clone() if is_copied_on_write(tensor) else tensor
+
+
 def is_mapped(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is that of a file, which the system can drop and read again; known on Linux only."""
     return tensor.device.type == "cpu" and _mapping_of(tensor, _mappings()) is not None

@@ -29,6 +29,7 @@ from flair_peft import (
     methods,
     proof,
     quantised,
+    residency,
     tokenizer_files,
 )
 from flair_peft import config as configs
@@ -282,7 +283,7 @@ class Storable(StoredWeights):
             bases.check_made(self._record, self.base_model, stored.record, cache_dir=self._cache_dir, name=self.name)
         self._left_out, self._awaits_weights = frozenset(map(keys.canonical_key, stored.left_out)), True
         if dtype is not None and not self.is_placed and dtypes.parse_dtype(dtype) != self.base_dtype:
-            self.model.to(dtypes.parse_dtype(dtype))
+            self._convert_base_(dtypes.parse_dtype(dtype))
         if stored.added_rows is not None:
             self._set_added_rows_(stored.added_rows)
         if params.get("derived_state"):
@@ -290,6 +291,13 @@ class Storable(StoredWeights):
         self._start, self._pending_probe = {}, params.get("probe")
         self._pending_untrained, self._pending_trained = params.get("untrained", []), params.get("trained_base", [])
         self.origin = (params["part"], stored)
+
+    def _convert_base_(self, dtype: torch.dtype) -> None:
+        """Convert the base to a dtype, in place, as transformers reads it in that."""
+        kept = backbone.names_kept_in_fp32(self.base_model, dtype)
+        for name, parameter in self.base_model.named_parameters():
+            if parameter.is_floating_point() and name not in kept:
+                parameter.data = parameter.data.to(dtype)
 
     def _set_added_rows_(self, rows: torch.Tensor) -> None:
         matrix = self.base_model.get_input_embeddings().weight
@@ -318,7 +326,7 @@ class Storable(StoredWeights):
     def __getstate__(self) -> dict[str, Any]:
         return {
             _STATE_KEY: self.to_params(),
-            "state_dict": self.state_dict(),
+            "state_dict": {name: residency.lent(tensor) for name, tensor in self.state_dict().items()},
             "output_dtype": self.output_dtype,
             "training": self.training,
             "base": StoredBase(self._record).to_dict(),

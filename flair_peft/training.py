@@ -16,7 +16,7 @@ from flair.trainers.plugins.base import TrainerPlugin
 from peft import PeftConfig, PeftModel, PeftType
 from peft.optimizers import create_loraplus_optimizer
 
-from flair_peft import adapters, dtypes, methods, models, quantised, refusals
+from flair_peft import adapters, dtypes, methods, models, proof, quantised, refusals
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import TrainingSetupError, name_some
 
@@ -80,7 +80,7 @@ class RankAllocationPlugin(TrainerPlugin):
         What is done to the loss is done to the penalty then: Flair scales it, and gradients are unscaled only after
         the last hook before the optimiser's step.
         """
-        forward_loss = self.model.forward_loss
+        forward_loss, own = self.model.forward_loss, vars(self.model).get("forward_loss")
 
         def penalised(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
             loss, count = forward_loss(*args, **kwargs)
@@ -94,7 +94,9 @@ class RankAllocationPlugin(TrainerPlugin):
         try:
             yield
         finally:
-            self.model.__dict__.pop("forward_loss", None)
+            del self.model.forward_loss
+            if own is not None:
+                self.model.forward_loss = own
 
     @TrainerPlugin.hook("before_training_batch")
     def expect_first_part(self, **_: Any) -> None:
@@ -203,7 +205,9 @@ class AdapterGuard(TrainerPlugin):
         for embeddings in _adapted(self.model):
             parameters = adapters.trainable_parameters(embeddings.model)
             rate = self._rate_of(parameters.values())
-            wanted = methods.rate_to_try(embeddings.adapter_config, rate) if embeddings.fine_tune else None
+            # An adapter that has learned already may be meant to change little.
+            is_new = embeddings.fine_tune and bool(proof.never_left(embeddings.model, embeddings._start))
+            wanted = methods.rate_to_try(embeddings.adapter_config, rate) if is_new else None
             if wanted is not None:
                 log.warning(
                     "The adapter of '%s' hardly learns with learning_rate=%s: that is made for the weights of a whole "

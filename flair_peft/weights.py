@@ -15,7 +15,7 @@ from flair.embeddings.transformer import TransformerBaseEmbeddings
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from flair_peft import adapters, capacity, fingerprint, keys, learned, methods, proof, quantised
+from flair_peft import adapters, capacity, fingerprint, keys, learned, methods, proof, quantised, residency
 from flair_peft import config as configs
 from flair_peft.errors import StateMismatchError, name_some
 from flair_peft.fingerprint import are_same_bits
@@ -112,6 +112,16 @@ class StoredWeights(TransformerBaseEmbeddings):
             return False
         self._frozen = found
         return True
+
+    def own_trained_(self) -> None:
+        """Give each parameter that requires a gradient memory of its own, in place.
+
+        Optimisers on a GPU write to many tensors at once, and read their addresses as of tensors that they only read:
+        memory that is copied on write would not be copied.
+        """
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and residency.is_copied_on_write(parameter):
+                parameter.data = parameter.data.clone()
 
     def read_from_source(self) -> list[torch.nn.Parameter]:
         """Return the frozen parameters that hold what every process reads from the base's source, bit by bit."""

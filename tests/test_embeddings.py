@@ -18,6 +18,7 @@ import flair
 import pytest
 import torch
 from flair.data import Corpus, Dictionary, Sentence
+from flair.datasets import FlairDatapointDataset
 from flair.embeddings import (
     DocumentPoolEmbeddings,
     DocumentRNNEmbeddings,
@@ -957,6 +958,11 @@ LISTS: dict[str, tuple[str, Callable[[], PeftConfig], tuple[str, ...]]] = {
         lambda: lora(target_modules=[f"layer.{number}.attention.self.query" for number in (0, 1, 10)]),
         ("'layer.10.attention.self.query'", "target_modules"),
     ),
+    "with slips among many": (
+        "bert",
+        lambda: lora(target_modules=["query", "q_proj", "k_proj", "values"]),
+        ("'k_proj', 'q_proj', 'values'", "target_modules"),
+    ),
     "with the head of a class": ("bert", lambda: lora(modules_to_save=["classifier"]), ("'classifier'", "to_save")),
     "with too many layers": ("bert", lambda: lora(layers_to_transform=[0, 1, 2]), ("no layers '2'", "0 to 1")),
 }
@@ -1026,6 +1032,23 @@ def test_model_whose_embeddings_embed_something_else_says_which_it_reads(base: B
             ModelTrainer(model, corpus).fine_tune(tmp_path, max_epochs=1)
 
 
+class MeanOfWords(TextClassifier):
+    """A classifier of a user's own, which makes a sentence's vector of those of its words."""
+
+    def _get_embedding_for_data_point(self, prediction_data_point: Sentence) -> torch.Tensor:
+        names = self.embeddings.get_names()
+        return torch.stack([token.get_embedding(names) for token in prediction_data_point]).mean(dim=0)
+
+
+def test_model_of_ones_own_may_read_words_where_flairs_reads_sentences(base: Base) -> None:
+    """What a class that overrides how vectors are read makes of them is its own business."""
+    labels = Dictionary(add_unk=False)
+    labels.add_item("a")
+    sentence = Sentence("Berlin is large")
+    MeanOfWords(WORDS(base("bert")), label_dictionary=labels, label_type="class").predict(sentence)
+    assert sentence.get_label("class").value == "a"
+
+
 @pytest.mark.parametrize("given", ["Berlin is large", ["Berlin"], [["Berlin", "is"]], ("Berlin",), None])
 def test_predict_for_what_is_no_sentence_says_what_to_pass(given: Any, base: Base) -> None:
     """A text, or a list of texts, ends in an error that names it, whichever class and keyword; sentences pass."""
@@ -1040,6 +1063,7 @@ def test_predict_for_what_is_no_sentence_says_what_to_pass(given: Any, base: Bas
             model.predict(sentences=given)
         model.predict([])
         model.predict(sentences=Sentence("Berlin is large"))
+    tagger.predict(FlairDatapointDataset([Sentence("Berlin is large")]))  # as Flair's taggers do
 
 
 def test_predict_of_a_plain_model_with_a_text_is_left_to_flair() -> None:

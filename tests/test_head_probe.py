@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -222,3 +223,47 @@ def test_model_that_cannot_play_the_probe_is_saved_all_the_same(
     sentence = Sentence("Berlin")
     TextClassifier.predict(loaded, sentence)
     assert sentence.labels
+
+
+def test_labels_out_of_numpy_and_nested_sets_are_those_that_were_saved(base: Base, tmp_path: Path) -> None:
+    """The digest of settings is of what they are, not of how a set happens to be ordered or a string is made."""
+    found = [
+        {"a": {frozenset({"x", "y"}), frozenset({"z"})}, "b": {np.str_("PER"), np.str_("LOC")}, 1: (None, 2.5)},
+        {"b": {"LOC", "PER"}, 1: [None, 2.5], "a": {frozenset({"z"}), frozenset({"y", "x"})}},
+    ]
+    assert head_probe._digest(found[0]) == head_probe._digest(found[1])
+    assert head_probe._digest(found[0]) != head_probe._digest({**found[1], "b": {"LOC"}})
+
+
+def test_embeddings_that_remember_words_are_left_alone(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probe would leave its words in them, and no file holds what they remember."""
+    model = ZOO["text-classifier"].build(*(lambda f: (f.words, f.documents))(Factories(base("bert"), LORA)))
+    monkeypatch.setattr(head_probe, "PooledFlairEmbeddings", type(model.embeddings))
+    seen: list[Any] = []
+    monkeypatch.setattr(head_probe, "_outputs", lambda model: seen.append(model) or {})
+    flair_peft.save_pretrained(model, tmp_path / "model")
+    assert seen == []
+    assert flair_peft.from_pretrained(tmp_path / "model")
+
+
+def test_probe_that_cannot_run_here_is_said_and_memory_errors_pass(
+    place: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a device lacks is no sign of a changed file."""
+    directory = place()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not implemented for 'Half'")
+
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    with caplog.at_level(logging.WARNING, logger="flair_peft"), monkeypatch.context() as patch:
+        patch.setattr(TextClassifier, "predict", fail)
+        flair_peft.from_pretrained(directory)
+    assert "It cannot predict here: not implemented" in caplog.text
+    monkeypatch.setattr(TextClassifier, "predict", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        flair_peft.from_pretrained(directory)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from flair.data import DataPoint, Sentence
+from flair.data import DataPoint, Dictionary, Sentence
 from flair.models import MultitaskModel, SequenceTagger, TextClassifier
 from flair.nn import Model
 from peft import LoraConfig
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, from_pretrained, mixing
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, capacity, from_pretrained, mixing, residency
 from flair_peft.embeddings import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, PredictionSetupError
 from tests.methods import perturb_
@@ -701,3 +701,45 @@ def test_predict_together_with_what_is_no_model_of_this_base_says_so(
         with pytest.raises(AdapterConfigError, match="loaded elsewhere, or unloaded before"):
             shared.unload(stranger)
         stranger.predict(Sentence("Berlin"))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_bounds_of_what_is_built_know_a_base_that_is_alive_or_only_compared(
+    dtype: str | None, base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of a base count whether it is read, found in memory, or read in another dtype to be compared."""
+    monkeypatch.setattr(capacity, "_FEW_TENSORS", 0)
+    monkeypatch.setattr(capacity, "_FEW_NUMBERS", 0)
+    labels = Dictionary(add_unk=False)
+    labels.add_item("a")
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], init_lora_weights=False)
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config)
+    flair_peft.save_pretrained(
+        TextClassifier(embeddings, label_dictionary=labels, label_type="class"), tmp_path / "model"
+    )
+    shared = SharedBase(base("bert"), dtype=dtype)
+    assert {shared.load(tmp_path / "model") for _ in range(2)} == {*shared.models}
+    assert all(flair_peft.from_pretrained(tmp_path / "model") for _ in range(2))
+
+
+def test_trained_weights_of_a_shared_base_get_memory_of_their_own_before_they_get_a_gradient(
+    base: Callable[[str], str],
+) -> None:
+    """Optimisers on a GPU read the addresses of what they write to, which copies nothing."""
+    shared = SharedBase(base("bert"))
+    labels = Dictionary(add_unk=False)
+    labels.add_item("a")
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], init_lora_weights=False, bias="all")
+    model = TextClassifier(
+        PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config), label_dictionary=labels, label_type="class"
+    )
+    layer = model.embeddings.base_model.encoder.layer[0].output.dense.weight
+    layer.requires_grad_(True)  # unfrozen by hand
+    model.train()
+    model.forward_loss([Sentence("Berlin").add_label("class", "a")])[0].backward()
+    trained = [parameter for parameter in model.embeddings.parameters() if parameter.requires_grad]
+    assert len(trained) > 10
+    assert not any(map(residency.is_copied_on_write, trained))
+    frozen = [parameter for parameter in model.embeddings.parameters() if not parameter.requires_grad]
+    assert any(map(residency.is_copied_on_write, frozen))
+    assert shared.models == []

@@ -21,7 +21,7 @@ from peft import LoraConfig
 from torch.utils.data import Subset
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase, residency
 
 BASE = "../../resources/tiny-encoder"
 
@@ -113,16 +113,17 @@ print(f"{sum(map(len, jobs.values()))} labels, all the same")
 # %% [markdown]
 # ## What it saves
 #
-# Counted here: the bytes of all weights that the models hold, each storage once, and the bytes of their files. The ten
-# classifiers without adapters are what `merge` makes of them: plain Flair models, as large as if they had been
+# Counted here: the bytes of all weights that the models hold, each place in memory once, and the bytes of their files. The
+# place is not asked of `data_ptr()`: weights are copied when somebody writes to them, and torch takes that for writing. The
+# ten classifiers without adapters are what `merge` makes of them: plain Flair models, as large as if they had been
 # fine-tuned in full.
 
 
 # %%
 def megabytes_in_memory(models: list[torch.nn.Module]) -> float:
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values()) / 1e6
+    places = {residency.address(tensor): tensor.nbytes for tensor in tensors}
+    return sum(places.values()) / 1e6
 
 
 def megabytes_of_files(path: str) -> float:

@@ -173,6 +173,10 @@ def test_config_in_a_checkpoint_ends(changes: dict[str, Any], base: Base, tmp_pa
         r"(\w+\.)*(query|value)",
         r"[^.]+(\.[^.]+)*\.(query|value)",
         r"^(?!.*pooler).*(?:query|value)$",
+        r"^(?:(?!pooler).)*\.(?:query|value)$",
+        r"^(?!pooler)(\w+\.)*layer\.\d+\.attention\.self\.(query|value)$",
+        r"^(?!.*visual)(?!.*audio)(?!.*projector)(?!.*embed).*layer\.\d+\.(attention|mlp)\..*(?:query|value)$",
+        r"(?i).*\.(QUERY|VALUE)",
         r"(?:.*?(?:encoder|text).*?(?:self|attn|mlp|ffn|dense).*?(?:query|value).*?)|(?:\bmodel\.layers\.[\d]{1,}\."
         r"(?:self_attn|attention|attn)\.(?:(?:query|value)))",
         "|".join(rf"encoder\.layer\.{layer}\.attention\.self\.(query|value)" for layer in range(100)),
