@@ -20,6 +20,7 @@ from flair_peft import (
     models,
     proof,
     quantised,
+    residency,
     tokenizer_files,
 )
 from flair_peft.embeddings import PeftTransformerEmbeddings
@@ -99,7 +100,8 @@ def _merge_(model: Model, dtype: torch.dtype) -> None:
 def _copy(model: Model) -> Model:
     """Return the model as a load gives it: Flair's document RNNs cannot be copied otherwise."""
     with models.describing(model, save_base=True) as (description, _):
-        state = codec.decode(description.document, description.tensors)
+        tensors = {name: residency.lent(tensor) for name, tensor in description.tensors.items()}
+        state = codec.decode(description.document, tensors)
     copied = assembly.assemble(type(model).load, state, source=type(model).__name__)
     dtypes.restore_head_(copied)
     return copied

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import pickle
 import shutil
 import threading
 import warnings
@@ -743,3 +744,21 @@ def test_trained_weights_of_a_shared_base_get_memory_of_their_own_before_they_ge
     frozen = [parameter for parameter in model.embeddings.parameters() if not parameter.requires_grad]
     assert any(map(residency.is_copied_on_write, frozen))
     assert shared.models == []
+
+
+@pytest.mark.parametrize("read", [flair_peft.merge, pickle.dumps, copy.deepcopy], ids=["merge", "pickle", "deepcopy"])
+def test_model_that_is_copied_goes_on_sharing_its_base(
+    read: Callable[[Any], Any], base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Who reads a model as if it might be written to gets a copy, and leaves the model's memory as it is."""
+    labels = Dictionary(add_unk=False)
+    labels.add_item("a")
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], init_lora_weights=False)
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config)
+    flair_peft.save_pretrained(
+        TextClassifier(embeddings, label_dictionary=labels, label_type="class"), tmp_path / "model"
+    )
+    model = SharedBase(base("bert")).load(tmp_path / "model")
+    before = {name: residency.address(parameter) for name, parameter in model.named_parameters()}
+    assert read(model)
+    assert {name: residency.address(parameter) for name, parameter in model.named_parameters()} == before

@@ -113,10 +113,10 @@ print(f"{sum(map(len, jobs.values()))} labels, all the same")
 # %% [markdown]
 # ## What it saves
 #
-# Counted here: the bytes of all weights that the models hold, each place in memory once, and the bytes of their files. The
-# place is not asked of `data_ptr()`: weights are copied when somebody writes to them, and torch takes that for writing. The
-# ten classifiers without adapters are what `merge` makes of them: plain Flair models, as large as if they had been
-# fine-tuned in full.
+# Counted here: the bytes of all weights that the models hold, each place in memory once, and the bytes of their files.
+# The place is not asked of `data_ptr()`: weights are copied when somebody writes to them, and torch takes that for
+# writing. The ten classifiers without adapters are what `merge` makes of them: plain Flair models, as large as if they
+# had been fine-tuned in full.
 
 
 # %%
