@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -81,6 +82,7 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "esm": {"rope_theta": (None, 10000.0)},
     "gemma": {"use_bidirectional_attention": (None, False)},
     "gemma2": {"use_bidirectional_attention": (None, False)},
+    "gemma3_text": {"use_bidirectional_attention": (None, False)},  # known from 4.57 on
     "gpt_oss": {"swiglu_alpha": (None, 1.702), "swiglu_limit": (None, 7.0)},
 }
 _NO_MATTER = frozenset(
@@ -239,7 +241,9 @@ def _known(config_class: Any) -> frozenset[str]:
 @functools.cache
 def _defaults(config_class: Any) -> Settings:
     try:
-        return vars(config_class())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # some warn of settings of their own
+            return vars(config_class())
     except (AttributeError, ImportError, OSError, TypeError, ValueError):
         return {}
 
