@@ -267,3 +267,21 @@ def test_probe_that_cannot_run_here_is_said_and_memory_errors_pass(
     monkeypatch.setattr(TextClassifier, "predict", run_out)
     with pytest.raises(torch.OutOfMemoryError):
         flair_peft.from_pretrained(directory)
+
+
+def test_save_without_memory_for_the_probe_keeps_the_model(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that began ends with its model saved, if without the proof of its head."""
+    factories = Factories(base("bert"), LORA)
+    entry = ZOO["text-classifier"]
+    model = entry.build(factories.words, factories.documents)
+    expected = entry.predict(model, entry.corpus())
+
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextClassifier, "predict", run_out)
+        flair_peft.save_pretrained(model, tmp_path / "model")
+    assert entry.predict(flair_peft.from_pretrained(tmp_path / "model"), entry.corpus()) == expected
