@@ -6,24 +6,24 @@ hook back.
 
 from flair_peft import first_imports as _first_imports  # noqa: F401, before anything else imports PEFT
 from flair_peft._version import __version__
-from flair_peft.distributed import join_processes
-from flair_peft.embeddings import (
+from flair_peft.embeddings.peft_transformer import (
     PeftTransformerDocumentEmbeddings,
     PeftTransformerEmbeddings,
     PeftTransformerWordEmbeddings,
 )
 from flair_peft.errors import FlairPeftError
-from flair_peft.exporting import export_onnx
-from flair_peft.heads import take_over_head
-from flair_peft.int8 import quantize_onnx
-from flair_peft.merging import merge
-from flair_peft.models import from_pretrained, push_to_hub, save_pretrained, verify
+from flair_peft.export.int8 import quantize_onnx
+from flair_peft.export.merge import merge
+from flair_peft.export.onnx import export_onnx
+from flair_peft.models.files import from_pretrained, push_to_hub, save_pretrained, verify
+from flair_peft.models.foreign_head import take_over_head
+from flair_peft.models.stock import convert_legacy, load_legacy
 from flair_peft.patch import install, is_installed, uninstall
-from flair_peft.resume import ResumePlugin
-from flair_peft.shared import SharedBase
-from flair_peft.stock import convert_legacy, load_legacy
-from flair_peft.streaming import predict_stream
-from flair_peft.training import LoraPlusPlugin, RankAllocationPlugin
+from flair_peft.serving.shared_base import SharedBase
+from flair_peft.serving.stream import predict_stream
+from flair_peft.training.launch import join_processes
+from flair_peft.training.plugins import LoraPlusPlugin, RankAllocationPlugin
+from flair_peft.training.resume import ResumePlugin
 
 __all__ = [
     "FlairPeftError",

@@ -12,7 +12,7 @@ These attributes of Flair are replaced, each by a function that calls the origin
 ``Embeddings._everything_embedded``            never reuses vectors that depend on an adapter that can change
 ``TransformerEmbeddings.to_params``            keeps the PEFT config of stock embeddings
 ``TransformerEmbeddings.from_params``          rebuilds stock embeddings that have a PEFT config, with an adapter
-``ModelTrainer.train_custom``                  checks settings, attaches :class:`flair_peft.training.AdapterGuard`
+``ModelTrainer.train_custom``                  checks settings, attaches :class:`.AdapterGuard`
 ``ModelTrainer._save_model``                   leaves a best model that a training which goes on has not beaten
 ``ModelTrainer._load_model``                   reloads the best model into the live one, without a second base
 ``trainer.DistributedDataParallel``            in several processes, on CPUs too: sends what is trained, not the base
@@ -30,7 +30,6 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +42,20 @@ from flair.nn import Model
 from flair.trainers import ModelTrainer
 from peft import PeftConfig, PeftModel
 
-from flair_peft import (
-    assembly,
-    compat,
-    dtypes,
-    hub,
-    legacy,
-    merging,
-    methods,
-    model_inputs,
-    models,
-    parallel,
-    residency,
-    resume,
-    stock,
-    training,
-)
-from flair_peft import checkpoint as checkpoint_files
-from flair_peft import config as configs
-from flair_peft.embeddings import PeftTransformerEmbeddings, counterpart, has_nothing_to_embed
+from flair_peft import compat
+from flair_peft.adapter import config as configs
+from flair_peft.adapter import methods
+from flair_peft.embeddings import head_dtype
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, counterpart, has_nothing_to_embed
 from flair_peft.errors import ModelFileError, SaveError
-from flair_peft.sources import loading_with
+from flair_peft.export import merge
+from flair_peft.models import build, files, inputs, stock
+from flair_peft.primitives import mapped_memory
+from flair_peft.primitives.base_record import loading_with
+from flair_peft.storage import checkpoint_directory as checkpoint_files
+from flair_peft.storage import hub
+from flair_peft.torchfile import unpickle
+from flair_peft.training import ddp, plugins, resume
 
 log = logging.getLogger("flair_peft")
 
@@ -131,16 +123,16 @@ def is_installed() -> bool:
 
 
 def _load_replacements() -> Iterator[_Replacement]:
-    for model_class in [Model, *assembly.subclasses(Model)]:
+    for model_class in [Model, *build.subclasses(Model)]:
         if "load" in vars(model_class):
             yield _Replacement(model_class, "load", _loading_with_adapters(vars(model_class)["load"]))
 
 
 def _other_replacements() -> Iterator[_Replacement]:
-    for model_class in [Model, *(c for c in assembly.subclasses(Model) if "train" in vars(c))]:
+    for model_class in [Model, *(c for c in build.subclasses(Model) if "train" in vars(c))]:
         original = vars(model_class).get("train", torch.nn.Module.train)
         yield _Replacement(model_class, "train", _training_in_fp32(original))
-    for model_class in [Model, *assembly.subclasses(Model)]:
+    for model_class in [Model, *build.subclasses(Model)]:
         if inspect.isfunction(vars(model_class).get("predict")):
             yield _Replacement(model_class, "predict", _predicting_what_it_can(vars(model_class)["predict"]))
     yield _Replacement(Model, "save", _saving_what_was_learned(vars(Model)["save"]))
@@ -167,18 +159,18 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
     @functools.wraps(original.__func__)
     def load(cls: type[Model], model_path: Any, *, peft_config: PeftConfig | None = None, **options: Any) -> Model:
         stock_load = original.__get__(None, cls)
-        if not _installed or assembly.is_going_on() or _left_to_flair.get() == str(model_path):
+        if not _installed or build.is_going_on() or _left_to_flair.get() == str(model_path):
             given = {} if peft_config is None else {"peft_config": peft_config}
             return stock_load(model_path, **given, **options)
         revision = options.pop("revision", None)
-        chosen = models.choose(**options)
+        chosen = files.choose(**options)
         options = {**options, **({} if peft_config is None else {"peft_config": peft_config})}
         if isinstance(model_path, dict):
             return stock.load_state(cls, model_path, options, source="the given state", chosen=chosen, load=stock_load)
         directory = hub.find_for_flair(str(model_path), revision=revision, options=chosen)
         if directory is not None:
             stock.refuse_useless(options, ("peft_config",), str(model_path), "it is a checkpoint that holds its config")
-            return models.load_checkpoint(cls, directory, chosen)
+            return files.load_checkpoint(cls, directory, chosen)
         path = Path(model_path)
         if path.exists() and not path.is_file():
             raise ModelFileError(
@@ -191,7 +183,7 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
             return _leave_to_flair(stock_load, model_path if revision is None else f"{model_path}@{revision}")
         chosen = dataclasses.replace(chosen, directory=path.parent, owns_state=True)
         with loading_with(chosen):
-            state = legacy.read_sound_state(path, expects_adapters=False)
+            state = unpickle.read_sound_state(path, expects_adapters=False)
         return stock.load_state(cls, state, options, source=str(path), chosen=chosen, load=stock_load)
 
     return classmethod(load)
@@ -210,7 +202,7 @@ def _training_in_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train(self: Model, mode: bool = True) -> Model:
         if _installed and mode:
-            dtypes.train_in_fp32_(self)
+            head_dtype.train_in_fp32_(self)
         return original(self, mode)
 
     return train
@@ -221,9 +213,9 @@ def _predicting_what_it_can(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def predict(self: Model, *args: Any, **kwargs: Any) -> Any:
-        if _installed and (args or name in kwargs) and any(dtypes.adapted_embeddings(self)):
-            model_inputs.check_embeddings(self)
-            model_inputs.check_points(self, args[0] if args else kwargs[name])
+        if _installed and (args or name in kwargs) and any(head_dtype.adapted_embeddings(self)):
+            inputs.check_embeddings(self)
+            inputs.check_points(self, args[0] if args else kwargs[name])
         return original(self, *args, **kwargs)
 
     return predict
@@ -232,9 +224,9 @@ def _predicting_what_it_can(original: Callable[..., Any]) -> Callable[..., Any]:
 def _converting_by_the_rule(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _apply(self: Model, fn: Callable[..., Any], recurse: bool = True) -> Model:
-        if not _installed or not any(dtypes.adapted_embeddings(self)):
+        if not _installed or not any(head_dtype.adapted_embeddings(self)):
             return original(self, fn, recurse)
-        return dtypes.convert_(self, lambda: original(self, fn, recurse))
+        return head_dtype.convert_(self, lambda: original(self, fn, recurse))
 
     return _apply
 
@@ -286,20 +278,20 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def train_custom(self: ModelTrainer, *args: Any, **kwargs: Any) -> Any:
-        if not _installed or not any(dtypes.adapted_embeddings(self.model)):
+        if not _installed or not any(head_dtype.adapted_embeddings(self.model)):
             return original(self, *args, **kwargs)
         arguments = signature.bind(self, *args, **kwargs)
         settings = arguments.arguments
-        model_inputs.check_embeddings(self.model)
+        inputs.check_embeddings(self.model)
         self.model.train()  # in fp32, before an optimiser or DistributedDataParallel takes note of dtypes
-        training.check_training(
+        plugins.check_training(
             self.model,
             reduce_transformer_vocab=settings.get("reduce_transformer_vocab", False),
             optimizer=settings.get("optimizer", signature.parameters["optimizer"].default),
         )
         settings.update(resume.prepare_settings({**settings}))
-        parallel.prepare(self.model, settings)
-        added = [training.AdapterGuard(), *([parallel.GlobalSchedule()] if parallel.is_parallel(settings) else [])]
+        ddp.prepare(self.model, settings)
+        added = [plugins.AdapterGuard(), *([ddp.GlobalSchedule()] if ddp.is_parallel(settings) else [])]
         settings["plugins"] = [*(settings.get("plugins") or []), *added]
         _trainers[self.model] = self
         try:
@@ -314,8 +306,8 @@ def _keeping_the_best(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _save_model(self: ModelTrainer, model_file: Any, checkpoint: bool = False) -> None:
         # Flair counts the best score from zero in each training, one that goes on included.
-        has_adapter = _installed and any(dtypes.adapted_embeddings(self.model))
-        if not has_adapter or parallel.agree(resume.may_replace(self, model_file)):
+        has_adapter = _installed and any(head_dtype.adapted_embeddings(self.model))
+        if not has_adapter or ddp.agree(resume.may_replace(self, model_file)):
             original(self, model_file, checkpoint)
 
     return _save_model
@@ -328,12 +320,12 @@ def _saving_what_was_learned(original: Callable[..., None]) -> Callable[..., Non
             return original(self, model_file, checkpoint)
         if not any(isinstance(module, PeftTransformerEmbeddings) for module in self.modules()):
             path = Path(str(model_file))
-            if merging.is_merged(self) or _holds_adapter(path):
+            if merge.is_merged(self) or _holds_adapter(path):
                 return _replace_whole(path, lambda path: original(self, path, checkpoint))
             return original(self, model_file, checkpoint)
         trainer = _trainers.get(self) if checkpoint else None
         state = None if trainer is None else resume.training_state(trainer, self)
-        models.save_file(self, Path(model_file), save_base=save_base, training_state=state)
+        files.save_file(self, Path(model_file), save_base=save_base, training_state=state)
         return None
 
     return save
@@ -347,7 +339,7 @@ def _replace_whole(path: Path, save: Callable[[Path], None]) -> None:
     try:
         checkpoint_files.write_file(path, lambda file: save(Path(file.name)))
     except SaveError as error:
-        if error.errno not in _IRREPLACEABLE or not path.is_file() or residency.is_file_mapped(path):
+        if error.errno not in _IRREPLACEABLE or not path.is_file() or mapped_memory.is_file_mapped(path):
             raise
         save(path)
     except RuntimeError as error:
@@ -361,7 +353,7 @@ def _replace_whole(path: Path, save: Callable[[Path], None]) -> None:
 
 def _holds_adapter(path: Path) -> bool:
     try:
-        return path.is_file() and legacy.holds_adapters(path)
+        return path.is_file() and unpickle.holds_adapters(path)
     except ModelFileError:
         return False
 
@@ -369,9 +361,9 @@ def _holds_adapter(path: Path) -> bool:
 def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _load_model(self: ModelTrainer, model_file: Any) -> None:
-        if not _installed or not any(dtypes.adapted_embeddings(self.model)):
+        if not _installed or not any(head_dtype.adapted_embeddings(self.model)):
             return original(self, model_file)
-        models.reload_(self.model, Path(model_file))
+        files.reload_(self.model, Path(model_file))
         return None
 
     return _load_model
@@ -380,18 +372,8 @@ def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:
 def _sending_what_is_trained(original: type[torch.nn.Module]) -> Callable[..., torch.nn.Module]:
     @functools.wraps(original, updated=())
     def distributed_data_parallel(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
-        if not _installed or not any(dtypes.adapted_embeddings(module)):
+        if not _installed or not any(head_dtype.adapted_embeddings(module)):
             return original(module, *args, **options)
-        return parallel.wrap(module, *args, **options)
+        return ddp.wrap(module, *args, **options)
 
     return distributed_data_parallel
-
-
-@contextmanager
-def computing_on(device: torch.device) -> Iterator[None]:
-    """Inside, Flair computes on this device."""
-    found, flair.device = flair.device, device
-    try:
-        yield
-    finally:
-        flair.device = found

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import flair_peft
-from tests import tiny
+from tests.support import tiny
 
 torch.set_num_threads(1)
 flair.device = torch.device("cpu")

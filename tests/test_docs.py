@@ -30,12 +30,12 @@ from transformers.activations import GELUActivation
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, errors
-from tests import foreign, tiny
-from tests.methods import LORA_VARIANTS, METHODS, perturb_
-from tests.test_capacity import Memory
+from tests.base.test_memory_check import Memory
+from tests.base.test_quantisation import quantised_classifier
+from tests.support import foreign_adapters, tiny
+from tests.support.methods import LORA_VARIANTS, METHODS, perturb_
 from tests.test_house import FLOORS
-from tests.test_quantised import quantised_classifier
-from tests.test_training import classifier, lora, train
+from tests.training.test_plugins import classifier, lora, train
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -131,7 +131,7 @@ def _no_memory() -> None:
 
 @provokes("An adapter lies beside the base's weights")
 def _adapter_beside() -> None:
-    foreign.train(BASE, Path("merged-base"), "bare", foreign.lora(target_modules=["query"]))
+    foreign_adapters.train(BASE, Path("merged-base"), "bare", foreign_adapters.lora(target_modules=["query"]))
     shutil.copytree(BASE, "merged-base", dirs_exist_ok=True)
     embeddings(base="merged-base")
 
@@ -295,13 +295,15 @@ def _untrained() -> None:
 @provokes("The adapter belongs to another architecture")
 def _other_architecture() -> None:
     tiny.build("llama", Path("llama"))
-    foreign.train("llama", Path("their-adapter"), "causal-lm", foreign.lora(target_modules=["q_proj"]))
+    foreign_adapters.train(
+        "llama", Path("their-adapter"), "causal-lm", foreign_adapters.lora(target_modules=["q_proj"])
+    )
     PeftTransformerDocumentEmbeddings.from_adapter("their-adapter", base_model=BASE)
 
 
 @provokes("The adapter changes nothing")
 def _untrained_adapter() -> None:
-    foreign.train(BASE, Path("their-adapter"), "bare", foreign.lora(target_modules=["query"]))
+    foreign_adapters.train(BASE, Path("their-adapter"), "bare", foreign_adapters.lora(target_modules=["query"]))
     path = "their-adapter/adapter_model.safetensors"
     weights = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
@@ -310,8 +312,8 @@ def _untrained_adapter() -> None:
 
 @provokes("Nothing names the labels of a head")
 def _no_labels() -> None:
-    config = foreign.lora(target_modules=["query"], modules_to_save=["classifier"])
-    foreign.train(BASE, Path("their-adapter"), "tokens", config)
+    config = foreign_adapters.lora(target_modules=["query"], modules_to_save=["classifier"])
+    foreign_adapters.train(BASE, Path("their-adapter"), "tokens", config)
     from_adapter = flair_peft.PeftTransformerWordEmbeddings.from_adapter("their-adapter")
     dictionary = classifier(BASE).label_dictionary
     tagger = SequenceTagger(
@@ -406,7 +408,7 @@ def matches(message: str, quote: str) -> bool:
 def templates() -> tuple[tuple[str, str], ...]:
     """Return the class and the words of each message of the package, with "…" for what is filled in; "" is logged."""
     found = []
-    for path in sorted(Path(flair_peft.__file__).parent.glob("*.py")):
+    for path in sorted(Path(flair_peft.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not node.args:
                 continue
@@ -593,12 +595,12 @@ def test_picture_of_the_house_has_every_module_on_its_floor(extensions: dict[str
     """The storeys follow the floors, from the ground up, and nothing is left out."""
     house, floors = extensions["house"], extensions["generated"].floors()
     assert floors == FLOORS
-    assert [module for _, modules in house.storeys(floors) for module in modules] == list(floors)
     drawn = house.draw(floors)
-    for module in floors:
+    modules = [path.stem for path in Path(flair_peft.__file__).parent.rglob("*.py") if path.parent.name != "flair_peft"]
+    for module in {*modules, "patch", "errors"} - {"__init__"}:
         assert f">{house._label(module)}</text>" in drawn
-    with pytest.raises(ValueError, match="order of the floors"):
-        house.storeys([*floors[1:], floors[0]])
+    for folder in (name for row in floors for name in row if (house.PACKAGE / name).is_dir()):
+        assert f">{folder}/ " in drawn
 
 
 @pytest.mark.matrix

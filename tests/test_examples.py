@@ -22,7 +22,7 @@ import torch
 from flair.data import Sentence
 from flair.models import TextClassifier
 
-from tests import parallel_training
+from tests.support import parallel_training
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -13,9 +13,9 @@ from peft import LoftQConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings
-from tests import round_trip, tiny
-from tests.places import addresses_of
-from tests.zoo import ZOO
+from tests.support import round_trip, tiny
+from tests.support.places import addresses_of
+from tests.support.zoo import ZOO
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests import round_trip, tiny
-from tests.methods import MATRIX, Method
-from tests.selection import few
+from tests.support import round_trip, tiny
+from tests.support.methods import MATRIX, Method
+from tests.support.selection import few
 
 MODELS = ("text-classifier", "sequence-tagger")
 MATRIX_ARCHITECTURES = (

@@ -14,7 +14,7 @@ import jupytext
 import nbformat
 from nbformat import NotebookNode
 
-from tests import notebooks
+from tests.support import notebooks
 
 PAGES = [source.with_suffix(".ipynb") for source in notebooks.SOURCES]
 LARGEST_PICTURE = 60_000  # bytes, before they are written in base64

@@ -37,8 +37,6 @@ from flair_peft import (
     PeftTransformerDocumentEmbeddings,
     PeftTransformerEmbeddings,
     PeftTransformerWordEmbeddings,
-    legacy,
-    opcodes,
     patch,
 )
 from flair_peft.errors import (
@@ -49,7 +47,8 @@ from flair_peft.errors import (
     StateMismatchError,
     UnsupportedHostError,
 )
-from tests.zoo import ZOO, Entry
+from flair_peft.torchfile import scan, unpickle
+from tests.support.zoo import ZOO, Entry
 
 CLASSIFIER, TAGGER = ZOO["text-classifier"], ZOO["sequence-tagger"]
 Base = Callable[[str], str]
@@ -906,10 +905,10 @@ def test_load_of_a_plain_model_with_words_of_adapters_is_left_to_flair(
     live = make(CLASSIFIER, base("bert"), None, stock=True)
     WITH_WORDS[name](live)
     path = save(live, tmp_path)
-    assert opcodes.holds_adapters(path) is (name != "label")  # Flair keeps labels as bytes
+    assert scan.holds_adapters(path) is (name != "label")  # Flair keeps labels as bytes
     read = list[str]()
-    stock_function = legacy.load_torch_state
-    monkeypatch.setattr(legacy, "load_torch_state", lambda path: (read.append(path), stock_function(path))[1])
+    stock_function = unpickle.load_torch_state
+    monkeypatch.setattr(unpickle, "load_torch_state", lambda path: (read.append(path), stock_function(path))[1])
     if name == "parameter of the head":
         # Flair itself does not make it anew, and says so.
         with pytest.raises(RuntimeError, match="Unexpected key"):

@@ -19,9 +19,10 @@ from peft import AdaLoraConfig, LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForTokenClassification, BitsAndBytesConfig
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, cli
-from tests.hub import HubStandIn, online
-from tests.zoo import sentence_corpus
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
+from flair_peft.cli import main
+from tests.support.hub_stand_in import HubStandIn, online
+from tests.support.zoo import sentence_corpus
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
@@ -230,7 +231,7 @@ def test_command_of_the_readme_runs(command: str, world: World, capsys: pytest.C
     if "convert" in command:
         shutil.rmtree("my-tagger")
     _, *arguments = shlex.split(command, comments=True)
-    assert cli.main(arguments) == int("diff" in command), capsys.readouterr().err
+    assert main.main(arguments) == int("diff" in command), capsys.readouterr().err
 
 
 def _train_shortly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,10 @@ import insert
 import peft
 from peft import LoraConfig, PeftConfig, PeftType
 
-from flair_peft import cli, refusals
-from flair_peft.methods import why_not_mixed
-from tests.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method
+from flair_peft.adapter import refusals
+from flair_peft.adapter.methods import why_not_mixed
+from flair_peft.cli import main
+from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -46,8 +47,8 @@ def constant(path: str, name: str) -> Any:
 
 
 def works(method: Method) -> frozenset[str]:
-    """Return the kinds of models that the method works on here, as ``tests/test_methods.py`` tests it."""
-    if method.name in constant("tests/test_methods.py", "WORKS_HERE"):
+    """Return the kinds of models that the method works on here, as ``tests/adapter/test_methods.py`` tests it."""
+    if method.name in constant("tests/adapter/test_methods.py", "WORKS_HERE"):
         return frozenset(KINDS)
     is_refused = method.name in refusals.REFUSED_METHODS or method.before is not None
     return frozenset() if is_refused else method.works
@@ -193,7 +194,7 @@ def _without_sets(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def commands() -> str:
     """Return what each command of ``flair-peft`` says of itself."""
-    return "\n\n".join(f"## {name}\n\n```text\n{_help(name)}\n```" for name in cli._COMMANDS)
+    return "\n\n".join(f"## {name}\n\n```text\n{_help(name)}\n```" for name in main._COMMANDS)
 
 
 def _help(name: str) -> str:
@@ -203,7 +204,7 @@ def _help(name: str) -> str:
         contextlib.redirect_stdout(printed),
         contextlib.suppress(SystemExit),
     ):
-        cli.main([name, "--help"])
+        main.main([name, "--help"])
     return printed.getvalue().strip()
 
 
@@ -237,9 +238,9 @@ def _draw(app: Sphinx) -> None:
         picture.write_text(drawn, encoding="utf-8")
 
 
-def floors() -> tuple[str, ...]:
-    """Return the modules from the ground up, as the test of the house has them."""
-    found: tuple[str, ...] = constant("tests/test_house.py", "FLOORS")
+def floors() -> tuple[tuple[str, ...], ...]:
+    """Return the folders from the ground up, as the test of the house has them."""
+    found: tuple[tuple[str, ...], ...] = constant("tests/test_house.py", "FLOORS")
     return found
 
 

@@ -1,29 +1,19 @@
-"""Draws the modules of the package as the floors of a house: a module imports only what lies below it."""
+"""Draws the folders of the package as the floors of a house: a module imports only what lies below it."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Sequence
 from html import escape
+from pathlib import Path
 
-STOREYS = (
-    ("first_imports", "Errors, versions, dtypes, key spellings"),
-    ("opcodes", "Pickles and configs, read without running them"),
-    ("adapters", "The frozen transformer and its adapter"),
-    ("flair_objects", "Files: JSON and tensors, put in place whole"),
-    ("adapter_files", "PEFT adapters from elsewhere"),
-    ("weights", "The embeddings"),
-    ("states", "Whole Flair models ⇄ files"),
-    ("merging", "Merging, streams, export, mixed batches"),
-    ("training", "Training, and going on with it"),
-    ("shared", "What users open: SharedBase, the hook, the names, the command line"),
-)
-"""Name of the first module of each storey, from the ground up, and what the storey is."""
+PACKAGE = Path(__file__).resolve().parents[2] / "flair_peft"
 
 GUARDED = {
     "patch": "writes into Flair",
-    "legacy": "unpickles",
-    "checkpoint": "writes directories",
-    "cli": "prints",
+    "unpickle": "unpickles",
+    "checkpoint_directory": "writes directories",
+    "terminal": "prints",
 }
 """Modules that alone may do something."""
 
@@ -34,40 +24,48 @@ FONT = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"
 PROSE = "-apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 
 
-def storeys(floors: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return title and modules of each storey, from the ground up.
+def storeys(floors: Sequence[Sequence[str]]) -> list[tuple[str, list[str]]]:
+    """Return title and modules of each storey, from the ground up: one for each folder, one for modules beside them."""
+    found: list[tuple[str, list[str]]] = []
+    for row in floors:
+        single = [name for name in row if not (PACKAGE / name).is_dir()]
+        if single:
+            found.append(("", single))
+        found.extend(
+            (f"{name}/   {_first_line(PACKAGE / name)}", _modules(PACKAGE / name)) for name in row if name not in single
+        )
+    return found
 
-    Raises:
-        ValueError: the first module of a storey is not among the floors, or in another order.
-    """
-    starts = [floors.index(first) for first, _ in STOREYS]
-    if starts != sorted(starts) or starts[0] != 0:
-        raise ValueError("the storeys of docs/extensions/house.py are not in the order of the floors")
-    ends = [*starts[1:], len(floors)]
-    return [(title, list(floors[a:b])) for (_, title), a, b in zip(STOREYS, starts, ends, strict=True)]
+
+def _first_line(folder: Path) -> str:
+    documentation = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    return documentation.partition("\n")[0].replace("`", "")
 
 
-def draw(floors: Sequence[str]) -> str:
+def _modules(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+
+
+def draw(floors: Sequence[Sequence[str]]) -> str:
     """Return the picture as SVG, the roof on top."""
     shapes: list[str] = []
     top = MARGIN
     for title, modules in reversed(storeys(floors)):
         rows = list(_rows(modules))
-        height = TITLE_HEIGHT + len(rows) * (ROOM_HEIGHT + GAP) + GAP
+        ceiling = TITLE_HEIGHT if title else GAP
+        height = ceiling + len(rows) * (ROOM_HEIGHT + GAP) + GAP
         shapes.append(_box(MARGIN, top, WIDTH - 2 * MARGIN, height, fill="#eef2f7", stroke="#9aa9bb"))
         shapes.append(_text(MARGIN + 12, top + 19, title, size=14, weight=600, family=PROSE))
         for number, row in enumerate(rows):
-            shapes.extend(_rooms(row, top + TITLE_HEIGHT + number * (ROOM_HEIGHT + GAP)))
+            shapes.extend(_rooms(row, top + ceiling + number * (ROOM_HEIGHT + GAP)))
         top += height + GAP
-    foot = (
-        "A module imports only what stands in a lower storey, or before it in its own. Framed: the one module that may."
-    )
+    foot = "A module imports only from its own folder and from lower ones. Framed: the one module that may."
     shapes.append(_text(MARGIN, top + 16, foot, size=13, weight=400, family=PROSE))
     height = top + 16 + MARGIN
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">',
-            "<title>The modules of flair_peft as the floors of a house</title>",
+            "<title>The folders of flair_peft as the floors of a house</title>",
             f'<rect width="{WIDTH}" height="{height}" rx="8" fill="#ffffff"/>',
             *shapes,
             "</svg>\n",

@@ -21,7 +21,8 @@ from peft import LoraConfig
 from torch.utils.data import Subset
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase, residency
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase
+from flair_peft.primitives import mapped_memory
 
 BASE = "../../resources/tiny-encoder"
 
@@ -122,7 +123,7 @@ print(f"{sum(map(len, jobs.values()))} labels, all the same")
 # %%
 def megabytes_in_memory(models: list[torch.nn.Module]) -> float:
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-    places = {residency.address(tensor): tensor.nbytes for tensor in tensors}
+    places = {mapped_memory.address(tensor): tensor.nbytes for tensor in tensors}
     return sum(places.values()) / 1e6
 
 

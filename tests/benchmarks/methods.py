@@ -30,15 +30,15 @@ from peft import PeftConfig, PeftType
 from transformers import BitsAndBytesConfig
 
 import flair_peft
-from flair_peft.adapters import trainable_parameters
+from flair_peft.adapter.injection import trainable_parameters
+from flair_peft.adapter.methods import needs_step_hook
+from flair_peft.adapter.refusals import REFUSED_METHODS
 from flair_peft.errors import FlairPeftError
-from flair_peft.methods import needs_step_hook
-from flair_peft.refusals import REFUSED_METHODS
-from tests import tiny
 from tests.benchmarks.report import RESULTS, heading
 from tests.benchmarks.shapes import bert_base
 from tests.benchmarks.training import LABELS, texts
-from tests.methods import METHODS, perturb_
+from tests.support import tiny
+from tests.support.methods import METHODS, perturb_
 
 REFERENCE = "LORA"
 TARGETS = ["query", "value"]

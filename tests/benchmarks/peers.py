@@ -28,7 +28,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoTokenizer
 
-from tests import tiny
 from tests.benchmarks.peer_rows import (
     ADAPTERS,
     BATCH,
@@ -48,6 +47,7 @@ from tests.benchmarks.peer_rows import (
 from tests.benchmarks.report import RESULTS, heading, write
 from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.workers.process import Worker, make_environment
+from tests.support import tiny
 
 TOLERANCE = 1e-4
 """Of probabilities: sums in another order, by another version of transformers."""

@@ -37,10 +37,10 @@ from flair.models import SequenceTagger
 from peft import LoraConfig
 
 from flair_peft import PeftTransformerWordEmbeddings, predict_stream
-from tests import tiny
 from tests.benchmarks.memory import peak, reset_peak
 from tests.benchmarks.report import RESULTS, heading, in_process, ratio, seconds, write
 from tests.benchmarks.shapes import SHAPES
+from tests.support import tiny
 
 MINI_BATCH = 32
 LONG, SHORT, WINDOW = 100_000, 1_000, 1_024

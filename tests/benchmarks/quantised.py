@@ -25,12 +25,12 @@ from peft import LoraConfig
 from transformers import AutoModel, BitsAndBytesConfig
 
 import flair_peft
-from flair_peft import residency
-from tests import tiny
+from flair_peft.primitives import mapped_memory
 from tests.benchmarks.memory import resident
 from tests.benchmarks.report import RESULTS, heading, in_process, write
 from tests.benchmarks.serving import scores, sentences
 from tests.benchmarks.shapes import SHAPES
+from tests.support import tiny
 
 WANTED = 0.35
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -56,12 +56,12 @@ def measure(folder: Path, is_loaded: bool) -> dict[str, Any]:
     """
     scores(make(folder / "tiny"), sentences(4))  # what modules and the first products take is not the model's
     gc.collect()
-    residency.give_back_freed()
+    mapped_memory.give_back_freed()
     before = resident()
     model = flair_peft.from_pretrained(folder / "model") if is_loaded else make(folder / "base")
     gc.collect()
     kept = resident() - before
-    residency.give_back_freed()
+    mapped_memory.give_back_freed()
     taken = resident() - before
     found = scores(model, sentences(4)).tolist()
     if not is_loaded:

@@ -26,7 +26,7 @@ from flair.nn import Model
 from peft import IA3Config, LNTuningConfig, LoftQConfig, LoraConfig, OFTConfig, PeftConfig, PrefixTuningConfig
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, assembly, patch
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, patch
 from flair_peft.errors import (
     AdapterConfigError,
     BaseModelNotFoundError,
@@ -37,8 +37,9 @@ from flair_peft.errors import (
     StateMismatchError,
     UnsupportedMethodError,
 )
-from tests.methods import METHODS
-from tests.zoo import ZOO
+from flair_peft.models import build as models_build
+from tests.support.methods import METHODS
+from tests.support.zoo import ZOO
 
 ENTRY = ZOO["text-classifier"]
 Base = Callable[[str], str]
@@ -76,7 +77,7 @@ def _unharmed(good: Path, expected: list[Any]) -> Iterator[None]:
     yield
     assert flair_peft.is_installed()
     assert all(vars(r.owner)[r.name] is r.replacement for r in patch._installed)
-    assert not assembly.is_going_on()
+    assert not models_build.is_going_on()
     assert ENTRY.predict(Model.load(good), ENTRY.corpus()) == expected
 
 

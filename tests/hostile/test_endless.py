@@ -18,10 +18,10 @@ from transformers import AutoModel, BertConfig, BertModel
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase
-from flair_peft import config as configs
+from flair_peft.adapter import config as configs
 from flair_peft.errors import AdapterConfigError, FlairPeftError
 from tests.hostile.test_mutations import resign
-from tests.selection import few
+from tests.support.selection import few
 
 Base = Callable[[str], str]
 

@@ -13,10 +13,10 @@ from flair.data import Sentence
 from flair.models import TextClassifier
 
 import flair_peft
-from flair_peft import heat_map, inspection
 from flair_peft.errors import SaveError
-from tests.selection import few
-from tests.test_inspection import build, lora
+from flair_peft.inspection import plot, report
+from tests.inspection.test_report import build, lora
+from tests.support.selection import few
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a limit on the size of files stands for a full disk")
 
@@ -57,8 +57,8 @@ def _of_merged(model: TextClassifier, source: Path) -> Write:
 
 def _of_plot(model: TextClassifier, source: Path) -> Write:
     model.save(source / "x.pt")
-    measured = heat_map.measure(inspection.inspect(source / "x.pt"))
-    return lambda folder: heat_map.draw(measured, folder / "plot.png", title="x")
+    measured = plot.measure(report.inspect(source / "x.pt"))
+    return lambda folder: plot.draw(measured, folder / "plot.png", title="x")
 
 
 def _of_export(model: TextClassifier, source: Path) -> Write:

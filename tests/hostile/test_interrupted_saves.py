@@ -28,11 +28,11 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from flair_peft import bystanders, checkpoint, manifest, replacement, siblings  # noqa: E402
 from flair_peft.errors import ModelFileError, SaveError  # noqa: E402
+from flair_peft.storage import atomic, checkpoint_directory, manifest, other_files, temporaries  # noqa: E402
 
 POINTS = 100
-LAYER = {module.__file__ for module in (bystanders, checkpoint, manifest, replacement, siblings)}
+LAYER = {module.__file__ for module in (other_files, checkpoint_directory, manifest, atomic, temporaries)}
 STALE = {"A": "adapter_a/x.txt", "B": "adapter_b/x.txt", "C": "adapter_c/x.txt"}
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, limits and users of POSIX")
@@ -47,12 +47,12 @@ def save(place: Path, label: str, size: int = 50) -> None:
         "tokenizer/vocab.txt": label.encode() * size,
         STALE[label]: label.encode(),
     }
-    checkpoint.write(place, {"label": label}, files, f"# {label}")
+    checkpoint_directory.write(place, {"label": label}, files, f"# {label}")
 
 
 def label_of(place: Path) -> str:
     """Return which checkpoint is read; a mix of two is an error."""
-    found = checkpoint.read(place)
+    found = checkpoint_directory.read(place)
     label = found.document["label"]
     assert found.files["adapter_config.json"] == label.encode()
     assert found.files["tokenizer/vocab.txt"] == label.encode() * 50
@@ -62,7 +62,7 @@ def label_of(place: Path) -> str:
 
 
 def label_or_nothing(place: Path) -> str | None:
-    return label_of(place) if checkpoint.is_checkpoint(place) else None
+    return label_of(place) if checkpoint_directory.is_checkpoint(place) else None
 
 
 def with_log(place: Path) -> tuple[int, int]:
@@ -70,7 +70,7 @@ def with_log(place: Path) -> tuple[int, int]:
     (place / "runs").mkdir()
     (place / "runs" / "log").write_text("mine")
     (place / "notes").write_text("mine")
-    return bystanders._identity(place / "runs" / "log")
+    return other_files._identity(place / "runs" / "log")
 
 
 def assert_whole(place: Path, label: str, log: tuple[int, int] | None) -> None:
@@ -82,7 +82,7 @@ def assert_whole(place: Path, label: str, log: tuple[int, int] | None) -> None:
     assert found == own | {STALE[label]} | ({"runs/log", "notes"} if log else set())
     assert (place / "README.md").read_text() == f"# {label}"
     if log:
-        assert bystanders._identity(place / "runs" / "log") == log
+        assert other_files._identity(place / "runs" / "log") == log
         assert (place / "notes").read_text() == "mine"
 
 
@@ -177,7 +177,7 @@ def kill_overwrite() -> None:
         found = label_of(place)
         assert found in ("A", "B")
         assert label_of(place) == found
-        assert bystanders._identity(place / "runs" / "log") == log
+        assert other_files._identity(place / "runs" / "log") == log
         save(place, "C")
         assert_whole(place, "C", log)
         return found
@@ -186,7 +186,7 @@ def kill_overwrite() -> None:
 
 
 def kill_renamings() -> None:
-    replacement._exchange = lambda one, other: False
+    atomic._exchange = lambda one, other: False
     kill_overwrite()
 
 
@@ -197,14 +197,14 @@ def kill_file() -> None:
     def check(place: Path, log: None) -> str:
         found = place.read_bytes()
         assert found in (b"A" * 2000, b"B" * 2000)
-        checkpoint.write_file(place, writes(b"C" * 2000))
+        checkpoint_directory.write_file(place, writes(b"C" * 2000))
         assert place.read_bytes() == b"C" * 2000
         assert [path.name for path in place.parent.iterdir()] == ["model"]
         return found[:1].decode()
 
     kill_everywhere(
         lambda place: place.write_bytes(b"A" * 2000) and None,
-        lambda place: checkpoint.write_file(place, writes(b"B" * 2000)),
+        lambda place: checkpoint_directory.write_file(place, writes(b"B" * 2000)),
         check,
     )
 
@@ -237,7 +237,7 @@ def full_disk() -> None:
                 file.write(b"1" * 1000)
 
             for write in (torch_save, plain_save):
-                assert in_child(lambda: starve(limit, lambda: checkpoint.write_file(file, write))) == 0  # noqa: B023
+                assert in_child(lambda: starve(limit, lambda: checkpoint_directory.write_file(file, write))) == 0  # noqa: B023
                 assert [path.name for path in file.parent.iterdir()] == ["model.pt"]
                 assert file.read_bytes() == b"old"
 
@@ -263,17 +263,19 @@ def read_only() -> None:
             (folder / "parent" / "x.pt").chmod(0o666 if writable else 0o444)
             assert in_child(lambda: refused(lambda: save(place, "B"))) == 0
             assert in_child(lambda: refused(lambda: save(folder / "parent" / "new", "B"))) == 0
-            assert in_child(lambda: refused(lambda: checkpoint.write_file(folder / "parent" / "x.pt", len))) == 0
+            assert (
+                in_child(lambda: refused(lambda: checkpoint_directory.write_file(folder / "parent" / "x.pt", len))) == 0
+            )
             assert (folder / "parent" / "x.pt").read_bytes() == b"old"
         # Reading needs no permission to write, also when there is something to put back.
-        place.rename(siblings.backup_of(place))
+        place.rename(temporaries.backup_of(place))
         (folder / "parent").chmod(0o555)
 
         def reads() -> None:
             if not os.geteuid():
                 os.setuid(65534)
             assert label_of(place) == "A"
-            assert siblings.backup_of(place).exists()
+            assert temporaries.backup_of(place).exists()
 
         assert in_child(reads) == 0
         (folder / "parent").chmod(0o755)
@@ -317,7 +319,7 @@ def race_readers() -> None:
 
 
 def race_readers_renamings() -> None:
-    replacement._exchange = lambda one, other: False
+    atomic._exchange = lambda one, other: False
     _race(["B", "A"] * 30)
 
 
@@ -326,7 +328,7 @@ def race_writers() -> None:
 
 
 def race_writers_renamings() -> None:
-    replacement._exchange = lambda one, other: False
+    atomic._exchange = lambda one, other: False
     _race(["A"] * 25, ["B"] * 25)
 
 
@@ -351,19 +353,19 @@ def race_files() -> None:
 
     with scratch() as folder, scratch() as outside:
         place = folder / "model.pt"
-        checkpoint.write_file(place, writes("A"))
+        checkpoint_directory.write_file(place, writes("A"))
         reading = [_start(lambda: reads_until(outside / "finished", place)) for _ in range(2)]
         writing = [
-            _start(lambda label=label: [checkpoint.write_file(place, writes(label)) for _ in range(100)])
+            _start(lambda label=label: [checkpoint_directory.write_file(place, writes(label)) for _ in range(100)])
             for label in "ABCD"
         ]
-        killed = [in_child(lambda: checkpoint.write_file(place, dies)) for _ in range(10)]
+        killed = [in_child(lambda: checkpoint_directory.write_file(place, dies)) for _ in range(10)]
         ended = [os.waitpid(child, 0)[1] for child in writing]
         (outside / "finished").touch()
         ended += [os.waitpid(child, 0)[1] for child in reading]
         assert not any(ended), ended
         assert all(map(os.WIFSIGNALED, killed))
-        checkpoint.write_file(place, writes("E"))
+        checkpoint_directory.write_file(place, writes("E"))
         assert [path.name for path in folder.iterdir()] == ["model.pt"]
 
 
@@ -430,7 +432,7 @@ def test_save_whose_calls_fail_one_by_one_leaves_the_old_or_the_new_checkpoint(
 ) -> None:
     """Whichever call fails: an error means the old checkpoint, no error means the new one; nothing else is lost."""
     if means == "two renamings":
-        monkeypatch.setattr(replacement, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     refused = 0
     with scratch() as folder:
         for number in range(1, 200):
@@ -445,7 +447,7 @@ def test_save_whose_calls_fail_one_by_one_leaves_the_old_or_the_new_checkpoint(
                 except SaveError:
                     expected, refused = "A", refused + 1
             assert label_of(place) == expected, number
-            assert bystanders._identity(place / "runs" / "log") == log
+            assert other_files._identity(place / "runs" / "log") == log
             save(place, "C")
             assert_whole(place, "C", log)
             if failing.left > 0:
@@ -464,7 +466,7 @@ def test_file_whose_calls_fail_one_by_one_is_the_old_or_the_new_one() -> None:
                 failing = Failing(patch, number, errno.ENOSPC)
                 expected = b"B"
                 try:
-                    checkpoint.write_file(place, lambda file: file.write(b"B") and None)
+                    checkpoint_directory.write_file(place, lambda file: file.write(b"B") and None)
                 except SaveError:
                     expected = b"A"
             assert place.read_bytes() == expected
@@ -527,7 +529,7 @@ def test_save_that_is_cancelled_leaves_the_old_checkpoint(monkeypatch: pytest.Mo
             save(folder / "model", "A")
             log = with_log(folder / "model")
             with monkeypatch.context() as patch:
-                patch.setattr(replacement, name, interrupt)
+                patch.setattr(atomic, name, interrupt)
                 # The handler that clears up is interrupted too, for it uses the same.
                 with pytest.raises(KeyboardInterrupt):
                     save(folder / "model", "B")

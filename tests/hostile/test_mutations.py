@@ -42,9 +42,12 @@ from flair.nn import Model
 from peft import LoraConfig
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, codec, manifest, models
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
+from flair_peft.codec import state_json
 from flair_peft.errors import FlairPeftError
-from tests.zoo import ZOO, Entry
+from flair_peft.models import files as models_files
+from flair_peft.storage import manifest
+from tests.support.zoo import ZOO, Entry
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each batch of loads needs a process of its own")
 
@@ -121,7 +124,7 @@ class _Text:
         self.text, self.tensors = text, tensors
 
     def __reduce__(self) -> Any:
-        return codec.restore_state, (self.text, self.tensors)
+        return state_json.restore_state, (self.text, self.tensors)
 
 
 def load(good: Good, path: Path) -> Model:
@@ -157,7 +160,7 @@ def make(name: str, layout: str, base: str, root: Path) -> Good:
             flair_peft.save_pretrained(model, path, save_base=is_whole)
             unjudged = Good(entry, path, "")
         else:
-            with models.describing(model, save_base=is_whole) as (description, _):
+            with models_files.describing(model, save_base=is_whole) as (description, _):
                 text = json.dumps(description.document)
                 tensors = {key: tensor.clone() for key, tensor in description.tensors.items()}
             model.save(path, save_base=is_whole)

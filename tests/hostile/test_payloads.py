@@ -27,11 +27,14 @@ from flair.nn import Classifier, Model
 from transformers import AutoModel
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, manifest, models, tokenizer_files
+from flair_peft import PeftTransformerDocumentEmbeddings
+from flair_peft.base import tokenizers
 from flair_peft.errors import FlairPeftError, ModelFileError
+from flair_peft.models import files
+from flair_peft.storage import manifest
 from tests.hostile.test_mutations import lora, resign, write_text
-from tests.selection import few
-from tests.zoo import ZOO
+from tests.support.selection import few
+from tests.support.zoo import ZOO
 
 # Of settings that contradict each other: PEFT warns, and goes on.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -576,7 +579,7 @@ TYPES = (
 @pytest.fixture
 def text_and_tensors(base: Base) -> tuple[str, dict[str, torch.Tensor]]:
     """Return what a file of a good model holds."""
-    with models.describing(build(base)) as (description, _):
+    with files.describing(build(base)) as (description, _):
         return json.dumps(description.document), {n: t.clone() for n, t in description.tensors.items()}
 
 
@@ -645,4 +648,4 @@ def test_tokenizer_that_names_no_class_is_not_guessed_from_a_directory_name(sett
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("tokenizer_config.json", json.dumps(settings))
     with pytest.raises(ModelFileError, match="tokenizer_class"):
-        tokenizer_files.unpack_tokenizer(packed, {})
+        tokenizers.unpack_tokenizer(packed, {})

@@ -25,10 +25,12 @@ from flair.nn import Classifier, Model
 from peft import LoraConfig
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, cli, legacy, opcodes, states
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
+from flair_peft.cli import main
 from flair_peft.errors import FlairPeftError, ModelFileError, UnsafeFileError
-from tests.selection import ONE_OF_A_KIND, few
-from tests.zoo import ZOO
+from flair_peft.torchfile import scan, state_tree, unpickle
+from tests.support.selection import ONE_OF_A_KIND, few
+from tests.support.zoo import ZOO
 
 KEY = "embeddings.model.base_model.model.encoder.layer.0.attention.self.query.lora_A.default.weight"
 PARAMETERS = {"__cls__": "TransformerDocumentEmbeddings", "model": "bert"}
@@ -102,7 +104,7 @@ def pickle_in(path: Path) -> bytes:
 def assert_refused(path: Path, error_class: type[FlairPeftError] = UnsafeFileError) -> str:
     """Assert that no way of loading accepts the file, in three sentences that name it, and return them."""
     messages = []
-    for load in (legacy.read_state, Model.load, Classifier.load, TextClassifier.load):
+    for load in (unpickle.read_state, Model.load, Classifier.load, TextClassifier.load):
         with pytest.raises(error_class) as error:
             load(path)
         messages.append(str(error.value))
@@ -215,7 +217,7 @@ def test_payload_behind_an_extension_code_is_refused(code: int, marker: Path, tm
         message = assert_refused(zipped(tmp_path / "x.pt", data=with_adapters(called(extension, marker))))
     finally:
         copyreg.remove_extension(OS, "mkdir", code)
-    assert opcodes.UNRESOLVED in message
+    assert scan.UNRESOLVED in message
 
 
 def test_payload_in_another_pickle_of_the_archive_is_refused(marker: Path, tmp_path: Path) -> None:
@@ -301,8 +303,8 @@ GADGETS = (
     "flair.embeddings.token.WordEmbeddings",
     "flair.embeddings.document.TransformerDocumentEmbeddings",
     "flair.nn.model.Model.load",
-    "flair_peft.legacy.read_state",
-    "flair_peft.legacy._AllowedUnpickler",
+    "flair_peft.torchfile.unpickle.read_state",
+    "flair_peft.torchfile.unpickle._AllowedUnpickler",
     "flair_peft.embeddings.PeftTransformerWordEmbeddings.from_adapter",
     "flair_peft.codec.restore_state.__globals__",
     "transformers.AutoModel.from_pretrained",
@@ -390,7 +392,7 @@ def test_hook_in_a_layer_is_not_called(tmp_path: Path) -> None:
     """What stands where torch keeps functions to call is the name of one: nothing in a state can be called."""
     hooks = text("_forward_hooks") + b"}K\x00" + CANDIDATES + b"s"
     path = zipped(tmp_path / "x.pt", data=with_adapters(LINEAR + b")\x81}" + hooks + b"sb"))
-    (hook,) = legacy.read_state(path)["evil"]._forward_hooks.values()
+    (hook,) = unpickle.read_state(path)["evil"]._forward_hooks.values()
     assert hook == "flair.models.entity_linker_model.CandidateGenerator"
     assert not callable(hook)
 
@@ -399,15 +401,15 @@ def test_attribute_named_like_a_method_is_not_called(tmp_path: Path) -> None:
     """A second state is set by the class, not by what the first one has put in place of its method."""
     first = b"}" + text("__setstate__") + DICTIONARY + b")\x81sb"
     path = zipped(tmp_path / "x.pt", data=with_adapters(CANDIDATES + b")\x81" + first + b"}" + text("a") + b"K\x01sb"))
-    assert legacy.read_state(path)["evil"].a == 1
+    assert unpickle.read_state(path)["evil"].a == 1
 
 
 def test_name_that_the_opcodes_hid_is_refused_while_reading(
     marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The unpickler holds the list too: it needs no opcodes to be read before."""
-    nothing = opcodes.PickleContents(frozenset(), frozenset(), 4, is_whole=True)
-    monkeypatch.setattr(opcodes, "read_contents", lambda _: nothing)
+    nothing = scan.PickleContents(frozenset(), frozenset(), 4, is_whole=True)
+    monkeypatch.setattr(scan, "read_contents", lambda _: nothing)
     for is_zip in (True, False):
         path = saved(state_of(extra=Payload(marker)), tmp_path / "x.pt", is_zip=is_zip)
         assert f"'{OS}.mkdir'" in assert_refused(path, ModelFileError)
@@ -417,15 +419,19 @@ def test_name_that_the_opcodes_hid_is_refused_while_reading(
 
 def test_list_of_what_is_allowed_calls_nothing_with_an_effect() -> None:
     """Every name on the list exists, and every class is rebuilt by setting attributes."""
-    for name in legacy._RECORDS | legacy._MODULES | legacy._FUNCTIONS | legacy._CONSTANTS:
-        if not name.startswith("flair_peft.codec."):
-            assert legacy._Name(name).look_up() is not None
+    for name in unpickle._RECORDS | unpickle._MODULES | unpickle._FUNCTIONS | unpickle._CONSTANTS:
+        if not name.startswith("flair_peft.codec.state_json."):
+            assert unpickle._Name(name).look_up() is not None
     own = {"_io.BytesIO", "flair.data.Dictionary"}
-    for name in legacy._RECORDS | legacy._MODULES:
-        found = legacy._Name(name).look_up()
+    for name in unpickle._RECORDS | unpickle._MODULES:
+        found = unpickle._Name(name).look_up()
         assert f"{found.__module__}.{found.__qualname__}" == name
         setter = getattr(found, "__setstate__", None)
-        is_known = setter is torch.nn.Module.__setstate__ or name.startswith("flair_peft.embeddings.") or name in own
+        is_known = (
+            setter is torch.nn.Module.__setstate__
+            or name.startswith("flair_peft.embeddings.peft_transformer.")
+            or name in own
+        )
         assert setter is None or is_known, name
 
 
@@ -444,19 +450,19 @@ def test_file_without_adapters_is_read_as_ever(name: str, protocol: int, is_zip:
     """Whatever a file without adapters holds, it is read as Flair reads it."""
     state = WITHOUT_ADAPTERS[name]()
     path = saved(state, tmp_path / "x.pt", protocol, is_zip=is_zip)
-    assert str(legacy.read_state(path, expects_adapters=False)) == str(state)
+    assert str(unpickle.read_state(path, expects_adapters=False)) == str(state)
 
 
 def test_file_without_adapters_is_read_by_flair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own function is called, once, with a path to the file."""
     path, calls = saved({"state_dict": {}}, tmp_path / "x.pt"), list[bool]()
     monkeypatch.setattr(
-        legacy, "load_torch_state", lambda found: calls.append(path.samefile(found)) or {"state_dict": {}}
+        unpickle, "load_torch_state", lambda found: calls.append(path.samefile(found)) or {"state_dict": {}}
     )
-    legacy.read_state(path, expects_adapters=False)
+    unpickle.read_state(path, expects_adapters=False)
     assert calls == [True]
-    legacy.read_state(path)
-    legacy.read_state(saved(state_of(), path), expects_adapters=False)
+    unpickle.read_state(path)
+    unpickle.read_state(saved(state_of(), path), expects_adapters=False)
     assert calls == [True]
 
 
@@ -510,15 +516,15 @@ def test_state_of_every_model_class_is_read_whole(name: str, kind: str, base: Ba
         if kind == "stock" and ZOO[name].loads_in_stock is not True:
             # The embeddings in it are pickled with their tokenizers and layers, and no Flair can unpickle them.
             with pytest.raises(UnsafeFileError):
-                legacy.read_state(path)
+                unpickle.read_state(path)
             continue
-        assert states.has_adapters(state)
+        assert state_tree.has_adapters(state)
         if not is_zip and name == "text-classifier-label-verbalizer":
             # torch reads the tensors of such files last, when embeddings have long copied theirs.
             with pytest.raises(ModelFileError, match="in front of the tensors"):
-                legacy.read_state(path)
+                unpickle.read_state(path)
             continue
-        assert_equal(legacy.read_state(path), torch.load(path, map_location="cpu", weights_only=False))
+        assert_equal(unpickle.read_state(path), torch.load(path, map_location="cpu", weights_only=False))
 
 
 CARD = {
@@ -535,7 +541,7 @@ def test_model_that_was_trained_comes_back_with_its_card(base: Base, tmp_path: P
     model = entry.build(None, lambda **_: TransformerDocumentEmbeddings(base("bert"), peft_config=lora()))
     entry.train(model, entry.corpus(), tmp_path, save_final_model=True)
     path = tmp_path / "final-model.pt"
-    found = legacy.read_state(path)
+    found = unpickle.read_state(path)
     assert_equal(found, torch.load(path, map_location="cpu", weights_only=False))
     assert found["model_card"]["training_parameters"]["optimizer"] == "torch.optim.adamw.AdamW"
 
@@ -548,7 +554,7 @@ def test_numbers_of_numpy_and_defaults_are_read(protocol: int, tmp_path: Path) -
     kinds = (np.float64, np.float32, np.float16, np.int64, np.int8, np.uint8, np.bool_)
     weights = {kind.__name__: kind(1.5) for kind in kinds}
     state = state_of(loss_weights=weights, label_dictionary=labels, empty=b"", some=b"\x00\xff", kinds=[torch.bfloat16])
-    found = legacy.read_state(saved(state, tmp_path / "x.pt", protocol))
+    found = unpickle.read_state(saved(state, tmp_path / "x.pt", protocol))
     assert_equal(found, state)
     assert found["label_dictionary"].item2idx_not_encoded["unseen"] == 0
 
@@ -558,7 +564,7 @@ def test_objects_of_the_trainer_in_a_card_become_their_names(tmp_path: Path) -> 
     sampler = flair.samplers.ChunkSampler.__new__(flair.samplers.ChunkSampler)  # its own is broken on today's torch
     sampler.block_size = 5
     card = {"training_parameters": {"optimizer": torch.optim.SGD, "samplers": [sampler, sampler]}}
-    found = legacy.read_state(saved(state_of(model_card=card), tmp_path / "x.pt"))["model_card"]
+    found = unpickle.read_state(saved(state_of(model_card=card), tmp_path / "x.pt"))["model_card"]
     parameters = found["training_parameters"]
     assert parameters["optimizer"] == "torch.optim.sgd.SGD"
     assert parameters["samplers"] == ["flair.samplers.ChunkSampler"] * 2
@@ -570,7 +576,7 @@ def test_modules_in_a_file_own_their_memory(base: Base, tmp_path: Path) -> None:
     entry = ZOO["text-classifier-prototypes"]
     model = entry.build(None, lambda **_: PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora()))
     path = saved(model._get_state_dict(), tmp_path / "x.pt")
-    decoder = legacy.read_state(path)["decoder"]
+    decoder = unpickle.read_state(path)["decoder"]
     expected = [parameter.clone() for parameter in decoder.parameters()]
     path.write_bytes(b"")
     assert all(map(torch.equal, decoder.parameters(), expected))
@@ -587,7 +593,7 @@ def whole(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_read_or_refused(path: Path) -> bool:
     """Assert that reading returns a state or raises an error of this package, and return which."""
     try:
-        return isinstance(legacy.read_state(path), dict)
+        return isinstance(unpickle.read_state(path), dict)
     except FlairPeftError:
         return False
 
@@ -623,31 +629,31 @@ def test_old_file_that_is_cut_off_or_damaged_is_refused(tmp_path: Path) -> None:
 def test_checksum_of_any_member_is_read(member: str, tmp_path: Path) -> None:
     """One flipped bit in any part of the file is an error that names the part, and no other part."""
     path = saved(state_of(), tmp_path / "x.pt")
-    legacy.check_sums(path)
-    found = next(found for found in opcodes.stored_members(path) if found.name == f"x/{member}")
+    unpickle.check_sums(path)
+    found = next(found for found in scan.stored_members(path) if found.name == f"x/{member}")
     content = bytearray(path.read_bytes())
     content[(found.start + found.stop) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ModelFileError, match=rf"checksum of 'x/{member}' in it is wrong"):
-        legacy.check_sums(path)
+        unpickle.check_sums(path)
 
 
 def test_checksum_of_a_member_larger_than_the_buffer_is_right(tmp_path: Path) -> None:
     """Sums are taken piece by piece, from several files' worth of tensors at once."""
     state = {f"{KEY}{number}": torch.randn(1000, 301 + number) for number in range(6)}
     path = saved({"state_dict": state}, tmp_path / "x.pt")
-    legacy.check_sums(path)
+    unpickle.check_sums(path)
     content = bytearray(path.read_bytes())
-    largest = max(opcodes.stored_members(path), key=lambda member: member.stop - member.start)
+    largest = max(scan.stored_members(path), key=lambda member: member.stop - member.start)
     content[largest.stop - 1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ModelFileError, match="checksum"):
-        legacy.check_sums(path)
+        unpickle.check_sums(path)
 
 
 def test_old_file_has_no_checksums(tmp_path: Path) -> None:
     """Where torch writes none, there is nothing to be wrong."""
-    legacy.check_sums(saved(state_of(), tmp_path / "x.pt", is_zip=False))
+    unpickle.check_sums(saved(state_of(), tmp_path / "x.pt", is_zip=False))
 
 
 ENTRIES: dict[str, Callable[[Path], Any]] = {
@@ -656,10 +662,10 @@ ENTRIES: dict[str, Callable[[Path], Any]] = {
     "load_legacy": lambda path: flair_peft.load_legacy(path, peft_config=LoraConfig()),
     "convert_legacy": lambda path: flair_peft.convert_legacy(path, path.parent / "new", peft_config=LoraConfig()),
     **{
-        " ".join(words): lambda path, words=words: cli.main([words[0], str(path), *words[1:]])  # type: ignore[misc]
+        " ".join(words): lambda path, words=words: main.main([words[0], str(path), *words[1:]])  # type: ignore[misc]
         for words in (["verify"], ["merge", "new.pt"], ["export", "new.onnx", "new.pt"], ["push", "me/model"])
     },
-    "convert": lambda path: cli.main(["convert", str(path), "new", "--config", "adapter_config.json"]),
+    "convert": lambda path: main.main(["convert", str(path), "new", "--config", "adapter_config.json"]),
 }
 
 

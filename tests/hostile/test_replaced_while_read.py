@@ -18,20 +18,14 @@ from flair.models import TextClassifier
 from peft import LoraConfig
 
 import flair_peft
-from flair_peft import (
-    PeftTransformerDocumentEmbeddings,
-    SharedBase,
-    checkpoint,
-    comparison,
-    held,
-    hub,
-    inspection,
-    legacy,
-    replacement,
-)
-from flair_peft.embeddings import PeftTransformerEmbeddings
-from tests.selection import few
-from tests.test_inspection import build, save_stock
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.inspection import compare, report
+from flair_peft.primitives import held_file
+from flair_peft.storage import atomic, checkpoint_directory, hub
+from flair_peft.torchfile import unpickle
+from tests.inspection.test_report import build, save_stock
+from tests.support.selection import few
 
 Base = Callable[[str], str]
 SIZES = {"A": 3, "B": 5}
@@ -68,7 +62,7 @@ def label_of(model: Any) -> str:
 
 
 def read_inspected(path: Path) -> str:
-    found = inspection.inspect(path)
+    found = report.inspect(path)
     (labels,) = {item[0] for item in found.labels["label_dictionary"].items} - {"<"}
     tensors = found.contents.tensors.items()
     values = {float(v) for name, tensor in tensors if "lora_" in name for v in tensor.read().unique()}
@@ -81,8 +75,8 @@ def read_inspected(path: Path) -> str:
 def read_compared(path: Path) -> str:
     """Compare with both: it equals one of them."""
     beside = [path.with_name(f"{path.name}.{label}") for label in SIZES]
-    inspected = inspection.inspect(path)
-    found = [comparison.compare(inspected, inspection.inspect(other)).is_equal for other in beside]
+    inspected = report.inspect(path)
+    found = [compare.compare(inspected, report.inspect(other)).is_equal for other in beside]
     assert sorted(found) == [False, True]
     return "AB"[found.index(True)]
 
@@ -122,7 +116,7 @@ def load_shared(path: Path) -> Any:
 
 
 def state_of(path: Path) -> str:
-    state = legacy.read_state(path)
+    state = unpickle.read_state(path)
     values = {float(v) for name, t in state["state_dict"].items() if "lora_" in name for v in t.unique()}
     (label,) = {item[0] for item in state["label_dictionary"].get_items()} - {"<"}
     assert values == {float(SIZES[label])}
@@ -158,7 +152,7 @@ def replace(new: Path, path: Path) -> None:
     if new.is_file():
         new.replace(path)
     else:
-        assert replacement._exchange(new, path)
+        assert atomic._exchange(new, path)
         shutil.rmtree(new)
 
 
@@ -248,7 +242,7 @@ def test_replacement_of_a_stock_file_gives_the_old_or_the_new(
     save_stock(build("text-classifier", base("bert"), None, is_stock=True), tmp_path / "model.pt.B")
 
     def read(path: Path) -> str:
-        state = legacy.read_sound_state(path, expects_adapters=False)
+        state = unpickle.read_sound_state(path, expects_adapters=False)
         return "A" if any("lora_" in name for name in state["state_dict"]) else "B"
 
     assert_never_both(tmp_path / "model.pt", swap, read)
@@ -258,9 +252,9 @@ def test_replacement_where_files_are_opened_by_name_alone_is_found_out(
     swap: Swap, places: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Systems without Linux's descriptors read anew what another took the place of."""
-    monkeypatch.setattr(held.HeldFile, "__fspath__", lambda self: os.fspath(self.path))
+    monkeypatch.setattr(held_file.HeldFile, "__fspath__", lambda self: os.fspath(self.path))
     monkeypatch.setattr(
-        held.HeldFile,
+        held_file.HeldFile,
         "is_what_readers_get",
         lambda self: self.path.exists() and os.path.samestat(self.path.stat(), self.stat()),
     )
@@ -276,10 +270,10 @@ def test_reader_beside_a_writer_gets_one_model_each_time(kind: str, places: Call
 
     def write(source: Path) -> None:
         if kind == "file":
-            checkpoint.write_file(path, lambda file: file.write(source.read_bytes()) and None)
+            checkpoint_directory.write_file(path, lambda file: file.write(source.read_bytes()) and None)
         else:
-            found = checkpoint.read(source)
-            checkpoint.write(path, found.document, {**found.files, **found.tensors}, "card")
+            found = checkpoint_directory.read(source)
+            checkpoint_directory.write(path, found.document, {**found.files, **found.tensors}, "card")
 
     def keep_writing() -> None:
         while not finished.is_set():

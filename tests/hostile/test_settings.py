@@ -30,10 +30,12 @@ from transformers import AutoModel, CLIPConfig, CLIPModel, modeling_utils
 from transformers.integrations import hub_kernels
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase, allowed, backbone
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase
+from flair_peft.base import transformer
+from flair_peft.codec import trust
 from flair_peft.errors import BaseModelNotFoundError, FlairPeftError, ModelFileError, UnsafeFileError
 from tests.hostile.test_mutations import lora, resign
-from tests.zoo import ZOO
+from tests.support.zoo import ZOO
 
 Base = Callable[[str], str]
 
@@ -243,7 +245,7 @@ FLAIR_CLASSES = sorted(name for name, found in EMBEDDING_CLASSES.items() if foun
 @pytest.mark.parametrize("value", ["/etc/passwd", Path("/etc/passwd"), ["x"], object()], ids=lambda v: type(v).__name__)
 def test_unknown_setting_of_any_class_of_flair_is_refused(name: str, value: Any) -> None:
     """What is not listed as harmless may hold numbers and flags alone, in every class that Flair registers."""
-    assert allowed.unsafe_part({"__cls__": name, "anything": value})
+    assert trust.unsafe_part({"__cls__": name, "anything": value})
 
 
 @pytest.mark.parametrize("is_inherited", [False, True])
@@ -258,8 +260,8 @@ def test_embeddings_of_a_users_own_are_the_users_business(is_inherited: bool) ->
     register_embeddings(OwnEmbeddings)
     try:
         settings = {"__cls__": "OwnEmbeddings", "lexicon": "words.txt"}
-        assert (allowed.unsafe_part({**settings, "vocab": "/etc/passwd"}) is not None) == is_inherited
-        assert allowed.unsafe_part({**settings, "vocab": {"a": 0}}) is None
+        assert (trust.unsafe_part({**settings, "vocab": "/etc/passwd"}) is not None) == is_inherited
+        assert trust.unsafe_part({**settings, "vocab": {"a": 0}}) is None
     finally:
         del EMBEDDING_CLASSES["OwnEmbeddings"]
 
@@ -267,9 +269,9 @@ def test_embeddings_of_a_users_own_are_the_users_business(is_inherited: bool) ->
 def test_dictionary_of_characters_has_to_be_there() -> None:
     """Without it, Flair downloads one and unpickles it."""
     settings = {"__cls__": "CharacterEmbeddings", "char_embedding_dim": 3}
-    assert allowed.unsafe_part(settings)
-    assert allowed.unsafe_part({**settings, "path_to_char_dict": "common-chars"})
-    assert not allowed.unsafe_part({**settings, "path_to_char_dict": Dictionary()})
+    assert trust.unsafe_part(settings)
+    assert trust.unsafe_part({**settings, "path_to_char_dict": "common-chars"})
+    assert not trust.unsafe_part({**settings, "path_to_char_dict": Dictionary()})
 
 
 # What a base names, however far away it is
@@ -361,8 +363,8 @@ def test_kernel_that_an_inner_config_names_is_not_fetched(
     content["vision_config"][name] = content["text_config"][name] = value
     content["other"] = [{"config": {name: value}}]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    config = backbone.find_config(str(tmp_path), {})
-    assert isinstance(backbone.build_model(config, dtype=None, model_kwargs={}), CLIPModel)
+    config = transformer.find_config(str(tmp_path), {})
+    assert isinstance(transformer.build_model(config, dtype=None, model_kwargs={}), CLIPModel)
     assert not fetched
     assert "evil" not in str([*map(vars, (config, config.text_config, config.vision_config))])
 

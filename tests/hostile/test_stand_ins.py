@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PromptTuningConfig, TaskType
 
-from flair_peft import config as configs
-from flair_peft import legacy
+from flair_peft.adapter import config as configs
+from flair_peft.torchfile import unpickle
 
 CONFIG = b"cpeft.tuners.lora.config\nLoraConfig\n"
 TYPE = b"cpeft.utils.peft_types\nPeftType\n"
@@ -19,7 +19,7 @@ TEXT = b"X\x04\x00\x00\x00LORA"
 
 
 def read(body: bytes) -> Any:
-    return legacy._AllowedUnpickler(io.BytesIO(b"\x80\x02" + body + b".")).load()
+    return unpickle._AllowedUnpickler(io.BytesIO(b"\x80\x02" + body + b".")).load()
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -33,7 +33,7 @@ def read(body: bytes) -> Any:
 )
 def test_pickled_config_comes_back_as_the_config_that_it_was(config: Any, protocol: int) -> None:
     """No class of PEFT is made by the unpickler: it gives settings, which are checked like those of any file."""
-    settings = legacy._AllowedUnpickler(io.BytesIO(pickle.dumps(config, protocol))).load()
+    settings = unpickle._AllowedUnpickler(io.BytesIO(pickle.dumps(config, protocol))).load()
     assert isinstance(settings, dict)
     assert configs.decode_config(settings).to_dict() == configs.own_config(config).to_dict()
 

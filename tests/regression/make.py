@@ -20,7 +20,7 @@ from peft import LoraConfig, PrefixTuningConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
-from tests.methods import perturb_
+from tests.support.methods import perturb_
 
 FOLDER = Path(__file__).parent / "files"
 TEXTS = ("Angela Merkel visited Berlin .", "The film was terrible , and long .", "Nobody knows why .")

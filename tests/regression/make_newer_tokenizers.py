@@ -1,8 +1,8 @@
 """Write tokenizers, and what they give, as a newer transformers has them.
 
-``python -m tests.regression.make_newer_tokenizers FOLDER`` writes those of :mod:`tests.tiny` into an empty folder. The
-same with the Python of an environment with the newer version, and ``PYTHONPATH=.``, reads them there and writes the
-archive of that version. An existing archive is never written again.
+``python -m tests.regression.make_newer_tokenizers FOLDER`` writes those of :mod:`tests.support.tiny` into an empty
+folder. The same with the Python of an environment with the newer version, and ``PYTHONPATH=.``, reads them there and
+writes the archive of that version. An existing archive is never written again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KINDS = (
     "xlm-roberta",
     "xlnet",
 )
-"""Architectures of :mod:`tests.tiny`: one of each kind of tokenizer."""
+"""Architectures of :mod:`tests.support.tiny`: one of each kind of tokenizer."""
 
 CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-cased": ("bert", {"do_lower_case": False, "extra_special_tokens": ["[E1]", "[E2]"]}),
@@ -100,7 +100,7 @@ def main() -> None:
     """Write what the folder lacks, or the archive."""
     folder = Path(sys.argv[1])
     if not folder.is_dir():
-        from tests import tiny
+        from tests.support import tiny
 
         for kind in KINDS:
             tiny.build(kind, folder / kind)

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent / "stock"

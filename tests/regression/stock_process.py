@@ -1,7 +1,7 @@
 """Trains, saves and predicts as stock Flair does: run by :mod:`tests.regression.make_stock` in a stock environment.
 
-Neither flair_peft nor a newer PEFT is there. Of the model classes in :mod:`tests.zoo`, those that this Flair lacks, or
-cannot train, are written down with the reason.
+Neither flair_peft nor a newer PEFT is there. Of the model classes in :mod:`tests.support.zoo`, those that this Flair
+lacks, or cannot train, are written down with the reason.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _import_zoo() -> Any:
     """Return the table of model classes; what this Flair lacks becomes a class that cannot be made."""
     while True:
         try:
-            return importlib.import_module("tests.zoo").ZOO
+            return importlib.import_module("tests.support.zoo").ZOO
         except ModuleNotFoundError as error:
             sys.modules[error.name or ""] = _Lacking(str(error.name))
         except ImportError as error:

@@ -19,12 +19,13 @@ from peft import LoraConfig
 from transformers import BertTokenizerFast
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, backbone
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase
+from flair_peft.base import transformer
 from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError
 from tests.regression.make import labels
 from tests.regression.make_newer import FOLDER, inputs
 from tests.regression.newer_bases import BASES
-from tests.selection import few
+from tests.support.selection import few
 
 # Of transformers 4.56, whenever a config of Cohere 2 is made.
 pytestmark = pytest.mark.filterwarnings("ignore:The .sliding_window_pattern. attribute is deprecated:FutureWarning")
@@ -108,7 +109,7 @@ def test_every_base_was_written_and_none_of_them_is_both_equal_and_refused() -> 
 def test_base_of_a_newer_transformers_gives_its_hidden_states(name: str, newer: Unpacked) -> None:
     """Each layer, and the last state, which is after the final norm in both versions by this name."""
     source, expected = str(newer(name)), record()[name]
-    model, _ = backbone.find_model(source, backbone.find_config(source, {}), dtype="float32", kwargs={})
+    model, _ = transformer.find_model(source, transformer.find_config(source, {}), dtype="float32", kwargs={})
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     with torch.no_grad():
         output = encoder(**inputs(), output_hidden_states=True, return_dict=True)

@@ -20,7 +20,7 @@ import flair_peft
 from flair_peft.errors import MissingConfigError, UnsafeFileError
 from tests.regression.make_stock import FOLDER, VERSIONS
 from tests.regression.stock_process import METHODS, MORE, MORE_OF
-from tests.zoo import ZOO
+from tests.support.zoo import ZOO
 
 TOLERANCE = 1e-4
 

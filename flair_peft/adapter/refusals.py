@@ -1,0 +1,292 @@
+"""What cannot work with an adapter, found before it fails or predicts something else, with the reason."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flair_peft.adapter import keys
+from flair_peft.adapter.methods import ADAPTER_NAME, PREFIXING, PREPENDING, describe, method_name
+from flair_peft.errors import AdapterConfigError, FlairPeftError, UnsupportedMethodError, name_some
+
+log = logging.getLogger("flair_peft")
+
+_NEEDS_TASK_IDS = "it needs a task id with every sentence, and Flair has none to give"
+
+REFUSED_METHODS: Mapping[str, str] = {
+    "CPT": "PEFT offers it for causal language models only, and Flair reads hidden states",
+    "MULTITASK_PROMPT_TUNING": _NEEDS_TASK_IDS,
+    "POLY": _NEEDS_TASK_IDS,
+    "XLORA": "it mixes adapters that were trained before, given as paths, instead of training one",
+}
+
+_REFUSED_SETTINGS: Mapping[str, str] = {
+    "alora_invocation_tokens": "activated LoRA switches on at a token of a prompt, and Flair has no prompts",
+    "megatron_config": "it adapts layers of Megatron-LM, which no model of transformers has",
+    "sample_at_inference": "every prediction would be drawn anew",
+    "use_qalora": "it is written for GPTQ layers, and elsewhere PEFT trains plain LoRA without a word",
+}
+
+# What PEFT calls a shadow that it builds itself; anything else is the name of a model.
+_OWN_SHADOW = "mirror"
+
+_NEEDS_DATA_FIRST = ("corda", "lora_ga")
+
+_WANTS_DATA = "must see data before the adapter is added, and Flair's embeddings embed only afterwards"
+
+
+def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Return if the method is not known to fail on this architecture.
+
+    Raises:
+        UnsupportedMethodError: it is; the message names the method, the architecture and the reason.
+    """
+    method = method_name(config)
+    if method in REFUSED_METHODS:
+        raise unsupported(model, config, REFUSED_METHODS[method])
+    for setting, reason in _REFUSED_SETTINGS.items():
+        if getattr(config, setting, None):
+            raise unsupported(model, config, f"{setting}: {reason}")
+    if getattr(config, "shadow_model", _OWN_SHADOW) != _OWN_SHADOW:
+        raise unsupported(model, config, f"shadow_model={config.shadow_model!r}: files would have it fetched anew")
+    if getattr(config, "init_lora_weights", None) in _NEEDS_DATA_FIRST:
+        raise unsupported(model, config, f"init_lora_weights={config.init_lora_weights!r} {_WANTS_DATA}")
+    if method in PREPENDING and "bbox" in inspect.signature(model.forward).parameters:
+        raise unsupported(model, config, "it asks for a bounding box per row, and virtual tokens have none")
+    if method in PREFIXING and "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise unsupported(model, config, "its forward takes no past key values, which carry the prefix")
+    places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if method in PREFIXING and places and places <= {"cpu", "disk"}:
+        raise unsupported(model, config, "PEFT puts a prefix on a GPU alone where the base is spread (peft#3619)")
+
+
+_NAMING = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "trainable_token_indices")
+
+
+def check_names(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Return if each name in a user's config may be meant; those that no module has are said.
+
+    PEFT is content if one of them is there. Lists that are meant for many architectures name what others have, so that
+    only a name that is nearly that of a module which no other entry names is taken for a slip of the pen.
+
+    Raises:
+        AdapterConfigError: there is one.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for setting in _NAMING:
+        entries = getattr(config, setting, None) or ()
+        entries = () if isinstance(entries, str) else entries
+        found = {entry: _ending_in(entry, names) for entry in entries if isinstance(entry, str)}
+        unmatched = sorted(entry for entry, modules in found.items() if not modules)
+        if not unmatched or (setting == "target_modules" and len(unmatched) == len(found)):
+            continue  # without any target, PEFT adds no adapter
+        taken = {name for modules in found.values() for name in modules}
+        free = [name.split(".") for name in names if name not in taken]
+        slips = {e: n for e in unmatched for n in {".".join(f[-1 - e.count(".") :]) for f in free} if _is_slip(e, n)}
+        # Several names that nothing has are a list for many architectures.
+        if slips and len(unmatched) <= max(1, len(found) - len(unmatched)):
+            meant = ", ".join(f"'{entry}' (is '{name}' meant?)" for entry, name in slips.items())
+            raise AdapterConfigError(
+                f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: no module of it is called "
+                f"{meant}, which its {setting} name. PEFT would go without, and a part of the adapter would be "
+                "missing. Correct the name, or leave it out."
+            )
+        log.warning(
+            "No module of %s is called %s: %s selects nothing by that. Its linear modules are called %s.",
+            type(model).__name__,
+            name_some(unmatched),
+            setting,
+            name_some(linear_names(model), limit=12),
+        )
+    _report_lost_layers(model, config, names)
+
+
+def _report_lost_layers(model: PreTrainedModel, config: PeftConfig, names: Sequence[str]) -> None:
+    wanted = getattr(config, "layers_to_transform", None)
+    wanted = {wanted} if isinstance(wanted, int) else set(wanted or ())
+    numbers = {int(part) for name in names for part in name.split(".") if part.isdigit()}
+    if wanted - numbers and wanted & numbers:
+        log.warning(
+            "%s has no layers %s: layers_to_transform selects nothing by these. Its layers are called 0 to %s.",
+            type(model).__name__,
+            name_some(map(str, sorted(wanted - numbers))),
+            max(numbers),
+        )
+
+
+def _ending_in(entry: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if f".{name}".endswith(f".{entry}")]
+
+
+def _is_slip(written: str, name: str) -> bool:
+    """Whether a name was written with its letters in another order or case, or with one too many or too few.
+
+    Another letter or number makes another name: ``q_proj`` and ``k_proj``, ``fc1`` and ``fc2``.
+    """
+    short, long = sorted((written.lower(), name.lower()), key=len)
+    are_others = re.findall(r"\d+", written) != re.findall(r"\d+", name)
+    if are_others or len(long) < 4 or len(long) - len(short) > 1:
+        return False
+    if len(long) == len(short):
+        return sorted(long) == sorted(short)
+    return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
+
+
+def try_out(model: PeftModel, forward: Callable[[], tuple[torch.Tensor, ...]], *, rows: int) -> None:
+    """Return if one small forward pass with the adapter gives hidden states of the right shape.
+
+    Args:
+        model: the PEFT model; only named in errors.
+        forward: runs the pass and returns hidden states, each of shape (batch, rows, hidden).
+        rows: the number of rows that each sentence must have.
+
+    Raises:
+        UnsupportedMethodError: it fails or gives another shape.
+    """
+    config = model.peft_config[ADAPTER_NAME]
+    base = model.get_base_model()
+    try:
+        with torch.no_grad():
+            hidden_states = forward()
+    except FlairPeftError:
+        raise
+    except Exception as error:
+        reason = f"its first forward pass fails with {type(error).__name__}: {str(error) or 'no message'}"
+        raise unsupported(base, config, reason) from error
+    if not all(states.isfinite().all() for states in hidden_states):
+        log.warning(
+            "%s gives NaN or infinite numbers in %s. Its weights hold some, or its numbers are beyond what this dtype "
+            "can hold, and every prediction would be NaN. Pass dtype='float32' or 'bfloat16', or another base model.",
+            type(base).__name__,
+            str(hidden_states[0].dtype).removeprefix("torch."),
+        )
+    found = {states.shape[1] for states in hidden_states}
+    if any(count < rows for count in found):
+        raise unsupported(base, config, f"it gives {sorted(found)} rows for a sentence of {rows} subtokens")
+
+
+def refuse_lost_prefix(model: PeftModel) -> None:
+    """Return unless transformers would drop the prefix: it passes no past key values through a checkpointed layer.
+
+    Raises:
+        UnsupportedMethodError: gradient checkpointing was switched on after a prefix was added.
+    """
+    config, base = model.peft_config[ADAPTER_NAME], model.get_base_model()
+    if method_name(config) in PREFIXING and getattr(base, "is_gradient_checkpointing", False):
+        raise unsupported(base, config, "gradient checkpointing drops past key values, which carry the prefix")
+
+
+def refuse_without_adapter(model: torch.nn.Module) -> None:
+    """Return if the model of embeddings has its adapter, and not only the base that PEFT's ``merge_and_unload`` leaves.
+
+    Raises:
+        AdapterConfigError: it has none; the message names what merges a whole Flair model.
+    """
+    is_there = isinstance(model, PeftModel) and ADAPTER_NAME in model.peft_config
+    if not is_there or all(keys.base_key(name) is not None for name in _names_of_tensors(model)):
+        raise AdapterConfigError(
+            "Cannot store, train or copy these embeddings: their adapter was merged, unloaded or deleted, and what is "
+            "left can only embed. Files hold adapters beside their base, and a load would look for one. Make the "
+            "embeddings again; flair_peft.merge(model) turns a model with its adapter into a plain one, which Flair "
+            "saves and loads."
+        )
+
+
+def _names_of_tensors(model: torch.nn.Module) -> list[str]:
+    return [*(name for name, _ in model.named_parameters()), *(name for name, _ in model.named_buffers())]
+
+
+def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None = None) -> None:
+    """Return if a file that holds the adapter and not the base would give the model back as it is now.
+
+    Args:
+        model: with its adapter.
+        layers: those of the adapter, if they were looked up already.
+
+    Raises:
+        AdapterConfigError: the adapter is merged or switched off, or there are several.
+    """
+    if not isinstance(model, PeftModel):
+        refuse_without_adapter(model)
+    if layers is None:
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    others = sorted(set(model.peft_config) - {ADAPTER_NAME})
+    if ADAPTER_NAME not in model.peft_config:
+        raise AdapterConfigError(
+            f"Cannot store the adapter: it is called {name_some(others) or 'nothing'}, and files hold the one called "
+            f"'{ADAPTER_NAME}', which was deleted. Make embeddings with the adapter that you want to store."
+        )
+    refuse_without_adapter(model)
+    if others:
+        reason, remedy = f"is one of several, beside {name_some(others)}, and files hold one", "delete_adapter(name)"
+    elif any(layer.merged for layer in layers):
+        reason, remedy = "is merged into the base, onto which a load would add it once more", "unmerge_adapter()"
+    elif model._adapters_disabled or any(layer.disable_adapters for layer in layers):
+        reason, remedy = "is switched off, and a load would switch it on", "leave disable_adapter() first"
+    else:
+        return
+    raise AdapterConfigError(
+        f"Cannot store the {describe(model.peft_config[ADAPTER_NAME])} adapter as it is: it {reason}. The model would "
+        f"predict something else after loading. Undo that on embeddings.model, here by {remedy}."
+    )
+
+
+def explain_injection(model: PreTrainedModel, config: PeftConfig, error: Exception) -> AdapterConfigError:
+    """Return what PEFT raised while it added the adapter as an error with what would fit."""
+    targets = getattr(config, "target_modules", None)
+    targets = sorted(targets) if isinstance(targets, set) else targets
+    if "target" in str(error).lower() and "found" in str(error).lower():
+        return AdapterConfigError(
+            f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: its target_modules {targets!r} "
+            f"match no module that it can adapt. Its layers are called {name_some(names_to_target(model), limit=12)}. "
+            f"Pass some of these{_or_all_linear(model)}."
+        )
+    if targets is None and "specify `target_modules`" in str(error):
+        return AdapterConfigError(
+            f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: its config names no "
+            f"target_modules. PEFT has no default for the model type '{model.config.model_type}'. Pass "
+            f"target_modules={names_to_target(model)}{_or_all_linear(model)}."
+        )
+    if getattr(config, "init_lora_weights", None) == "loftq" and not torch.cuda.is_available():
+        return unsupported(model, config, "init_lora_weights='loftq' quantises the base on a GPU, and there is none")
+    other = "another method" if config.peft_type == PeftType.LORA else "another method, LoRA for example,"
+    return UnsupportedMethodError(
+        f"Cannot use this {method_name(config)} config on {type(model).__name__}. The reason: PEFT says: "
+        f"{str(error).rstrip('.')}. Correct the config, or choose {other} or another base model."
+    )
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """Return what the linear layers are called, poolers apart, by the last parts of their names."""
+    return _last_parts(model, lambda layer: isinstance(layer, torch.nn.Linear | Conv1D))
+
+
+def names_to_target(model: torch.nn.Module) -> list[str]:
+    """Return what the layers are called that an adapter fits: linear ones, or convolutions if there are none."""
+    return linear_names(model) or _last_parts(model, lambda layer: isinstance(layer, torch.nn.Conv1d))
+
+
+def _last_parts(model: torch.nn.Module, is_meant: Callable[[torch.nn.Module], bool]) -> list[str]:
+    named = ((name, module) for name, module in model.named_modules() if not keys.is_unread(name))
+    layers = ((name, m.get_base_layer() if isinstance(m, BaseTunerLayer) else m) for name, m in named)
+    return sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name, m in layers if is_meant(m)})
+
+
+def _or_all_linear(model: torch.nn.Module) -> str:
+    return ', or target_modules="all-linear"' if linear_names(model) else ""
+
+
+def unsupported(model: PreTrainedModel, config: PeftConfig, reason: str) -> UnsupportedMethodError:
+    """Return the error that says why the method cannot work on this model."""
+    return UnsupportedMethodError(
+        f"Cannot use {method_name(config)} on {type(model).__name__}. The reason: {reason.rstrip('.')}. "
+        "Choose another method, LoRA for example, or another base model."
+    )

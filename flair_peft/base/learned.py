@@ -1,0 +1,249 @@
+"""What of a model's weights was learned, and what is the base model's own and can be left out of a file."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from flair_peft.adapter import keys
+from flair_peft.base import quantisation
+from flair_peft.base.frozen import FrozenBase, is_dispatched
+from flair_peft.errors import AdapterConfigError, name_some
+from flair_peft.primitives import fingerprint, mapped_memory, progress
+from flair_peft.primitives.base_record import BaseRecord, StoredBase
+from flair_peft.primitives.fingerprint import are_same_bits
+
+
+@dataclass
+class Part:
+    """How the file that is being written stores one embeddings module, and which number it has there.
+
+    ``is_described`` says whether the module was asked for its parameters: code around it may make it of its own.
+    """
+
+    index: int
+    stored: StoredBase
+    is_described: bool = False
+
+
+Plan = Mapping[int, Part]
+
+_plan: contextvars.ContextVar[Plan] = contextvars.ContextVar("flair_peft_plan")
+
+
+@contextmanager
+def storing(plan: Plan) -> Iterator[None]:
+    """State dicts and parameters made inside are those of a file; ``plan`` maps ``id(embeddings)`` to how."""
+    token = _plan.set(plan)
+    try:
+        yield
+    finally:
+        _plan.reset(token)
+
+
+def planned(embeddings: object) -> Part | None:
+    """Return how the file that is being written stores these embeddings; ``None`` if none is."""
+    return _plan.get({}).get(id(embeddings))
+
+
+def compare(
+    state: Mapping[str, torch.Tensor], trained: Set[str], base: FrozenBase, *, is_tied: bool = True
+) -> StoredBase:
+    """Return which tensors of a state dict a file can leave out.
+
+    Args:
+        state: of the transformer with its adapter.
+        trained: keys of tensors that require a gradient; these are never left out, since they may be about to change.
+        base: the base model, as its source has it.
+        is_tied: tensors in one storage will be so after loading, too.
+    """
+    own, matrices = base.own_weights(), base.names_of_input_embeddings()
+    left_out, added_rows = set(), None
+    for key, tensor in state.items():
+        name = keys.base_key(key)
+        if name is None or key in trained:
+            continue
+        weight = own.get(name)
+        if name in base.random_names:
+            if keys.is_unread(name):
+                left_out.add(key)
+        elif weight is not None and name in matrices and len(tensor) > len(weight):
+            if are_same_bits(tensor[: len(weight)], weight):
+                left_out.add(key)
+                added_rows = tensor[len(weight) :]
+        elif weight is not None and are_same_bits(tensor, weight):
+            left_out.add(key)
+        progress.advance(tensor.nbytes)
+        for read in (tensor, weight):
+            if read is not None:
+                mapped_memory.let_go(read)
+    left_out |= _aliases(state, left_out, own) if is_tied else set()
+    if added_rows is None:
+        added_rows = _rows_beyond(state, own, matrices)
+    record = dataclasses.replace(
+        base.known_record, full_fingerprint=base.full_fingerprint, read_full_fingerprint=base.read_full_fingerprint
+    )
+    rows = None if added_rows is None else added_rows.detach().cpu().clone()
+    return StoredBase(record, frozenset(left_out), rows)
+
+
+def _aliases(state: Mapping[str, torch.Tensor], left_out: set[str], own: Mapping[str, Any]) -> set[str]:
+    """Return keys that the base does not know and under which PEFT holds a tensor that is left out, once more.
+
+    Prompt methods register the input embeddings a second time, and replicated layers are held under several numbers.
+    """
+    held = {_place(state[key]) for key in left_out if state[key].numel()}
+    names = {key: keys.base_key(key) for key in state}
+    return {key for key, name in names.items() if name is not None and name not in own and _place(state[key]) in held}
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return mapped_memory.address(tensor), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def restore_(model: torch.nn.Module, left_out: Iterable[str], base: FrozenBase) -> None:
+    """Give the named parameters the values that they have in the base, in place, where they have others."""
+    own, parameters = base.own_weights(), dict(model.named_parameters(remove_duplicate=False))
+    for key in left_out:
+        name = keys.base_key(key)
+        if key not in parameters or name is None or name not in own:
+            continue
+        parameter, wanted = parameters[key], own[name].to(parameters[key].device)
+        if parameter.shape != wanted.shape:
+            wanted = torch.cat([wanted, parameter.data[len(wanted) :]])
+        if not are_same_bits(parameter, wanted):
+            parameter.data = wanted.clone()
+
+
+def _rows_beyond(
+    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], matrices: frozenset[str]
+) -> torch.Tensor | None:
+    """Return the added rows of a matrix that is stored whole: the model must have them before it is filled."""
+    for key, tensor in state.items():
+        name = keys.base_key(key)
+        if name is not None and name in matrices and name in own and len(tensor) > len(own[name]):
+            return tensor[len(own[name]) :]
+    return None
+
+
+@dataclass(frozen=True)
+class PlacedStart:
+    """What a base that is quantised or spread over devices is when it is read, for a save to find what was learned.
+
+    The source cannot be quantised again for that: it would need the memory twice, and another device rounds in another
+    way. Weights that are offloaded are written by nobody.
+
+    Attributes:
+        dtype: that the weights were read in; afterwards PEFT widens those that are not quantised.
+        random_names: weights that the source lacks.
+        matrices: names of the input embeddings.
+        digests: name → digest of each tensor: of all its elements, or of a sample of those that are placed.
+    """
+
+    dtype: torch.dtype
+    random_names: frozenset[str]
+    matrices: frozenset[str]
+    digests: Mapping[str, str]
+
+    @classmethod
+    def of(cls, base: PreTrainedModel, *, dtype: torch.dtype, random_names: frozenset[str]) -> PlacedStart:
+        """Return what the model is now, before it has an adapter and before its first forward pass."""
+        matrix, named = base.get_input_embeddings().weight, base.named_parameters(remove_duplicate=False)
+        weights = _Weights.of(base)
+        return cls(
+            dtype=dtype,
+            random_names=random_names,
+            matrices=frozenset(name for name, parameter in named if parameter is matrix),
+            digests={key: weights.digest(key) for key in weights.state if key not in weights.biases},
+        )
+
+    def compare(self, model: torch.nn.Module, record: BaseRecord) -> StoredBase:
+        """Return which tensors of the model, with its adapter, a file can leave out: a load finds them in the base.
+
+        Raises:
+            AdapterConfigError: quantised weights were changed, which no file can hold.
+        """
+        weights = _Weights.of(model)
+        named = {key: keys.base_key(key) or "" for key in weights.state if key not in weights.trained}
+        changed = sorted(key for key in weights.placed if not self._is_same(weights, key, named[key]))
+        if changed:
+            raise AdapterConfigError(
+                f"Cannot store the adapter: {name_some(changed)} of its base, which is quantised or spread over "
+                "devices, were changed since they were read, by a merge for example or by the adapter's "
+                "initialisation. They are in no file, and a load would find others. Make the embeddings again, and "
+                "keep the adapter beside the base."
+            )
+        left_out = weights.biases.union(key for key, name in named.items() if self._is_same(weights, key, name))
+        aliases = _aliases(weights.state, set(left_out), self.digests)
+        return StoredBase(record, left_out | aliases, self._added_rows(weights.state, record))
+
+    def _is_same(self, weights: _Weights, key: str, name: str) -> bool:
+        if name not in self.digests or key in weights.biases:
+            return False
+        is_lacking = name in self.random_names and not keys.is_unread(name)
+        return not is_lacking and self.digests[name] == weights.digest(key)
+
+    def _added_rows(self, state: Mapping[str, torch.Tensor], record: BaseRecord) -> torch.Tensor | None:
+        for key, tensor in state.items():
+            size = record.vocabulary_size
+            if keys.base_key(key) in self.matrices and size is not None and len(tensor) > size:
+                return tensor[size:].detach().cpu().to(self.dtype, copy=True)
+        return None
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """State dict of a model that is quantised or spread over devices, and which of its keys are which.
+
+    Attributes:
+        state: of the model.
+        placed: keys of quantised weights and of their statistics; of all that is frozen in a dispatched model.
+        biases: keys of frozen biases beside quantised weights. bitsandbytes casts them to the dtype that it computes
+            in, at the first forward pass.
+        trained: keys of tensors that require a gradient.
+        is_spread: whether the model is only spread over devices: too large to read as a whole.
+    """
+
+    state: Mapping[str, torch.Tensor]
+    placed: frozenset[str]
+    biases: frozenset[str]
+    trained: frozenset[str]
+    is_spread: bool
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> _Weights:
+        state, named = model.state_dict(), model.named_parameters(remove_duplicate=False)
+        trained = frozenset(name for name, parameter in named if parameter.requires_grad)
+        modules = tuple(f"{name}." for name, module in model.named_modules(remove_duplicate=False) if _is_own(module))
+        held = {key for key in state if key.startswith(modules)} - trained
+        biases = frozenset(key for key in held if key.endswith(".bias"))
+        is_spread = is_dispatched(model) and quantisation.engine(model) is None
+        if is_spread:
+            held |= {key for key in state if keys.base_key(key) is not None} - trained
+        return cls(state, frozenset(held - biases), biases, trained, is_spread)
+
+    def digest(self, key: str) -> str:
+        if self.state[key].is_meta:
+            return "offloaded"
+        take = fingerprint.sampled if self.is_spread or key in self.placed else fingerprint.full
+        return take(quantisation.parts_of(self.state[key]))
+
+
+def quantised_keys(model: torch.nn.Module) -> frozenset[str]:
+    """Return the state-dict keys of what quantising gives, and of the frozen biases beside it: no file holds them."""
+    weights = _Weights.of(model)
+    return weights.placed | weights.biases
+
+
+def _is_own(module: torch.nn.Module) -> bool:
+    """Whether the module itself holds quantised weights: these are parameters of the engine's own classes."""
+    return any(
+        type(parameter) is not torch.nn.Parameter for parameter in module._parameters.values() if parameter is not None
+    )

@@ -1,0 +1,307 @@
+"""Whether a base model fits into the memory that is free, and whether files can fill what they have built."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import json
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub.errors import HFValidationError
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+
+from flair_peft.base.transformer import ENCODER_OF_T5, find_file
+from flair_peft.errors import InsufficientMemoryError, ModelFileError
+from flair_peft.primitives.dtypes import DtypeLike, parse_dtype
+
+_HEADER_LENGTH = struct.Struct("<Q")
+_LARGEST_HEADER = 100_000_000
+
+# Bytes of a number, by its name in safetensors.
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
+
+
+def check_fits(
+    source: str,
+    config: PretrainedConfig,
+    *,
+    dtype: DtypeLike | None,
+    kwargs: Mapping[str, Any],
+    device: torch.device | str,
+) -> None:
+    """Return if the weights of a base model are no larger than the memory that is free on the device.
+
+    Nothing is compared where transformers or accelerate spread the weights over devices, and where the source holds no
+    safetensors. The headers of these are read, not their tensors.
+
+    Args:
+        source: directory or Hub id.
+        config: of the model; may say how it is quantised.
+        dtype: of the weights in memory; ``None`` means torch's default, ``"auto"`` that of the file.
+        kwargs: for ``from_pretrained``.
+        device: where the weights go.
+
+    Raises:
+        InsufficientMemoryError: they are larger; the message names both sizes, in bytes and GB.
+    """
+    is_other_file = kwargs.get("variant") is not None or kwargs.get("use_safetensors") is False
+    if kwargs.get("device_map") is not None or hasattr(config, "quantization_config") or is_other_file:
+        return
+    unread = "decoder." if config.model_type in ENCODER_OF_T5 else None
+    try:
+        stored = _count_numbers(source, kwargs, unread=unread)
+    except (OSError, HFValidationError, ValueError, LookupError, TypeError, RecursionError, struct.error):
+        return  # who loads it says what is wrong with it
+    itemsize = _bytes_per_number(dtype, kwargs)
+    needed = int(sum(count * (itemsize or size) for size, count in stored.items()))
+    free = _free_memory(torch.device(device))
+    if needed > free:
+        raise InsufficientMemoryError(
+            f"Cannot load the base model '{source}' onto {device}: its weights take {_readable(needed)}, and "
+            f"{_readable(free)} are free. Loading would end in an out-of-memory error or in swapping. Use "
+            "dtype='bfloat16' or a quantised base, let transformers_model_kwargs={'device_map': 'auto', "
+            "'offload_folder': …} spread it, or choose a smaller model."
+        )
+
+
+def _bytes_per_number(dtype: DtypeLike | None, kwargs: Mapping[str, Any]) -> float | None:
+    """Return the bytes that a weight takes in memory, at least; ``None`` means as many as in the file."""
+    settings = kwargs.get("quantization_config")
+    if kwargs.get("load_in_4bit") or getattr(settings, "load_in_4bit", False):
+        return 0.5
+    if settings is not None or kwargs.get("load_in_8bit"):
+        return 1 if kwargs.get("load_in_8bit") or getattr(settings, "load_in_8bit", False) else 0.25
+    if dtype == "auto":
+        return None
+    return (torch.get_default_dtype() if dtype is None else parse_dtype(dtype)).itemsize
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _count_numbers(source: str, kwargs: Mapping[str, Any], *, unread: str | None) -> dict[int, int]:
+    """Return bytes of a number in the files → how many there are, but for tensors whose names start with ``unread``."""
+    counts: dict[int, int] = {}
+    for path in _files(source, kwargs):
+        for name, entry in _read_header(path).items():
+            if name != "__metadata__" and not (unread and name.startswith(unread)):
+                start, end = entry["data_offsets"]
+                size = _SIZES.get(entry["dtype"], 1)
+                counts[size] = counts.get(size, 0) + (end - start) // size
+    return counts
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
+        entries: dict[str, Any] = json.loads(file.read(length)) if length < _LARGEST_HEADER else {}
+    return entries
+
+
+def _files(source: str, kwargs: Mapping[str, Any]) -> list[Path]:
+    """Return the safetensors that hold the weights, downloaded where transformers would download them next."""
+    found = find_file(source, SAFE_WEIGHTS_NAME, kwargs)
+    if found is not None:
+        return [found]
+    index = find_file(source, SAFE_WEIGHTS_INDEX_NAME, kwargs)
+    if index is None:
+        return []
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    files = [find_file(source, name, kwargs) for name in names]
+    return [file for file in files if file is not None]
+
+
+def _readable(size: int) -> str:
+    return f"{size:,} bytes ({size / 1e9:.1f} GB)"
+
+
+# What makes tensors: those whose size their arguments say, and copies.
+_SIZED: frozenset[Callable[..., Any]] = frozenset(
+    {
+        *(torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint),
+        *(torch.eye, torch.arange, torch.linspace, torch.randperm, torch.empty_strided, torch.tril_indices),
+    }
+)
+_COPYING = frozenset({torch.Tensor.__deepcopy__})
+
+# Made within a second, whatever files hold.
+_FEW_TENSORS, _FEW_NUMBERS = 10_000, 1 << 25
+
+# Parts of a model that have no weights, or share them, and what a method computes from the weights of the base.
+_TENSORS_FOR_EACH, _TENSORS_FOR_EACH_ADAPTED, _NUMBERS_FOR_EACH = 16, 32, 12
+
+# Of bases of which nothing tells what their files hold.
+_UNKNOWN = (100_000, 1 << 50)
+
+
+class Bounds(TorchFunctionMode):
+    """Ends what a thread builds from a file once it is larger than the weights in files can make use of.
+
+    A number in a file can ask for any number of layers, or of rows. The weights that fill them must be in a file, too.
+
+    Attributes:
+        largest: of the sizes of tensors in the file.
+        count: of tensors in the file.
+    """
+
+    def __init__(self, source: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.source = source
+        self.count, self._numbers = len(tensors), sum(tensor.numel() for tensor in tensors.values())
+        self.largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+        self.begin()
+        self._bases: dict[str, Mapping[str, Any]] = {}
+        self._counted: dict[str, tuple[int, int]] = {}
+
+    def check_settings(self, settings: Any) -> None:
+        """Return if the ranks and lists in the config of an adapter are no larger than the tensors can make them.
+
+        Raises:
+            ModelFileError: they are.
+        """
+        with contextlib.suppress(RecursionError):  # who reads a config that is so deep says so
+            self._check_settings(settings)
+
+    def _check_settings(self, settings: Any) -> None:
+        size = max(_USUAL_SIZE, self.largest)
+        for name, value in settings.items() if isinstance(settings, Mapping) else ():
+            is_size = name in _RANKS and settings.get("peft_type") not in _FREE_RANK
+            too_large = [number for number in _numbers_in(value) if number > size] if is_size else []
+            if too_large or _entries(value, size) > max(_USUAL_ENTRIES, _TENSORS_FOR_EACH * self.count):
+                what = f"{max(too_large):,}" if too_large else f"{len(value):,} entries"
+                raise ModelFileError(
+                    f"Cannot build the adapter in '{self.source}': its config has {what} in '{name}', and the file has "
+                    "no tensor that is so large, or not so many. It is not the config that the tensors were trained "
+                    "with. Correct it, or copy or save the file again."
+                )
+
+    def begin(self, factor: int = _TENSORS_FOR_EACH) -> None:
+        """Begin to count anew: a model is built next, or an adapter, with so many tensors for each in the files."""
+        self._made, self._held, self._factor = 0, 0, factor
+
+    def know_base(self, source: str, kwargs: Mapping[str, Any]) -> None:
+        """Let the weights in the files of a base count, which is built next; they are looked at when that matters."""
+        self.begin()
+        self._bases.setdefault(source, kwargs)
+
+    def know_model(self, model: PreTrainedModel) -> None:
+        """Let the weights of a base that is there count; an adapter is added next."""
+        self.begin(_TENSORS_FOR_EACH_ADAPTED)
+        self._numbers += sum(parameter.numel() for parameter in model.parameters())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, if that makes no tensor too much."""
+        kwargs = kwargs or {}
+        if func in _SIZED or func in _COPYING:
+            self._allow(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _allow(self, func: Any, args: Any, kwargs: Any) -> None:
+        size = _size_of(func, args, kwargs) if func in _SIZED else args[0].numel()
+        self._made += size > 0
+        self._held += size
+        if self._made > _FEW_TENSORS and self._made > self._factor * (self.count + self._of_bases[0]):
+            raise self._error(f"{self._made:,} tensors")
+        if self._held > _FEW_NUMBERS and self._held > _NUMBERS_FOR_EACH * (self._numbers + self._of_bases[1]):
+            raise self._error(f"{self._held:,} numbers")
+
+    @property
+    def _of_bases(self) -> tuple[int, int]:
+        """How many tensors and numbers the files of the bases hold."""
+        for source, kwargs in self._bases.items():
+            if source not in self._counted:
+                self._counted[source] = _count(source, kwargs)
+        counted = self._counted.values()
+        return sum(tensors for tensors, _ in counted), sum(numbers for _, numbers in counted)
+
+    def _error(self, what: str) -> ModelFileError:
+        return ModelFileError(
+            f"Cannot build what '{self.source}' describes: it asks for {what} or more, and the weights in its files "
+            "and those of its base do not fill so many. The number of layers, of rows or the rank in its settings is "
+            "not the one that it was trained with. Correct it, or copy or save the file again."
+        )
+
+
+_bounds: contextvars.ContextVar[Bounds | None] = contextvars.ContextVar("flair_peft_bounds", default=None)
+
+
+@contextlib.contextmanager
+def bounded(source: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[Bounds]:
+    """Inside, this thread builds nothing that the tensors of a file, and the files of its bases, could not fill.
+
+    Raises:
+        ModelFileError: it would.
+    """
+    outer = _bounds.get()
+    if outer is not None:
+        yield outer
+        return
+    with Bounds(source, tensors) as bounds:
+        token = _bounds.set(bounds)
+        try:
+            yield bounds
+        finally:
+            _bounds.reset(token)
+
+
+def bounds() -> Bounds | None:
+    """Return the bounds of what is being built from a file, if anything is."""
+    return _bounds.get()
+
+
+# What PEFT calls the ranks and counts that are sizes of tensors in the file; of LoKr, a larger rank is none.
+_RANKS = ("r", "init_r", "target_r", "num_virtual_tokens", "num_vectors", "n_frequency", "rank_pattern")
+_FREE_RANK = frozenset({"LOKR"})
+_USUAL_SIZE, _USUAL_ENTRIES = 1024, 2_000
+
+
+def _numbers_in(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    for part in value.values() if isinstance(value, Mapping) else ():
+        yield from _numbers_in(part)
+
+
+def _entries(value: Any, size: int) -> int:
+    """Return how many entries a setting has, beside numbers of which there are as many as rows in a tensor."""
+    if isinstance(value, Mapping):
+        return len(value) + sum(_entries(part, size) for part in value.values())
+    if not isinstance(value, list | tuple | set) or (len(value) <= size and all(type(p) in (int, bool) for p in value)):
+        return 0
+    return len(value) + sum(_entries(part, size) for part in value if isinstance(part, Mapping | list))
+
+
+def _size_of(func: Any, args: Any, kwargs: Any) -> int:
+    on_meta = {
+        name: value for name, value in kwargs.items() if name not in ("device", "generator", "pin_memory", "out")
+    }
+    try:
+        return int(func(*args, **on_meta, device="meta").numel())
+    except (RuntimeError, TypeError, NotImplementedError):
+        return 0  # it fails there, too
+
+
+def _count(source: str, kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many tensors and numbers the files of a base hold, at least; nothing of them is read but headers."""
+    try:
+        headers = [_read_header(path) for path in _files(source, kwargs)]
+        if headers:
+            return sum(map(len, headers)), sum(_count_numbers(source, kwargs, unread=None).values())
+        pickled = find_file(source, WEIGHTS_NAME, kwargs)
+        if pickled is not None:
+            with zipfile.ZipFile(pickled) as archive:
+                return len(archive.namelist()), pickled.stat().st_size
+    except (OSError, HFValidationError, ValueError, LookupError, TypeError, struct.error, zipfile.BadZipFile):
+        pass
+    return _UNKNOWN

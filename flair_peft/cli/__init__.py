@@ -1,0 +1,8 @@
+"""The command line ``flair-peft``: arguments, wording, terminal. Nothing else in the package prints.
+
+May import everything; nothing imports it.
+"""
+
+from flair_peft.cli.main import run
+
+__all__ = ["run"]

@@ -1,0 +1,11 @@
+"""Flair's constructor state as JSON and tensors, and what a file may have Flair build.
+
+May import ``base``, ``adapter`` and ``primitives``.
+"""
+
+from flair_peft.codec.state_json import restore_state
+
+# Files name the function so, and go on doing it.
+restore_state.__module__ = __name__
+
+__all__ = ["restore_state"]

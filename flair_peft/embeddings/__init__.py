@@ -1,0 +1,16 @@
+"""The embeddings class and its Word and Document forms: parameters, weights, probe, the head's dtype, batches.
+
+May import ``codec``, ``foreign`` and what lies below them.
+"""
+
+from flair_peft.embeddings.peft_transformer import (
+    PeftTransformerDocumentEmbeddings,
+    PeftTransformerEmbeddings,
+    PeftTransformerWordEmbeddings,
+)
+
+# Files and pickles name the classes so, and go on doing it.
+for _class in (PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings):
+    _class.__module__ = __name__
+
+__all__ = ["PeftTransformerDocumentEmbeddings", "PeftTransformerEmbeddings", "PeftTransformerWordEmbeddings"]

@@ -1,0 +1,260 @@
+"""Choose, record and align dtypes: one rule, at the boundary between embeddings and head.
+
+The base keeps the dtype it was asked for. Embeddings leave in the dtype of the head that consumes them. A head trains
+in fp32. After loading, the head of a default classifier that consists of linear layers is cast to the base's dtype.
+Heads with a CRF, an RNN or prototypes stay in fp32, because their arithmetic needs it, and so do taggers and few-shot
+models, which hand scores and vectors to numpy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from flair.embeddings import Embeddings, StackedEmbeddings
+from flair.models import MultitaskModel
+from flair.nn import Model
+from flair.nn.model import DefaultClassifier
+
+from flair_peft.errors import DtypeMismatchError
+from flair_peft.primitives.dtypes import dtype_name
+
+_MASTERS = "_flair_peft_head_masters"
+
+
+class AdaptedEmbeddings(Protocol):
+    """What this module needs to know of embeddings with an adapter."""
+
+    name: str
+    head_dtype: torch.dtype | None
+    output_dtype: torch.dtype
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Dtype of the frozen transformer."""
+
+
+def align_head_(model: Model) -> None:
+    """Bring the head of a loaded model, and the output of its embeddings, to one dtype, in place.
+
+    The exact values that were loaded are kept beside cast parameters: ``state_dict`` gives them back, and so does
+    :func:`restore_head_` before training. Aligning twice does the same as aligning once.
+    """
+    adapted = list(adapted_embeddings(model))
+    if not adapted:
+        return
+    restore_head_(model)
+    dtype = choose_head_dtype(model, adapted)
+    if dtype != own_head_dtype(model):
+        _cast_head_(model, dtype)
+    for embeddings in adapted:
+        embeddings.output_dtype = dtype
+
+
+def choose_head_dtype(model: Model, adapted: list[AdaptedEmbeddings]) -> torch.dtype:
+    """Return the dtype in which the head of a loaded model computes, by the rule at the top of this module."""
+    asked = {embeddings.head_dtype for embeddings in adapted if embeddings.head_dtype is not None}
+    if len(asked) == 1:
+        return asked.pop()
+    base_dtypes = {embeddings.base_dtype for embeddings in adapted}
+    if asked or len(base_dtypes) > 1 or not has_castable_head(model):
+        return own_head_dtype(model)
+    return base_dtypes.pop()
+
+
+def own_head_dtype(model: Model) -> torch.dtype:
+    """Return the dtype in which the head was made, if it is not cast: fp32, unless torch's default is another one."""
+    found = (tensor.dtype for _, tensor in _all_head_tensors(model) if tensor.is_floating_point())
+    return next(found, torch.get_default_dtype())
+
+
+def has_castable_head(model: Model) -> bool:
+    """Whether the head consists of linear layers of Flair's default classifiers, fed by adapted embeddings only."""
+    if isinstance(model, MultitaskModel):
+        return all(has_castable_head(task) for task in model.tasks.values())
+    if not isinstance(model, DefaultClassifier) or type(model)._mask_scores is not DefaultClassifier._mask_scores:
+        return False  # a class that masks scores does so in a tensor of fp32
+    return all(isinstance(module, torch.nn.Linear) or _holds_no_weights(module) for module in _head_modules(model))
+
+
+def restore_head_(model: Model) -> None:
+    """Give cast head parameters the exact values back that they were loaded with, in place, and embeddings fp32 output.
+
+    Parameters keep their identity, so an optimiser built before or after sees the same objects. Values that changed
+    since the cast win over the ones kept.
+    """
+    restored = [restore_(owner, functools.partial(_head_tensors_of, owner)) for owner in _flair_models(model)]
+    if any(restored):
+        for embeddings in adapted_embeddings(model):
+            embeddings.output_dtype = own_head_dtype(model)
+
+
+def train_in_fp32_(model: Model) -> None:
+    """Let the head train in fp32, in place: with its exact values if it was cast, with those it has if not.
+
+    Where torch's default is a half precision, heads are made and trained in that, as in Flair.
+    """
+    restore_head_(model)
+    wanted = min(torch.float32, torch.get_default_dtype(), key=lambda dtype: dtype.itemsize)
+    narrow = [each for each in adapted_embeddings(model) if each.output_dtype.itemsize < wanted.itemsize]
+    for _, tensor in _all_head_tensors(model) if narrow else ():
+        if tensor.is_floating_point() and tensor.itemsize < wanted.itemsize:
+            tensor.data = tensor.data.to(wanted)
+    for embeddings in narrow:
+        embeddings.output_dtype = wanted
+
+
+def convert_(model: Model, convert: Callable[[], Model]) -> Model:
+    """Convert a model to another dtype or device, in place, but leave a head that needs fp32 in it.
+
+    Args:
+        model: with adapted embeddings.
+        convert: what ``model.half()``, ``model.to(…)`` and the like do.
+    """
+    if has_castable_head(model):
+        return convert()
+    exact = {name: tensor.data for name, tensor in _all_head_tensors(model) if tensor.dtype == torch.float32}
+    convert()
+    is_narrowed = False
+    for name, tensor in _all_head_tensors(model):
+        if name in exact and tensor.dtype.itemsize < torch.float32.itemsize:
+            is_narrowed = True
+            tensor.data = exact[name].to(tensor.device)
+    if is_narrowed:
+        for embeddings in adapted_embeddings(model):
+            embeddings.output_dtype = torch.float32
+    return model
+
+
+def check_head(model: Model) -> None:
+    """Return if every linear layer of the head has the dtype in which the embeddings leave.
+
+    Raises:
+        DtypeMismatchError: one has not; both are named.
+    """
+    outputs = {embeddings.output_dtype: embeddings.name for embeddings in adapted_embeddings(model)}
+    for name, tensor in _all_head_tensors(model):
+        if outputs and tensor.is_floating_point() and tensor.dtype not in outputs:
+            dtype, embeddings = next(iter(outputs.items()))
+            raise DtypeMismatchError(
+                f"The embeddings '{embeddings}' give {dtype_name(dtype)}, but '{name}' of the head computes in "
+                f"{dtype_name(tensor.dtype)}. The first matrix product would fail. Convert the whole model, for "
+                f"example model.to(torch.{dtype_name(dtype)}), not one of its parts."
+            )
+
+
+def adapted_embeddings(model: torch.nn.Module) -> Iterator[AdaptedEmbeddings]:
+    """Yield each embeddings module with an adapter once."""
+    for module in model.modules():
+        if is_adapted(module):
+            yield module  # type: ignore[misc]
+
+
+def is_adapted(module: torch.nn.Module) -> bool:
+    """Whether the module follows :class:`AdaptedEmbeddings`."""
+    return isinstance(module, Embeddings) and hasattr(module, "head_dtype") and hasattr(module, "base_dtype")
+
+
+def _cast_head_(model: Model, dtype: torch.dtype) -> None:
+    for owner in _flair_models(model):
+        cast_(owner, _head_tensors_of(owner), dtype)
+
+
+def cast_(owner: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Cast tensors of a module, in place; its ``state_dict`` and :func:`restore_` give their exact values back.
+
+    Args:
+        owner: keeps the exact values.
+        tensors: name in the module → its parameter or buffer.
+        dtype: that they have afterwards, if they are floating-point.
+    """
+    masters: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            masters[name] = tensor.data
+            tensor.data = tensor.data.to(dtype)
+    if masters:
+        owner.__dict__[_MASTERS] = masters
+        if _give_exact_values not in owner._state_dict_hooks.values():
+            owner._register_state_dict_hook(_give_exact_values)
+
+
+def exact_values(owner: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return name → exact value of the tensors of a module that were :func:`cast_`; it may be changed."""
+    found: dict[str, torch.Tensor] = owner.__dict__.get(_MASTERS, {})
+    return found
+
+
+def restore_(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> bool:
+    """Give tensors that were cast their exact values back, in place; return whether there were any.
+
+    Values that changed since the cast win over the ones kept.
+    """
+    masters: dict[str, torch.Tensor] = owner.__dict__.pop(_MASTERS, {})
+    found = [(tensor, masters[name]) for name, tensor in tensors().items() if name in masters] if masters else []
+    for tensor, master in found:
+        tensor.data = _exact_value(tensor, master)
+    return bool(found)
+
+
+def _give_exact_values(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Put the values that a head was loaded with in place of their casts: files keep the head as it was trained."""
+    for name, master in module.__dict__.get(_MASTERS, {}).items():
+        key = prefix + name
+        if key in state_dict:
+            state_dict[key] = _exact_value(state_dict[key], master)
+
+
+def _exact_value(current: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
+    """Return the master if ``current`` is still its cast, else ``current`` in the master's dtype."""
+    moved = master.to(current.device)
+    return moved if torch.equal(moved.to(current.dtype), current.detach()) else current.detach().to(master.dtype)
+
+
+def _flair_models(model: torch.nn.Module) -> list[Model]:
+    return [module for module in model.modules() if isinstance(module, Model)]
+
+
+def _head_tensors_of(owner: Model) -> dict[str, torch.Tensor]:
+    return dict(_own_head_tensors(owner))
+
+
+def _own_head_tensors(owner: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters and buffers of a Flair model that belong neither to a nested Flair model nor to an adapter."""
+    yield from _tensors_outside_adapters(owner, "", is_root=True)
+
+
+def _tensors_outside_adapters(
+    module: torch.nn.Module, prefix: str, *, is_root: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if is_adapted(module) or (isinstance(module, Model) and not is_root):
+        return
+    persistent = {**module._parameters, **module._buffers}
+    yield from ((prefix + name, tensor) for name, tensor in persistent.items() if tensor is not None)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _tensors_outside_adapters(child, f"{prefix}{name}.")
+
+
+def _all_head_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    names = {id(module): name for name, module in model.named_modules()}
+    for owner in _flair_models(model):
+        prefix = names[id(owner)] + "." if names[id(owner)] else ""
+        yield from ((prefix + name, tensor) for name, tensor in _own_head_tensors(owner))
+
+
+def _head_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for child in model.children():
+        if not is_adapted(child):
+            yield child
+            yield from _head_modules(child)
+
+
+def _holds_no_weights(module: torch.nn.Module) -> bool:
+    if isinstance(module, Embeddings) and not isinstance(module, StackedEmbeddings):
+        return False  # its output is fp32, whether its weights are parameters or live in a table of its own
+    is_container = isinstance(module, (StackedEmbeddings, torch.nn.Sequential, torch.nn.ModuleList))
+    is_loss = isinstance(module, torch.nn.modules.loss._Loss)
+    return is_container or is_loss or not [*module.parameters(), *module.buffers()]

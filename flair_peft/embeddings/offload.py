@@ -1,0 +1,179 @@
+"""Adapters within a budget of memory: those that were not used for longest are left on disk until they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from flair_peft.adapter import keys
+from flair_peft.embeddings import head_dtype
+from flair_peft.primitives import mapped_memory
+from flair_peft.primitives.fingerprint import are_same_bits
+
+log = logging.getLogger("flair_peft")
+
+
+@dataclass
+class _Place:
+    """Where a tensor of an adapter belongs when it is in use."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass
+class _Adapter:
+    """The adapter of one embeddings module, and its tensors as its file holds them.
+
+    Attributes:
+        files: name of a parameter → the same values, mapped from the file.
+        places: name of a parameter that was left on disk → where it belongs.
+        users: forward passes that are going on.
+        is_changed: whether none of its tensors was found to be as the file has it.
+    """
+
+    embeddings: weakref.ref[torch.nn.Module]
+    files: dict[str, torch.Tensor]
+    places: dict[str, _Place] = field(default_factory=dict)
+    users: int = 0
+    is_changed: bool = False
+
+
+class AdapterMemory:
+    """Keeps the adapters of many models within a number of bytes.
+
+    An adapter that is left on disk has its tensors mapped from its file: whoever reads them gets the right values, and
+    the operating system reads them. What differs from the file, bit by bit, is never let go. Adapters in use or in
+    training stay, and so does the last one that was used, whatever the budget.
+    """
+
+    def __init__(self, budget: int) -> None:
+        """Keep adapters within so many bytes."""
+        self._budget = budget
+        self._adapters: OrderedDict[int, _Adapter] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterMemory:
+        return self  # a copied model is none of those that are kept
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the adapters that are in memory."""
+        with self._lock:
+            return sum(_size(adapter) for adapter in self._alive() if not adapter.places)
+
+    def admit(self, embeddings: Any, path: Path) -> None:
+        """Take in embeddings that were just loaded from a checkpoint.
+
+        Args:
+            embeddings: whose ``model`` is a PEFT model.
+            path: of the adapter's file, in PEFT's format.
+        """
+        stored = {}
+        # A model that was replaced since it was loaded stays in memory: nothing of it is as the file has it.
+        with contextlib.suppress(FileNotFoundError), safe_open(path, framework="pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        match = keys.match_keys(stored, embeddings.model.state_dict())
+        files = {name: stored[theirs] for name, theirs in match.renamed.items()}
+        with self._lock:
+            self._adapters[id(embeddings)] = _Adapter(weakref.ref(embeddings), files)
+            self._make_room()
+
+    def forget(self, embeddings: torch.nn.Module) -> None:
+        """Bring the adapter back, and leave it in memory from now on."""
+        with self._lock:
+            adapter = self._adapters.pop(id(embeddings), None)
+            if adapter is not None:
+                _bring_back_(adapter)
+
+    @contextlib.contextmanager
+    def using(self, embeddings: torch.nn.Module) -> Iterator[None]:
+        """Inside, the adapter is in memory; others may have to make room for it."""
+        adapter = self._take(embeddings)
+        try:
+            yield
+        finally:
+            if adapter is not None:
+                with self._lock:
+                    adapter.users -= 1
+
+    def _take(self, embeddings: torch.nn.Module) -> _Adapter | None:
+        with self._lock:
+            adapter = self._adapters.get(id(embeddings))
+            if adapter is None or adapter.embeddings() is not embeddings:
+                return None
+            self._adapters.move_to_end(id(embeddings))
+            adapter.users += 1
+            _bring_back_(adapter)
+            self._make_room()
+            return adapter
+
+    def _make_room(self) -> None:
+        alive = self._alive()
+        excess = sum(_size(adapter) for adapter in alive if not adapter.places) - self._budget
+        for adapter in alive[:-1]:
+            embeddings = adapter.embeddings()
+            is_busy = adapter.users or adapter.is_changed or embeddings is None or embeddings.training
+            if excess > 0 and not adapter.places and not is_busy:
+                size = _size(adapter)
+                _leave_on_disk_(adapter)
+                excess -= size if adapter.places else 0
+
+    def _alive(self) -> list[_Adapter]:
+        """Return the adapters of models that are in use, the one that was used last at the end."""
+        for key in [key for key, adapter in self._adapters.items() if adapter.embeddings() is None]:
+            del self._adapters[key]
+        return list(self._adapters.values())
+
+
+def _leave_on_disk_(adapter: _Adapter) -> None:
+    """Let every tensor that is as the file has it be the file's."""
+    model = _model_of(adapter)
+    exact = head_dtype.exact_values(model)
+    for name, parameter in model.named_parameters():
+        stored = adapter.files.get(name)
+        if stored is not None and are_same_bits(exact.get(name, parameter).cpu(), stored):
+            adapter.places[name] = _Place(parameter.device, parameter.dtype)
+            parameter.data = stored
+            if name in exact:
+                exact[name] = stored
+    for tensor in adapter.files.values():
+        mapped_memory.page_out(tensor)
+    if not adapter.places:
+        adapter.is_changed = True
+        log.info("An adapter stays in memory: its tensors are not those of its file any more.")
+
+
+def _bring_back_(adapter: _Adapter) -> None:
+    """Let every tensor that was left on disk, and was not replaced since, be where and what it was."""
+    places, adapter.places = adapter.places, {}
+    if places:
+        parameters = dict(_model_of(adapter).named_parameters())
+        for name, place in places.items():
+            if name in parameters and parameters[name].data_ptr() == adapter.files[name].data_ptr():
+                parameters[name].data = adapter.files[name].to(place.device, place.dtype)
+
+
+def _size(adapter: _Adapter) -> int:
+    """Return the bytes that the adapter takes in memory, with the exact values of what was narrowed."""
+    model = _model_of(adapter)
+    sizes = (p.nbytes for name, p in model.named_parameters() if name in adapter.files)
+    return sum(sizes) + sum(tensor.nbytes for tensor in head_dtype.exact_values(model).values())
+
+
+def _model_of(adapter: _Adapter) -> torch.nn.Module:
+    embeddings = adapter.embeddings()
+    assert embeddings is not None
+    model = embeddings.model
+    assert isinstance(model, torch.nn.Module)
+    return model

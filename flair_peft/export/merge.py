@@ -1,0 +1,174 @@
+"""Models with an adapter → plain Flair models, which load where neither flair_peft nor PEFT is installed."""
+
+from __future__ import annotations
+
+import weakref
+
+import flair
+import torch
+from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbeddings, TransformerWordEmbeddings
+from flair.nn import Model
+from transformers import PreTrainedModel
+
+from flair_peft.adapter import methods
+from flair_peft.base import config_versions, quantisation, tokenizers
+from flair_peft.base import transformer as base_transformer
+from flair_peft.codec import state_json
+from flair_peft.embeddings import head_dtype, vector_probe
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError, name_some
+from flair_peft.models import build, files
+from flair_peft.primitives import dtypes, mapped_memory
+
+# Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
+_TOLERANCE = 1e-4
+
+# Models that were made here: plain ones, which this package writes.
+_made: weakref.WeakSet[Model] = weakref.WeakSet()
+
+_STOCK: tuple[type[TransformerEmbeddings], ...] = (TransformerWordEmbeddings, TransformerDocumentEmbeddings)
+
+
+def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
+    """Return a plain Flair model that predicts what this one does; this one stays as it is.
+
+    Its embeddings are Flair's own. Adapters are merged in fp32, and the result is compared with the unmerged model.
+
+    Args:
+        model: a Flair model whose embeddings have an adapter.
+        dtype: of the base's weights afterwards. No stock model predicts with a base in half precision, until its head
+            is converted by hand.
+
+    Raises:
+        AdapterConfigError: the model has no adapter, or reads its transformer as Flair's own embeddings cannot, or its
+            base is quantised, so that merging would round it once more, or spread over devices, or has a config that
+            stock Flair does not read as it is.
+        UnsupportedMethodError: the method cannot be merged, as prompts cannot.
+        StateMismatchError: the merged model gives other hidden states.
+    """
+    if not any(isinstance(module, PeftTransformerEmbeddings) for module in model.modules()):
+        raise AdapterConfigError(
+            f"Cannot merge this {type(model).__name__}: none of its embeddings has an adapter. It is a plain Flair "
+            "model already. Save it with model.save(path)."
+        )
+    for module in model.modules():
+        if isinstance(module, PeftTransformerEmbeddings) and module.after_final_norm:
+            raise AdapterConfigError(
+                f"Cannot merge the adapter of '{module.name}': it reads the transformer after its final norm, and "
+                "Flair's own embeddings before it. The merged model would predict something else. Keep the adapter "
+                "beside its base."
+            )
+        if isinstance(module, PeftTransformerEmbeddings) and module.is_placed:
+            engine = quantisation.engine(module.base_model)
+            reason = f"quantised by {engine}, and merging would round its weights once more"
+            if engine is None:
+                reason = "spread over devices, and what is offloaded cannot be written"
+            raise AdapterConfigError(
+                f"Cannot merge the adapter of '{module.name}': its base is {reason}. Load the model on the base as it "
+                "is in its source, and merge there."
+            )
+    # A merge between two epochs must not change what is drawn in the next.
+    with torch.random.fork_rng(devices=[flair.device] if flair.device.type == "cuda" else []):
+        plain = _copy(model)
+        _merge_(plain, dtypes.parse_dtype(dtype))
+    plain.to(flair.device).eval()
+    _made.add(plain)
+    return plain
+
+
+def is_merged(model: Model) -> bool:
+    """Whether a plain model was made by :func:`merge`."""
+    return model in _made
+
+
+def _merge_(model: Model, dtype: torch.dtype) -> None:
+    merged: dict[int, TransformerEmbeddings] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PeftTransformerEmbeddings):
+                if id(child) not in merged:
+                    merged[id(child)] = _merged_embeddings(child, dtype)
+                build.replace_(parent, name, child, merged[id(child)])
+
+
+def _copy(model: Model) -> Model:
+    """Return the model as a load gives it: Flair's document RNNs cannot be copied otherwise."""
+    with files.describing(model, save_base=True) as (description, _):
+        tensors = {name: mapped_memory.lent(tensor) for name, tensor in description.tensors.items()}
+        state = state_json.decode(description.document, tensors)
+    copied = build.assemble(type(model).load, state, source=type(model).__name__)
+    head_dtype.restore_head_(copied)
+    return copied
+
+
+def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype) -> TransformerEmbeddings:
+    """Return Flair's own embeddings around the transformer with the adapter in its weights."""
+    _refuse_unreadable(embeddings)
+    transformer = _merged_transformer(embeddings)
+    transformer.to(dtype)
+    transformer.config.dtype = dtype
+    if "use_cache" in transformer.config.to_dict():
+        transformer.config.use_cache = False  # stock Flair takes the last output for the hidden states
+    # What is not among these is not stored, and the tokenizers of decoders pad on the left by default.
+    embeddings.tokenizer.init_kwargs["padding_side"] = embeddings.tokenizer.padding_side
+    embeddings.model = transformer
+    params = TransformerEmbeddings.to_params(embeddings)
+    params["tokenizer_data"] = tokenizers.portable_tokenizer_files(params["tokenizer_data"], embeddings.tokenizer)
+    stock = next((found for found in _STOCK if isinstance(embeddings, found)), TransformerEmbeddings)
+    plain = stock.from_params(params)
+    plain.model.load_state_dict(transformer.state_dict())
+    return plain.eval()
+
+
+def _refuse_unreadable(embeddings: PeftTransformerEmbeddings) -> None:
+    """Return if stock Flair makes the same config, with the same attention, of what it stores."""
+    config = embeddings.base_model.config
+    lost = config_versions.changing(config)
+    if config_versions.is_capped(config.to_dict()) and config._attn_implementation == "eager":
+        lost = lost | {"attn_implementation"}
+    if lost:
+        raise AdapterConfigError(
+            f"Cannot merge the adapter of '{embeddings.name}': stock Flair stores its {type(config).__name__} and "
+            f"reads another {name_some(lost)} from it. The merged model would predict something else. Keep the adapter "
+            "beside its base, as save_pretrained and model.save do."
+        )
+
+
+def _merged_transformer(embeddings: PeftTransformerEmbeddings) -> PreTrainedModel:
+    """Return the transformer, in fp32, with the adapter in its weights.
+
+    Raises:
+        UnsupportedMethodError: PEFT cannot merge the method into this model.
+        StateMismatchError: it gives other hidden states than before.
+    """
+    config, kind = embeddings.adapter_config, type(embeddings.base_model).__name__
+    embeddings.model.float().eval()
+    ids = vector_probe.probe_ids(embeddings)
+    expected = _hidden_states(embeddings.model, ids)
+    try:
+        merged = embeddings.model.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
+        raise UnsupportedMethodError(
+            f"Cannot merge {methods.describe(config)} into {kind}. The reason: it has no weights to merge it into, or "
+            f"PEFT cannot do it ({type(error).__name__}: {str(error)[:200]}). Keep the adapter beside its base, as "
+            "save_pretrained and model.save do."
+        ) from error
+    distance = vector_probe.distance(_hidden_states(merged, ids), expected)
+    if not distance <= _TOLERANCE:
+        raise StateMismatchError(
+            f"Cannot merge {methods.describe(config)} into {kind}: the merged model's hidden states are "
+            f"{distance:.2g} of their norm away from those before, and rounding explains {_TOLERANCE:g}. PEFT merges "
+            "this method wrongly here. Keep the adapter beside its base."
+        )
+    return merged
+
+
+def _hidden_states(transformer: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """Return all hidden states of one sentence, (layers, subtokens, hidden)."""
+    device = next(transformer.parameters()).device
+    batch = torch.tensor([ids], device=device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        output = transformer(
+            input_ids=batch, attention_mask=torch.ones_like(batch), output_hidden_states=True, return_dict=True
+        )
+    return torch.cat(base_transformer.states_of(output)[0]).cpu()

@@ -1,0 +1,149 @@
+"""Models with an adapter → ONNX: the transformer runs in onnxruntime, the head stays Flair's."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from flair.data import Sentence
+from flair.embeddings import TransformerEmbeddings
+from flair.embeddings.base import Embeddings
+from flair.nn import Model
+
+from flair_peft.embeddings import vector_probe
+from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
+from flair_peft.export import merge
+from flair_peft.models import build
+from flair_peft.storage import checkpoint_directory
+
+# Of onnxruntime's vectors from torch's, as a share of their norm.
+_TOLERANCE = 1e-3
+
+_EXAMPLES = ("Berlin is large .", "The founder of the company sold a house in New York and bought another one .")
+_CHECKED = (
+    *_EXAMPLES,
+    "Yes",
+    "I would not have thought that anybody would write a sentence of this length to test it .",
+)
+
+
+def export_onnx(
+    model: Model, path: str | Path, *, examples: Sequence[str] = _EXAMPLES, opset_version: int = 14
+) -> Model:
+    """Return a plain Flair model whose transformer, with the adapter merged into it, is the ONNX file at ``path``.
+
+    The file is written by Flair's own export; the vectors of onnxruntime are compared with those of the merged model.
+    The returned model is saved and loaded by stock Flair, and finds the file by its path.
+
+    Args:
+        model: a Flair model whose embeddings have an adapter; it stays as it is.
+        path: of the file, which is replaced when the new graph was checked; with several embeddings, a number is
+            appended to its name.
+        examples: sentences that the graph is traced with.
+        opset_version: of ONNX.
+
+    Raises:
+        AdapterConfigError: onnx and onnxruntime are not installed, or the model has no adapter, or stock Flair would
+            read it as another model.
+        UnsupportedMethodError: the adapter cannot be merged, or torch cannot export the transformer.
+        StateMismatchError: onnxruntime gives other vectors.
+    """
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+        raise AdapterConfigError(
+            "Cannot export to ONNX: onnx and onnxruntime are not both installed here. The first writes the file, the "
+            "second checks and runs it. Run pip install onnx onnxruntime."
+        )
+    _refuse_separators(model)
+    plain = merge.merge(model)
+    exported: dict[int, Embeddings[Any]] = {}
+    for parent in list(plain.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, TransformerEmbeddings):
+                if id(child) not in exported:
+                    target = _numbered(Path(path), len(exported))
+                    exported[id(child)] = _export(child, target, examples, opset_version)
+                build.replace_(parent, name, child, exported[id(child)])
+    return plain
+
+
+def _export(
+    embeddings: TransformerEmbeddings, path: Path, examples: Sequence[str], opset_version: int
+) -> Embeddings[Any]:
+    """Export to a file, which is as it was if that fails or if the graph gives other vectors."""
+    exported: list[Any] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint_directory.write_file(
+        path, lambda file: exported.append(_export_to(Path(file.name), embeddings, examples, opset_version))
+    )
+    (found,) = exported
+    found.onnx_model = str(path)
+    return found
+
+
+def _export_to(path: Path, embeddings: TransformerEmbeddings, examples: Sequence[str], opset_version: int) -> Any:
+    export = _with_the_exporter_that_traces(embeddings.onnx_cls.export_from_embedding.__func__)
+    sentences = [Sentence(text) for text in examples]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer: shapes that it sees as constants are checked below
+        try:
+            found = export(embeddings.onnx_cls, path, embeddings, sentences, opset_version=opset_version)
+        except (RuntimeError, ValueError, TypeError, LookupError, torch.onnx.errors.OnnxExporterError) as error:
+            raise UnsupportedMethodError(
+                f"Cannot export '{embeddings.name}': torch's ONNX exporter fails on {type(embeddings.model).__name__} "
+                f"with {type(error).__name__}: {str(error)[:200]}. Flair exports encoders; use flair_peft.merge for "
+                "this one."
+            ) from error
+    _check(embeddings, found)
+    return found
+
+
+def _check(embeddings: TransformerEmbeddings, found: Embeddings[Any]) -> None:
+    """Return if onnxruntime gives the vectors that torch gives."""
+    for text in _CHECKED:
+        expected = _vectors(embeddings, text)
+        apart = vector_probe.distance(_vectors(found, text), expected)
+        if not apart <= _TOLERANCE:
+            raise StateMismatchError(
+                f"Cannot export '{embeddings.name}': the vectors that onnxruntime computes for '{text}' are "
+                f"{apart:.2g} of their norm away from those of the model, and rounding explains {_TOLERANCE:g}. The "
+                "tracer took something for a constant, as it does in Flair's subtoken_pooling='mean'. Use 'first', or "
+                "pass examples= with sentences like yours."
+            )
+
+
+def _refuse_separators(model: Model) -> None:
+    """Return unless a load by stock Flair would join texts by another separator than the model was trained with."""
+    for module in model.modules():
+        if getattr(module, "sep", " ") != " " and not getattr(module, "embed_separately", False):
+            raise AdapterConfigError(
+                f"Cannot export this {type(module).__name__}: it joins texts by {module.sep!r}, and Flair joins them "
+                "by a space where the embeddings are an ONNX file. Loaded again, it would predict something else. Use "
+                "flair_peft.merge, or train with embed_separately=True."
+            )
+
+
+def _with_the_exporter_that_traces(function: types.FunctionType) -> Callable[..., Any]:
+    """Return Flair's function with another ``torch.onnx.export``: torch's default is one that cannot export Flair's.
+
+    Flair hands no ``dynamo=False`` on. The function gets globals of its own, so that nobody else sees the other one.
+    """
+    onnx = types.SimpleNamespace(export=functools.partial(torch.onnx.export, dynamo=False))
+    own = {**function.__globals__, "torch": types.SimpleNamespace(onnx=onnx)}
+    return types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
+
+
+def _vectors(embeddings: Embeddings[Any], text: str) -> torch.Tensor:
+    sentence = Sentence(text)
+    embeddings.embed(sentence)
+    found = [*([sentence.embedding] if sentence.embedding.numel() else []), *(token.embedding for token in sentence)]
+    return torch.cat([vector.detach().cpu() for vector in found if vector.numel()])
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path if not number else path.with_name(f"{path.stem}-{number}{path.suffix}")

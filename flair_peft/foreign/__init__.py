@@ -1,0 +1,4 @@
+"""PEFT adapters that were trained on other classes: their files, their config in our names, what goes where.
+
+May import ``base``, ``storage``, ``adapter`` and ``primitives``.
+"""

@@ -1,0 +1,278 @@
+"""What the head of a model gives for one sentence: a load proves that labels come out as they did.
+
+The vectors of embeddings have a probe of their own, see :mod:`flair_peft.embeddings.vector_probe`. Here the whole model
+predicts, with all that lies between a sentence and its labels: tokenizer, context, pooling, and each part of the head.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from typing import Any
+
+import flair
+import torch
+from flair.data import DataPair, DataPoint, DataTriple, Dictionary, Sentence
+from flair.embeddings import PooledFlairEmbeddings
+from flair.embeddings.base import Embeddings
+from flair.models import MultitaskModel, SpanClassifier, TextPairClassifier, TextPairRegressor, TextTripleClassifier
+from flair.nn import Model
+
+from flair_peft.base import tokenizers
+from flair_peft.embeddings import vector_probe
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.errors import ModelFileError, StateMismatchError, name_some
+from flair_peft.primitives.base_record import load_options
+from flair_peft.primitives.dtypes import dtype_name
+from flair_peft.torchfile import state_tree
+
+log = logging.getLogger("flair_peft")
+
+Tensors = dict[str, torch.Tensor]
+
+KEY = "head_probe"
+"""Where the state of a model holds what its head gave."""
+
+_BEFORE, _WORDS, _AFTER = (
+    ["Nobody", "asked", "before", "."],
+    ["Angela", "Merkel", "lives", "in", "Berlin", ",", "isn't", "she", "unbelievably", "19", "?"],
+    ["So", "they", "say", ",", "at", "least", "."],
+)
+_LABEL = "flair_peft_probe"
+
+# Of a part that gives more numbers, the mean over all but their last dimension is kept.
+_LARGEST = 1 << 14
+
+# Scores of what a CRF rules out, beside which the others would be nothing.
+_RULED_OUT = 1e3
+
+# A head adds its rounding to that of the embeddings.
+_WIDER = 2
+
+# An answer near zero is one whose parts cancel out: rounding is as large as it would be for such numbers.
+_SMALLEST = 0.1
+
+# How embeddings read a sentence: some of it shows in long sentences only.
+_READING = frozenset(
+    {
+        *("layers", "layer_mean", "subtoken_pooling", "cls_pooling", "pooling", "context_length", "use_context"),
+        *("respect_document_boundaries", "use_context_separator", "allow_long_sentences", "force_max_length"),
+        *("truncate", "stride", "keep_virtual_rows"),
+    }
+)
+
+# What a state holds beside the settings of the model.
+_BESIDE = frozenset({KEY, state_tree.INNER, "state_dict", "versions", "model_card", "training_state", "flair_version"})
+
+
+def take(model: Model, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what loads compare: what the parts of the head give, and a digest of settings and labels.
+
+    Args:
+        model: is in evaluation mode for a moment.
+        state: of the model, as Flair gives it.
+    """
+    # These remember the words that they saw, which no file holds.
+    has_memory = any(isinstance(part, PooledFlairEmbeddings) for part in model.modules())
+    try:
+        outputs = {} if has_memory else _outputs(model)
+    except Exception as error:  # what a user's own class wants, or a lack of memory, must not cost a trained model
+        log.info("No probe of the head of this %s: %s: %s", type(model).__name__, type(error).__name__, error)
+        outputs = {}
+    return {"settings": _digest(state), "outputs": outputs, "dtype": _coarsest(model)}
+
+
+def check_settings(state: Mapping[str, Any], *, source: str) -> None:
+    """Return if settings and labels of a model are those that it was saved with, as far as its state tells.
+
+    Args:
+        state: of the model, before it is loaded.
+        source: named in errors.
+
+    Raises:
+        StateMismatchError: they are others.
+        ModelFileError: what is to be compared is damaged.
+    """
+    stored = state.get(KEY)
+    if stored is None or not load_options().verify:
+        return
+    outputs = stored.get("outputs") if isinstance(stored, Mapping) else None
+    if not isinstance(outputs, Mapping) or not all(map(_is_output, outputs.values())):
+        raise ModelFileError(
+            f"Cannot read the probe of the head in '{source}': it is damaged. It holds what the parts of the head "
+            "gave, which a load must give again. Copy or save the file again."
+        )
+    if stored.get("settings") != _digest(state):
+        raise StateMismatchError(
+            f"Cannot trust '{source}': its settings, labels or vocabulary, or their order, are not those that it was "
+            "saved with. "
+            "It would predict something else. Copy or save it again, or load it with verify=False."
+        )
+
+
+def replay(model: Model, stored: Mapping[str, Any] | None, *, source: str) -> None:
+    """Return if the parts of the head give what they gave when the model was saved.
+
+    Args:
+        model: loaded.
+        stored: what :func:`take` returned; ``None`` for files that do not say it, as those before version 0.3.
+        source: named in errors.
+
+    Raises:
+        StateMismatchError: they give something else.
+    """
+    verify = load_options().verify
+    # On a base that was converted, vectors are others, and what a head makes of that no tolerance says.
+    is_comparable = stored is not None and bool(stored["outputs"]) and stored.get("dtype") == _coarsest(model)
+    if verify == "full" and not is_comparable:
+        log.warning("Not checked for '%s': what its head gives. The file does not say what it gave here.", source)
+    if stored is None or not verify or not is_comparable:
+        return
+    try:
+        found = _outputs(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a device may lack what another one computes
+        log.warning("Not checked for '%s': what its head gives. It cannot predict here: %s", source, error)
+        return
+    rounded_to = (stored["dtype"], *(dtype_name(e.output_dtype) for e in _embedded(model)))
+    allowed = _WIDER * max(map(vector_probe.tolerance, rounded_to))
+    apart = {name: _distance(found.get(name), expected) for name, expected in stored["outputs"].items()}
+    wrong = [name for name, distance in apart.items() if not distance <= allowed]
+    if wrong:
+        raise StateMismatchError(
+            f"Cannot trust '{source}': {name_some(wrong)} of its head give something else for a probe sentence than "
+            f"when it was saved, up to {max(apart.values()):.2g} of the norm, where rounding explains {allowed:g}. It "
+            "would predict something else. Copy or save it again, or load it with verify=False."
+        )
+
+
+def _is_output(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _distance(found: torch.Tensor | None, expected: torch.Tensor) -> float:
+    """Return how far apart two answers are, as a share of the norm of the expected one."""
+    if found is None or found.shape != expected.shape or not torch.equal(found.isnan(), expected.isnan()):
+        return float("inf")
+    is_possible = expected.abs() < _RULED_OUT
+    found, expected = found.where(is_possible, 0.0), expected.where(is_possible, 0.0)
+    return float((found - expected).norm() / max(float(expected.norm()), _SMALLEST * expected.numel() ** 0.5))
+
+
+def _coarsest(model: Model) -> str:
+    """Return the name of the dtype that rounds most, of those in which the embeddings compute."""
+    return max(map(vector_probe.rounding_of, _embedded(model)), key=vector_probe.tolerance, default="float32")
+
+
+def _embedded(model: Model) -> Iterator[PeftTransformerEmbeddings]:
+    return (module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings))
+
+
+def _outputs(model: Model) -> Tensors:
+    """Return name → what each part of the head with weights gives for the probe, when it is called first."""
+    found: Tensors = {}
+    hooks = [part.register_forward_hook(functools.partial(_note, found, name)) for name, part in _parts(model)]
+    try:
+        # Flair's batches are drawn by torch, and mixed precision would give other numbers than a load outside of it.
+        with vector_probe.evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _in_full_precision():
+            for task in model.tasks.values() if isinstance(model, MultitaskModel) else [model]:
+                task.predict([_make_point(task)], label_name=_LABEL)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _in_full_precision() -> torch.autocast:
+    return torch.autocast(torch.device(flair.device).type, enabled=False)
+
+
+def _parts(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield the modules with weights, outside of embeddings."""
+    for child_name, child in module.named_children():
+        if not isinstance(child, Embeddings) and any(True for _ in child.parameters()):
+            yield f"{name}{child_name}", child
+            yield from _parts(child, f"{name}{child_name}.")
+
+
+def _note(found: Tensors, name: str, _: torch.nn.Module, __: Any, output: Any) -> None:
+    """Keep what a part of the head gave first: later calls depend on what was decided after the first."""
+    while isinstance(output, tuple | list) and output:
+        output = output[0]
+    if isinstance(output, torch.Tensor) and output.is_floating_point() and name not in found:
+        given = output.detach().float()
+        is_large = given.numel() > _LARGEST and given.dim() > 1
+        found[name] = (given.flatten(0, -2).mean(dim=0) if is_large else given.flatten())[:_LARGEST].cpu()
+
+
+def _make_point(model: Model) -> DataPoint:
+    """Return a data point of the kind that the model reads, with neighbours and with the entities that it looks for."""
+    before, sentence, after = (Sentence(words, use_tokenizer=False) for words in (_BEFORE, _WORDS, _AFTER))
+    for place, token in enumerate(sentence):
+        token.add_metadata("bbox", (40 * place, 10, 40 * place + 35, 35))
+    if isinstance(model, TextPairClassifier | TextPairRegressor):
+        return DataPair(sentence, after)
+    if isinstance(model, TextTripleClassifier):
+        return DataTriple(before, sentence, after)
+    sentence._previous_sentence, sentence._next_sentence = before, after
+    head, tail = min(_first_of(model, "entity_pair_filters", "entity_pair_labels") or [(None, None)])
+    for kind, allowed in _entity_types(model).items():
+        usual = min(allowed or ["PER"])
+        sentence[0:2].add_label(kind, usual if head is None else head)
+        sentence[4:5].add_label(kind, usual if tail is None else tail)
+    return sentence
+
+
+def _entity_types(model: Model) -> Mapping[str, Any]:
+    """Return the types of labels that a model looks for in sentences → their values, if these are limited."""
+    if isinstance(model, SpanClassifier):
+        return {model._span_label_type or model.label_type: None}
+    found = _first_of(model, "entity_label_types", "entity_label_type") or {}
+    return {found: None} if isinstance(found, str) else found
+
+
+def _first_of(model: Model, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(model, name, None))), None)
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    """Return a digest of the settings of a model, its labels among them, without those of embeddings."""
+    # Flair takes the class out of a state before it hands that on.
+    settings = {name: value for name, value in state.items() if name != "__cls__"}
+    return hashlib.sha256(_spelled(settings).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        is_embeddings = "__cls__" in value and "state_dict" not in value
+        names = [
+            name for name in value if name not in _BESIDE and not (is_embeddings and _is_unread(name, value[name]))
+        ]
+        return {name if isinstance(name, str) else _spelled(name): _plain(value[name]) for name in names}
+    if isinstance(value, Dictionary):
+        return [item.decode("utf-8", "backslashreplace") for item in value.idx2item]
+    if isinstance(value, BytesIO):
+        return tokenizers.digest_of_vocabulary(value)
+    if isinstance(value, list | tuple):
+        return list(map(_plain, value))
+    if isinstance(value, set | frozenset):
+        return sorted(map(_plain, value), key=_spelled)
+    return value if isinstance(value, bool | int | float | str) else None
+
+
+def _spelled(value: Any) -> str:
+    return json.dumps(_plain(value), sort_keys=True)
+
+
+def _is_unread(name: str, value: Any) -> bool:
+    """Whether a setting of embeddings shows in what the head gives, or says something else than how they read."""
+    return name not in _READING and not isinstance(value, BytesIO | list) and not _is_embeddings(value)
+
+
+def _is_embeddings(value: Any) -> bool:
+    return isinstance(value, Mapping) and "__cls__" in value

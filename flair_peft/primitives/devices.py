@@ -1,0 +1,19 @@
+"""The device that Flair computes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import flair
+import torch
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Inside, Flair computes on this device."""
+    found, flair.device = flair.device, device
+    try:
+        yield
+    finally:
+        flair.device = found

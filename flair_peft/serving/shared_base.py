@@ -1,0 +1,287 @@
+"""SharedBase: one frozen transformer under many Flair models."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import convert_file_size_to_int
+from flair.data import DataPoint, Sentence
+from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenClassifier
+from flair.nn import Model
+from peft import PeftConfig
+from tqdm import tqdm
+
+from flair_peft.base import resolve, tokenizers
+from flair_peft.embeddings import batching
+from flair_peft.embeddings.offload import AdapterMemory
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.errors import AdapterConfigError, BaseMismatchError
+from flair_peft.models import files, inputs, stock
+from flair_peft.primitives import dtypes
+from flair_peft.primitives.dtypes import DtypeLike
+from flair_peft.serving import mixed_batches
+from flair_peft.storage import file_names, hub
+
+log = logging.getLogger("flair_peft")
+
+# Models that read words and no labels, and embed each sentence once: they may predict for one sentence in turns.
+_READ_ONLY_TEXT = (SequenceTagger, TextClassifier, TextRegressor, TokenClassifier)
+
+# Mini-batches that one call of Flair's predict gets: its SequenceTagger is quadratic in their number.
+_BATCHES_AT_ONCE = 16
+
+
+class SharedBase:
+    """A frozen transformer in memory once, under any number of Flair models with adapters of their own.
+
+    What :meth:`load` returns are ordinary Flair models. They hold the weights of the base by storage: nothing is
+    switched between them, and whatever one of them writes goes to a copy of its own.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: DtypeLike | None = None,
+        adapter_memory: int | str | None = None,
+        transformers_config_kwargs: Mapping[str, Any] | None = None,
+        transformers_model_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Load the transformer onto ``flair.device``.
+
+        Args:
+            model: name or directory of the base model.
+            dtype: of its weights, such as "bfloat16". Models that were trained on weights of another dtype are put on
+                these all the same if it is given, and refused if it is not.
+            adapter_memory: bytes, or a text such as "500MB", that the adapters of all models may take. Those that were
+                not used for longest are left on disk until they are needed: adapters of checkpoint directories and of
+                the Hub, which hold what they held when they were loaded. None means no limit.
+            transformers_config_kwargs: for ``AutoConfig.from_pretrained``.
+            transformers_model_kwargs: for ``AutoModel.from_pretrained``.
+            **kwargs: for both.
+
+        Raises:
+            BaseModelNotFoundError: there is no such model.
+            AdapterConfigError: its weights are quantised or spread over devices, which cannot be shared.
+        """
+        model_kwargs = {**(transformers_model_kwargs or {}), **kwargs}
+        asked = dtypes.requested_dtype(dtype, model_kwargs)
+        model_kwargs = {key: value for key, value in model_kwargs.items() if key not in dtypes.SPELLINGS}
+        config_kwargs = {**(transformers_config_kwargs or {}), **kwargs}
+        base = resolve.find_new(model, dtype=asked, config_kwargs=config_kwargs, model_kwargs=model_kwargs)
+        if base.is_placed:
+            raise AdapterConfigError(
+                f"Cannot share '{model}': its weights are quantised or spread over devices, and such weights cannot be "
+                "held by several models. Share a base in bfloat16, or load each model on its own."
+            )
+        base.hold_in_memory()
+        self._base = base
+        self._offer = resolve.Offer(base, is_converted=asked is not None)
+        self._tokenizers: dict[tuple[Any, ...], Any] = {}
+        self._models: weakref.WeakSet[Model] = weakref.WeakSet()
+        self._batches = mixed_batches.MixedBatches()
+        self._memory = None if adapter_memory is None else AdapterMemory(_bytes(adapter_memory))
+
+    def __repr__(self) -> str:
+        return (
+            f"SharedBase({self._base.record.name!r}, dtype={self._base.known_record.dtype}, models={len(self.models)})"
+        )
+
+    @property
+    def models(self) -> list[Model]:
+        """The models that were loaded and are still in use."""
+        return list(self._models)
+
+    def load(self, source: str | Path, *, peft_config: PeftConfig | None = None, **options: Any) -> Model:
+        """Return the Flair model of a checkpoint, on this base.
+
+        On a base in half precision, LoRA adapters compute in the base's dtype: in fp32, as PEFT leaves them, they cost
+        more than the base saves. Files and training get their exact values.
+
+        Args:
+            source: as for :func:`flair_peft.from_pretrained`. Files that hold a base of their own can be loaded, too:
+                the weights that are this base's, bit by bit, are shared.
+            peft_config: for files of stock Flair, as for :func:`flair_peft.load_legacy`.
+            **options: as for :func:`flair_peft.from_pretrained`.
+
+        Raises:
+            BaseMismatchError: the model was trained on another base, or in another dtype, and none was asked for.
+            FlairPeftError: as for :func:`flair_peft.from_pretrained`.
+        """
+        with resolve.offering(self._offer), tokenizers.sharing_with(self._tokenizers):
+            model, directory = _load(source, peft_config, **options)
+        embedded = _embeddings_of(model)
+        are_shared = [embeddings.share_with(self._base) for embeddings in embedded]
+        if not any(are_shared):
+            names = sorted({embeddings.base_model_name for embeddings in embedded})
+            raise BaseMismatchError(
+                f"Cannot load '{source}' on the shared base '{self._base.record.name}': it was trained on "
+                f"{' and '.join(map(repr, names))}, and shares no weights with this base. It would need a base of its "
+                "own. Load it with its class's load, or make a SharedBase of its base."
+            )
+        for embeddings in embedded:
+            embeddings.narrow_adapter_()
+            if self._memory is not None and directory is not None and embeddings.origin is not None:
+                embeddings.adapter_memory = self._memory
+                folder = file_names.folder_of(embeddings.origin[0])
+                self._memory.admit(embeddings, directory / folder / file_names.ADAPTER_WEIGHTS)
+        self._models.add(model)
+        return model
+
+    def unload(self, model: Model) -> None:
+        """Let go of a model: what it holds is freed once nobody else refers to it.
+
+        Raises:
+            AdapterConfigError: it was not loaded here, or was unloaded before.
+        """
+        if model not in self._models:
+            raise self._stranger("unload", model)
+        self._models.discard(model)
+        for embeddings in _embeddings_of(model):
+            if self._memory is not None:
+                self._memory.forget(embeddings)
+
+    def predict(
+        self,
+        sentences: Mapping[Model, DataPoint | list[Any]],
+        *,
+        mini_batch_size: int = 32,
+        verbose: bool = False,
+        **options: Any,
+    ) -> None:
+        """The sentences have the labels that ``model.predict(sentences)`` gives them, for each model in its order.
+
+        Sentences of different models share forward passes where PEFT can mix their adapters; those of DoRA, prompts
+        and other methods get passes of their own. Scores are those of separate predictions up to rounding.
+
+        Args:
+            sentences: model → sentences, or what else the model predicts for. A sentence may have several models.
+            mini_batch_size: sentences in one forward pass, of all models together.
+            verbose: show a progress bar.
+            **options: for the ``predict`` of each model.
+
+        Raises:
+            AdapterConfigError: a key is no Flair model, or has an adapter and is not one of :attr:`models`.
+            PredictionSetupError: a value is no data point, nor a list of them.
+        """
+        if not isinstance(sentences, Mapping):
+            raise _no_model(sentences)
+        for model, points in sentences.items():
+            self._check(model, points)
+        jobs = [_Job(model, _as_list(points)) for model, points in sentences.items()]
+        total, session = sum(len(job.data_points) for job in jobs), self._batches.start()
+        with tqdm(total=total, desc="Batch inference", disable=not verbose) as bar:
+            for wave in _waves(jobs, limit=mini_batch_size, label_name=options.get("label_name")):
+                count = sum(len(job.data_points) for job in wave)
+                rounds = max(1, -(-count // mini_batch_size))
+                batching.run(
+                    [functools.partial(job.run, rounds, bar.update, options) for job in wave],
+                    functools.partial(session.run, rows=mini_batch_size),
+                )
+
+    def _check(self, model: Any, points: Any) -> None:
+        if not isinstance(model, Model):
+            raise _no_model(model)
+        if model not in self._models and _embeddings_of(model):
+            raise self._stranger("predict with", model)
+        inputs.check_points(model, points)
+
+    def _stranger(self, action: str, model: Any) -> AdapterConfigError:
+        return AdapterConfigError(
+            f"Cannot {action} this {type(model).__name__}: it is not one of the {len(self._models)} models of this "
+            "SharedBase. It was loaded elsewhere, or unloaded before. Pass what load returned."
+        )
+
+
+def _no_model(given: Any) -> AdapterConfigError:
+    return AdapterConfigError(
+        f"Cannot predict with a {type(given).__name__}: it is no Flair model. predict takes a dictionary from models "
+        "to their sentences. Pass {model: sentences}."
+    )
+
+
+class _Job:
+    """What one model has to predict."""
+
+    def __init__(self, model: Model, data_points: list[Any]) -> None:
+        self.model, self.data_points = model, data_points
+
+    def run(self, rounds: int, advance: Callable[[int], object], options: Mapping[str, Any]) -> None:
+        """Predict in so many rounds, so that all models of a wave end with the same one."""
+        if self.data_points and isinstance(self.data_points[0], Sentence):
+            Sentence.set_context_for_sentences(self.data_points)
+        size = -(-len(self.data_points) // rounds)
+        window = max(1, size * _BATCHES_AT_ONCE)
+        for start in range(0, len(self.data_points), window):
+            part = self.data_points[start : start + window]
+            self.model.predict(part, mini_batch_size=size, **options)
+            advance(len(part))
+
+    def held(self) -> Iterator[int]:
+        """Yield what tells data points apart, also those that are parts of pairs."""
+        for data_point in self.data_points:
+            yield id(data_point)
+            if not isinstance(data_point, Sentence):
+                yield from (id(part) for part in vars(data_point).values() if isinstance(part, Sentence))
+
+    def may_take_turns_with(self, other: _Job, label_name: str | None) -> bool:
+        """Whether both models may predict for the same sentence in turns, as if one had come after the other."""
+        are_other_labels = label_name is None and self.model.label_type != other.model.label_type
+        return are_other_labels and self._reads_words_once and other._reads_words_once
+
+    @functools.cached_property
+    def _reads_words_once(self) -> bool:
+        return type(self.model) in _READ_ONLY_TEXT and len(_embeddings_of(self.model)) == 1
+
+
+def _waves(jobs: Sequence[_Job], *, limit: int, label_name: str | None) -> Iterator[list[_Job]]:
+    """Yield jobs that can go on side by side: a model may read the labels that an earlier one gives."""
+    wave, held = list[_Job](), list[set[int]]()
+    for job in jobs:
+        own = set(job.held())
+        others = (other for other, theirs in zip(wave, held, strict=True) if not own.isdisjoint(theirs))
+        if len(wave) >= limit or not all(job.may_take_turns_with(other, label_name) for other in others):
+            yield wave
+            wave, held = [], []
+        wave.append(job)
+        held.append(own)
+    if wave:
+        yield wave
+
+
+def _load(
+    source: str | Path, peft_config: PeftConfig | None, *, revision: str | None = None, **options: Any
+) -> tuple[Model, Path | None]:
+    """Return the model, and the directory of its checkpoint if it comes from one."""
+    if Path(source).is_file() or peft_config is not None:
+        hub.refuse_revision(str(source), revision)
+        if peft_config is None:
+            return files.load_file(Model, Path(source), files.choose(**options)), None
+        return stock.load_legacy(source, peft_config=peft_config, **options), None
+    chosen = files.choose(**options)
+    directory = hub.find_checkpoint(str(source), revision=revision, options=chosen)
+    return files.load_checkpoint(Model, directory, chosen), directory
+
+
+def _bytes(limit: int | str) -> int:
+    try:
+        return int(convert_file_size_to_int(limit))
+    except ValueError as error:
+        raise AdapterConfigError(
+            f"Cannot keep adapters within {limit!r}: that is no size. A size is a number of bytes or a text such as "
+            "'500MB' or '2GiB'. Pass one, or None for no limit."
+        ) from error
+
+
+def _as_list(data_points: Any) -> list[Any]:
+    return data_points if isinstance(data_points, list) else [data_points]
+
+
+def _embeddings_of(model: Model) -> list[PeftTransformerEmbeddings]:
+    return [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]

@@ -1,0 +1,31 @@
+"""Names of the files and folders of a checkpoint directory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+HEAD, BASE = "head.safetensors", "base.safetensors"
+
+
+ARCHIVES = {"tokenizer_data": "tokenizer", "feature_extractor_data": "image_processor"}
+"""Parameter of embeddings → folder of the files in its zip archive."""
+
+
+def folder_of(index: int) -> str:
+    """Return where the files of an embeddings module are: the first stands in the directory itself, as PEFT's do."""
+    return "" if index == 0 else f"embeddings-{index}/"
+
+
+def is_part(part: Any) -> bool:
+    """Whether this describes an adapter of a directory: whose tensors are its, and which only PEFT reads."""
+    lists = [part.get("prefixes"), part.get("only_for_peft")] if isinstance(part, dict) else [None]
+    same_as = part.get("same_as", {}) if isinstance(part, dict) else None
+    return (
+        bool(lists[0])
+        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
+        and isinstance(same_as, dict)
+        and all(isinstance(name, str) for name in same_as.values())
+    )

@@ -1,0 +1,485 @@
+"""Flair's ``.pt`` files: the only place that unpickles."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import os
+import pickle
+import re
+import zlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from flair.file_utils import load_big_file, load_torch_state
+
+from flair_peft.errors import (
+    FlairPeftError,
+    ModelFileError,
+    UnsafeFileError,
+    name_some,
+)
+from flair_peft.primitives import progress
+from flair_peft.primitives.held_file import AnyFile, HeldFile, reading
+from flair_peft.torchfile import inert, scan, state_tree
+
+State = dict[str, Any]
+
+
+_MOST_THREADS = 8
+_CHUNK = 1 << 18  # fits into the cache of a core
+
+
+def read_sound_state(path: Path, *, expects_adapters: bool = True, trust_pickle: bool = False) -> State:
+    """Return the state of a Flair model, as :func:`read_state`; if it has adapters, its checksums are right.
+
+    Raises:
+        ModelFileError: also if a checksum is wrong.
+        UnsafeFileError: see :func:`read_state`.
+    """
+
+    def read(file: AnyFile) -> State:
+        state = read_state(file, expects_adapters=expects_adapters, trust_pickle=trust_pickle)
+        if state_tree.has_adapters(state):
+            check_sums(file)
+        return state
+
+    return reading(path, read)
+
+
+def read_state(path: AnyFile, *, expects_adapters: bool = True, trust_pickle: bool = False) -> State:
+    """Return the state of a Flair model; no code of the file is run, unless that is asked for.
+
+    Every name in its pickles has to be one that Flair writes of its models with adapters before anything is unpickled;
+    tensors may be views of the file, so it should not be written into as long as the state is held.
+
+    Args:
+        path: of the file.
+        expects_adapters: False where files without adapters are Flair's own business: its own function reads these,
+            and they can run any code.
+        trust_pickle: read every file as Flair does: it can run any code.
+
+    Raises:
+        ModelFileError: the file is truncated, empty, or not a Flair model.
+        UnsafeFileError: it names what no Flair model with an adapter needs; nothing of it was run.
+    """
+    state = reading(path, lambda file: _read(file, expects_adapters=expects_adapters, trust_pickle=trust_pickle))
+    if not isinstance(state, dict) or not _holds_tensors(state):
+        raise ModelFileError(
+            f"Cannot load '{path}': it holds a {type(state).__name__} without a 'state_dict'. A Flair model file has "
+            "one beside its settings. Pass a file that model.save() or Flair's trainer wrote."
+        )
+    return state
+
+
+def holds_adapters(path: AnyFile) -> bool:
+    """Whether a file holds a model with an adapter, by what its state would be; nothing of it is loaded.
+
+    Where that cannot be followed to its end, words that files with adapters hold are enough.
+
+    Raises:
+        ModelFileError: the file is a zip file that cannot be read.
+    """
+    if not scan.holds_adapters(path):
+        return False
+    contents = scan.read_contents(path)
+    if contents is None or not contents.is_whole or any(map(_tells_of_adapters, contents.globals)):
+        return True
+    try:
+        state = inert.read_outline(path).value
+    except ModelFileError:
+        return True
+    return not isinstance(state, dict) or not _holds_tensors(state) or state_tree.has_adapters(state)
+
+
+def _tells_of_adapters(name: str) -> bool:
+    return name == scan.UNRESOLVED or name.startswith("flair_peft.")
+
+
+def _read(path: HeldFile, *, expects_adapters: bool, trust_pickle: bool) -> Any:
+    is_checked = not trust_pickle and (expects_adapters or holds_adapters(path))
+    try:
+        return _read_allowed(path) if is_checked else load_torch_state(os.fspath(path))
+    except FlairPeftError:
+        raise
+    except Exception as error:  # a damaged pickle can call anything with anything
+        raise ModelFileError(
+            f"Cannot read '{path}' ({path.stat().st_size} bytes): {type(error).__name__}: {error}. It is truncated, or "
+            "it was never written by Flair. Copy or save it again."
+        ) from error
+
+
+def _read_allowed(path: AnyFile) -> Any:
+    contents = scan.read_contents(path)
+    names = frozenset[str]() if contents is None else contents.globals
+    refused = {name for name in names if not _is_allowed(name)}
+    if refused:
+        raise UnsafeFileError(
+            f"Cannot load '{path}': it names {name_some(refused)}, which Flair's own models with adapters do not need. "
+            "Loading a pickle runs what it names, so such a file can do anything; nothing of it was run. If you know "
+            f"who wrote it and trust them: flair_peft.load_legacy('{path}', trust_pickle=True)."
+        )
+    if contents is None or not contents.is_whole:
+        raise pickle.UnpicklingError("the pickle in it has no end")
+    load = functools.partial(torch.load, map_location="cpu", pickle_module=_AllowedPickle, weights_only=False)
+    if not scan.is_zip(path):
+        if not names.isdisjoint(_READ_AT_ONCE):
+            raise pickle.UnpicklingError("its objects stand in front of the tensors that they are made of")
+        return load(load_big_file(os.fspath(path)))
+    _refuse_scripts(path)
+    # A module that is pickled whole becomes part of the model, and would break when the file is written again.
+    return load(path, mmap=names.isdisjoint(_KEPT_ALIVE))
+
+
+def _refuse_scripts(path: AnyFile) -> None:
+    """Refuse an archive that torch would hand on to TorchScript, which has a language and files of its own."""
+    if any(member.name.endswith("/constants.pkl") for member in scan.stored_members(path)):
+        raise UnsafeFileError(
+            f"Cannot load '{path}': it is a TorchScript archive. Flair's models are not, and a script can do more than "
+            "a model has to; nothing of it was run. Pass a file that model.save() or Flair's trainer wrote."
+        )
+
+
+# What a file with adapters may name: what Flair 0.14 to 0.15.1 writes of its models on transformer embeddings, and no
+# more. Whoever writes a pickle chooses what is called with which arguments, so each of these must be harmless with any.
+
+_BUILTINS = ("__builtin__", "builtins")  # as protocol 2 calls it, and as protocol 4 does
+_ENCODINGS = ("EntityMask", "EntityMarker", "EntityMarkerPunct")
+_LAYERS = (
+    *(f"activation.{name}" for name in ("GELU", "ReLU", "Tanh")),
+    *(f"container.{name}" for name in ("ModuleList", "Sequential")),
+    *("dropout.Dropout", "linear.Identity", "linear.Linear", "normalization.LayerNorm"),
+)
+_DISTANCES = (
+    *(f"cosine.{name}" for name in ("CosineDistance", "LogitCosineDistance", "NegativeScaledDotProduct")),
+    *("euclidean.EuclideanDistance", "hyperbolic.HyperbolicDistance"),
+)
+
+# Modules are pickled whole where a classifier got a decoder of its own; the label verbalizer's has embeddings inside.
+# They are rebuilt without a constructor: ``__setstate__`` of torch's modules sets attributes, that of our embeddings
+# takes the values that any file holds of them.
+_MODULES = frozenset(
+    {
+        *(f"torch.nn.modules.{name}" for name in _LAYERS),
+        *(f"flair.nn.distance.{name}" for name in _DISTANCES),
+        *(f"flair.nn.decoder.{name}Decoder" for name in ("DeepNCM", "LabelVerbalizer", "Prototypical")),
+        *(f"flair_peft.embeddings.PeftTransformer{kind}Embeddings" for kind in ("", "Word", "Document")),
+    }
+)
+
+# Rebuilt without a constructor too. These hold labels, characters, words and numbers; only Flair's Dictionary has a
+# ``__setstate__``, which sets attributes.
+_RECORDS = frozenset(
+    {
+        "_io.BytesIO",  # tokenizer files
+        "flair.data.Dictionary",
+        "flair.data.Sentence",  # verbalised labels
+        "flair.data.Token",
+        "flair.models.entity_linker_model.CandidateGenerator",
+        "flair.models.prefixed_tagger.EntityTypeTaskPromptAugmentationStrategy",
+        *(f"flair.models.relation_classifier_model.{typed}{name}" for typed in ("", "Typed") for name in _ENCODINGS),
+        "flair_peft.compat.FormatVersion",
+        "torch.torch_version.TorchVersion",  # in the model card
+    }
+)
+
+# Called. The first two make tensors of storages that torch has read from the same file, the others containers.
+_FUNCTIONS = frozenset(
+    {
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_parameter",
+        "collections.OrderedDict",
+        *(f"{module}.{kind}" for module in _BUILTINS for kind in ("set", "frozenset")),
+        # What flair_peft writes in place of a pickled object: it checks plain values by the rules of its own format.
+        "flair_peft.codec.restore_state",
+    }
+)
+
+# Constants: they are named and nothing can be called. torch itself takes care of the storages, which only name a dtype.
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+_CONSTANTS = frozenset({*(f"torch.{name}" for name in _DTYPES), *(f"torch.{name}Storage" for name in _STORAGES)})
+
+# The model card holds what the trainer was given. No model needs it to predict, so it is not rebuilt: what was an
+# object becomes the name of its class, which is how Flair itself stores classes there.
+_WITHHELD = ("torch.optim.", "flair.optim.", "flair.samplers.", "flair.trainers.")
+
+# What copies tensors while it is rebuilt. In old-style files these have no content yet at that moment.
+_READ_AT_ONCE = {"flair_peft.codec.restore_state", *(name for name in _MODULES if name.startswith("flair_peft."))}
+
+# What becomes part of the live model, and with it the memory of its tensors. The weights of a base that a file holds do
+# so too, on purpose: they stay in the file, which this package replaces and never writes to.
+_KEPT_ALIVE = _MODULES
+
+_EMBEDDINGS_STATE = "flair_peft_params"
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Return bytes as protocol 2 stores them; other encodings would import modules and take quadratic time."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds bytes in {encoding!r:.80}")
+    return text.encode("latin1")
+
+
+def _empty_bytes() -> bytes:
+    """Return no bytes, which protocol 2 stores as a call; with a number, ``bytes`` would fill the memory."""
+    return b""
+
+
+def _default_dictionary(factory: str | None = None) -> defaultdict[Any, Any]:
+    """Return a dictionary that makes its values with one of Python's own classes, as Flair's counters do."""
+    return defaultdict(None if factory is None else _FACTORIES[factory])
+
+
+class _NumpyType:
+    """The type of a number: loss weights and other settings may have been computed with numpy."""
+
+    def __init__(self, code: str, *_: bool) -> None:
+        if not re.fullmatch(r"[biuf][1248]", code):
+            raise pickle.UnpicklingError(f"it holds numbers of type {code!r:.80}")
+        self._code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError(f"it holds numbers in the byte order {state[1]!r:.80}")
+        self._code = state[1] + self._code
+
+    @property
+    def code(self) -> str:
+        """The type as numpy writes it."""
+        return self._code
+
+
+def _number(kind: _NumpyType, content: bytes) -> Any:
+    """Return the number that the bytes are."""
+    if type(kind) is not _NumpyType:
+        raise pickle.UnpicklingError("it holds a number without a type")
+    (number,) = np.frombuffer(content, kind.code)
+    return number
+
+
+def _path(*parts: str) -> str:
+    """Return a path as text: Flair's model card holds the folder of the training."""
+    if not all(isinstance(part, str) for part in parts):
+        raise pickle.UnpicklingError("it holds a path of something else than text")
+    return str(Path(*parts))
+
+
+def _member(value: str) -> str:
+    """Return the value of a member of one of PEFT's enumerations."""
+    if not isinstance(value, str):
+        raise pickle.UnpicklingError("it holds a member of an enumeration that is no text")
+    return value
+
+
+class _StoredConfig(dict[str, Any]):
+    """Stands for a PEFT config, which Flair's development version pickles: its settings, by which it is made anew."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What is chosen anew in each process is no setting; other configs do not store it.
+        self.update({name: value for name, value in state.items() if name != "runtime_config"})
+
+
+def _is_config(name: str) -> bool:
+    """Whether a name is that of a PEFT config or a part of one: nothing of these is imported or called."""
+    return re.fullmatch(r"peft\.tuners\.[\w.]+\.\w+Config", name) is not None
+
+
+# Instead of what these names mean elsewhere, which does more with some arguments than a Flair model needs.
+_REPLACED: dict[str, Callable[..., Any]] = {
+    "_codecs.encode": _encode,
+    "__builtin__.bytes": _empty_bytes,
+    "collections.defaultdict": _default_dictionary,
+    "numpy.dtype": _NumpyType,
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,
+    **{f"{module}.{kind}Path": _path for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")},
+    **{f"peft.utils.peft_types.{kind}": _member for kind in ("PeftType", "TaskType")},
+    "peft.tuners.p_tuning.config.PromptEncoderReparameterizationType": _member,
+    "peft.tuners.prompt_tuning.config.PromptTuningInit": _member,
+}
+_FACTORIES = {f"{module}.{kind.__name__}": kind for module in _BUILTINS for kind in (int, float, list, dict)}
+_FACTORIES["__builtin__.long"] = int
+
+_ALLOWED = _FUNCTIONS | _RECORDS | _MODULES | _CONSTANTS | _REPLACED.keys() | _FACTORIES.keys()
+
+
+def _is_allowed(name: str) -> bool:
+    return name in _ALLOWED or name.startswith(_WITHHELD) or _is_config(name)
+
+
+class _Name(str):
+    """The name of a function or class, on the unpickler's stack in the place of the thing itself.
+
+    Only the opcodes that call look the thing up. So nothing that can be called ever becomes a value of the state,
+    where a hook or a default might call it later.
+    """
+
+    def look_up(self) -> Any:
+        """Import and return what has this name."""
+        module, _, name = self.rpartition(".")
+        return getattr(importlib.import_module("builtins" if module in _BUILTINS else module), name)
+
+
+class _AllowedUnpickler(pickle._Unpickler):
+    """Unpickles what the lists above allow, and only in the way in which Flair's files use it.
+
+    It is Python's unpickler in Python: the one in C cannot be asked what it calls. It is as fast as the one that torch
+    uses for ``weights_only``, which would call every class that it may name and stops at the frames of protocol 4.
+    """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._withheld: dict[int, str] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a constant, or the name of what may be called; torch asks here too, for all but storages."""
+        found = _Name(f"{module}.{name}")
+        if not _is_allowed(found):
+            raise pickle.UnpicklingError(f"it names '{found}'")
+        if found.startswith(_WITHHELD):
+            stand_in = str(found)
+            return self._withheld.setdefault(id(stand_in), stand_in)
+        return found.look_up() if found in _CONSTANTS else found
+
+    def _call(self) -> None:
+        arguments, name = self.stack.pop(), self.stack[-1]
+        if not self._is_withheld(name):
+            function = _REPLACED.get(_expect(name, _FUNCTIONS | _REPLACED.keys())) or name.look_up()
+            self.stack[-1] = function(*arguments)
+
+    def _create(self) -> None:
+        arguments, name = self.stack.pop(), self.stack[-1]
+        if type(name) is _Name and _is_config(name) and arguments == ():
+            self.stack[-1] = _StoredConfig()
+        elif not self._is_withheld(name):
+            created = _expect(name, _RECORDS | _MODULES).look_up()
+            self.stack[-1] = created.__new__(created, *arguments)
+
+    def _set_state(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if not self._is_withheld(target):
+            _set_state_(target, state)
+
+    def _load_persistent(self) -> None:
+        reference = self.stack[-1]
+        kind = reference[0] if type(reference) is tuple and reference else None
+        if kind == "module":
+            # Old-style files hold the source code of modules beside their names. torch would compare it with that of
+            # the installed ones, and may write a patch.
+            self.stack[-1] = _expect(reference[1], _MODULES)
+        elif kind == "storage":
+            self.stack[-1] = self.persistent_load(reference)
+        else:
+            raise pickle.UnpicklingError("it refers to something that is not a tensor's storage")
+
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it holds an opcode that torch does not write")
+
+    def _is_withheld(self, value: Any) -> bool:
+        return self._withheld.get(id(value)) is value
+
+    dispatch[pickle.REDUCE[0]] = _call
+    dispatch[pickle.NEWOBJ[0]] = _create
+    dispatch[pickle.BUILD[0]] = _set_state
+    dispatch[pickle.BINPERSID[0]] = _load_persistent
+    for _code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        dispatch[_code[0]] = _refuse
+
+
+def _expect(name: Any, expected: Set[str]) -> _Name:
+    if type(name) is not _Name or name not in expected:
+        found = f"'{name}'" if isinstance(name, str) else f"an object of type {type(name).__name__}"
+        raise pickle.UnpicklingError(f"it calls {found:.200}")
+    return name
+
+
+def _set_state_(target: Any, state: Any) -> None:
+    """Give an object of the lists its attributes, in the one form in which Flair's files hold those of its class."""
+    kind = type(target)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind is OrderedDict:
+        is_usual = type(state) is dict and state.keys() <= {"_metadata"}  # what Module.state_dict() adds
+    elif kind is io.BytesIO:
+        is_usual = type(state) is tuple and state[2:] == (None,)
+    elif kind is _StoredConfig:
+        is_usual = type(state) is dict and all(type(key) is str for key in state)
+    elif kind is _NumpyType:
+        is_usual = type(state) is tuple and len(state) > 1
+    else:
+        # Without their own key, embeddings would read a state of Flair's, and with it any model of the Hub.
+        is_usual = type(state) is dict and ("Embeddings" not in name or _EMBEDDINGS_STATE in state)
+        is_usual = is_usual and name in _RECORDS | _MODULES
+    if not is_usual:
+        raise pickle.UnpicklingError(f"it sets attributes of an object of type {name} in an unusual way")
+    # Asked of the class: an attribute of that name, set before, is data.
+    if hasattr(kind, "__setstate__"):
+        kind.__setstate__(target, state)
+    else:
+        target.__dict__.update(state)
+
+
+class _AllowedPickle:
+    """What ``torch.load`` takes for the module ``pickle``."""
+
+    Unpickler = _AllowedUnpickler
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        """Return the object in the next pickle of an old-style file."""
+        return _AllowedUnpickler(file, **options).load()
+
+
+def check_sums(path: AnyFile) -> None:
+    """Return if the checksums in a file are right: torch writes them and reads over them.
+
+    Members are summed side by side, in pieces that stay in a core's cache.
+
+    Raises:
+        ModelFileError: one is wrong, and a flipped bit would change predictions silently; or torch may read other
+            bytes than those that were summed.
+    """
+    if not scan.is_zip(path):
+        return
+    members = sorted(scan.stored_members(path), key=lambda member: member.start - member.stop)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as threads:
+        sums = threads.map(lambda member: _checksum(path, member), members)
+        damaged = []
+        for member, found in zip(members, sums, strict=True):
+            progress.advance(member.stop - member.start)
+            damaged.extend([member.name] if found != member.checksum else [])
+    if damaged:
+        raise ModelFileError(
+            f"Cannot load '{path}': the checksum of {name_some(damaged)} in it is wrong. The file was damaged after it "
+            "was written, and would predict something else. Copy or save it again."
+        )
+
+
+def _checksum(path: AnyFile, member: scan.Member) -> int:
+    """Return the checksum of the bytes of a member; both reading and summing let other threads run."""
+    checksum, rest = 0, member.stop - member.start
+    view = memoryview(bytearray(min(rest, _CHUNK)))
+    with path.open("rb", buffering=0) as file:
+        file.seek(member.start)
+        while rest > 0:
+            size = file.readinto(view[:rest])
+            if not size:
+                break
+            checksum, rest = zlib.crc32(view[:size], checksum), rest - size
+    return checksum
+
+
+def _holds_tensors(state: State) -> bool:
+    tensors, tasks = state.get("state_dict"), state.get("model_states")
+    if isinstance(tasks, dict):
+        return all(isinstance(task, dict) and _holds_tensors(task) for task in tasks.values())
+    return isinstance(tensors, Mapping) and all(isinstance(key, str) for key in tensors)

@@ -1,0 +1,316 @@
+"""Flair trainer plugins: what some PEFT methods need while they train, and what every adapter should be told."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+from flair.distributed_utils import is_main_process
+from flair.nn import Model
+from flair.trainers.plugins.base import TrainerPlugin
+from peft import PeftConfig, PeftModel, PeftType
+from peft.optimizers import create_loraplus_optimizer
+
+from flair_peft.adapter import injection, methods, refusals
+from flair_peft.base import quantisation
+from flair_peft.embeddings import head_dtype, vector_probe
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.errors import TrainingSetupError, name_some
+from flair_peft.models import files
+
+log = logging.getLogger("flair_peft")
+
+
+class RankAllocationPlugin(TrainerPlugin):
+    """Moves the rank budget of AdaLoRA, or of AdaMSS with ``use_asa=True``, after each optimiser step.
+
+    Without it the ranks never change: these methods learn of gradients only through ``update_and_allocate``
+    (Zhang et al. 2023, https://arxiv.org/abs/2303.10512). It also adds the gradient of AdaLoRA's orthogonality penalty,
+    ``orth_reg_weight`` times the mean Frobenius norm of PᵀP − I, which PEFT adds to a loss that Flair does not compute,
+    to that of Flair's loss. Steps that ``use_amp=True`` skips do not count.
+
+    ``AdaLoraConfig(total_step=…)`` must be the number of optimiser steps of the whole training, batches × epochs.
+
+    Example:
+        ``ModelTrainer(model, corpus).fine_tune("out", plugins=[RankAllocationPlugin()])``
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step = 0
+        self._processes = 1
+        self._is_first_part = False
+
+    @TrainerPlugin.hook("after_setup")
+    def compare_schedule(
+        self,
+        dataset_size: int,
+        mini_batch_size: int,
+        max_epochs: int,
+        epoch: int = 0,
+        multi_gpu: bool = False,
+        **_: Any,
+    ) -> None:
+        """Start counting steps and penalising, and say if the schedule of the config is not that of the training."""
+        self._step = 0
+        self._processes = torch.distributed.get_world_size() if multi_gpu else 1
+        steps_of_epoch = -(-dataset_size // (mini_batch_size * self._processes))
+        steps = steps_of_epoch * max_epochs
+        those_left = steps_of_epoch * (max_epochs - epoch)
+        for config in self._configs():
+            planned = getattr(config, "total_step", steps)
+            if planned not in (steps, those_left):
+                log.warning(
+                    "%s plans for total_step=%s optimiser steps, but this training has %s. Its rank budget will follow "
+                    "the plan. Pass total_step=%s.",
+                    methods.method_name(config),
+                    planned,
+                    steps,
+                    steps,
+                )
+
+        self.trainer.context_stack.enter_context(self._penalising())
+
+    @contextmanager
+    def _penalising(self) -> Iterator[None]:
+        """Inside, the loss of each batch has the gradient of AdaLoRA's penalty, too, and its value as it was.
+
+        What is done to the loss is done to the penalty then: Flair scales it, and gradients are unscaled only after
+        the last hook before the optimiser's step.
+        """
+        forward_loss, own = self.model.forward_loss, vars(self.model).get("forward_loss")
+
+        def penalised(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
+            loss, count = forward_loss(*args, **kwargs)
+            for penalty in self._penalties() if self._is_first_part else ():
+                # Flair multiplies by the number of processes, since gradients are the mean of theirs by then.
+                loss = loss + ((penalty - penalty.detach()) / self._processes).to(loss.device)
+            self._is_first_part = False
+            return loss, count
+
+        self.model.forward_loss = penalised
+        try:
+            yield
+        finally:
+            del self.model.forward_loss
+            if own is not None:
+                self.model.forward_loss = own
+
+    @TrainerPlugin.hook("before_training_batch")
+    def expect_first_part(self, **_: Any) -> None:
+        """Take note that a batch begins: the penalty counts once for it, into however many parts it is cut."""
+        self._is_first_part = True
+
+    def _penalties(self) -> Iterator[torch.Tensor]:
+        for model, config in zip(_peft_models(self.model), self._configs(), strict=True):
+            weight = getattr(config, "orth_reg_weight", 0.0)
+            with torch.autocast(model.device.type, enabled=False):
+                factors = [
+                    p @ p.T if "lora_A" in name else p.T @ p
+                    for name, p in model.named_parameters()
+                    if p.requires_grad and ("lora_A" in name or "lora_B" in name)
+                ]
+                if weight and factors and config.peft_type == PeftType.ADALORA:
+                    distances = [torch.norm(f - torch.eye(len(f), dtype=f.dtype, device=f.device)) for f in factors]
+                    yield weight * torch.stack([distance.to(model.device) for distance in distances]).mean()
+
+    @TrainerPlugin.hook("after_training_batch")
+    def update_budget(self, optimizer_was_run: bool = True, **_: Any) -> None:
+        """Rank the singular values by importance and mask those beyond the budget."""
+        if not optimizer_was_run:
+            return  # gradients that were scaled too high are infinite, and would be so in the mean for ever
+        self._step += 1
+        for model, config in zip(_peft_models(self.model), self._configs(), strict=True):
+            if methods.needs_step_hook(config):
+                for parameter in injection.trainable_parameters(model).values():
+                    if parameter.grad is None:  # of a layer that Flair does not read, such as the pooler
+                        parameter.grad = torch.zeros_like(parameter)
+                model.base_model.update_and_allocate(self._step)
+
+    def _configs(self) -> list[PeftConfig]:
+        return [model.peft_config[methods.ADAPTER_NAME] for model in _peft_models(self.model)]
+
+
+class LoraPlusPlugin(TrainerPlugin):
+    """Trains lora_B with a higher learning rate than lora_A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
+
+    Regroups the parameters of the optimiser that Flair made, by :func:`peft.optimizers.create_loraplus_optimizer`,
+    before schedulers are built on it. Parameters outside the adapter keep the learning rates they had.
+
+    Args:
+        loraplus_lr_ratio: learning rate of lora_B divided by that of lora_A; the paper suggests 16.
+        loraplus_weight_decay: weight decay of the adapter; ``None`` keeps that of the optimiser.
+    """
+
+    def __init__(self, loraplus_lr_ratio: float = 16.0, loraplus_weight_decay: float | None = None) -> None:
+        super().__init__()
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.loraplus_weight_decay = loraplus_weight_decay
+
+    @TrainerPlugin.hook("after_setup")
+    def split_learning_rates(self, **_: Any) -> None:
+        """Give lora_A and lora_B parameter groups of their own, in place of the ones they were in."""
+        optimizer = self.trainer.optimizer
+        for peft_model in _peft_models(self.model):
+            adapter = {id(p) for p in injection.trainable_parameters(peft_model).values()}
+            group = next(g for g in optimizer.param_groups if any(id(p) in adapter for p in g["params"]))
+            settings = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
+            decay = self.loraplus_weight_decay
+            loraplus = create_loraplus_optimizer(
+                model=peft_model,
+                optimizer_cls=type(optimizer),
+                lr=settings.pop("lr"),
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+                loraplus_weight_decay=settings.pop("weight_decay", 0.0) if decay is None else decay,
+            )
+            for existing in optimizer.param_groups:
+                existing["params"] = [p for p in existing["params"] if id(p) not in adapter]
+            for new in loraplus.param_groups:
+                if new["params"]:
+                    optimizer.add_param_group({**settings, **{k: new[k] for k in ("params", "lr", "weight_decay")}})
+
+
+class AdapterGuard(TrainerPlugin):
+    """Says at the start of a training what would otherwise show only at its end, or never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._has_seen_gradients = False
+
+    @TrainerPlugin.hook("after_setup")
+    def check_dtypes(self, **_: Any) -> None:
+        """Raise if the head could not consume the embeddings."""
+        head_dtype.check_head(self.model)
+
+    @TrainerPlugin.hook("after_setup")
+    def check_storable(self, **_: Any) -> None:
+        """Raise if the model holds what no file can hold: not after the last epoch."""
+        files.check_storable(self.model)
+
+    @TrainerPlugin.hook("after_setup")
+    def check_effect(self, **_: Any) -> None:
+        """Say if the adapter is multiplied with zero."""
+        for peft_model in _peft_models(self.model) if is_main_process() else ():
+            injection.report_without_effect(peft_model)
+
+    @TrainerPlugin.hook("after_setup")
+    def check_rates(self, max_epochs: int, epoch: int = 0, **_: Any) -> None:
+        """Say, where a training starts anew, if the adapter will hardly learn at its learning rate."""
+        # Optimisers of other libraries may mean another thing by a learning rate.
+        is_known = type(self.trainer.optimizer).__module__.startswith("torch.optim")
+        if not is_known or not 0 == epoch < max_epochs or not is_main_process():
+            return
+        for embeddings in _adapted(self.model):
+            parameters = injection.trainable_parameters(embeddings.model)
+            rate = self._rate_of(parameters.values())
+            # An adapter that has learned already may be meant to change little.
+            is_new = embeddings.fine_tune and bool(vector_probe.never_left(embeddings.model, embeddings._start))
+            wanted = methods.rate_to_try(embeddings.adapter_config, rate) if is_new else None
+            if wanted is not None:
+                log.warning(
+                    "The adapter of '%s' hardly learns with learning_rate=%s: that is made for the weights of a whole "
+                    "transformer. Try learning_rate=%s, and decoder_learning_rate=%s for the head.",
+                    embeddings.name,
+                    *map(_as_written, (rate, wanted, methods.HEAD_RATE)),
+                )
+
+    def _rate_of(self, parameters: Iterable[torch.nn.Parameter]) -> float:
+        """Return the highest learning rate of these parameters, before schedules change it."""
+        wanted, groups = set(map(id, parameters)), self.trainer.optimizer.param_groups
+        found = [g.get("initial_lr", g["lr"]) for g in groups if not wanted.isdisjoint(map(id, g["params"]))]
+        return max(map(float, found), default=math.inf)
+
+    @TrainerPlugin.hook("after_evaluation")
+    def note_scores(self, epoch: int, validation_scores: tuple[float, ...], **_: Any) -> None:
+        """Keep the scores of the epoch where files hold them: in the model card."""
+        names = ("dev score", "dev loss") if len(validation_scores) > 1 else ("train loss",)
+        scores = {name: float(value) for name, value in zip(names, validation_scores, strict=False)}
+        self.model.model_card["scores"] = {"epoch": epoch, **scores}
+
+    @TrainerPlugin.hook("after_training")
+    def note_test_score(self, **_: Any) -> None:
+        """Keep the score on the test data, if there were any."""
+        if self.trainer.corpus.test and "test_score" in self.trainer.return_values:
+            score = float(self.trainer.return_values["test_score"])
+            self.model.model_card.setdefault("scores", {})["test score"] = score
+
+    @TrainerPlugin.hook("before_training_optimizer_step")
+    def check_gradients(self, **_: Any) -> None:
+        """Report, at the first step, adapters that learn nothing and methods that miss their plugin."""
+        if self._has_seen_gradients:
+            return
+        self._has_seen_gradients = True
+        if not is_main_process():
+            return
+        for peft_model in _peft_models(self.model):
+            self._report_missing_plugin(peft_model)
+            self._report_missing_gradients(peft_model)
+
+    def _report_missing_plugin(self, peft_model: PeftModel) -> None:
+        config = peft_model.peft_config[methods.ADAPTER_NAME]
+        has_plugin = any(isinstance(plugin, RankAllocationPlugin) for plugin in self.trainer.plugins)
+        if methods.needs_step_hook(config) and not has_plugin:
+            log.warning(
+                "%s is trained without RankAllocationPlugin, so its ranks will not change: it has to be told of every "
+                "step. Pass plugins=[flair_peft.RankAllocationPlugin()] to the trainer.",
+                methods.method_name(config),
+            )
+
+    def _report_missing_gradients(self, peft_model: PeftModel) -> None:
+        parameters = injection.trainable_parameters(peft_model)
+        without = [name for name, p in parameters.items() if p.grad is None and ".pooler." not in f".{name}"]
+        if parameters and len(without) == len(parameters):
+            log.warning(
+                "The adapter learns nothing: none of its %s parameters received a gradient in the first step. With "
+                "fine_tune=False Flair embeds without gradient; pass fine_tune=True.",
+                len(parameters),
+            )
+        elif without:
+            log.warning("These adapter parameters received no gradient in the first step: %s.", name_some(without))
+
+
+def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: Any = None) -> None:
+    """Return if Flair can train this model, which is in training mode, with these settings.
+
+    Raises:
+        TrainingSetupError: weights of the base itself train in float16, with an optimiser that divides by squares of
+            gradients: most of these are 0 there, and the weights would be NaN after the first steps.
+        TrainingSetupError: the vocabulary is to be reduced. A checkpoint written in the middle would hold the reduced
+            matrix, and a frozen one has neither gradient nor optimiser state that reducing it could save.
+        AdapterConfigError: the base is quantised in a way that no file can say, so no checkpoint could be written.
+    """
+    for module in model.modules():
+        if isinstance(module, PeftTransformerEmbeddings):
+            refusals.refuse_unstorable(module.model)
+            quantisation.check_storable(module.base_model, module.name)
+    narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if narrow and not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.SGD)):
+        raise TrainingSetupError(
+            f"Cannot train {name_some(narrow)} in float16, the dtype of the base that they belong to. That holds "
+            "no squares of small gradients, by which optimisers such as Adam divide, and the weights would become NaN. "
+            "Load the base in bfloat16 or float32, or call model.float() before the training."
+        )
+    adapted = [embeddings.name for embeddings in head_dtype.adapted_embeddings(model)]
+    if reduce_transformer_vocab and adapted:
+        raise TrainingSetupError(
+            f"Cannot reduce the vocabulary of {name_some(adapted)}. The embedding matrix of a base with an adapter is "
+            "frozen: it has no gradient and no optimiser state that a smaller one would save, and checkpoints written "
+            "during the training would hold the reduced matrix. Leave out reduce_transformer_vocab=True."
+        )
+
+
+def _as_written(rate: float) -> str:
+    return f"{rate:.2g}" if rate >= 0.1 else f"{rate:.0e}".replace("e-0", "e-")
+
+
+def _adapted(model: torch.nn.Module) -> list[PeftTransformerEmbeddings]:
+    return [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+
+
+def _peft_models(model: torch.nn.Module) -> list[PeftModel]:
+    return [embeddings.model for embeddings in _adapted(model)]

@@ -1,0 +1,332 @@
+"""What a training in progress keeps outside the model: optimiser, schedulers, plugins, random numbers."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from flair.distributed_utils import is_main_process
+from flair.nn import Model
+from flair.trainers import ModelTrainer
+from flair.trainers.plugins.base import BasePlugin
+
+from flair_peft.adapter import keys
+from flair_peft.errors import TrainingSetupError, UnsupportedStateError, name_some
+from flair_peft.training.plugins import RankAllocationPlugin
+
+log = logging.getLogger("flair_peft")
+
+State = dict[str, Any]
+
+FOLLOWS_OLD = "what it was"
+
+# What plugins and PEFT's modules count while they train and no state dict holds.
+_COUNTED: Mapping[type[BasePlugin], tuple[str, ...]] = {RankAllocationPlugin: ("_step",)}
+_ALLOCATOR_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+_LAYER_SCORES = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: Model) -> State:
+    """Return the state by the names of parameters; those of the frozen base have none and are left out."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = _named_groups(optimizer, names)
+    parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    kept = [name for group in groups for name in group["parameters"]]
+    return {
+        "class": class_name(optimizer),
+        "defaults": plain(optimizer.defaults, "the optimiser"),
+        "groups": groups,
+        "parameters": {
+            name: {
+                "shape": list(parameters[name].shape),
+                "dtype": str(parameters[name].dtype),
+                "requires_grad": parameters[name].requires_grad,
+            }
+            for name in kept
+        },
+        "state": {
+            name: plain(optimizer.state[parameters[name]], f"the optimiser's state of '{name}'")
+            for name in kept
+            if parameters[name] in optimizer.state
+        },
+    }
+
+
+def _named_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[State]:
+    """Return names and settings of each group; AdaMSS freezes parameters in the middle of a training."""
+    return [
+        {
+            "parameters": [
+                names[id(p)]
+                for p in group["params"]
+                if p.requires_grad or p in optimizer.state or keys.is_adapter_key(names[id(p)])
+            ],
+            "settings": plain({key: value for key, value in group.items() if key != "params"}, "the optimiser"),
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def restore_optimizer_(optimizer: torch.optim.Optimizer, model: Model, state: State, source: str) -> None:
+    """Give the optimiser the state of the one before, in place, whatever the order of the parameters.
+
+    Raises:
+        TrainingSetupError: it is of another class, or the parameters or their groups are not the same.
+    """
+    if class_name(optimizer) != state["class"]:
+        raise _unfit(source, f"it was trained with {state['class']}, not {class_name(optimizer)}", "that optimiser")
+    parameters = dict(model.named_parameters())
+    _check_parameters(parameters, _named_groups(optimizer, {id(p): n for n, p in parameters.items()}), state, source)
+    now = plain(optimizer.defaults, "the optimiser")
+    warn_of_changes(now, state["defaults"], source=source, wins=FOLLOWS_OLD)
+    for name, stored in state["parameters"].items():
+        parameters[name].requires_grad_(stored["requires_grad"])
+    order = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    places = {identity: place for place, identity in enumerate(order)}
+    ends = itertools.accumulate(len(group["params"]) for group in optimizer.param_groups)
+    groups = [
+        {**stored["settings"], "params": list(range(end - len(group["params"]), end))}
+        for group, stored, end in zip(optimizer.param_groups, state["groups"], ends, strict=True)
+    ]
+    entries = state["state"]
+    optimizer.load_state_dict(
+        {"state": {places[id(parameters[n])]: entry for n, entry in entries.items()}, "param_groups": groups}
+    )
+    for name, entry in entries.items():
+        if str(parameters[name].dtype) == state["parameters"][name]["dtype"]:
+            _undo_casts_(optimizer.state[parameters[name]], entry)
+
+
+def _undo_casts_(entry: dict[str, Any], stored: Mapping[str, Any]) -> None:
+    """Give state tensors the dtype they had, in place: torch casts them to that of the parameter."""
+    for key, value in stored.items():
+        if isinstance(value, torch.Tensor) and value.dtype != entry[key].dtype:
+            entry[key] = value.to(entry[key].device)
+
+
+def _check_parameters(parameters: Mapping[str, torch.Tensor], groups: list[State], state: State, source: str) -> None:
+    stored = state["parameters"]
+    present = {name for group in groups for name in group["parameters"]}
+    trained = {name for name in present if parameters[name].requires_grad}
+    shapes = {name: list(parameters[name].shape) for name in present}
+    problems = {
+        "trained before but not now": [n for n in stored if stored[n]["requires_grad"] and n not in trained],
+        "trained now but not before": [n for n in trained if n not in stored],
+        "of another shape": [
+            f"{name} ({shapes[name]} instead of {stored[name]['shape']})"
+            for name in stored
+            if name in shapes and shapes[name] != stored[name]["shape"]
+        ],
+    }
+    found = "; ".join(f"{what}: {name_some(names)}" for what, names in problems.items() if names)
+    if found:
+        raise _unfit(source, f"the parameters differ. {found}", "the model from the same file")
+    if [set(group["parameters"]) for group in groups] != [set(group["parameters"]) for group in state["groups"]]:
+        reason = f"its optimiser had {len(state['groups'])} groups of parameters, and this one has {len(groups)} others"
+        raise _unfit(source, reason, "the same plugins (LoraPlusPlugin) and the same decoder_learning_rate")
+
+
+def _unfit(source: str, reason: str, wanted: str) -> TrainingSetupError:
+    return TrainingSetupError(
+        f"Cannot go on with the training of '{source}': {reason}. The state of its optimiser would mean something "
+        f"else here. Train with {wanted}, or leave out ResumePlugin to start anew."
+    )
+
+
+def plugin_states(plugins: Iterable[BasePlugin]) -> list[State]:
+    """Return the state of each plugin that has one: counters, schedulers, or what its ``state_dict`` returns."""
+    states: list[State] = []
+    for plugin in plugins:
+        try:
+            state = _plugin_state(plugin)
+        except UnsupportedStateError as error:
+            log.warning("%s starts anew if this training is resumed. %s", class_name(plugin), error)
+            continue
+        if state:
+            states.append({"class": class_name(plugin), "settings": _plugin_settings(plugin), **state})
+    return states
+
+
+def _plugin_state(plugin: BasePlugin) -> State:
+    state: State = {}
+    counted = next((names for kind, names in _COUNTED.items() if isinstance(plugin, kind)), ())
+    if counted:
+        state["counted"] = {name: getattr(plugin, name) for name in counted}
+    for name, holder in _state_holders(plugin).items():
+        state[name] = plain(holder.state_dict(), class_name(plugin))
+    return state
+
+
+def _state_holders(plugin: BasePlugin) -> dict[str, Any]:
+    """Return the plugin itself and its scheduler, as far as they can give and take a state."""
+    candidates = {"plugin": plugin, "scheduler": getattr(plugin, "scheduler", None)}
+    return {
+        name: holder
+        for name, holder in candidates.items()
+        if callable(getattr(holder, "state_dict", None)) and callable(getattr(holder, "load_state_dict", None))
+    }
+
+
+def _plugin_settings(plugin: BasePlugin) -> State:
+    settings = {key: value for key, value in plugin.get_state().items() if key not in ("__cls__", "base_path")}
+    return {key: value for key, value in settings.items() if isinstance(value, (bool, int, float, str, type(None)))}
+
+
+def restore_plugins(present: Iterable[BasePlugin], states: list[State], source: str) -> None:
+    """Give each plugin the state of the one of its class before; of several, in their order.
+
+    Raises:
+        TrainingSetupError: a plugin that had a state is missing.
+    """
+    plugins = defaultdict(list)
+    for plugin in present:
+        plugins[class_name(plugin)].append(plugin)
+    wanted = [state["class"] for state in states]
+    missing = {name for name in wanted if len(plugins[name]) < wanted.count(name)}
+    if missing:
+        raise TrainingSetupError(
+            f"Cannot go on with the training of '{source}': it was trained with {name_some(missing)}, and this "
+            "training has none. Learning rates or ranks would not follow their plan. Pass the same plugins, and call "
+            "the same of train() and fine_tune()."
+        )
+    for state in reversed(states):
+        plugin = plugins[state["class"]].pop()
+        warn_of_changes(_plugin_settings(plugin), state["settings"], source=source, wins=FOLLOWS_OLD)
+        for name, value in state.get("counted", {}).items():
+            plugin.__dict__[name] = value
+        for name, holder in _state_holders(plugin).items():
+            if name in state:
+                holder.load_state_dict(state[name])
+
+
+def adapter_scores(model: Model) -> dict[str, State]:
+    """Return name of a module → the importance of its ranks, which AdaLoRA and AdaMSS keep outside any state dict."""
+    return {
+        name: {key: plain(scores, key) for key, scores in found.items()}
+        for name, found in _score_holders(model).items()
+    }
+
+
+def restore_adapter_scores_(model: Model, states: Mapping[str, State]) -> None:
+    """Put back, in place, what :func:`adapter_scores` returned."""
+    for name, found in _score_holders(model).items():
+        for key, scores in found.items():
+            scores.clear()
+            scores.update(_on_device(states.get(name, {}).get(key, {}), model))
+    if any(type(module).__name__ == "MontecloraSampler" for module in model.modules()):
+        # Several draws of each weight's size, which would make the file many times as large as the adapter.
+        log.warning("MonteCLoRA draws its noise ahead, and no file keeps it: the next losses differ by other noise.")
+
+
+def _score_holders(model: Model) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return name of a module → name of an attribute → the dictionary in it."""
+    holders: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, module in model.named_modules():
+        allocator = vars(module).get("rankallocator")
+        if allocator is not None:
+            holders[name] = {key: getattr(allocator, key) for key in _ALLOCATOR_SCORES}
+        elif all(isinstance(vars(module).get(key), dict) for key in _LAYER_SCORES):
+            holders[name] = {key: vars(module)[key] for key in _LAYER_SCORES}
+    return holders
+
+
+def random_state() -> State:
+    """Return the state of every generator that a training draws from; tensors are on the CPU."""
+    version, internal, gauss = random.getstate()
+    name, numbers, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": {"version": version, "internal": torch.tensor(internal), "gauss": gauss},
+        "numpy": {
+            "name": name,
+            "numbers": torch.from_numpy(np.asarray(numbers).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+    }
+
+
+def set_random_state(state: State) -> None:
+    """Set every generator as it was; the processes of a training on several GPUs keep their own."""
+    if is_main_process():
+        take_random_state(state)
+
+
+def take_random_state(state: State) -> None:
+    """Set every generator of this process, whichever it is."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])
+        else:
+            log.warning("Dropout will differ: the training ran on a machine with %s GPUs.", len(state["cuda"]))
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss"]))
+    numbers = numpy["numbers"].cpu().numpy().astype(np.uint32)
+    np.random.set_state((numpy["name"], numbers, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+
+
+def find_scaler(trainer: ModelTrainer) -> torch.amp.GradScaler | None:
+    """Return the gradient scaler of a training in progress, which is a local variable of Flair's ``train_custom``."""
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "train_custom" and frame.f_locals.get("self") is trainer:
+            scaler = frame.f_locals.get("scaler")
+            if isinstance(scaler, torch.amp.GradScaler):
+                return scaler
+        frame = frame.f_back
+    return None
+
+
+def plain(value: Any, where: str) -> Any:
+    """Return a copy of a state that holds plain values and tensors on the CPU only.
+
+    Raises:
+        UnsupportedStateError: it holds something else.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(item, where) for item in value) if type(value) in (list, tuple) else list(value)
+    if isinstance(value, Mapping) and all(isinstance(key, (int, str)) for key in value):
+        return {key: plain(item, f"{where}: {key}") for key, item in value.items()}
+    raise UnsupportedStateError(
+        f"Cannot keep the state of {where}: it holds a {type(value).__name__}. Files hold tensors and plain values, so "
+        "that no code runs from them. Train without save_optimizer_state=True."
+    )
+
+
+def _on_device(value: Any, model: Model) -> Any:
+    if isinstance(value, dict):
+        return {key: _on_device(item, model) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on_device(item, model) for item in value]
+    return value.to(next(model.parameters()).device) if isinstance(value, torch.Tensor) else value
+
+
+def class_name(instance: object) -> str:
+    """Return module and name of the class of an instance."""
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
+
+
+def warn_of_changes(now: Mapping[str, Any], before: Mapping[str, Any], *, source: str, wins: str) -> None:
+    """Say which settings differ between the training before and this one, and which of the two it follows."""
+    changed = [f"{n} is {now[n]}, was {before[n]}" for n in now if n in before and now[n] != before[n]]
+    if changed:
+        log.warning(
+            "The training of '%s' goes on with other settings: %s. It follows %s.", source, "; ".join(changed), wins
+        )

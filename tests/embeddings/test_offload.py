@@ -1,0 +1,162 @@
+"""Adapters within a budget: left on disk, back when they are used, and the same bits all the time."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flair.data import Sentence
+from flair.nn import Model
+
+import flair_peft
+from flair_peft import SharedBase
+from flair_peft.errors import AdapterConfigError
+from tests.serving.test_shared_base import TEXTS, labels_of, save, train_a_step
+
+
+def size_of(model: Model) -> int:
+    return sum(p.nbytes for name, p in model.named_parameters() if "lora" in name)
+
+
+def predicted(model: Model) -> list[Any]:
+    sentences = [Sentence(text) for text in TEXTS]
+    model.predict(sentences, return_probabilities_for_all_classes=True)
+    return labels_of(sentences)
+
+
+def load(base: str, folder: Path, *, count: int, keep: float, **options: Any) -> tuple[SharedBase, list[Model]]:
+    """Return models on a base whose budget is that of ``keep`` adapters."""
+    directories = [save("text-classifier", base, folder / str(i), seed=i)[0] for i in range(count)]
+    size = size_of(flair_peft.from_pretrained(directories[0]))
+    shared = SharedBase(base, adapter_memory=int(size * keep), **options)
+    return shared, [shared.load(directory) for directory in directories]
+
+
+def on_disk(model: Model) -> bool:
+    """Whether the adapter's tensors are those of its file."""
+    memory = model.embeddings.adapter_memory
+    return bool(memory._adapters[id(model.embeddings)].places)
+
+
+def test_adapters_beyond_the_budget_are_left_on_disk_and_predict_the_same(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """The ones used last are in memory; the others come back when they are used."""
+    shared, models = load(base("bert"), tmp_path, count=4, keep=2.5)
+    alone = [predicted(flair_peft.from_pretrained(tmp_path / str(i))) for i in range(4)]
+    assert [on_disk(model) for model in models] == [True, True, False, False]
+    assert predicted(models[0]) == alone[0]
+    assert [on_disk(model) for model in models] == [False, True, True, False]
+    assert shared._memory is not None
+    assert shared._memory.resident == 2 * size_of(models[0])
+    assert [predicted(model) for model in models] == alone
+
+
+def test_adapters_beyond_the_budget_predict_together(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A mixed pass needs all of its adapters at once, whatever the budget."""
+    shared, models = load(base("bert"), tmp_path, count=4, keep=1)
+    sentences = {model: [Sentence(text) for text in TEXTS] for model in models}
+    shared.predict(sentences)
+    for number, (model, found) in enumerate(sentences.items()):
+        expected = [Sentence(text) for text in TEXTS]
+        flair_peft.from_pretrained(tmp_path / str(number)).predict(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert one.get_label("sentiment").value == other.get_label("sentiment").value
+            assert one.get_label("sentiment").score == pytest.approx(other.get_label("sentiment").score, abs=1e-5)
+        assert model in shared.models
+
+
+def test_adapter_on_disk_is_saved_copied_and_trained_with_its_values(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Its tensors hold the values of the file, wherever they are."""
+    _, models = load(base("bert"), tmp_path, count=2, keep=1)
+    assert on_disk(models[0])
+    expected = predicted(flair_peft.from_pretrained(tmp_path / "0"))
+    flair_peft.save_pretrained(models[0], tmp_path / "again")
+    stored = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("0", "again")]
+    assert stored[0] == stored[1]
+    copied = copy.deepcopy(models[0])
+    assert predicted(copied) == expected
+    predicted(models[1])
+    assert on_disk(models[0])
+    train_a_step(models[0], "sentiment")
+    assert predicted(models[0]) != expected
+    assert predicted(copied) == predicted(flair_peft.from_pretrained(tmp_path / "0")) == expected
+
+
+def test_adapter_that_was_trained_stays_in_memory(base: Callable[[str], str], tmp_path: Path) -> None:
+    """What differs from the file is nowhere else."""
+    _, models = load(base("bert"), tmp_path, count=3, keep=1)
+    train_a_step(models[0], "sentiment")
+    trained = predicted(models[0])
+    predicted(models[1])
+    predicted(models[2])
+    assert predicted(models[0]) == trained
+
+
+def test_adapter_on_disk_is_the_one_that_was_loaded_though_the_directory_holds_another(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A checkpoint that is replaced later changes no model that was loaded before."""
+    _, models = load(base("bert"), tmp_path, count=2, keep=1)
+    before = predicted(models[0])
+    predicted(models[1])
+    assert on_disk(models[0])
+    save("text-classifier", base("bert"), tmp_path / "0", seed=9)
+    assert predicted(models[0]) == before
+
+
+def test_adapters_in_half_precision_come_back_in_it(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Files hold fp32; the base computes in bf16."""
+    shared = SharedBase(base("bert"), dtype="bfloat16", adapter_memory=0)
+    directories = [save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0] for i in range(2)]
+    models = [shared.load(directory) for directory in directories]
+    free = SharedBase(base("bert"), dtype="bfloat16")
+    expected = [predicted(free.load(directory)) for directory in directories]
+    assert [predicted(model) for model in models] == expected
+    assert [predicted(model) for model in reversed(models)] == expected[::-1]
+    assert on_disk(models[1])
+    dtypes = {p.dtype for name, p in models[0].named_parameters() if "lora" in name}
+    assert dtypes == {torch.bfloat16}
+
+
+def test_adapters_within_a_budget_serve_threads(base: Callable[[str], str], tmp_path: Path) -> None:
+    """No adapter leaves while somebody computes with it."""
+    _, models = load(base("bert"), tmp_path, count=6, keep=2, dtype="bfloat16")
+    expected = [predicted(model) for model in models]
+    wrong: list[Any] = []
+
+    def work(start: int) -> None:
+        for turn in range(12):
+            index = (start + turn) % len(models)
+            if predicted(models[index]) != expected[index]:
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_budget_that_is_no_size_is_refused(base: Callable[[str], str]) -> None:
+    """Sizes are bytes or texts."""
+    assert SharedBase(base("bert"), adapter_memory="1MB")._memory is not None
+    for size in (-1, "many"):
+        with pytest.raises(AdapterConfigError, match="that is no size"):
+            SharedBase(base("bert"), adapter_memory=size)
+
+
+def test_unloaded_model_has_its_adapter_in_memory_for_good(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Outside of the base's care, a model depends on no file."""
+    shared, models = load(base("bert"), tmp_path, count=2, keep=1)
+    before = predicted(flair_peft.from_pretrained(tmp_path / "0"))
+    shared.unload(models[0])
+    assert predicted(models[0]) == before

@@ -1,0 +1,96 @@
+"""Exported models in int8: smaller, close, and with their cost said."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flair.data import Sentence
+from flair.nn import Model
+
+import flair_peft
+from flair_peft.errors import AdapterConfigError
+from tests.serving.test_shared_base import labels_of, points_of, save
+from tests.support.round_trip import largest_difference
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text-classifier",
+        "sequence-tagger-crf",
+        "token-classifier",
+        "text-regressor",
+        "text-pair-classifier-separate",
+        "multitask",
+    ],
+)
+def test_exported_model_in_int8_is_smaller_and_says_what_changed(
+    name: str, base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cost that is returned is the one that shows, and the file of stock Flair holds the int8 model."""
+    _, live = save(name, base("bert"), tmp_path / "model")
+    exported = flair_peft.export_onnx(live, tmp_path / "model.onnx")
+    points, before, after = points_of(name), points_of(name), points_of(name)
+    given = labels_of(points)
+    exported.predict(before)
+    with caplog.at_level(logging.INFO, logger="flair_peft"):
+        cost = flair_peft.quantize_onnx(exported, points)
+    assert f"int8: {cost}." in caplog.messages
+    assert labels_of(points) == given
+    exported.predict(after)
+    changed = largest_difference(labels_of(before), labels_of(after))
+    tasks = len(getattr(exported, "tasks", [1]))
+    assert cost.data_points == tasks * len(points)
+    if cost.equal == cost.data_points:
+        assert changed == pytest.approx(cost.largest_change, abs=1e-6)
+    assert 0 < cost.largest_change < 0.5
+    assert cost.bytes[1] < cost.bytes[0]
+    assert cost.bytes[1] == sum(path.stat().st_size for path in tmp_path.glob("*-int8.onnx"))
+    flair_peft.uninstall()
+    exported.save(tmp_path / "model.pt")
+    loaded, again = Model.load(tmp_path / "model.pt"), points_of(name)
+    loaded.predict(again)
+    flair_peft.install()
+    assert labels_of(again) == labels_of(after)
+
+
+def test_quantisation_leaves_logging_as_it_was(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime gives advice that nobody can follow here, and would set up logging for the whole process."""
+    _, live = save("text-classifier", base("bert"), tmp_path / "model")
+    exported = flair_peft.export_onnx(live, tmp_path / "model.onnx")
+    flair_peft.quantize_onnx(exported, points_of("text-classifier"))
+    assert not [message for message in caplog.messages if "pre-processing" in message]
+    root = logging.getLogger()
+    assert not root.filters
+    monkeypatch.setattr(root, "handlers", [])
+    exported = flair_peft.export_onnx(live, tmp_path / "again.onnx")
+    flair_peft.quantize_onnx(exported, points_of("text-classifier"))
+    assert root.handlers == []
+
+
+def test_cost_counts_evaluations_where_gold_labels_are_named(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Flair's own evaluation, before and after."""
+    _, live = save("text-classifier", base("bert"), tmp_path / "model")
+    exported = flair_peft.export_onnx(live, tmp_path / "model.onnx")
+    points = points_of("text-classifier")
+    expected = exported.evaluate(points_of("text-classifier"), "sentiment").main_score
+    cost = flair_peft.quantize_onnx(exported, points, gold_label_type="sentiment")
+    assert cost.scores is not None
+    assert cost.scores[0] == expected
+    assert cost.scores[1] == exported.evaluate(points_of("text-classifier"), "sentiment").main_score
+    assert f"score {expected:.4f} → " in str(cost)
+    assert not any(point.get_labels("predicted") for point in points)
+
+
+def test_model_that_is_no_export_or_no_text_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Both are needed, and the message says which is missing."""
+    _, live = save("text-classifier", base("bert"), tmp_path / "model")
+    with pytest.raises(AdapterConfigError, match="none of its transformers is an ONNX file"):
+        flair_peft.quantize_onnx(live, [Sentence("Berlin")])
+    with pytest.raises(AdapterConfigError, match="there are no data points"):
+        flair_peft.quantize_onnx(flair_peft.export_onnx(live, tmp_path / "model.onnx"), [])

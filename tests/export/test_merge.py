@@ -1,0 +1,247 @@
+"""Models with an adapter, merged: plain Flair models that predict the same where this package is not installed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flair.data import Dictionary, Sentence
+from flair.embeddings import TransformerEmbeddings
+from flair.models import TextClassifier
+from flair.nn import Model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
+
+import flair_peft
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings
+from flair_peft.errors import AdapterConfigError, SaveError, UnsupportedMethodError
+from tests.adapter.test_methods import TEXTS, make, one_kind_each
+from tests.base.test_quantisation import quantised_classifier
+from tests.support import tiny
+from tests.support.methods import Method
+from tests.support.round_trip import largest_difference
+from tests.support.selection import few
+from tests.support.zoo import ZOO
+from tests.test_patch import CLASSIFIER, lora
+from tests.test_patch import make as make_model
+
+Base = Callable[[str], str]
+
+# Of scores: the same sums in another order.
+ROUNDING = 1e-4
+
+# Without the packages, and without a hook that importing them would put in.
+STOCK_PROCESS = """
+import json, sys
+for name in ("flair_peft", "peft"):
+    sys.modules[name] = None
+import flair, torch
+from flair.data import Dictionary, Sentence
+from flair.models import TextClassifier
+from flair.nn import Model
+flair.device = torch.device("cpu")
+model = Model.load(sys.argv[1])
+sentences = [Sentence(text) for text in json.loads(sys.argv[2])]
+model.predict(sentences)
+found = [[(label.data_point.text, label.value, label.score) for label in s.get_labels()] for s in sentences]
+assert any(found)
+print(json.dumps(found))
+"""
+
+
+def classifier(base: str, config: Any = None, **options: Any) -> Any:
+    return make_model(CLASSIFIER, base, config or lora(), **options)
+
+
+def predictions(model: Any, texts: list[str]) -> list[list[tuple[str, str, float]]]:
+    sentences = [Sentence(text) for text in texts]
+    model.eval()
+    model.predict(sentences)
+    return [[(label.data_point.text, label.value, label.score) for label in s.get_labels()] for s in sentences]
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.loads_in_stock is True])
+def test_merged_model_of_every_class_is_flairs_own_and_predicts_the_same(name: str, base: Base, tmp_path: Path) -> None:
+    """It is saved and loaded by stock Flair, and the original keeps its adapter and its bits."""
+    entry = ZOO[name]
+    live = make_model(entry, base("bert"), lora())
+    corpus = entry.corpus()
+    expected = entry.predict(live, corpus)
+    before = {key: tensor.clone() for key, tensor in live.state_dict().items()}
+    plain = flair_peft.merge(live)
+    assert not any(isinstance(m, (PeftTransformerEmbeddings, PeftModel)) for m in plain.modules())
+    assert type(plain) is type(live)
+    flair_peft.uninstall()
+    plain.save(tmp_path / "plain.pt")
+    loaded = entry.model_class.load(tmp_path / "plain.pt")
+    found = entry.predict(loaded, corpus)
+    flair_peft.install()
+    assert largest_difference(expected, found) < ROUNDING
+    after = live.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    assert entry.predict(live, corpus) == expected
+
+
+@pytest.mark.parametrize("name", few(["text-classifier", "sequence-tagger"], ["text-classifier"]))
+def test_merged_model_loads_where_neither_package_is_installed(name: str, base: Base, tmp_path: Path) -> None:
+    live = make_model(ZOO[name], base("bert"), lora())
+    texts = ["Berlin is a wonderful city .", "George Washington was bad ."]
+    expected = predictions(live, texts)
+    flair_peft.merge(live).save(tmp_path / "plain.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK_PROCESS, str(tmp_path / "plain.pt"), json.dumps(texts)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for one, other in zip(expected, found, strict=True):
+        assert [label[:2] for label in one] == [tuple(label[:2]) for label in other]
+        assert all(abs(a[2] - b[2]) < 1e-5 for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(("method", "kind"), one_kind_each())
+def test_method_merges_or_is_refused_by_name(method: Method, kind: str, base: Base) -> None:
+    """What PEFT can merge gives the vectors of the unmerged model; all else says why not."""
+    embeddings = make(method, kind, base, torch.float32)
+    model = wrapped(embeddings)
+    expected = embed(embeddings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind not in method.mergeable:
+            with pytest.raises(flair_peft.FlairPeftError, match=r"Cannot (merge|add)"):
+                flair_peft.merge(model)
+            return
+        plain = flair_peft.merge(model)
+    assert type(plain.embeddings).__module__.startswith("flair.")
+    assert torch.allclose(embed(plain.embeddings), expected, atol=1e-4)
+
+
+def wrapped(embeddings: PeftTransformerDocumentEmbeddings) -> Model:
+    labels = Dictionary(add_unk=False)
+    for label in ("good", "bad"):
+        labels.add_item(label)
+    return TextClassifier(embeddings, label_type="opinion", label_dictionary=labels)
+
+
+def embed(embeddings: TransformerEmbeddings) -> torch.Tensor:
+    sentences = [Sentence(text) for text in TEXTS]
+    embeddings.eval()
+    embeddings.embed(sentences)
+    return torch.stack([sentence.get_embedding() for sentence in sentences]).detach()
+
+
+@pytest.mark.parametrize("architecture", [a for a in tiny.ARCHITECTURES if a not in tiny.LAYOUT])
+def test_merged_model_on_every_architecture_predicts_the_same(architecture: str, base: Base) -> None:
+    targets = tiny.ATTENTION_TARGETS[architecture]
+    live = classifier(base(architecture), lora(target_modules=targets, fan_in_fan_out=architecture == "gpt2"))
+    corpus = CLASSIFIER.corpus()
+    expected = CLASSIFIER.predict(live, corpus)
+    found = CLASSIFIER.predict(flair_peft.merge(live), corpus)
+    assert largest_difference(expected, found) < ROUNDING
+
+
+def test_bf16_model_is_merged_in_fp32(base: Base) -> None:
+    """Rounding the sum of base and adapter to bf16 would lose most of the adapter."""
+    live = classifier(base("bert"), dtype="bfloat16")
+    plain = flair_peft.merge(live)
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.float32}
+    layer = live.embeddings.base_model.encoder.layer[0].attention.self.query
+    exact = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
+    merged = plain.embeddings.model.encoder.layer[0].attention.self.query.weight
+    assert torch.allclose(merged, exact, atol=1e-6)
+    half = flair_peft.merge(live, dtype="bfloat16")
+    assert half.embeddings.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3),
+        PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3),
+    ],
+    ids=["prompt", "prefix"],
+)
+def test_prompts_are_refused_by_name(config: Any, base: Base) -> None:
+    with pytest.raises(UnsupportedMethodError, match=str(config.peft_type.value)):
+        flair_peft.merge(classifier(base("bert"), copy.deepcopy(config)))
+
+
+def test_quantised_base_is_refused(base: Base) -> None:
+    with pytest.raises(AdapterConfigError, match="round its weights once more"):
+        flair_peft.merge(quantised_classifier(base("bert"), "nf4"))
+
+
+def test_plain_model_has_nothing_to_merge(base: Base) -> None:
+    with pytest.raises(AdapterConfigError, match="has an adapter"):
+        flair_peft.merge(make_model(CLASSIFIER, base("bert"), None, stock=True))
+
+
+def test_loaded_model_is_merged_too(base: Base, tmp_path: Path) -> None:
+    """Also one whose base is shared with another model, which stays as it is."""
+    live = classifier(base("bert"))
+    live.save(tmp_path / "model.pt")
+    first, second = Model.load(tmp_path / "model.pt"), Model.load(tmp_path / "model.pt")
+    corpus = CLASSIFIER.corpus()
+    expected = CLASSIFIER.predict(live, corpus)
+    found = CLASSIFIER.predict(flair_peft.merge(first), corpus)
+    assert largest_difference(expected, found) < ROUNDING
+    assert CLASSIFIER.predict(first, corpus) == CLASSIFIER.predict(second, corpus) == expected
+
+
+def test_config_of_the_user_is_left_as_it_was(base: Base) -> None:
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["query"], init_lora_weights=False)
+    before = config.to_dict()
+    flair_peft.merge(classifier(base("bert"), config))
+    assert config.to_dict() == before
+
+
+def test_merged_model_replaces_the_file_that_the_live_one_is_mapped_from(base: Base, tmp_path: Path) -> None:
+    """The file is replaced, not written into: the model that was loaded from it goes on predicting."""
+    path = tmp_path / "whole.pt"
+    make_model(CLASSIFIER, base("bert"), lora()).save(path, save_base=True)
+    live, corpus = TextClassifier.load(path), CLASSIFIER.corpus()
+    expected, place = CLASSIFIER.predict(live, corpus), path.stat().st_ino
+    flair_peft.merge(live).save(path)
+    # Writing into a mapped file ends the process.
+    assert path.stat().st_ino != place
+    assert CLASSIFIER.predict(live, corpus) == expected
+    assert largest_difference(CLASSIFIER.predict(TextClassifier.load(path), corpus), expected) < 1e-4
+    assert [found.name for found in tmp_path.iterdir()] == ["whole.pt"]
+
+
+def test_plain_model_that_cannot_be_written_leaves_the_file_as_it_was(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk costs the new file, not the old one."""
+
+    def fill_the_disk(state: Any, path: str, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
+
+    model = flair_peft.merge(make_model(CLASSIFIER, base("bert"), lora()))
+    (tmp_path / "x.pt").write_bytes(b"precious")
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(SaveError, match="as it was before"):
+        model.save(tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").read_bytes() == b"precious"
+    assert [found.name for found in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_merge_leaves_the_random_numbers_of_a_training_as_they_were(base: Base) -> None:
+    """A merge between two epochs does not change what is drawn in the next."""
+    model = make_model(CLASSIFIER, base("bert"), lora())
+    before = torch.get_rng_state()
+    flair_peft.merge(model)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,97 @@
+"""Memory that mapped tensors take, and give back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flair_peft.base import added_rows
+from flair_peft.primitives import mapped_memory
+
+
+def resident() -> int:
+    """Return the bytes of files that this process has in memory."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssFile"].split()[0]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_let_go_gives_memory_back_and_keeps_the_values(tmp_path: Path) -> None:
+    """Outside of ``sparing`` it does nothing; what was written to a private mapping is kept, too."""
+    save_file({"weight": torch.arange(8_000_000, dtype=torch.float64)}, tmp_path / "large.safetensors")
+    weight = load_file(tmp_path / "large.safetensors")["weight"]
+    expected = float(weight.sum())
+    read = resident()
+    mapped_memory.let_go(weight)
+    assert resident() > read - weight.nbytes / 4
+    with mapped_memory.sparing():
+        mapped_memory.let_go(weight)
+        assert resident() < read - weight.nbytes / 2
+    assert float(weight.sum()) == expected
+    own = torch.ones(1_000_000)
+    with mapped_memory.sparing():
+        mapped_memory.let_go(own)
+        mapped_memory.let_go(own[::2])
+        mapped_memory.let_go(torch.empty(0))
+    assert float(own.sum()) == 1_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_mean_of_a_mapped_matrix_leaves_it_on_the_disk(tmp_path: Path) -> None:
+    """New rows are the mean of all; a matrix in memory of its own is left in it."""
+    torch.manual_seed(0)
+    own = torch.randn(60_000, 128)
+    save_file({"weight": own}, tmp_path / "large.safetensors")
+    weight = load_file(tmp_path / "large.safetensors")["weight"]
+    assert mapped_memory.is_mapped(weight)
+    assert not mapped_memory.is_mapped(own)
+    before = resident()
+    found = added_rows.mean_rows(weight, 2)
+    assert resident() < before + weight.nbytes / 4
+    torch.testing.assert_close(found, own.mean(dim=0).repeat(2, 1))
+    assert torch.equal(added_rows.mean_rows(own, 2), found)
+    assert torch.equal(weight, own)
+
+
+def test_freed_memory_is_given_back() -> None:
+    """Nothing that is in use changes."""
+    kept = torch.ones(1_000_000)
+    mapped_memory.give_back_freed()
+    assert float(kept.sum()) == 1_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_map_again_gives_the_same_values_in_pages_that_are_written_apart(tmp_path: Path) -> None:
+    """What was written before is there, what is written afterwards is in one of the two, and never in the file."""
+    file = tmp_path / "a b.safetensors"
+    save_file({"x": torch.arange(100_000.0), "y": torch.ones(3, 5)}, file)
+    content = file.read_bytes()
+    first = load_file(file)
+    first["x"][50_000:50_010] = -1
+    second = dict(zip(first, mapped_memory.map_again(list(first.values())), strict=True))
+    for name, tensor in first.items():
+        again = second[name]
+        assert again is not None
+        assert torch.equal(again, tensor)
+        again.add_(1)
+        assert torch.equal(again, tensor + 1)
+        tensor.zero_()
+        assert again.sum() > 0
+    assert file.read_bytes() == content
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_map_again_takes_no_other_file_of_that_name(tmp_path: Path) -> None:
+    """A file that was replaced or removed is not mapped again, nor is memory that is no file's."""
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.ones(100_000)}, file)
+    first = load_file(file)["x"]
+    save_file({"x": torch.zeros(100_000)}, tmp_path / "new")
+    (tmp_path / "new").replace(file)
+    assert mapped_memory.map_again([first, torch.ones(10), torch.empty(0)]) == [None, None, None]
+    file.unlink()
+    assert mapped_memory.map_again([first]) == [None]

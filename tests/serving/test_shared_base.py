@@ -1,0 +1,767 @@
+"""One base under many models: the outputs of each alone, one storage, and no way from one to another."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+import shutil
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flair.data import DataPoint, Dictionary, Sentence
+from flair.models import MultitaskModel, SequenceTagger, TextClassifier
+from flair.nn import Model
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+
+import flair_peft
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, from_pretrained
+from flair_peft.base import memory_check
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.errors import AdapterConfigError, BaseMismatchError, PredictionSetupError
+from flair_peft.primitives import mapped_memory
+from flair_peft.serving import mixed_batches
+from tests.adapter.test_methods import KINDS, cases, make
+from tests.support.methods import perturb_
+from tests.support.places import addresses_of
+from tests.support.round_trip import Factories, largest_difference
+from tests.support.selection import ONE_OF_A_KIND, few
+from tests.support.zoo import ZOO, copy_point, sentence_corpus
+
+TEXTS = ["Berlin is large .", "I love this wonderful movie , it is great !", "George Washington went to Washington ."]
+TOLERANCE = 1e-5
+
+
+def save(
+    name: str, base: str, directory: Path, *, config: Any = None, seed: int = 0, **options: Any
+) -> tuple[str, Model]:
+    """Write a model of the zoo whose adapter and head do something, and return where it lies and the live one."""
+    torch.manual_seed(seed)
+    config = config or LoraConfig(r=4, lora_alpha=16, init_lora_weights=False)
+    factories = Factories(base, config, **options)
+    model = ZOO[name].build(factories.words, factories.documents)
+    perturb_(model, seed=seed, scale=0.3)
+    model.eval()  # TARS models return nothing
+    flair_peft.save_pretrained(model, directory)
+    return str(directory), model
+
+
+def points_of(name: str) -> list[Any]:
+    return [copy_point(point) for point in ZOO[name].corpus().test]
+
+
+def labels_of(points: list[DataPoint]) -> list[Any]:
+    """Return what is written to each data point, of all its label types; numbers as such."""
+    return [
+        sorted((layer, label.unlabeled_identifier, _number(label.value), float(label.score))
+               for layer in point.annotation_layers for label in point.get_labels(layer))
+        for point in points
+    ]  # fmt: skip
+
+
+def _number(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def frozen_addresses(model: Model) -> set[int]:
+    modules = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    named = (item for module in modules for item in module.model.named_parameters())
+    return addresses_of(p for name, p in named if "lora" not in name and not p.requires_grad)
+
+
+@pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
+def test_shared_base_model_predicts_what_it_predicts_alone(
+    name: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """For every model class: bit-equal predictions, on the storage of the base."""
+    directory, _ = save(name, base("bert"), tmp_path / "model")
+    shared = SharedBase(base("bert"))
+    alone, model = flair_peft.from_pretrained(directory), shared.load(directory)
+    corpus = ZOO[name].corpus()
+    assert type(model) is type(alone)
+    assert ZOO[name].predict(model, corpus) == ZOO[name].predict(alone, corpus)
+    assert shared.models == [model]
+
+
+def test_shared_base_is_the_base_of_a_model_that_was_loaded_before(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A model on the same base that is still there holds the same weights, however its base was asked for."""
+    directory = save("text-classifier", base("bert"), tmp_path / "model")[0]
+    gc.collect()  # of the model that was saved, and its base
+    alone = flair_peft.from_pretrained(directory)
+    shared = SharedBase(base("bert"))
+    model = shared.load(directory)
+    assert shared.models == [model]
+    roots = [embeddings._frozen.root for embeddings in (alone.embeddings, model.embeddings)]
+    assert roots[0] is roots[1]
+
+
+@pytest.mark.parametrize("name", few(ZOO, ONE_OF_A_KIND))
+def test_predict_together_gives_the_labels_of_separate_predictions(
+    name: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """For every model class, beside a classifier and a tagger with other adapters."""
+    shared = SharedBase(base("bert"))
+    others = ["text-classifier", "sequence-tagger"]
+    configs = [
+        LoraConfig(r=2, lora_alpha=16, init_lora_weights=False, target_modules=t) for t in (["query"], ["dense"])
+    ]
+    models = [shared.load(save(name, base("bert"), tmp_path / "model")[0])]
+    for number, (other, config) in enumerate(zip(others, configs, strict=True)):
+        models.append(shared.load(save(other, base("bert"), tmp_path / other, config=config, seed=number + 1)[0]))
+    together = [points_of(kind) for kind in (name, *others)]
+    separate = [[copy_point(point) for point in points] for points in together]
+    shared.predict(dict(zip(models, together, strict=True)), mini_batch_size=4)
+    for model, points in zip(models, separate, strict=True):
+        model.predict(points)
+    for found, expected in zip(together, separate, strict=True):
+        assert largest_difference(labels_of(expected), labels_of(found)) < TOLERANCE
+        assert not any(point._embeddings for point in found)
+
+
+def test_predict_together_runs_one_forward_pass_for_all(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Eight models with eight sentences need as many passes as one model with eight."""
+    shared = SharedBase(base("bert"))
+    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(8)]
+    sentences = {model: [Sentence(TEXTS[i % 3])] for i, model in enumerate(models)}
+    shared.predict(sentences)  # adapters are taken in, one after the other
+    with counting_forward_passes() as passes:
+        shared.predict(sentences)
+    assert passes == [8]
+    with counting_forward_passes() as passes:
+        shared.predict(sentences, mini_batch_size=3)
+    assert passes == [3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_remembered"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate 8 bytes"), False),
+        (MemoryError(), False),
+        (NotImplementedError("this layer mixes nothing"), True),
+        (RuntimeError("shapes cannot be multiplied"), True),
+    ],
+    ids=["gpu", "cpu", "python", "unsupported", "shapes"],
+)
+def test_adapter_that_could_not_be_tried_for_want_of_memory_is_tried_again(
+    error: Exception, is_remembered: bool, base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile each model has a pass of its own, with the same labels; what PEFT cannot mix is tried once."""
+    shared = SharedBase(base("bert"))
+    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    def labels() -> list[Any]:
+        sentences = {model: [Sentence(text) for text in TEXTS] for model in models}
+        shared.predict(sentences)
+        return [labels_of(points) for points in sentences.values()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mixed_batches._Tree, "_forward", fail)
+        alone = labels()
+    with counting_forward_passes() as passes:
+        together = labels()
+    assert (6 in passes) is not is_remembered
+    assert [largest_difference(a, b) < 1e-4 for a, b in zip(alone, together, strict=True)] == [True, True]
+
+
+class counting_forward_passes:  # noqa: N801 - used as a function
+    """Collects the number of rows of each pass through a BERT encoder."""
+
+    def __enter__(self) -> list[int]:
+        from transformers.models.bert.modeling_bert import BertEncoder
+
+        self._rows: list[int] = []
+        self._owner, self._forward = BertEncoder, BertEncoder.forward
+        rows, forward = self._rows, self._forward
+
+        def counted(module: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows.append(len(hidden_states))
+            return forward(module, hidden_states, *args, **kwargs)
+
+        self._owner.forward = counted
+        return self._rows
+
+    def __exit__(self, *_: object) -> None:
+        self._owner.forward = self._forward
+
+
+# Each way to hold weights: beside the base, in it, in front of the sentence, or computed from it.
+_BY_DEFAULT = {"LORA", "IA3", "LN_TUNING", "PROMPT_TUNING", "PREFIX_TUNING", "TRAINABLE_TOKENS"} | {
+    "dora", "bias_all", "pissa", "modules_to_save", "layer_replication"
+}  # fmt: skip
+METHOD_CASES = [
+    case if case.values[0].name in _BY_DEFAULT else pytest.param(*case.values, id=case.id, marks=pytest.mark.matrix)
+    for case in cases(working=True)
+]
+
+
+@pytest.mark.parametrize(("method", "kind"), METHOD_CASES)
+def test_shared_base_every_method_beside_lora(
+    method: Any, kind: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Whatever the method: equal predictions alone and together, and training it changes no bit of the other model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning)
+        corpus = sentence_corpus()
+        embeddings = make(method, kind, base, torch.float32)
+        lora = PeftTransformerDocumentEmbeddings(
+            base(KINDS[kind]), peft_config=LoraConfig(r=3, lora_alpha=12, init_lora_weights=False), cls_pooling="mean"
+        )
+        dictionary = corpus.make_label_dictionary("sentiment", add_unk=False)
+        for number, made in enumerate((embeddings, lora)):
+            model = TextClassifier(made, label_type=f"sentiment{number}", label_dictionary=dictionary)
+            flair_peft.save_pretrained(model.eval(), tmp_path / str(number))
+        shared = SharedBase(base(KINDS[kind]))
+        if method.name == "layer_replication":
+            with pytest.raises(BaseMismatchError, match="another 'num_hidden_layers'"):
+                shared.load(tmp_path / "0")
+            return
+        models = [shared.load(tmp_path / str(number)) for number in range(2)]
+        alone = [flair_peft.from_pretrained(tmp_path / str(number)) for number in range(2)]
+    together, separate = ([Sentence(text) for text in TEXTS] for _ in range(2))
+    shared.predict(dict.fromkeys(models, together), return_probabilities_for_all_classes=True)
+    for model in alone:
+        model.predict(separate, return_probabilities_for_all_classes=True)
+    assert largest_difference(labels_of(separate), labels_of(together)) < TOLERANCE
+    assert frozen_addresses(models[0]) & frozen_addresses(models[1]), "nothing is shared"
+    before = {name: tensor.clone() for name, tensor in models[1].state_dict().items()}
+    train_a_step(models[0], "sentiment0")
+    assert all(torch.equal(before[name], tensor) for name, tensor in models[1].state_dict().items())
+    again, fresh = ([Sentence(text) for text in TEXTS] for _ in range(2))
+    models[1].predict(again, return_probabilities_for_all_classes=True)
+    alone[1].predict(fresh, return_probabilities_for_all_classes=True)
+    assert labels_of(again) == labels_of(fresh)
+
+
+def train_a_step(model: TextClassifier, label_type: str) -> None:
+    sentences = [Sentence(text).add_label(label_type, "positive") for text in TEXTS]
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    before = [parameter.detach().clone() for parameter in parameters]
+    model.forward_loss(sentences)[0].backward()
+    optimizer.step()
+    model.eval()
+    assert any(not torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+def test_predict_together_shows_a_training_in_between(base: Callable[[str], str], tmp_path: Path) -> None:
+    """The mixed pass reads the tensors that the models have at that time."""
+    shared = SharedBase(base("bert"))
+    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
+    for step in range(2):
+        together, separate = ([[Sentence(text) for text in TEXTS] for _ in models] for _ in range(2))
+        shared.predict(dict(zip(models, together, strict=True)))
+        for model, sentences in zip(models, separate, strict=True):
+            model.predict(sentences)
+        assert all(
+            largest_difference(labels_of(b), labels_of(a)) < TOLERANCE for a, b in zip(together, separate, strict=True)
+        )
+        if step == 0:
+            sentences = [Sentence(text).add_label("sentiment", "positive") for text in TEXTS]
+            models[0].train()
+            optimizer = torch.optim.SGD([p for p in models[0].parameters() if p.requires_grad], lr=1.0)
+            models[0].forward_loss(sentences)[0].backward()
+            optimizer.step()
+            models[0].eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e.model.merge_adapter(),
+        lambda e: e.model.disable_adapter_layers(),
+        lambda e: e.model.get_input_embeddings().weight.requires_grad_(True),
+        lambda e: [m.scaling.update(default=3.0) for m in e.model.modules() if isinstance(m, LoraLayer)],
+        lambda e: e.train(),
+        lambda e: e.model.to(torch.float64),
+    ],
+    ids=["merged", "switched off", "unfrozen", "scaled", "training", "converted"],
+)
+def test_predict_together_follows_what_was_done_to_a_model(
+    change: Callable[[Any], None], base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Models that cannot be mixed any more predict for themselves, as they would alone."""
+    shared = SharedBase(base("bert"))
+    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
+    shared.predict({model: [Sentence(TEXTS[0])] for model in models})
+    change(models[0].embeddings)
+    together, separate = ([[Sentence(text) for text in TEXTS] for _ in models] for _ in range(2))
+    shared.predict(dict(zip(models, together, strict=True)))
+    for model, sentences in zip(models, separate, strict=True):
+        model.predict(sentences)
+    assert all(
+        largest_difference(labels_of(b), labels_of(a)) < TOLERANCE for a, b in zip(together, separate, strict=True)
+    )
+
+
+def test_predict_same_sentences_under_models_that_build_on_one_another(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A relation model reads the entities that the tagger before it gives; two of one label type: the last one wins."""
+    shared = SharedBase(base("bert"))
+    names = ["sequence-tagger", "relation-extractor", "text-classifier", "text-classifier"]
+    models = [shared.load(save(name, base("bert"), tmp_path / str(i), seed=i)[0]) for i, name in enumerate(names)]
+    together, separate = ([Sentence(str(point.text)) for point in sentence_corpus().test] for _ in range(2))
+    shared.predict(dict.fromkeys(models, together), mini_batch_size=2)
+    for model in models:
+        model.predict(separate)
+    assert largest_difference(labels_of(separate), labels_of(together)) < TOLERANCE
+    assert any(point.get_labels("relation") for point in separate), "the tagger finds no entities to relate"
+
+
+def test_predict_same_sentences_under_equal_settings_tokenises_them_once(
+    base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three taggers: one look at the words; a classifier reads them in another way."""
+    shared = SharedBase(base("bert"))
+    models: list[Model] = []
+    for number, layer in enumerate(("ner", "pos", "ner")):
+        config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False)
+        name = "sequence-tagger" if layer == "ner" else "sequence-tagger-tokens"
+        models.append(shared.load(save(name, base("bert"), tmp_path / str(number), config=config, seed=number)[0]))
+    models[2].tag_type = "third"
+    classifier = shared.load(save("text-classifier", base("bert"), tmp_path / "classifier", seed=9)[0])
+    sentences = [Sentence(text) for text in TEXTS]
+    shared.predict(dict.fromkeys([*models, classifier], sentences))
+    calls: list[int] = []
+    encode = PreTrainedTokenizerFast._batch_encode_plus
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(args[0] if args else kwargs["batch_text_or_text_pairs"]))
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "_batch_encode_plus", counted)
+    shared.predict(dict.fromkeys([*models, classifier], sentences))
+    assert calls == [3, 3]
+
+
+def test_threads_with_models_of_one_base_predict_what_they_predict_in_turn(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Eight threads share one vocabulary and one set of weights, alone and through the base."""
+    shared = SharedBase(base("bert"))
+    names = ["text-classifier", "sequence-tagger"]
+    models = [shared.load(save(names[i % 2], base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(8)]
+    expected = [[Sentence(text) for text in TEXTS * 3] for _ in models]
+    for model, sentences in zip(models, expected, strict=True):
+        model.predict(sentences, mini_batch_size=2)
+    found: dict[int, list[list[Sentence]]] = {index: [] for index in range(8)}
+    errors: list[BaseException] = []
+
+    def work(index: int) -> None:
+        try:
+            for turn in range(4):
+                sentences = [Sentence(text) for text in TEXTS * 3]
+                if turn % 2:
+                    shared.predict({models[index]: sentences, models[(index + 1) % 8]: [Sentence(TEXTS[0])]})
+                else:
+                    models[index].predict(sentences, mini_batch_size=2)
+                found[index].append(sentences)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for index, turns in found.items():
+        assert labels_of(turns[0]) == labels_of(turns[2]) == labels_of(expected[index])
+        for turn in turns:
+            assert largest_difference(labels_of(expected[index]), labels_of(turn)) < TOLERANCE
+
+
+def test_predict_together_that_fails_leaves_every_model_as_it_was(
+    base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in a forward pass or in a model reaches the caller, and nothing of it stays."""
+    shared = SharedBase(base("bert"))
+    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
+
+    def predicted() -> list[Any]:
+        sentences = {model: [Sentence(text) for text in TEXTS] for model in models}
+        shared.predict(sentences)
+        return [labels_of(given) for given in sentences.values()]
+
+    expected = predicted()
+    with monkeypatch.context() as patched:
+        from transformers.models.bert.modeling_bert import BertPooler
+
+        patched.setattr(BertPooler, "forward", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+        with pytest.raises(MemoryError, match="full"):
+            predicted()
+    assert predicted() == expected
+    with monkeypatch.context() as patched:
+        patched.setattr(models[1], "_mask_scores", lambda *_: (_ for _ in ()).throw(ArithmeticError("odd")))
+        with pytest.raises(ArithmeticError, match="odd"):
+            predicted()
+    assert predicted() == expected
+
+
+def test_predict_together_in_windows_of_any_number_of_sentences(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Unequal numbers, empty sentences and a single one: each gets its labels, and no vectors stay."""
+    shared = SharedBase(base("bert"))
+    models = [
+        shared.load(save(name, base("bert"), tmp_path / str(i), seed=i)[0])
+        for i, name in enumerate(["text-classifier", "sequence-tagger", "token-classifier"])
+    ]
+    together: list[Any] = [[Sentence(TEXTS[i % 3]) for i in range(150)], [Sentence(TEXTS[1])], Sentence(TEXTS[2])]
+    together[0][3] = Sentence("")
+    separate = copy.deepcopy(together)
+    shared.predict({**dict(zip(models, together, strict=True))}, mini_batch_size=4)
+    for model, sentences in zip(models, separate, strict=True):
+        model.predict(sentences)
+    for found, expected in zip(together, separate, strict=True):
+        found, expected = ([given] if isinstance(given, Sentence) else given for given in (found, expected))
+        assert largest_difference(labels_of(expected), labels_of(found)) < TOLERANCE
+        assert any(labels_of(found))
+    shared.predict({models[0]: []})
+
+
+def test_predict_together_with_document_context_reads_the_neighbours(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Context crosses mini-batches as it does in Flair."""
+    shared = SharedBase(base("bert"))
+    models = [
+        shared.load(save("sequence-tagger", base("bert"), tmp_path / str(i), seed=i, use_context=8)[0])
+        for i in range(2)
+    ]
+    together, separate = ([[Sentence(TEXTS[i % 3]) for i in range(20)] for _ in models] for _ in range(2))
+    shared.predict(dict(zip(models, together, strict=True)), mini_batch_size=3)
+    for model, sentences in zip(models, separate, strict=True):
+        model.predict(sentences)
+    assert all(
+        largest_difference(labels_of(b), labels_of(a)) < TOLERANCE for a, b in zip(together, separate, strict=True)
+    )
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "deberta-v2", "t5", "gpt2", "llama", "xlnet", "electra", "albert"])
+def test_predict_together_on_every_kind_of_base(architecture: str, base: Callable[[str], str], tmp_path: Path) -> None:
+    """Positions, relative positions, causal masks: a padded batch gives what a batch of one's own gives."""
+    shared = SharedBase(base(architecture))
+    config = {"layer_1"} if architecture == "xlnet" else "all-linear"
+    lora = LoraConfig(
+        r=4, lora_alpha=16, init_lora_weights=False, target_modules=config, fan_in_fan_out=architecture == "gpt2"
+    )
+    models = [
+        shared.load(save("text-classifier", base(architecture), tmp_path / str(i), config=lora, seed=i)[0])
+        for i in range(3)
+    ]
+    together, separate = ([[Sentence(text) for text in TEXTS[: i + 1]] for i in range(3)] for _ in range(2))
+    shared.predict(dict(zip(models, together, strict=True)))
+    for model, sentences in zip(models, separate, strict=True):
+        model.predict(sentences)
+    assert all(largest_difference(labels_of(b), labels_of(a)) < 1e-4 for a, b in zip(together, separate, strict=True))
+
+
+def test_shared_base_in_bfloat16_predicts_close_to_fp32_and_saves_exact_values(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Asked for by name, another dtype than that of the training: adapters compute in it, files keep theirs."""
+    directory, live = save("text-classifier", base("bert"), tmp_path / "model")
+    shared = SharedBase(base("bert"), dtype="bfloat16")
+    model = shared.load(directory)
+    dtypes = {p.dtype for p in model.embeddings.model.parameters()}
+    assert dtypes == {torch.bfloat16}
+    found, expected = ([Sentence(text) for text in TEXTS] for _ in range(2))
+    model.predict(found, return_probabilities_for_all_classes=True)
+    live.predict(expected, return_probabilities_for_all_classes=True)
+    assert 0 < largest_difference(labels_of(expected), labels_of(found)) < 0.1
+    exact = {name: tensor for name, tensor in live.state_dict().items() if "lora" in name}
+    stored = model.state_dict()
+    assert exact
+    assert all(torch.equal(stored[name], tensor) for name, tensor in exact.items())
+    model.train()
+    assert {p.dtype for n, p in model.embeddings.model.named_parameters() if "lora" in n} == {torch.float32}
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in exact.items())
+
+
+def test_shared_base_model_in_bfloat16_is_saved_as_it_was_trained(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A model that was trained in bf16 comes back from a shared base's checkpoint bit by bit."""
+    directory, _ = save("text-classifier", base("bert"), tmp_path / "model", dtype="bfloat16")
+    model = SharedBase(base("bert"), dtype="bfloat16").load(directory)
+    flair_peft.save_pretrained(model, tmp_path / "again")
+    for name in ("adapter_model.safetensors", "head.safetensors"):
+        first, second = (load_file(tmp_path / folder / name) for folder in ("model", "again"))
+        assert first.keys() == second.keys()
+        weights = {key for key in first if key.endswith((".weight", ".bias"))}  # beside them: what a probe gives
+        assert weights
+        assert all(torch.equal(first[key], second[key]) for key in weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "message"),
+    [
+        ({"dtype": "bfloat16"}, None, "trained on weights in bfloat16, and these are float32.*dtype='bfloat16'"),
+        ({"transformers_config_kwargs": {"hidden_dropout_prob": 0.5}}, None, "has another 'hidden_dropout_prob'"),
+    ],
+)
+def test_shared_base_model_of_other_settings_is_refused(
+    options: dict[str, Any], dtype: str | None, message: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """What would change predictions is never chosen for the user."""
+    directory, _ = save("text-classifier", base("bert"), tmp_path / "model", **options)
+    with pytest.raises(BaseMismatchError, match=message):
+        SharedBase(base("bert"), dtype=dtype).load(directory)
+
+
+def test_shared_base_model_with_other_attention_keeps_it_and_shares(base: Callable[[str], str], tmp_path: Path) -> None:
+    """The attention is a setting, not a weight."""
+    eager = {"transformers_model_kwargs": {"attn_implementation": "eager"}}
+    directories = [save("text-classifier", base("bert"), tmp_path / str(i), **o)[0] for i, o in enumerate(({}, eager))]
+    shared = SharedBase(base("bert"))
+    models = [shared.load(directory) for directory in directories]
+    assert [m.embeddings.base_model.config._attn_implementation for m in models] == ["sdpa", "eager"]
+    assert frozen_addresses(models[0]) == frozen_addresses(models[1])
+    corpus, entry = sentence_corpus(), ZOO["text-classifier"]
+    assert entry.predict(models[1], corpus) == entry.predict(flair_peft.from_pretrained(directories[1]), corpus)
+
+
+def test_shared_base_model_of_another_base_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Models that share nothing with it do not belong to it."""
+    directory, _ = save("text-classifier", base("electra"), tmp_path / "model")
+    with pytest.raises(BaseMismatchError, match="shares no weights with this base"):
+        SharedBase(base("bert")).load(directory)
+
+
+def test_shared_base_of_retrained_weights_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A base of the same name whose weights are others is not the one."""
+    folder = Path(shutil.copytree(base("bert"), tmp_path / "base"))
+    directory, _ = save("text-classifier", str(folder), tmp_path / "model")
+    weights = {name: tensor + 0.01 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseMismatchError, match="its weights differ"):
+        SharedBase(str(folder)).load(directory)
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_shared_base_file_of_flairs_trainer_shares_what_is_the_bases(
+    is_whole: bool, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Slim files find the base; self-contained ones hold it, and share what is equal bit by bit."""
+    _, live = save("sequence-tagger", base("bert"), tmp_path / "model")
+    live.save(tmp_path / "model.pt", save_base=is_whole)
+    shared = SharedBase(base("bert"))
+    models = [shared.load(tmp_path / "model.pt"), shared.load(tmp_path / "model")]
+    assert frozen_addresses(models[0]) == frozen_addresses(models[1])
+    corpus, entry = sentence_corpus(), ZOO["sequence-tagger"]
+    assert entry.predict(models[0], corpus) == entry.predict(live, corpus)
+    before = entry.predict(models[1], corpus)
+    for parameter in models[0].embeddings.model.parameters():
+        parameter.requires_grad_(True)
+    models[0].train()
+    models[0].embeddings.hidden_states(torch.tensor([[1, 2]]))[0].sum().backward()
+    torch.optim.SGD(models[0].parameters(), lr=1.0).step()
+    assert entry.predict(models[1], corpus) == before
+
+
+def test_shared_base_multitask_model_has_one_adapter_for_the_tasks_that_share(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Tasks on one embedding come back on one embedding, and that on the base."""
+    directory, _ = save("multitask", base("bert"), tmp_path / "model")
+    tagger, _ = save("sequence-tagger", base("bert"), tmp_path / "tagger")
+    shared = SharedBase(base("bert"))
+    model, other = shared.load(directory), shared.load(tagger)
+    assert isinstance(model, MultitaskModel)
+    modules = {id(m) for m in model.modules() if isinstance(m, PeftTransformerEmbeddings)}
+    assert len(model.tasks) > 1
+    assert len(modules) == 1
+    assert frozen_addresses(model) == frozen_addresses(other)
+
+
+def test_shared_base_model_trained_on_a_quantised_base_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
+    """On weights that were never rounded it would predict something else."""
+    directory, _ = save("text-classifier", base("bert"), tmp_path, quantization_config=BitsAndBytesConfig(True))
+    with pytest.raises(BaseMismatchError, match="trained on a quantised base"):
+        SharedBase(base("bert")).load(directory)
+
+
+def test_predict_together_says_once_what_gets_passes_of_its_own(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of each method and reason, however often it predicts and for however many models."""
+    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, use_dora=True)
+    shared = SharedBase(base("bert"))
+    saved = [save("text-classifier", base("bert"), tmp_path / str(i), config=config, seed=i)[0] for i in range(2)]
+    models = [shared.load(directory) for directory in saved]
+    with caplog.at_level(logging.INFO, logger="flair_peft"):
+        for _ in range(2):
+            shared.predict({model: [Sentence(text) for text in TEXTS] for model in models})
+    said = [record.getMessage() for record in caplog.records if "passes of their own" in record.getMessage()]
+    assert len(said) == 1
+    assert "DoRA" in said[0]
+
+
+def test_shared_base_quantised_is_refused(base: Callable[[str], str]) -> None:
+    """Weights that cannot be shared are not loaded to be shared."""
+    with pytest.raises(AdapterConfigError, match="quantised or spread over devices"):
+        SharedBase(base("bert"), quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+
+
+def test_shared_base_stock_file_with_its_config_shares(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Old files can be served from the base, too."""
+    from flair.embeddings import TransformerDocumentEmbeddings
+
+    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False)
+    dictionary = sentence_corpus().make_label_dictionary("sentiment", add_unk=False)
+    flair_peft.uninstall()
+    stock = TransformerDocumentEmbeddings(base("bert"), peft_config=copy.deepcopy(config))
+    TextClassifier(stock, label_type="sentiment", label_dictionary=dictionary).save(tmp_path / "old.pt")
+    flair_peft.install()
+    shared = SharedBase(base("bert"))
+    model = shared.load(tmp_path / "old.pt", peft_config=config)
+    other = shared.load(save("text-classifier", base("bert"), tmp_path / "model")[0])
+    assert len(frozen_addresses(model) & frozen_addresses(other)) > 30
+
+
+def test_unload_frees_the_model_and_leaves_the_others(base: Callable[[str], str], tmp_path: Path) -> None:
+    """What was loaded goes with its last reference, also after it predicted together with others."""
+    shared = SharedBase(base("bert"))
+    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(3)]
+    sentences = {model: [Sentence(TEXTS[0])] for model in models}
+    shared.predict(sentences)
+    adapter = weakref.ref(next(p for n, p in models[0].named_parameters() if "lora_A" in n))
+    shared.unload(models[0])
+    with pytest.raises(AdapterConfigError, match="it is not one of the 2 models"):
+        shared.unload(models[0])
+    sentences.pop(models[0])
+    del models[0]
+    gc.collect()
+    assert adapter() is None
+    shared.predict(sentences)
+    third = weakref.ref(models[1])
+    sentences.pop(models[1])
+    del models[1]
+    gc.collect()
+    assert third() is None
+    assert len(shared.models) == 1
+
+
+def test_predict_with_something_else_than_a_model_is_refused(base: Callable[[str], str]) -> None:
+    """The error says what a key must be."""
+    with pytest.raises(AdapterConfigError, match="it is no Flair model"):
+        SharedBase(base("bert")).predict({"ner": [Sentence("a")]})  # type: ignore[dict-item]
+
+
+def test_shared_base_names_of_embeddings_differ(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Flair stores vectors under these names."""
+    shared = SharedBase(base("bert"))
+    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(3)]
+    assert len({model.embeddings.name for model in models}) == 3
+    assert shared.load(tmp_path / "0").embeddings.name == models[0].embeddings.name  # the same adapter
+
+
+def test_sequence_tagger_and_classifier_of_one_sentence_list(base: Callable[[str], str], tmp_path: Path) -> None:
+    """The example of the documentation."""
+    shared = SharedBase(base("bert"))
+    ner = shared.load(save("sequence-tagger-crf", base("bert"), tmp_path / "ner")[0])
+    sentiment = shared.load(save("text-classifier", base("bert"), tmp_path / "sentiment")[0])
+    assert isinstance(ner, SequenceTagger)
+    together, separate = ([Sentence(text) for text in TEXTS] for _ in range(2))
+    shared.predict({ner: together, sentiment: together}, mini_batch_size=2)
+    ner.predict(separate)
+    sentiment.predict(separate)
+    assert largest_difference(labels_of(separate), labels_of(together)) < TOLERANCE
+    assert all(sentence.get_labels("sentiment") for sentence in together)
+
+
+def test_predict_together_with_what_is_no_model_of_this_base_says_so(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A text, a list, a model from elsewhere and one that was unloaded each end in an error that names it."""
+    save("text-classifier", base("bert"), tmp_path / "model")
+    shared = SharedBase(base("bert"))
+    model, elsewhere = shared.load(tmp_path / "model"), from_pretrained(tmp_path / "model")
+    for given in ("Berlin", ["Berlin"], [["Berlin"]]):
+        with pytest.raises(PredictionSetupError, match="labels data points"):
+            shared.predict({model: given})
+    for given in ("Berlin", [Sentence("Berlin")], Sentence("Berlin"), {"model": Sentence("Berlin")}):
+        with pytest.raises(AdapterConfigError, match=r"Pass \{model: sentences\}"):
+            shared.predict(given)
+    shared.unload(model)
+    for stranger in (model, elsewhere):
+        with pytest.raises(AdapterConfigError, match="loaded elsewhere, or unloaded before"):
+            shared.predict({stranger: [Sentence("Berlin")]})
+        with pytest.raises(AdapterConfigError, match="loaded elsewhere, or unloaded before"):
+            shared.unload(stranger)
+        stranger.predict(Sentence("Berlin"))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_bounds_of_what_is_built_know_a_base_that_is_alive_or_only_compared(
+    dtype: str | None, base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of a base count whether it is read, found in memory, or read in another dtype to be compared."""
+    monkeypatch.setattr(memory_check, "_FEW_TENSORS", 0)
+    monkeypatch.setattr(memory_check, "_FEW_NUMBERS", 0)
+    labels = Dictionary(add_unk=False)
+    labels.add_item("a")
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], init_lora_weights=False)
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config)
+    flair_peft.save_pretrained(
+        TextClassifier(embeddings, label_dictionary=labels, label_type="class"), tmp_path / "model"
+    )
+    shared = SharedBase(base("bert"), dtype=dtype)
+    assert {shared.load(tmp_path / "model") for _ in range(2)} == {*shared.models}
+    assert all(flair_peft.from_pretrained(tmp_path / "model") for _ in range(2))
+
+
+def test_trained_weights_of_a_shared_base_get_memory_of_their_own_before_they_get_a_gradient(
+    base: Callable[[str], str],
+) -> None:
+    """Optimisers on a GPU read the addresses of what they write to, which copies nothing."""
+    shared = SharedBase(base("bert"))
+    labels = Dictionary(add_unk=False)
+    labels.add_item("a")
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], init_lora_weights=False, bias="all")
+    model = TextClassifier(
+        PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config), label_dictionary=labels, label_type="class"
+    )
+    layer = model.embeddings.base_model.encoder.layer[0].output.dense.weight
+    layer.requires_grad_(True)  # unfrozen by hand
+    model.train()
+    model.forward_loss([Sentence("Berlin").add_label("class", "a")])[0].backward()
+    trained = [parameter for parameter in model.embeddings.parameters() if parameter.requires_grad]
+    assert len(trained) > 10
+    assert not any(map(mapped_memory.is_copied_on_write, trained))
+    frozen = [parameter for parameter in model.embeddings.parameters() if not parameter.requires_grad]
+    assert any(map(mapped_memory.is_copied_on_write, frozen))
+    assert shared.models == []
+
+
+@pytest.mark.parametrize("read", [flair_peft.merge, pickle.dumps, copy.deepcopy], ids=["merge", "pickle", "deepcopy"])
+def test_model_that_is_copied_goes_on_sharing_its_base(
+    read: Callable[[Any], Any], base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Who reads a model as if it might be written to gets a copy, and leaves the model's memory as it is."""
+    labels = Dictionary(add_unk=False)
+    labels.add_item("a")
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], init_lora_weights=False)
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config)
+    flair_peft.save_pretrained(
+        TextClassifier(embeddings, label_dictionary=labels, label_type="class"), tmp_path / "model"
+    )
+    model = SharedBase(base("bert")).load(tmp_path / "model")
+    before = {name: mapped_memory.address(parameter) for name, parameter in model.named_parameters()}
+    assert read(model)
+    assert {name: mapped_memory.address(parameter) for name, parameter in model.named_parameters()} == before
