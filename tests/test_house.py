@@ -358,7 +358,7 @@ def test_house_modules_raise_only_errors_of_the_tree(module: str) -> None:
     assert builtin <= ({"ValueError"} if module == "embeddings/peft_transformer" else set())
 
 
-# Lines, docstrings included. Signs of what should be two things, no aims: whatever is longer says why in its first lines.
+# Lines, docstrings included. Signs of what should be two things, and no aims: whatever is longer says why.
 LONGEST = {"module": 400, "class": 300, "constructor": 80, "function": 60}
 LONGER: dict[str, str] = {
     "base/config_versions": "",
