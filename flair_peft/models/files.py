@@ -386,7 +386,7 @@ def _find_class(stored: Any, source: str) -> type[Model]:
     known = {f"{found.__module__}.{found.__qualname__}": found for found in build.subclasses(Model)}
     if not isinstance(stored, str) or stored not in known:
         raise ModelFileError(
-            f"Cannot load '{source}': it holds a {stored!r:.100}, and no such model class is imported. Files import "
+            f"Cannot load '{source}': it holds a {stored!r:.200}, and no such model class is imported. Files import "
             "nothing. Import the module that defines it first."
         )
     return known[stored]

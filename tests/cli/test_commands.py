@@ -570,7 +570,7 @@ def test_exit_codes_of_what_is_raised(
     def fail(_: Path) -> None:
         raise raised
 
-    monkeypatch.setattr(main.inspection, "inspect", fail)
+    monkeypatch.setattr(main.report, "inspect", fail)
     found, text, errors = run("inspect", "x")
     assert (found, text) == (code, "")
     assert errors == "" if code == 130 else is_paragraph(errors)

@@ -178,7 +178,7 @@ def test_file_is_read_by_torch_with_one_name_allowed_and_by_none_without(base: B
     assert [argument for opcode, argument, _ in opcodes if opcode.name == "PROTO"] == [2]
     named = {argument for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"}
     assert {name for name in named if "torch" not in name} == {
-        "flair_peft.codec.state_json restore_state",
+        "flair_peft.codec restore_state",
         "collections OrderedDict",
     }
 
@@ -429,7 +429,7 @@ def test_save_that_fails_midway_leaves_the_earlier_file(
     if where == "writing":
         monkeypatch.setattr(torch, "save", fail_while_writing)
     else:
-        monkeypatch.setattr(models_files.codec, "encode", fail_before)
+        monkeypatch.setattr(models_files.state_json, "encode", fail_before)
     with pytest.raises((SaveError, RuntimeError)):
         model.save(path)
     monkeypatch.undo()
