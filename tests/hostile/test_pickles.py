@@ -427,11 +427,7 @@ def test_list_of_what_is_allowed_calls_nothing_with_an_effect() -> None:
         found = unpickle._Name(name).look_up()
         assert f"{found.__module__}.{found.__qualname__}" == name
         setter = getattr(found, "__setstate__", None)
-        is_known = (
-            setter is torch.nn.Module.__setstate__
-            or name.startswith("flair_peft.embeddings.")
-            or name in own
-        )
+        is_known = setter is torch.nn.Module.__setstate__ or name.startswith("flair_peft.embeddings.") or name in own
         assert setter is None or is_known, name
 
 
