@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flair_peft.adapter import injection, keys
@@ -327,7 +326,7 @@ class FrozenBase:
         if is_placed(self._model):
             _ = self.known_record  # as it is without the rows: a base that cannot be shared gets them itself
         longer = self._model if is_placed(self._model) else self._around({})
-        added_rows.append_rows_(longer, new, _folder(self.record))
+        added_rows.append_rows_(longer, new)
         return FrozenBase(longer, self.record, self.random_names, key=key, parent=self)
 
     def holds(self, tensors: Iterable[torch.Tensor]) -> bool:
@@ -623,16 +622,6 @@ def _state_of_source(record: BaseRecord) -> tuple[Any, ...] | None:
         stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
         return (str(folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
     return None if record.revision is None else (record.name, record.revision)
-
-
-def _folder(record: BaseRecord) -> Path | None:
-    """Return the directory that holds the weights, if it is on this machine."""
-    if Path(record.name).is_dir():
-        return Path(record.name, record.arguments.get("subfolder", ""))
-    if record.revision is None:
-        return None
-    found = try_to_load_from_cache(record.name, "config.json", revision=record.revision)
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def _copied_on_write(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -19,6 +19,7 @@ from typing_extensions import Self
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, keys, methods
 from flair_peft.base import (
+    config_safety,
     config_versions,
     frozen,
     learned,
@@ -240,7 +241,7 @@ class Storable(StoredWeights):
             params.get("peft_gradient_checkpointing_kwargs")
         )
         shape = dict(params.pop("config_state_dict"))
-        transformer.refuse_many(shape, str(params.get("model")))
+        config_safety.refuse_many(shape, str(params.get("model")))
         shape.pop("auto_map", None)  # names code
         shape.pop("quantization_config", None)  # it is read from what the file says of its base
         shape.pop("_attn_implementation", None)
@@ -251,7 +252,7 @@ class Storable(StoredWeights):
         saved_config = config_versions.from_stored(
             shape, config_class, attention=named, source=str(params.get("model"))
         )
-        transformer.tame_(saved_config)
+        config_safety.sanitise_(saved_config)
         pending_state, probe = params.pop("derived_state", {}), params.pop("probe", None)
         untrained, index = params.pop("untrained", []), params.pop("part", None)
         trained = params.pop("trained_base", [])
