@@ -20,12 +20,12 @@ from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, keys, methods
 from flair_peft.base import (
     config_safety,
-    config_versions,
-    frozen,
     learned,
     memory_check,
+    placement,
     quantisation,
     resolve,
+    stored_config,
     tokenizers,
     transformer,
 )
@@ -69,7 +69,7 @@ class Storable(StoredWeights):
     @property
     def is_placed(self) -> bool:
         """Whether quantisation or a device map says where the base's weights are, so that nobody may move them."""
-        return frozen.is_placed(self.base_model)
+        return placement.is_placed(self.base_model)
 
     _placed_start: PlacedStart | None = None
     _preparing: Mapping[str, Any] = {}
@@ -249,9 +249,7 @@ class Storable(StoredWeights):
         config_class = resolve.config_class(str(shape.get("model_type")), stored.record)
         # from_dict reads the attention implementation from its keyword arguments only.
         named = shape.pop("attn_implementation", None)
-        saved_config = config_versions.from_stored(
-            shape, config_class, attention=named, source=str(params.get("model"))
-        )
+        saved_config = stored_config.from_stored(shape, config_class, attention=named, source=str(params.get("model")))
         config_safety.sanitise_(saved_config)
         pending_state, probe = params.pop("derived_state", {}), params.pop("probe", None)
         untrained, index = params.pop("untrained", []), params.pop("part", None)
