@@ -362,8 +362,6 @@ def test_house_modules_raise_only_errors_of_the_tree(module: str) -> None:
 LONGEST = {"module": 400, "class": 300, "constructor": 80, "function": 60}
 LONGER: dict[str, str] = {
     "cli/main": "",
-    "codec/objects": "",
-    "codec/state_json": "",
     "embeddings/peft_transformer": "",
     "embeddings/peft_transformer:PeftTransformerEmbeddings": "",
     "embeddings/peft_transformer:__init__": "",
