@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flair_peft.adapter import keys
-from flair_peft.base import transformer
+from flair_peft.base import transformer, weight_files
 from flair_peft.base.frozen import FrozenBase
 from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFileError, name_some
 from flair_peft.primitives.base_record import BaseRecord, load_options
@@ -48,7 +48,7 @@ def check_complete(base: FrozenBase, kwargs: Mapping[str, Any]) -> None:
         lacking = {name for name in lacking if name.partition(".")[0] in read}
     if not lacking:
         return
-    unused = set(transformer.names_in_file(base.record.name, kwargs)) - base.names_of_parameters()
+    unused = set(weight_files.names_of_weights(base.record.name, kwargs)) - base.names_of_parameters()
     instead = f", and hold others that it does not have: {name_some(unused, limit=3)}" if unused else ""
     raise BaseModelNotFoundError(
         f"Cannot use '{base.record.name}' as a base model: its files lack weights of the model that its config "

@@ -1,4 +1,4 @@
-"""The config of a base: as another transformers wrote it, and as files hold it, for the transformers that is installed.
+"""The config of a base as another transformers wrote it, in the words of the transformers that is installed.
 
 transformers 5 says in ``rope_parameters`` and ``layer_types`` what 4.57 reads from settings with other names. 4.57
 computes without what it does not know: what can be said in its names is, and the rest is refused.
@@ -6,11 +6,9 @@ computes without what it does not know: what can be said in its names is, and th
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import inspect
-import json
 import logging
 import math
 import sys
@@ -113,7 +111,7 @@ def in_own_words(described: Mapping[str, Any], source: str) -> Settings:
         BaseModelNotFoundError: a setting, or the whole architecture, is one that it does not have.
     """
     model_type = str(described.get("model_type"))
-    version = _version(described)
+    version = version_of(described)
     if model_type == "mistral" and "layer_types" in described:  # as AutoConfig has it
         model_type, described = "ministral", {**described, "model_type": "ministral"}
     if model_type in CONFIG_MAPPING:
@@ -130,7 +128,7 @@ def in_own_words(described: Mapping[str, Any], source: str) -> Settings:
 
 def attention_of(described: Mapping[str, Any]) -> str | None:
     """Return the attention of a newer transformers, where the default of the installed one computes something else."""
-    return "eager" if is_capped(described) and _is_newer(_version(described)) else None
+    return "eager" if is_capped(described) and is_newer(version_of(described)) else None
 
 
 def is_capped(described: Mapping[str, Any]) -> bool:
@@ -139,86 +137,16 @@ def is_capped(described: Mapping[str, Any]) -> bool:
     return any(part.get("attn_logit_softcapping") is not None for part in parts)
 
 
-def from_stored(described: Mapping[str, Any], config_class: Any, *, attention: Any, source: str) -> PretrainedConfig:
-    """Return the config that a file holds, with the values that it had when it was stored.
-
-    Constructors derive some values from others: bidirectional Gemma 3 halves its window whenever it is made.
-
-    Raises:
-        BaseModelNotFoundError: it was stored under a newer transformers, with settings that are not known here.
-    """
-    described = dict(described)
-    if config_class.model_type in CONFIG_MAPPING:
-        if _is_newer(_version(described)):
-            described = in_own_words(described, source)
-        else:  # what was not read when the model was trained
-            unread = {"layer_types", "rope_parameters"} - _known(config_class)
-            described = {name: value for name, value in described.items() if name not in unread}
-    config = _made(config_class, described, attention)
-    _restore_(config, described, is_own=described.get("transformers_version") == transformers.__version__)
-    return config
-
-
-def _made(config_class: Any, described: Settings, attention: Any) -> PretrainedConfig:
-    try:
-        # from_dict reads the attention implementation from its keyword arguments only.
-        return config_class.from_dict(copy.deepcopy(described), attn_implementation=attention)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        # DBRX, for one, takes no dictionary that it wrote for the configs in it.
-        plain = {name: value for name, value in described.items() if name not in _parts(config_class)}
-        if len(plain) == len(described):
-            raise
-        return config_class.from_dict(copy.deepcopy(plain), attn_implementation=attention)
-
-
-def _restore_(config: PretrainedConfig, stored: Mapping[str, Any], *, is_own: bool) -> None:
-    """Give the config the stored values where it has others, in place.
-
-    Args:
-        config: that was made of the stored values.
-        stored: as plain values.
-        is_own: whether this very version stored them. Others may have other names for the same, which constructors
-            translate once and for all: then only what changes whenever a config is made is set back.
-    """
-    own = _plain(config)
-    for name, value in stored.items():
-        part = getattr(config, name, None)
-        if isinstance(part, PretrainedConfig) and isinstance(value, Mapping):
-            _restore_(part, value, is_own=is_own)
-            continue
-        is_other = name in own and name not in _OF_ORIGIN and own[name] != _as_json(value)
-        if is_other and (is_own or name in changing(config)):
-            setattr(config, name, copy.deepcopy(value))
-
-
-def changing(config: PretrainedConfig) -> frozenset[str]:
-    """Return the settings that are others whenever the config is made of its own dictionary."""
-    own, again = _plain(config), _plain(_made(type(config), config.to_dict(), None))
-    return frozenset(name for name in {*own, *again} if own.get(name) != again.get(name))
-
-
-# What does not change the model, or is read in another form than it is stored in.
-_OF_ORIGIN = frozenset(
-    {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type", "transformers_version"}
-)
-
-
-def _plain(config: PretrainedConfig) -> Settings:
-    return {name: _as_json(value) for name, value in config.to_dict().items()}
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
-
-
-def _version(described: Mapping[str, Any]) -> Version | None:
+def version_of(described: Mapping[str, Any]) -> Version | None:
+    """Return the version of transformers that wrote a config; ``None`` if it does not say."""
     try:
         return Version(str(described.get("transformers_version")))
     except InvalidVersion:
         return None
 
 
-def _is_newer(version: Version | None) -> bool:
+def is_newer(version: Version | None) -> bool:
+    """Whether a version of transformers is of a later generation than the installed one."""
     return version is not None and version.major > Version(transformers.__version__).major
 
 
@@ -230,7 +158,7 @@ def _named(config_class: Any) -> frozenset[str]:
 
 
 @functools.cache
-def _known(config_class: Any) -> frozenset[str]:
+def known_settings(config_class: Any) -> frozenset[str]:
     """Return all settings of a class."""
     common = {*vars(PretrainedConfig()), "num_labels", "torch_dtype", "output_attentions", "attn_implementation"}
     return frozenset(
@@ -248,7 +176,7 @@ def _defaults(config_class: Any) -> Settings:
         return {}
 
 
-def _parts(config_class: Any) -> dict[str, type[PretrainedConfig]]:
+def inner_configs(config_class: Any) -> dict[str, type[PretrainedConfig]]:
     """Return the configs in a config; ``sub_configs`` does not name those of T5Gemma."""
     made = {name: type(value) for name, value in _defaults(config_class).items() if isinstance(value, PretrainedConfig)}
     return {**{name: part for name, part in config_class.sub_configs.items() if hasattr(part, "model_type")}, **made}
@@ -273,7 +201,7 @@ class _Reader:
 
     def read(self, described: Mapping[str, Any]) -> Settings:
         """Return the settings in the names that the class has for them."""
-        known = _known(self.config_class)
+        known = known_settings(self.config_class)
         found = {new: value for new, value in described.items() if new in known or new != "rope_parameters"}
         for new, own in _RENAMED.get(self.model_type, {}).items():
             self._add_(found, {own: found[new]} if new in found else {}, of=new)
@@ -283,7 +211,7 @@ class _Reader:
             self._add_(found, self._rope(described.get("rope_parameters"), described), of="rope_parameters")
         self._layers_(found)
         self._refuse_fixed(found)
-        for name, part in _parts(self.config_class).items():
+        for name, part in inner_configs(self.config_class).items():
             if isinstance(found.get(name), Mapping):
                 part = CONFIG_MAPPING.get(found[name].get("model_type"), part)
                 found[name] = dataclasses.replace(self, config_class=part, model_type=part.model_type).read(found[name])
@@ -383,15 +311,15 @@ class _Reader:
             return
         names = _LAYERS_RENAMED.get(self.model_type, {})
         found["layer_types"] = [names.get(layer, layer) for layer in layers]
-        if self.model_type in _WINDOW_EXCLUSIVE and _is_newer(self.version) and not found.get("is_decoder"):
+        if self.model_type in _WINDOW_EXCLUSIVE and is_newer(self.version) and not found.get("is_decoder"):
             found["sliding_window"] += 1
-        if "layer_types" in _known(self.config_class):
+        if "layer_types" in known_settings(self.config_class):
             return
         if "global_attn_every_n_layers" in _named(self.config_class):
             self._add_(found, {"global_attn_every_n_layers": self._period(layers, found)}, of="layer_types")
         elif self.model_type == "qwen2_moe" and {*layers} != {"full_attention"}:
             raise self._refusal("layer_types", layers, "has no setting for that")
-        if self.version is None or _is_newer(self.version) or "global_attn_every_n_layers" in _named(self.config_class):
+        if self.version is None or is_newer(self.version) or "global_attn_every_n_layers" in _named(self.config_class):
             del found["layer_types"]
 
     def _period(self, layers: list[Any], found: Settings) -> int:
@@ -407,21 +335,21 @@ class _Reader:
         )
 
     def _refuse_fixed(self, found: Settings) -> None:
-        known = _known(self.config_class)
+        known = known_settings(self.config_class)
         for name, values in {**_FIXED[""], **_FIXED.get(self.model_type, {})}.items():
             if name in found and name not in known and found[name] not in values:
                 raise self._refusal(name, found[name], "has no setting for that")
         is_decoder = self.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         is_decoder = is_decoder and self.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        may_mean_it = self.version is None or _is_newer(self.version)
+        may_mean_it = self.version is None or is_newer(self.version)
         if is_decoder and may_mean_it and "is_causal" not in known and found.get("is_causal") is False:
             raise self._refusal("is_causal", False, "lets tokens see only those before them")
 
     def _without_unknown(self, found: Settings, described: Mapping[str, Any]) -> Settings:
         """Return the settings without empty ones that are not known, and name those that nothing here reads."""
-        if not _is_newer(self.version):
+        if not is_newer(self.version):
             return found
-        unknown = {*found} - _known(self.config_class)
+        unknown = {*found} - known_settings(self.config_class)
         judged = {**_FIXED[""], **_FIXED.get(self.model_type, {})}
         told = (
             {name for name in unknown & {*described} if found[name] is not None} - _NO_MATTER - {*judged, "is_causal"}

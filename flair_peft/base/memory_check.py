@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import json
-import struct
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,26 @@ from typing import Any
 import psutil
 import torch
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from flair_peft.base.transformer import ENCODER_OF_T5, find_file
+from flair_peft.base import weight_files
+from flair_peft.base.transformer import ENCODER_OF_T5
 from flair_peft.errors import InsufficientMemoryError, ModelFileError
 from flair_peft.primitives.dtypes import DtypeLike, parse_dtype
 
-_HEADER_LENGTH = struct.Struct("<Q")
-_LARGEST_HEADER = 100_000_000
-
-# Bytes of a number, by its name in safetensors.
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
+# What reading the files of a base raises where these are damaged, or cannot be reached.
+_UNREADABLE = (
+    OSError,
+    HFValidationError,
+    SafetensorError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 
 
 def check_fits(
@@ -58,7 +64,7 @@ def check_fits(
     unread = "decoder." if config.model_type in ENCODER_OF_T5 else None
     try:
         stored = _count_numbers(source, kwargs, unread=unread)
-    except (OSError, HFValidationError, ValueError, LookupError, TypeError, RecursionError, struct.error):
+    except _UNREADABLE:
         return  # who loads it says what is wrong with it
     itemsize = _bytes_per_number(dtype, kwargs)
     needed = int(sum(count * (itemsize or size) for size, count in stored.items()))
@@ -90,36 +96,14 @@ def _free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _count_numbers(source: str, kwargs: Mapping[str, Any], *, unread: str | None) -> dict[int, int]:
+def _count_numbers(source: str, kwargs: Mapping[str, Any], *, unread: str | None) -> Counter[float]:
     """Return bytes of a number in the files → how many there are, but for tensors whose names start with ``unread``."""
-    counts: dict[int, int] = {}
-    for path in _files(source, kwargs):
-        for name, entry in _read_header(path).items():
-            if name != "__metadata__" and not (unread and name.startswith(unread)):
-                start, end = entry["data_offsets"]
-                size = _SIZES.get(entry["dtype"], 1)
-                counts[size] = counts.get(size, 0) + (end - start) // size
+    counts: Counter[float] = Counter()
+    for path in weight_files.find(source, {**kwargs, "use_safetensors": True}):
+        for entry in weight_files.read_header(path):
+            if not (unread and entry.name.startswith(unread)):
+                counts[entry.itemsize] += entry.numbers
     return counts
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
-        entries: dict[str, Any] = json.loads(file.read(length)) if length < _LARGEST_HEADER else {}
-    return entries
-
-
-def _files(source: str, kwargs: Mapping[str, Any]) -> list[Path]:
-    """Return the safetensors that hold the weights, downloaded where transformers would download them next."""
-    found = find_file(source, SAFE_WEIGHTS_NAME, kwargs)
-    if found is not None:
-        return [found]
-    index = find_file(source, SAFE_WEIGHTS_INDEX_NAME, kwargs)
-    if index is None:
-        return []
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    files = [find_file(source, name, kwargs) for name in names]
-    return [file for file in files if file is not None]
 
 
 def _readable(size: int) -> str:
@@ -294,14 +278,17 @@ def _size_of(func: Any, args: Any, kwargs: Any) -> int:
 
 def _count(source: str, kwargs: Mapping[str, Any]) -> tuple[int, int]:
     """Return how many tensors and numbers the files of a base hold, at least; nothing of them is read but headers."""
-    try:
-        headers = [_read_header(path) for path in _files(source, kwargs)]
-        if headers:
-            return sum(map(len, headers)), sum(_count_numbers(source, kwargs, unread=None).values())
-        pickled = find_file(source, WEIGHTS_NAME, kwargs)
-        if pickled is not None:
-            with zipfile.ZipFile(pickled) as archive:
-                return len(archive.namelist()), pickled.stat().st_size
-    except (OSError, HFValidationError, ValueError, LookupError, TypeError, struct.error, zipfile.BadZipFile):
-        pass
+    with contextlib.suppress(*_UNREADABLE, zipfile.BadZipFile):
+        paths = weight_files.find(source, kwargs)
+        if paths:
+            counted = [_count_in(path) for path in paths]
+            return sum(tensors for tensors, _ in counted), sum(numbers for _, numbers in counted)
     return _UNKNOWN
+
+
+def _count_in(path: Path) -> tuple[int, int]:
+    if path.suffix == ".safetensors":
+        entries = list(weight_files.read_header(path))
+        return len(entries), sum(entry.numbers for entry in entries)
+    with zipfile.ZipFile(path) as archive:
+        return len(archive.namelist()), path.stat().st_size

@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flair_peft.base import check_base, frozen, memory_check, quantisation, transformer
+from flair_peft.base import base_cache, check_base, memory_check, quantisation, transformer
 from flair_peft.base.frozen import FrozenBase
 from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFileError
 from flair_peft.primitives.base_record import BaseRecord, StoredBase, kept_arguments, load_options
@@ -62,7 +62,7 @@ class Offer:
             )
         said = (record.dtype, record.fingerprint, record.full_fingerprint, str(load_options().verify))
         if said not in self.proven:
-            check_base.check_base(self.base.read_for(record), record, name=name)
+            check_base.check_base(base_cache.read_for(self.base, record), record, name=name)
             self.proven.add(said)
         base = self.base if stored.added_rows is None else self.base.with_rows(stored.added_rows)
         return base.variant(config)
@@ -104,7 +104,7 @@ def find_new(
     )
     kwargs = {key: value for key, value in model_kwargs.items() if key != "revision" or record.revision is None}
     with memory_check.bounded(name, {}):
-        found = frozen.find(record, config, dtype=dtype, kwargs=kwargs, device=flair.device, is_held=True)
+        found = base_cache.find(record, config, dtype=dtype, kwargs=kwargs, device=flair.device, is_held=True)
     check_base.check_complete(found, model_kwargs)
     if found.is_placed:
         _ = found.known_record  # before an adapter is added to the very model, or a forward pass casts its biases
@@ -139,7 +139,7 @@ def find_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLik
         kwargs = {**options.arguments(), **options.placement}
         if record.quantization is not None:
             config, kwargs = _quantising(wanted, config, kwargs)
-        found = frozen.find_again(wanted, config, dtype=dtype, kwargs=kwargs, device=flair.device, is_held=True)
+        found = base_cache.find_again(wanted, config, dtype=dtype, kwargs=kwargs, device=flair.device, is_held=True)
     except BaseModelNotFoundError as error:
         raise _explain(error, wanted, record, name) from error
     check_base.check_base(found, record, name=name)
@@ -163,7 +163,7 @@ def source_of_quantised(record: BaseRecord, model: PreTrainedModel, *, cache_dir
     """Return the record of a quantised base with the digest of all weights of its source, if that is there still."""
     kwargs = _reaching(record, cache_dir)
     try:
-        found = frozen.find_source(record, model.config, kwargs)
+        found = base_cache.find_source(record, model.config, kwargs)
     except (BaseModelNotFoundError, BaseMismatchError):
         return record
     if record.fingerprint is None or not found.is_as(record):
@@ -261,7 +261,7 @@ def candidate(name: str, model: PreTrainedModel, *, dtype: torch.dtype) -> BaseR
     try:
         config = transformer.find_config(source, options.arguments())
         record = BaseRecord(_located(source), revision=getattr(config, "_commit_hash", None))
-        found = frozen.find_again(record, model.config, dtype=dtype, kwargs=options.arguments())
+        found = base_cache.find_again(record, model.config, dtype=dtype, kwargs=options.arguments())
     except (BaseModelNotFoundError, BaseMismatchError):
         if options.base_model is not None:
             raise
@@ -279,7 +279,7 @@ def check_made(
     """
     dtype = parse_dtype(expected.dtype or record.dtype or "float32")
     wanted = dataclasses.replace(record, fingerprint=expected.fingerprint, read_fingerprint=expected.read_fingerprint)
-    found = frozen.read_again(wanted, model.config, dtype=dtype, kwargs=_reaching(record, cache_dir))
+    found = base_cache.read_again(wanted, model.config, dtype=dtype, kwargs=_reaching(record, cache_dir))
     check_base.check_base(found, expected, name=name)
 
 
@@ -301,7 +301,7 @@ def reference(
     kwargs = _reaching(record, cache_dir)
 
     def read(record: BaseRecord, wanted: torch.dtype) -> FrozenBase:
-        return frozen.read_again(record, model.config, dtype=wanted, kwargs=kwargs)
+        return base_cache.read_again(record, model.config, dtype=wanted, kwargs=kwargs)
 
     try:
         found = read(record, dtype if record.dtype is None else parse_dtype(record.dtype))

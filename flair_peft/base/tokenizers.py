@@ -30,7 +30,10 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
-from flair_peft.base.transformer import find_file, first_line, not_found, refuse_endless, with_answer
+from flair_peft.base.config_safety import refuse_endless
+from flair_peft.base.transformer import with_answer
+from flair_peft.base.unusable import first_line, not_found
+from flair_peft.base.weight_files import find_file
 from flair_peft.errors import BaseModelNotFoundError, ModelFileError
 
 KeywordArguments = Mapping[str, Any]

@@ -1,52 +1,30 @@
-"""The frozen transformer: find it, build it, look at it."""
+"""The transformer of a base: read its config and its weights, build it without weights, say what it computes."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import inspect
-import json
-import logging
 import re
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import _add_variant, load_state_dict, no_init_weights
+from transformers.modeling_utils import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-    is_flash_attn_2_available,
-    is_flash_attn_3_available,
-    is_offline_mode,
-)
+from transformers.utils import is_offline_mode
 
 from flair_peft.adapter import injection
-from flair_peft.base import config_versions
-from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, FlairPeftError, UnsafeFileError
+from flair_peft.base import config_safety, config_versions
+from flair_peft.base.unusable import UNUSABLE, not_found
+from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, FlairPeftError
 from flair_peft.primitives.dtypes import DtypeLike
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-
-# What transformers writes out one by one when it reads a config.
-_COUNTED = re.compile(r"(layers?|labels|blocks|groups|experts)$")
-_MANY = 1_000_000
-
-# How a file of a base is reached.
-REACHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-log = logging.getLogger("flair_peft")
 
 KeywordArguments = Mapping[str, Any]
 
@@ -58,21 +36,6 @@ ENCODER_OF_T5: Mapping[str, str] = {
     "umt5": "UMT5EncoderModel",
     "t5gemma": "T5GemmaEncoderModel",
 }
-
-# What transformers raises for files that it cannot make a model of.
-UNUSABLE = (
-    OSError,
-    HFValidationError,
-    ArithmeticError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    AssertionError,
-    ImportError,
-    SafetensorError,
-)
 
 
 def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
@@ -91,33 +54,7 @@ def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
         raise
     except UNUSABLE as error:
         raise not_found(source, error) from error
-    return tame_(config, kwargs)
-
-
-def refuse_endless(source: str, kwargs: KeywordArguments) -> None:
-    """Return if a config counts nothing that transformers would write out when it reads the config, for ever.
-
-    Raises:
-        BaseModelNotFoundError: it counts as many layers or labels as no model has.
-    """
-    reaching = {name: kwargs[name] for name in REACHING if kwargs.get(name) is not None}
-    try:
-        settings, _ = PretrainedConfig.get_config_dict(source, **reaching)
-    except UNUSABLE:
-        return  # who reads it says what is wrong with it
-    refuse_many(settings, source)
-
-
-def refuse_many(settings: Any, source: str) -> None:
-    """Return if a config, as plain values, counts no more layers or labels than a model can have."""
-    for name, value in settings.items() if isinstance(settings, Mapping) else enumerate(settings):
-        if isinstance(value, int) and value > _MANY and _COUNTED.search(str(name)):
-            raise BaseModelNotFoundError(
-                f"Cannot use the base model '{source}': its config asks for {value:,} {name}. No model has so many, "
-                "and writing them out would not end. Correct the config, or pass another base model."
-            )
-        if isinstance(value, Mapping | list):
-            refuse_many(value, source)
+    return config_safety.sanitise_(config, kwargs)
 
 
 def with_answer(kwargs: KeywordArguments) -> dict[str, Any]:
@@ -139,24 +76,9 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config if hasattr(config, "vocab_size") else config.get_text_config()
 
 
-def find_file(source: str, name: str, kwargs: KeywordArguments) -> Path | None:
-    """Return a file of a directory or of a Hub id, downloaded if need be; ``None`` if there is none.
-
-    Args:
-        source: the directory or Hub id.
-        name: of the file.
-        kwargs: for ``from_pretrained``, of which those are used that say how a file is reached.
-    """
-    reaching = {key: kwargs[key] for key in REACHING if kwargs.get(key) is not None}
-    kinds = ("missing_entries", "gated_repo", "connection_errors")
-    settings = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
-    found = cached_file(source, name, **reaching, **settings)
-    return None if found is None else Path(found)
-
-
 def _read_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
     described, settings = PretrainedConfig.get_config_dict(source, **kwargs)
-    refuse_many(described, source)
+    config_safety.refuse_many(described, source)
     runs_code = kwargs.get("trust_remote_code") and "AutoConfig" in (described.get("auto_map") or {})
     if not runs_code:
         described = config_versions.in_own_words(described, source)
@@ -311,19 +233,6 @@ def states_of(output: Mapping[str, Any]) -> tuple[tuple[torch.Tensor, ...], torc
     return tuple(states), states[-1] if last is None else last
 
 
-def names_in_file(source: str, kwargs: KeywordArguments) -> list[str]:
-    """Return the names of the weights in the files of a base, as they are spelt there; none if they cannot be read."""
-    variant = kwargs.get("variant")
-    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
-        with contextlib.suppress(Exception):
-            path = find_file(source, _add_variant(name, variant), kwargs)
-            if path is not None and path.suffix == ".json":
-                return sorted(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-            if path is not None:
-                return sorted(load_state_dict(str(path), map_location="meta"))
-    return []
-
-
 def has_unread_layers(model: PreTrainedModel) -> bool:
     """Whether the model has linear layers that learn nothing: a pooler, or LayoutLM's biases, read without gradient."""
     has_bias = any(name.endswith("rel_pos_bias") for name, _ in model.named_modules())
@@ -339,90 +248,6 @@ def takes_mask(model: PreTrainedModel) -> bool:
 def has_transposed_weights(model: PreTrainedModel) -> bool:
     """Whether the linear layers are transformers' ``Conv1D``, whose weights have the shape (in, out)."""
     return any(isinstance(module, Conv1D) for module in model.modules())
-
-
-def tame_(config: PretrainedConfig, kwargs: KeywordArguments | None = None) -> PretrainedConfig:
-    """Return the config; it and those inside it have nothing fetched and run, unless the user asked for that.
-
-    A config can name a kernel as its attention (CVE-2026-4372), and code or another model inside it.
-
-    Args:
-        config: from a file; modified in place.
-        kwargs: that the user gave for it.
-
-    Raises:
-        UnsafeFileError: it has another model fetched as a part of it.
-    """
-    kwargs = kwargs or {}
-    asked = set(_attention_in(kwargs))
-    for place, part in enumerate(_parts(config)):
-        settings = vars(part) if isinstance(part, PretrainedConfig) else part
-        if not kwargs.get("trust_remote_code"):
-            _refuse_other_model(settings, config)
-            if place:
-                settings.pop("auto_map", None)  # of the whole model, the classes of transformers ask what the user says
-        for name in filter(names_attention, list(settings)):
-            if not asked.issuperset(_texts(settings[name])) and available_attention(settings[name]) is None:
-                settings[name] = None
-    return config
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    """Yield the configs and dictionaries of which a config consists, itself first."""
-    settings = vars(value) if isinstance(value, PretrainedConfig) else value
-    if isinstance(settings, dict):
-        yield value
-    inner = settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list | tuple) else ()
-    for part in inner:
-        yield from _parts(part)
-
-
-def _refuse_other_model(settings: Mapping[Any, Any], config: PretrainedConfig) -> None:
-    if isinstance(settings.get("backbone"), str):
-        raise UnsafeFileError(
-            f"Cannot use the config of '{config.name_or_path}': it names another model, '{settings['backbone']}', as "
-            "its backbone. transformers would fetch that from the Hub, and ask whether its code may run. Use a base "
-            "model that has no such part, or pass trust_remote_code=True if you trust both."
-        )
-
-
-def _attention_in(kwargs: Any) -> Iterator[str]:
-    """Yield what arguments of the user name as attention, wherever in them."""
-    for name, value in kwargs.items() if isinstance(kwargs, Mapping) else ():
-        yield from _texts(value) if names_attention(name) else _attention_in(value)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    for part in [value, *parts]:
-        if isinstance(part, str):
-            yield part
-
-
-def names_attention(name: Any) -> bool:
-    """Whether a setting of a transformer's config says how attention is computed."""
-    return "attn_implementation" in str(name)
-
-
-def is_fetched(attention: Any) -> bool:
-    """Whether transformers would fetch code for an attention, or for one of several.
-
-    It calls kernels on the Hub "owner/kernel", and takes one for FlashAttention where that is not installed.
-    """
-    return any("/" in text or _lacks_library(text) for text in _texts(attention))
-
-
-def _lacks_library(attention: str) -> bool:
-    is_here = is_flash_attn_3_available() if attention.endswith("3") else is_flash_attn_2_available()
-    return attention.startswith("flash_attention") and not is_here
-
-
-def available_attention(implementation: Any) -> Any:
-    """Return the attention implementation, or ``None`` for the default where it is not part of transformers here."""
-    if is_fetched(implementation):
-        log.warning("The attention '%s' is not here: the default is used, which rounds differently.", implementation)
-        return None
-    return implementation
 
 
 def _cast_left_overs_(model: PreTrainedModel) -> None:
@@ -444,36 +269,3 @@ def names_kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> frozenset[
     kept = {*(model._keep_in_fp32_modules_strict or ())} if dtype in in_half else set()
     kept |= {*(model._keep_in_fp32_modules or ())} if dtype == torch.float16 else set()
     return frozenset(name for name in model.state_dict() if not kept.isdisjoint(name.split(".")))
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error of another library says, as a part of a sentence."""
-    lines = str(error).strip().splitlines()
-    return textwrap.shorten(lines[0], 240, placeholder=" …").rstrip(".:") if lines else "no reason given"
-
-
-def not_found(source: str, error: Exception) -> BaseModelNotFoundError:
-    """Return the error that says why there is no base model, or no complete one, at the source."""
-    if "trust_remote_code=True" in str(error):
-        return BaseModelNotFoundError(
-            f"Cannot load the base model '{source}': it comes with code of its own, which would run on this machine. "
-            "No file may switch that on. If you trust that code, pass trust_remote_code=True."
-        )
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("config.json")) and not any(folder.glob("*/config.json")):
-        return BaseModelNotFoundError(
-            f"Cannot load the base model from '{source}': there is no config.json in it. It is not a transformers model"
-            f"{'' if any(folder.iterdir()) else ', but an empty folder'}. Pass a directory that holds config.json, the "
-            "weights and the tokenizer."
-        )
-    if folder.is_dir() or not isinstance(error, OSError | HFValidationError):
-        return BaseModelNotFoundError(
-            f"Cannot load the base model from '{source}': {type(error).__name__}: {first_line(error)}. It is not a "
-            "complete model, or none that the installed transformers can build. Pass a directory that holds "
-            "config.json, the weights and the tokenizer, or install the version that wrote it."
-        )
-    return BaseModelNotFoundError(
-        f"Cannot find the base model '{source}'. It is neither a directory with a transformers model nor in the local "
-        "cache, and it could not be downloaded. Check the name, or pass the path of a directory that holds "
-        "config.json, the weights and the tokenizer."
-    )

@@ -1,21 +1,18 @@
 """Flair constructor state ⇄ JSON + tensors.
 
 ``None``, ``bool``, ``int``, ``str``, finite floats, lists, and dictionaries whose keys are strings without a leading
-"$" are JSON's own. Everything else is a tagged object, ``{"$type": "tuple", "items": […]}``: ``_TYPES`` lists the plain
-types, :data:`flair_peft.codec.objects.KINDS` the objects. Only these are built; nothing is imported by a name from a
-file. Tensors stand beside the JSON, named by the path of the value that holds them. A dictionary of nothing but tensors
-is ``{"$type": "tensors", "prefix": "state_dict/", "count": 211}``: its tensors are named prefix + key.
+"$" are JSON's own. Everything else is a tagged object, ``{"$type": "tuple", "items": […]}``: the plain types are those
+of :mod:`flair_peft.codec.plain_types`, the objects those of ``KINDS``. Only these are built; nothing is imported by a
+name from a file. Tensors stand beside the JSON, named by the path of the value that holds them. A dictionary of nothing
+but tensors is ``{"$type": "tensors", "prefix": "state_dict/", "count": 211}``: its tensors are named prefix + key.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -23,12 +20,12 @@ import numpy as np
 import torch
 from torch.torch_version import TorchVersion
 
-from flair_peft.codec import objects, trust
-from flair_peft.compat import FormatVersion
-from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedStateError, name_some
+from flair_peft.codec import flair_objects, objects, places, torch_modules, trust
+from flair_peft.codec.places import Place
+from flair_peft.codec.plain_types import BY_CLASS, BY_NAME, SCALAR
+from flair_peft.errors import FlairPeftError, name_some
 
 Tensors = dict[str, torch.Tensor]
-Place = tuple[str, ...]
 
 MAX_DEPTH = 100  # Flair's states have about ten levels; Python's stack must not overflow before
 MAX_INT_BITS = 10_000  # Python refuses to read longer ones from text
@@ -36,7 +33,6 @@ MAX_INT_BITS = 10_000  # Python refuses to read longer ones from text
 _TAG = "$type"
 _GROUP = "tensors"
 
-_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _STORED_DTYPES = frozenset(
     getattr(torch, name)
     for name in (
@@ -45,11 +41,6 @@ _STORED_DTYPES = frozenset(
     )
 )
 """What safetensors holds in every version; complex tensors are stored as pairs of real numbers."""
-
-_FACTORIES: dict[str, Callable[[], Any] | None] = {
-    **{cls.__name__: cls for cls in (dict, float, int, list, set, str)},
-    "None": None,
-}
 
 
 def encode(value: Any, *, where: str = "") -> tuple[Any, Tensors]:
@@ -70,7 +61,7 @@ def encode(value: Any, *, where: str = "") -> tuple[Any, Tensors]:
     try:
         return encoder.encode(value, (where,) if where else ()), encoder.tensors
     except RecursionError as error:
-        raise _refusal((where,), "has too many levels") from error
+        raise places.refusal((where,), "has too many levels") from error
 
 
 def decode(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -91,10 +82,10 @@ def decode(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         decoder = _Decoder(tensors)
         value = decoder.decode(document, ())
     except RecursionError as error:
-        raise _damage((), "it has too many levels") from error
+        raise places.damage((), "it has too many levels") from error
     unused = tensors.keys() - decoder.used
     if unused:
-        raise _damage((), f"nothing uses the tensors {name_some(unused)}")
+        raise places.damage((), f"nothing uses the tensors {name_some(unused)}")
     return value
 
 
@@ -111,7 +102,7 @@ def restore_state(text: str, tensors: Tensors) -> Any:
     except FlairPeftError:
         raise
     except (ValueError, TypeError, RecursionError) as error:
-        raise _damage((), f"it is not JSON ({type(error).__name__}: {str(error)[:80]})") from error
+        raise places.damage((), f"it is not JSON ({type(error).__name__}: {str(error)[:80]})") from error
     return decode(document, tensors)
 
 
@@ -128,9 +119,9 @@ class _Encoder:
         if value is None or type(value) is bool or type(value) is str:
             return value
         if len(place) > MAX_DEPTH:
-            raise _refusal(place, f"has more than {MAX_DEPTH} levels")
+            raise places.refusal(place, f"has more than {MAX_DEPTH} levels")
         if id(value) in self._open:
-            raise _refusal(place, f"is a {_class_name(value)} that holds itself")
+            raise places.refusal(place, f"is a {places.class_name(value)} that holds itself")
         self._open.add(id(value))
         try:
             return self._encode_open(value, place)
@@ -152,10 +143,12 @@ class _Encoder:
             return self.encode(_STAND_INS[cls](value), place)
         if cls in _KINDS:
             return self._encode_object(_KINDS[cls], value, place)
-        if cls in _BY_CLASS or isinstance(value, np.generic):
-            entry = _BY_CLASS.get(cls, _SCALAR)
+        if cls in BY_CLASS or isinstance(value, np.generic):
+            entry = BY_CLASS.get(cls, SCALAR)
             return {_TAG: entry.name, **entry.encode(self, value, place)}
-        raise _refusal(place, f"is a {_class_name(value)}" if cls is not int else "is a number of too many digits")
+        raise places.refusal(
+            place, f"is a {places.class_name(value)}" if cls is not int else "is a number of too many digits"
+        )
 
     def encode_items(self, items: Iterable[Any], place: Place) -> list[Any]:
         return [self.encode(item, (*place, str(index))) for index, item in enumerate(items)]
@@ -190,19 +183,19 @@ class _Encoder:
     def _encode_object(self, kind: objects.Kind, value: Any, place: Place) -> dict[str, Any]:
         if kind.is_module:
             self._check_shared(kind, value, place)
-        fields = objects.read_fields(kind, value, _show(place))
+        fields = objects.read_fields(kind, value, places.show(place))
         return {_TAG: kind.name, **{name: self.encode(item, (*place, name)) for name, item in fields.items()}}
 
     def _check_shared(self, kind: objects.Kind, module: torch.nn.Module, place: Place) -> None:
         for name, parameter in objects.own_parameters(kind, module):
             if id(parameter) in self._parameters:
-                raise _refusal((*place, name), "is a weight of two modules at once")
+                raise places.refusal((*place, name), "is a weight of two modules at once")
             self._parameters.add(id(parameter))
 
     def _check_settings(self, settings: Mapping[Any, Any], place: Place) -> None:
         danger = trust.unsafe_part(settings)
         if danger:
-            raise _refusal(place, f"is embeddings that need {danger}")
+            raise places.refusal(place, f"is embeddings that need {danger}")
 
 
 class _Decoder:
@@ -219,11 +212,11 @@ class _Decoder:
         if document is None or cls in (bool, int, str) or (cls is float and math.isfinite(document)):
             return document
         if len(place) > MAX_DEPTH:
-            raise _damage(place[:5], f"it has more than {MAX_DEPTH} levels")
+            raise places.damage(place[:5], f"it has more than {MAX_DEPTH} levels")
         if cls is list:
             return self.decode_items(document, place)
         if cls is not dict:
-            raise _damage(place, f"there is a {cls.__name__}: {document!r:.40}")
+            raise places.damage(place, f"there is a {cls.__name__}: {document!r:.40}")
         if _TAG in document:
             return self._decode_tagged(document, place)
         return self._decode_plain(document, place)
@@ -237,14 +230,14 @@ class _Decoder:
             key, item = _list(pair, place)
             decoded[self.decode(key, (*place, f"{index}:key"))] = self.decode(item, (*place, str(index)))
         if len(decoded) != len(pairs):
-            raise _damage(place, "a key is there twice")
+            raise places.damage(place, "a key is there twice")
         self._check_settings(decoded, place)
         return decoded
 
     def take(self, name: Any, place: Place) -> torch.Tensor:
         """Return a tensor that only one value uses."""
         if type(name) is not str or name not in self.tensors or name in self.used:
-            raise _damage(place, f"the tensor {name!r:.80} is missing or used twice")
+            raise places.damage(place, f"the tensor {name!r:.80} is missing or used twice")
         self.used.add(name)
         return self.tensors[name]
 
@@ -254,13 +247,13 @@ class _Decoder:
             return self._blobs[name]
         tensor = self.take(name, place)
         if tensor.dtype is not torch.uint8 or tensor.dim() != 1:
-            raise _damage(place, f"the tensor '{name}' does not hold bytes")
+            raise places.damage(place, f"the tensor '{name}' does not hold bytes")
         return self._blobs.setdefault(name, tensor.cpu().numpy().tobytes())
 
     def _decode_plain(self, document: dict[Any, Any], place: Place) -> dict[str, Any]:
         odd = [key for key in document if type(key) is not str or key.startswith("$")]
         if odd:
-            raise _damage(place, f"there is the key {odd[0]!r:.40}")
+            raise places.damage(place, f"there is the key {odd[0]!r:.40}")
         decoded = {key: self.decode(item, (*place, key)) for key, item in document.items()}
         self._check_settings(decoded, place)
         return decoded
@@ -268,7 +261,7 @@ class _Decoder:
     def _check_settings(self, settings: Mapping[Any, Any], place: Place) -> None:
         danger = trust.unsafe_part(settings)
         if danger:
-            raise _damage(place, f"there are embeddings that need {danger}")
+            raise places.damage(place, f"there are embeddings that need {danger}")
 
     def _decode_tagged(self, document: dict[Any, Any], place: Place) -> Any:
         fields = {key: item for key, item in document.items() if key != _TAG}
@@ -278,20 +271,20 @@ class _Decoder:
                 return self._decode_group(place, **fields)
             if type(name) is str and name in _KINDS_BY_NAME:
                 return self._decode_object(_KINDS_BY_NAME[name], fields, place)
-            if type(name) is str and name in _BY_NAME:
-                return _BY_NAME[name].decode(self, place, **fields)
+            if type(name) is str and name in BY_NAME:
+                return BY_NAME[name].decode(self, place, **fields)
         except (FlairPeftError, RecursionError):
             raise
         except Exception as error:  # constructors raise what they like when a file gives them nonsense
-            raise _damage(place, f"{type(error).__name__}: {str(error)[:200]}") from error
-        raise _damage(place, f"there is an object of the unknown type {name!r:.40}")
+            raise places.damage(place, f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise places.damage(place, f"there is an object of the unknown type {name!r:.40}")
 
     def _decode_group(self, place: Place, *, prefix: str, count: int) -> Tensors:
         names = [name for name in self.tensors if name.startswith(prefix)]
         # Whoever loads weights into a model compares every name, and can say which is missing or left over.
         is_counted = len(names) == count or place[-1:] == ("state_dict",)
         if not prefix.endswith("/") or not is_counted or not names:
-            raise _damage(place, f"{len(names)} tensors are named '{prefix:.80}…' instead of {count}")
+            raise places.damage(place, f"{len(names)} tensors are named '{prefix:.80}…' instead of {count}")
         return {name.removeprefix(prefix): self.take(name, place) for name in names}
 
     def _decode_object(self, kind: objects.Kind, document: dict[str, Any], place: Place) -> Any:
@@ -301,154 +294,11 @@ class _Decoder:
         return value
 
 
-@dataclass(frozen=True)
-class _Type:
-    """A plain type that JSON lacks: value → fields of the tagged object, and back."""
+KINDS = (*flair_objects.KINDS, *torch_modules.KINDS)
+"""Every class of objects that a file can hold, beside plain values and tensors."""
 
-    name: str
-    cls: type
-    encode: Callable[[_Encoder, Any, Place], dict[str, Any]]
-    decode: Callable[..., Any]
-
-
-def _type_of_text(name: str, cls: type, write: Callable[[Any], str], read: Callable[[str], Any]) -> _Type:
-    """Return the entry of a type whose values are words, with the function that writes and the one that reads them."""
-
-    def decode_text(_: _Decoder, place: Place, *, value: str) -> Any:
-        if type(value) is not str:
-            raise _damage(place, f"there is no text but {value!r:.40}")
-        return read(value)
-
-    return _Type(name, cls, lambda _, value, __: {"value": write(value)}, decode_text)
-
-
-def _type_of_items(name: str, cls: type, order: Callable[[Any], Iterable[Any]] = list) -> _Type:
-    """Return the entry of a type that is made of a list."""
-
-    def decode_items(decoder: _Decoder, place: Place, *, items: Any) -> Any:
-        decoded = decoder.decode_items(items, place)
-        value = cls(decoded)
-        if len(value) != len(decoded):
-            raise _damage(place, "an item is there twice")
-        return value
-
-    return _Type(name, cls, lambda encoder, value, at: {"items": encoder.encode_items(order(value), at)}, decode_items)
-
-
-def _type_of_pairs(name: str, cls: type) -> _Type:
-    """Return the entry of a type that is made of keys and values."""
-    return _Type(
-        name,
-        cls,
-        lambda encoder, value, place: {"items": encoder.encode_pairs(value, place)},
-        lambda decoder, place, *, items: cls(decoder.decode_pairs(items, place)),
-    )
-
-
-def _in_order(items: Iterable[Any]) -> list[Any]:
-    # The order of a set differs between processes; files of equal models should not.
-    return sorted(items, key=repr)
-
-
-def _encode_default_dict(encoder: _Encoder, value: defaultdict[Any, Any], place: Place) -> dict[str, Any]:
-    factory = next((name for name, known in _FACTORIES.items() if known is value.default_factory), None)
-    if factory is None:
-        raise _refusal(place, f"is a defaultdict of {value.default_factory!r:.80}")
-    return {"factory": factory, "items": encoder.encode_pairs(value, place)}
-
-
-def _decode_default_dict(decoder: _Decoder, place: Place, *, factory: str, items: Any) -> defaultdict[Any, Any]:
-    return defaultdict(_FACTORIES[factory], decoder.decode_pairs(items, place))
-
-
-def _encode_bytes_io(encoder: _Encoder, value: BytesIO, place: Place) -> dict[str, Any]:
-    return {"tensor": encoder.add_bytes(value.getvalue(), place), "position": value.tell()}
-
-
-def _decode_bytes_io(decoder: _Decoder, place: Place, *, tensor: Any, position: int) -> BytesIO:
-    stream = BytesIO(decoder.take_bytes(tensor, place))
-    stream.seek(position)
-    return stream
-
-
-def _encode_tensor(encoder: _Encoder, value: torch.Tensor, place: Place) -> dict[str, Any]:
-    if value.is_complex():
-        parts = torch.view_as_real(value.detach().resolve_conj())
-        return {"tensor": encoder.add(parts, place), "is_complex": True}
-    return {"tensor": encoder.add(value, place), "is_complex": False}
-
-
-def _decode_tensor(decoder: _Decoder, place: Place, *, tensor: Any, is_complex: bool) -> torch.Tensor:
-    taken = decoder.take(tensor, place)
-    return torch.view_as_complex(taken.contiguous()) if is_complex else taken
-
-
-def _encode_parameter(encoder: _Encoder, value: torch.nn.Parameter, place: Place) -> dict[str, Any]:
-    return {**_encode_tensor(encoder, value.data, place), "requires_grad": value.requires_grad}
-
-
-def _decode_parameter(decoder: _Decoder, place: Place, *, requires_grad: bool, **fields: Any) -> torch.nn.Parameter:
-    return torch.nn.Parameter(_decode_tensor(decoder, place, **fields), requires_grad=requires_grad)
-
-
-def _encode_array(encoder: _Encoder, value: Any, place: Place) -> dict[str, Any]:
-    array = np.array(value)
-    try:
-        tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-    except TypeError as error:
-        raise _refusal(place, f"is a numpy array of {array.dtype}") from error
-    return _encode_tensor(encoder, tensor, place)
-
-
-def _decode_array(decoder: _Decoder, place: Place, **fields: Any) -> Any:
-    return np.array(_decode_tensor(decoder, place, **fields).cpu().numpy())
-
-
-def _decode_scalar(decoder: _Decoder, place: Place, **fields: Any) -> Any:
-    return _decode_array(decoder, place, **fields)[()]
-
-
-def _decode_version(_: _Decoder, place: Place, *, value: Any) -> FormatVersion:
-    if type(value) is not int:
-        raise _damage(place, f"there is no version but {value!r:.40}")
-    return FormatVersion(value)
-
-
-_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-_SCALAR = _Type("scalar", np.generic, _encode_array, _decode_scalar)
-
-_TYPES: tuple[_Type, ...] = (
-    _type_of_text("float", float, str, _NOT_FINITE.__getitem__),
-    _type_of_items("tuple", tuple),
-    _type_of_items("size", torch.Size),
-    _type_of_items("set", set, _in_order),
-    _type_of_items("frozenset", frozenset, _in_order),
-    _type_of_pairs("dict", dict),
-    _type_of_pairs("ordered_dict", OrderedDict),
-    _type_of_pairs("counter", Counter),
-    _Type("default_dict", defaultdict, _encode_default_dict, _decode_default_dict),
-    _Type(
-        "bytes",
-        bytes,
-        lambda encoder, value, place: {"tensor": encoder.add_bytes(value, place)},
-        lambda decoder, place, *, tensor: decoder.take_bytes(tensor, place),
-    ),
-    _Type("bytes_io", BytesIO, _encode_bytes_io, _decode_bytes_io),
-    _Type("tensor", torch.Tensor, _encode_tensor, _decode_tensor),
-    _Type("parameter", torch.nn.Parameter, _encode_parameter, _decode_parameter),
-    _Type("array", np.ndarray, _encode_array, _decode_array),
-    _SCALAR,
-    _type_of_text("dtype", torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), _DTYPES.__getitem__),
-    _type_of_text("device", torch.device, str, torch.device),
-    _type_of_text("path", type(Path()), str, Path),
-    _Type("format_version", FormatVersion, lambda _, value, __: {"value": int(value)}, _decode_version),
-)
-
-_BY_CLASS = {entry.cls: entry for entry in _TYPES}
-_BY_NAME = {entry.name: entry for entry in _TYPES}
-_KINDS = {kind.cls: kind for kind in objects.KINDS}
-_KINDS_BY_NAME = {kind.name: kind for kind in objects.KINDS}
+_KINDS = {kind.cls: kind for kind in KINDS}
+_KINDS_BY_NAME = {kind.name: kind for kind in KINDS}
 
 # Strings and bytes by another name: Flair's model card holds torch's version, labels can come out of numpy arrays.
 _STAND_INS: dict[type, Callable[[Any], Any]] = {TorchVersion: str.__str__, np.str_: str.__str__, np.bytes_: bytes}
@@ -456,7 +306,7 @@ _STAND_INS: dict[type, Callable[[Any], Any]] = {TorchVersion: str.__str__, np.st
 
 def _list(items: Any, place: Place) -> list[Any]:
     if type(items) is not list:
-        raise _damage(place, f"there is no list but a {type(items).__name__}")
+        raise places.damage(place, f"there is no list but a {type(items).__name__}")
     return items
 
 
@@ -471,7 +321,7 @@ def _is_group(value: Mapping[Any, Any]) -> bool:
 def _plain_tensor(tensor: torch.Tensor, place: Place) -> torch.Tensor:
     """Return the tensor without its graph; its memory holds all of its elements."""
     if tensor.dtype not in _STORED_DTYPES or tensor.is_meta or not _is_dense(tensor):
-        raise _refusal(place, f"is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}")
+        raise places.refusal(place, f"is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}")
     plain = tensor.detach().resolve_neg()
     return plain if _is_held(plain) else plain.contiguous()
 
@@ -487,13 +337,13 @@ def _is_held(tensor: torch.Tensor) -> bool:
 def _bytes_held(tensors: Any) -> int:
     """Return how much memory the tensors take, which bounds what can be asked for with them."""
     if not isinstance(tensors, Mapping):
-        raise _damage((), f"there are no named tensors but a {_class_name(tensors)}")
+        raise places.damage((), f"there are no named tensors but a {places.class_name(tensors)}")
     sizes: dict[int, int] = {}
     for name, tensor in tensors.items():
         if type(name) is not str or not isinstance(tensor, torch.Tensor):
-            raise _damage((), f"{name!r:.80} is no tensor")
+            raise places.damage((), f"{name!r:.80} is no tensor")
         if not _is_dense(tensor) or not _is_held(tensor):
-            raise _damage((), f"the tensor '{name}' is larger than the memory that it was stored with")
+            raise places.damage((), f"the tensor '{name}' is larger than the memory that it was stored with")
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
@@ -504,35 +354,12 @@ def _tensor_name(place: Place) -> str:
     return "/".join(quote(part, safe="", errors="surrogatepass") or "%" for part in place) or "value"
 
 
-def _show(place: Place) -> str:
-    return ".".join(part for part in place if part) or "the value"
-
-
-def _class_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        raise _damage((), f"a key is there twice among {name_some(document)}")
+        raise places.damage((), f"a key is there twice among {name_some(document)}")
     return document
 
 
 def _refuse_constant(name: str) -> Any:
-    raise _damage((), f"{name} is no JSON")
-
-
-def _refusal(place: Place, what: str) -> UnsupportedStateError:
-    return UnsupportedStateError(
-        f"Cannot store '{_show(place[:20])}': it {what}. Files hold JSON and tensors only, so that no code runs from "
-        "them. Replace it by numbers, text, containers, tensors, Flair's own objects or modules of torch.nn such as "
-        "Linear and Sequential, each of exactly that class: a subclass may have settings and code of its own."
-    )
-
-
-def _damage(place: Place, what: str) -> ModelFileError:
-    return ModelFileError(
-        f"Cannot read the model: at '{_show(place[:20])}', {what}. The file is damaged, or was not written by "
-        "flair_peft. Copy or save it again."
-    )
+    raise places.damage((), f"{name} is no JSON")

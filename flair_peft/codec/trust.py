@@ -37,7 +37,7 @@ from flair.embeddings.transformer import TransformerEmbeddings
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from flair_peft.base import transformer
+from flair_peft.base import config_safety
 from flair_peft.errors import name_some
 
 Check = Callable[[Any], bool]
@@ -126,8 +126,8 @@ def _names_others(config: Any) -> bool:
     # transformers passes code by where it knows the architecture itself.
     needs_code = "auto_map" in config and config.get("model_type") not in MODEL_MAPPING_NAMES
     # It fetches and runs an attention that is called "owner/kernel".
-    attention = (value for name, value in config.items() if transformer.names_attention(name))
-    is_other = needs_code or isinstance(config.get("backbone"), str) or any(map(transformer.is_fetched, attention))
+    attention = (value for name, value in config.items() if config_safety.names_attention(name))
+    is_other = needs_code or isinstance(config.get("backbone"), str) or any(map(config_safety.is_fetched, attention))
     return is_other or any(map(_names_others, config.values()))
 
 

@@ -19,12 +19,13 @@ from typing_extensions import Self
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, keys, methods
 from flair_peft.base import (
-    config_versions,
-    frozen,
+    config_safety,
     learned,
     memory_check,
+    placement,
     quantisation,
     resolve,
+    stored_config,
     tokenizers,
     transformer,
 )
@@ -68,7 +69,7 @@ class Storable(StoredWeights):
     @property
     def is_placed(self) -> bool:
         """Whether quantisation or a device map says where the base's weights are, so that nobody may move them."""
-        return frozen.is_placed(self.base_model)
+        return placement.is_placed(self.base_model)
 
     _placed_start: PlacedStart | None = None
     _preparing: Mapping[str, Any] = {}
@@ -240,7 +241,7 @@ class Storable(StoredWeights):
             params.get("peft_gradient_checkpointing_kwargs")
         )
         shape = dict(params.pop("config_state_dict"))
-        transformer.refuse_many(shape, str(params.get("model")))
+        config_safety.refuse_many(shape, str(params.get("model")))
         shape.pop("auto_map", None)  # names code
         shape.pop("quantization_config", None)  # it is read from what the file says of its base
         shape.pop("_attn_implementation", None)
@@ -248,10 +249,8 @@ class Storable(StoredWeights):
         config_class = resolve.config_class(str(shape.get("model_type")), stored.record)
         # from_dict reads the attention implementation from its keyword arguments only.
         named = shape.pop("attn_implementation", None)
-        saved_config = config_versions.from_stored(
-            shape, config_class, attention=named, source=str(params.get("model"))
-        )
-        transformer.tame_(saved_config)
+        saved_config = stored_config.from_stored(shape, config_class, attention=named, source=str(params.get("model")))
+        config_safety.sanitise_(saved_config)
         pending_state, probe = params.pop("derived_state", {}), params.pop("probe", None)
         untrained, index = params.pop("untrained", []), params.pop("part", None)
         trained = params.pop("trained_base", [])

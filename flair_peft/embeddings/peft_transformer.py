@@ -25,7 +25,7 @@ from typing_extensions import Self
 
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, keys, methods, refusals
-from flair_peft.base import frozen, memory_check, quantisation, resolve, tokenizers, transformer
+from flair_peft.base import memory_check, placement, quantisation, resolve, tokenizers, transformer
 from flair_peft.base.frozen import FrozenBase
 from flair_peft.base.learned import PlacedStart
 from flair_peft.embeddings import batching, head_dtype, vector_probe
@@ -151,7 +151,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         given_config = None if peft_config is None else configs.own_config(peft_config)
         is_new = saved_config is None
         # A tokenizer keeps every keyword, and cannot be saved with those that only models understand.
-        for_others = {key: value for key, value in kwargs.items() if key not in (*frozen.PLACING, *dtypes.SPELLINGS)}
+        for_others = {key: value for key, value in kwargs.items() if key not in (*placement.PLACING, *dtypes.SPELLINGS)}
 
         self._set_tokenizer(
             model,
@@ -186,7 +186,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
             refusals.check_names(base, own_config)
         configs.encode_config(own_config)  # a config that no file can hold is refused now, not after the training
         shared = found
-        if frozen.is_placed(base):
+        if placement.is_placed(base):
             shared = None
         elif found is not None and methods.rewrites_base(own_config):
             shared, base = None, found.private_copy()
@@ -236,7 +236,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
         self._start: dict[str, str] = {}
         self._cache_dir = model_kwargs.get("cache_dir") or load_options().cache_dir
         self._preparing = quantisation.stored_preparation(peft_gradient_checkpointing_kwargs)
-        if found is not None and frozen.is_placed(base):
+        if found is not None and placement.is_placed(base):
             self._placed_start = PlacedStart.of(base, dtype=read_dtype, random_names=found.random_names)
         if is_new:
             bounds = memory_check.bounds()
@@ -513,7 +513,9 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """Move or convert as torch does; what accelerate spread over devices stays as it is."""
-        is_dispatched = isinstance(getattr(self, "model", None), torch.nn.Module) and frozen.is_dispatched(self.model)
+        is_dispatched = isinstance(getattr(self, "model", None), torch.nn.Module) and placement.is_dispatched(
+            self.model
+        )
         return super()._apply(fn, recurse and not is_dispatched)
 
     def _try_out(self) -> None:

@@ -11,7 +11,7 @@ from flair.nn import Model
 from transformers import PreTrainedModel
 
 from flair_peft.adapter import methods
-from flair_peft.base import config_versions, quantisation, tokenizers
+from flair_peft.base import config_versions, quantisation, stored_config, tokenizers
 from flair_peft.base import transformer as base_transformer
 from flair_peft.codec import state_json
 from flair_peft.embeddings import head_dtype, vector_probe
@@ -123,7 +123,7 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
 def _refuse_unreadable(embeddings: PeftTransformerEmbeddings) -> None:
     """Return if stock Flair makes the same config, with the same attention, of what it stores."""
     config = embeddings.base_model.config
-    lost = config_versions.changing(config)
+    lost = stored_config.changing(config)
     if config_versions.is_capped(config.to_dict()) and config._attn_implementation == "eager":
         lost = lost | {"attn_implementation"}
     if lost:

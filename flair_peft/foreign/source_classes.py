@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from flair_peft.adapter import injection, keys
-from flair_peft.base import memory_check, transformer
+from flair_peft.base import memory_check, transformer, unusable
 from flair_peft.errors import AdapterConfigError, AdapterMismatchError, BaseMismatchError, FlairPeftError, name_some
 
 # Tasks of PEFT and the classes of transformers that are trained for them; the first column is what PEFT stores.
@@ -78,8 +78,8 @@ def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pr
         return transformer.build_model(config, dtype=None, model_kwargs=kwargs)
     except FlairPeftError:
         raise
-    except transformer.UNUSABLE as error:
-        raise transformer.not_found(config.name_or_path, error) from error
+    except unusable.UNUSABLE as error:
+        raise unusable.not_found(config.name_or_path, error) from error
 
 
 def prefixes(config: PretrainedConfig, model: PreTrainedModel) -> tuple[str, ...]:

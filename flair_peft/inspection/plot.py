@@ -8,7 +8,6 @@ directions are equally strong, 1 if one is all there is.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -18,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peft.utils.other import get_pattern_key
 
 from flair_peft.adapter import keys, methods
+from flair_peft.base import weight_files
 from flair_peft.errors import (
     BaseMismatchError,
     BaseModelNotFoundError,
@@ -40,8 +39,6 @@ from flair_peft.primitives import progress
 from flair_peft.storage import checkpoint_directory
 
 _FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_INDEX = ".index.json"
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _MOST_WRITTEN = 200  # numbers in cells; more cannot be read
 
@@ -321,30 +318,23 @@ def _find_base(adapter: Adapter, base_model: str | None) -> Mapping[str, StoredT
     if name is None:
         return None
     revision = None if base_model else adapter.base["revision"]
-    weights = next((path for path in _candidates(name, revision) if path.is_file()), None)
-    if weights is None and base_model is not None:
+    files = _weight_files(name, revision)
+    if not files and base_model is not None:
         raise BaseModelNotFoundError(
             f"Cannot find the base model '{base_model}': it is no directory with weights here, and none is in the "
             "local cache. The plot needs its weights. Pass the directory of the model."
         )
-    return None if weights is None else _read_weights(weights)
+    return {name: tensor for path in files for name, tensor in _read_weights(path).items()} or None
 
 
-def _candidates(name: str, revision: str | None) -> Iterator[Path]:
-    for file in (file + ending for file in _WEIGHTS for ending in ("", _INDEX)):
-        if Path(name).is_dir():
-            yield Path(name, file)
-        elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-            cached = try_to_load_from_cache(name, file, revision=revision)
-            if isinstance(cached, str):
-                yield Path(cached)
+def _weight_files(name: str, revision: str | None) -> list[Path]:
+    try:
+        return weight_files.find(name, {"revision": revision, "local_files_only": True})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def _read_weights(path: Path) -> dict[str, StoredTensor]:
-    if path.name.endswith(_INDEX):
-        named = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {})
-        files = sorted({file for file in named.values() if isinstance(file, str) and Path(file).name == file})
-        return {name: tensor for file in files for name, tensor in _read_weights(path.parent / file).items()}
     return file_contents.read_safetensors(path) if path.suffix == ".safetensors" else file_contents.read_pickled(path)
 
 

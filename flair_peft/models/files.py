@@ -15,7 +15,7 @@ import torch
 from flair.nn import Model
 
 from flair_peft.adapter import refusals
-from flair_peft.base import learned
+from flair_peft.base import learned, weight_files
 from flair_peft.base.learned import Part
 from flair_peft.codec import state_json
 from flair_peft.compat import versions
@@ -368,8 +368,7 @@ def _report_not_finite(description: directory_layout.Description, path: Path) ->
 
 def _refuse_base_directory(directory: Path) -> None:
     """Return unless a transformers model lies there: it would load the adapter of the checkpoint as its own."""
-    weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    if (directory / "config.json").exists() and any((directory / name).exists() for name in weights):
+    if (directory / "config.json").exists() and any((directory / name).exists() for name in weight_files.NAMES):
         raise SaveError(
             f"Cannot save to '{directory}': a transformers model is there. It would load the adapter beside it as its "
             "own from then on. Choose another directory."

@@ -1,12 +1,17 @@
-"""Memory that nobody needs any more, and that stays with the process until it is given back."""
+"""Memory that is mapped from files: which file a tensor is in, mapping it once more, and giving its pages back.
+
+What is known of mappings is known on Linux; elsewhere no tensor counts as mapped.
+"""
 
 from __future__ import annotations
 
 import bisect
 import contextvars
 import ctypes
+import math
 import mmap
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +26,9 @@ _MADV_PAGEOUT = 21
 
 # Of an entry in Linux's list of pages: the page is in memory or swapped out, and it is the file's own.
 _PAGE_EXISTS, _PAGE_IS_OF_FILE = np.uint64(3 << 62), np.uint64(1 << 61)
+
+# A line of Linux's list of mappings that is of a file.
+_LISTED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+) ([1-9][0-9]*) +(.+)$", re.MULTILINE)
 
 _is_sparing: contextvars.ContextVar[bool] = contextvars.ContextVar("flair_peft_is_sparing", default=False)
 
@@ -75,42 +83,48 @@ def is_mapped(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and _mapping_of(tensor, _mappings()) is not None
 
 
-def map_again(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+def map_again(tensors: Sequence[torch.Tensor], *, more_rows: int = 0) -> list[torch.Tensor | None]:
     """Return each tensor as another private mapping of the file that it is mapped from; ``None`` where it is not.
 
     The system holds the pages of the file once, for all mappings, and copies one when it is written to, whoever writes.
     What was written to the tensors before is written to the new ones.
+
+    Args:
+        tensors: on any device.
+        more_rows: that the new ones have behind those of the old; what follows in the file shows there until they are
+            written, and where the file ends too early there is no mapping.
     """
     known = _mappings()
     found = [_mapping_of(tensor, known) for tensor in tensors]
     # One for each old one: of two mappings of a file, one can show in a place what the other does not.
     anew = {each: _map(each.path) for each in set(found) if each is not None}
-    files = {each.first: each.file for each in _mappings()}
+    files = {each.first: each.file for each in _mappings()} if anew else {}
     # Another file can have the name now.
     same = {old: new for old, new in anew.items() if new is not None and files.get(new.data_ptr()) == old.file}
-    return [
-        _again(tensor, each, same[each]) if each is not None and each in same else None
-        for tensor, each in zip(tensors, found, strict=True)
-    ]
+    # The limits of what is built from a file look at each call of torch, and nothing is made here.
+    with _page_table() as table, torch._C.DisableTorchFunction():
+        return [
+            _again(tensor, each, same[each], table, more_rows) if each is not None and each in same else None
+            for tensor, each in zip(tensors, found, strict=True)
+        ]
 
 
 def _mappings() -> list[_Mapping]:
     if sys.platform != "linux":
         return []
-    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    fields = (line.split(maxsplit=5) for line in lines)
-    spans = ((each[0].split("-"), each) for each in fields if len(each) == 6 and each[4] != "0")
+    listed = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
     return [
-        _Mapping(int(first, 16), int(last, 16), int(each[2], 16), (each[3], each[4]), each[5])
-        for (first, last), each in spans
+        _Mapping(int(first, 16), int(last, 16), int(offset, 16), (device, number), path)
+        for first, last, offset, device, number, path in _LISTED.findall(listed)
     ]
 
 
 def _mapping_of(tensor: torch.Tensor, known: Sequence[_Mapping]) -> _Mapping | None:
     if tensor.device.type != "cpu" or not tensor.numel():
         return None
-    index = bisect.bisect_right(known, address(tensor), key=lambda each: each.first) - 1
-    is_inside = index >= 0 and address(tensor) + tensor.nbytes <= known[index].last
+    start = address(tensor)
+    index = bisect.bisect_right(known, start, key=lambda each: each.first) - 1
+    is_inside = index >= 0 and start + tensor.nbytes <= known[index].last
     return known[index] if is_inside else None
 
 
@@ -121,29 +135,45 @@ def _map(path: str) -> torch.UntypedStorage | None:
         return None
 
 
-def _again(tensor: torch.Tensor, old: _Mapping, whole: torch.UntypedStorage) -> torch.Tensor | None:
-    written, first = _written(tensor), address(tensor) - old.first + old.offset
-    if written is None or not tensor.is_contiguous() or first + tensor.nbytes > len(whole):
+@contextmanager
+def _page_table() -> Iterator[int | None]:
+    """Yield a descriptor of Linux's list of this process's pages; ``None`` where there is none to be read."""
+    try:
+        descriptor = os.open("/proc/self/pagemap", os.O_RDONLY)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _again(
+    tensor: torch.Tensor, old: _Mapping, whole: torch.UntypedStorage, table: int | None, more_rows: int
+) -> torch.Tensor | None:
+    written, first = _written(tensor, table), address(tensor) - old.first + old.offset
+    shape = (len(tensor) + more_rows, *tensor.shape[1:]) if more_rows else tensor.shape
+    last = first + math.prod(shape) * tensor.itemsize
+    if written is None or not tensor.is_contiguous() or last > len(whole):
         return None
-    part: torch.UntypedStorage = whole[first : first + tensor.nbytes]
-    again = torch.empty(0, dtype=tensor.dtype).set_(part, 0, tensor.shape, tensor.stride())
+    again = torch.empty(0, dtype=tensor.dtype).set_(whole[first:last], 0, shape, tensor.stride())
     for start, end in written:
         again.view(-1).view(torch.uint8)[start:end] = tensor.view(-1).view(torch.uint8)[start:end]
     return again
 
 
-def _written(tensor: torch.Tensor) -> list[tuple[int, int]] | None:
+def _written(tensor: torch.Tensor, table: int | None) -> list[tuple[int, int]] | None:
     """Return first and last byte of those pages of a mapped tensor that are not the file's any more."""
     start, size = address(tensor), mmap.PAGESIZE
     first, last = start // size, -(-(start + tensor.nbytes) // size)
     try:
-        with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
-            file.seek(8 * first)
-            entries = np.frombuffer(file.read(8 * (last - first)), dtype=np.uint64)
+        listed = b"" if table is None else os.pread(table, 8 * (last - first), 8 * first)
     except OSError:
         return None
-    if len(entries) != last - first:
+    if len(listed) != 8 * (last - first):
         return None
+    entries = np.frombuffer(listed, dtype=np.uint64)
     pages = np.flatnonzero((entries & _PAGE_EXISTS != 0) & (entries & _PAGE_IS_OF_FILE == 0))
     spans = ((int(first + page) * size - start, int(first + page + 1) * size - start) for page in pages)
     return [(max(0, begin), min(end, tensor.nbytes)) for begin, end in spans]

@@ -208,7 +208,7 @@ class _Tree:
 
     def why_not(self, guest: _Guest) -> str | None:
         """Return why the adapter cannot be mixed, or ``None`` if it can; tried once for adapters that are alike."""
-        if not self._frozen.holds(guest.places.others):
+        if not self._frozen.weights.have_memory_of(guest.places.others):
             return "the base below is not in memory together with the others', or was changed"
         if guest.kind not in self._slots and guest.kind not in self._refused:
             try:

@@ -80,7 +80,7 @@ class SharedBase:
                 f"Cannot share '{model}': its weights are quantised or spread over devices, and such weights cannot be "
                 "held by several models. Share a base in bfloat16, or load each model on its own."
             )
-        base.hold_in_memory()
+        base.weights.hold_in_memory()
         self._base = base
         self._offer = resolve.Offer(base, is_converted=asked is not None)
         self._tokenizers: dict[tuple[Any, ...], Any] = {}

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase
-from flair_peft.base import config_versions, transformer
+from flair_peft.base import config_versions, stored_config, transformer
 from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError
 from tests.regression.make import labels
 from tests.support import tiny
@@ -215,7 +215,7 @@ def stored(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def restored(described: dict[str, Any], config: PretrainedConfig) -> PretrainedConfig:
-    return config_versions.from_stored(described, type(config), attention=None, source="the base")
+    return stored_config.from_stored(described, type(config), attention=None, source="the base")
 
 
 def configs_of_text() -> Iterator[PretrainedConfig]:
@@ -260,7 +260,7 @@ def test_config_that_was_stored_comes_back_as_it_was(is_varied: bool) -> None:
                 again = restored(stored(again), case)
             assert stored(again) == described, type(case).__name__
             seen += 1
-        assert not config_versions.changing(config)
+        assert not stored_config.changing(config)
     assert seen > 150
 
 

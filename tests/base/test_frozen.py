@@ -21,7 +21,7 @@ from transformers import AutoConfig
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase
 from flair_peft.adapter.refusals import REFUSED_METHODS
-from flair_peft.base import frozen
+from flair_peft.base import base_cache
 from flair_peft.base.frozen import FrozenBase
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.primitives import fingerprint, mapped_memory
@@ -84,10 +84,10 @@ def test_base_is_forgotten_with_its_last_model(base: Callable[[str], str], tmp_p
     """The cache keeps no base alive."""
     moved = Path(shutil.copytree(base("bert"), tmp_path / "copy"))
     model = make(str(moved))
-    assert any(str(moved) in str(key) for key in list(frozen._cache))
+    assert any(str(moved) in str(key) for key in list(base_cache._cache))
     del model
     gc.collect()
-    assert not any(str(moved) in str(key) for key in list(frozen._cache))
+    assert not any(str(moved) in str(key) for key in list(base_cache._cache))
 
 
 Write = Callable[[PeftTransformerEmbeddings], None]
@@ -470,7 +470,7 @@ def test_threads_that_ask_for_one_base_get_one_base(base: Callable[[str], str], 
 
 def found(name: str, **kwargs: Any) -> FrozenBase:
     config = AutoConfig.from_pretrained(name, output_hidden_states=True)
-    return frozen.find(BaseRecord(name), config, dtype=None, kwargs=kwargs)
+    return base_cache.find(BaseRecord(name), config, dtype=None, kwargs=kwargs)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "t5", "gpt2", "xlnet", "albert", "modernbert", "llama", "electra"])

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase
-from flair_peft.base import frozen, memory_check, transformer
+from flair_peft.base import base_cache, memory_check, transformer
 from flair_peft.errors import InsufficientMemoryError
 from flair_peft.primitives.base_record import BaseRecord
 from tests.support.zoo import ZOO
@@ -155,10 +155,10 @@ def test_base_that_is_compared_is_mapped_and_converted_weight_by_weight(
 ) -> None:
     """Bit for bit what a load in the dtype gives, parts that stay in fp32 included; only the file's dtype is held."""
     config = transformer.find_config(base(architecture), {})
-    live = frozen.find(BaseRecord(base(architecture)), config, dtype=dtype, kwargs={})
+    live = base_cache.find(BaseRecord(base(architecture)), config, dtype=dtype, kwargs={})
     expected = live.own_weights()
     free(monkeypatch, 0)
-    found = frozen.read_again(live.known_record, live.config, dtype=dtype, kwargs={})
+    found = base_cache.read_again(live.known_record, live.config, dtype=dtype, kwargs={})
     weights = found.own_weights()
     assert {p.dtype for p in found._model.parameters()} == {torch.float32}
     assert list(weights) == list(expected)
@@ -172,10 +172,10 @@ def test_base_that_was_written_to_is_read_whole_and_told_from_the_one_recorded(
 ) -> None:
     """Another fingerprint than the one recorded is never taken for it."""
     config = transformer.find_config(base("bert"), {})
-    live = frozen.find(BaseRecord(base("bert")), config, dtype=torch.bfloat16, kwargs={})
+    live = base_cache.find(BaseRecord(base("bert")), config, dtype=torch.bfloat16, kwargs={})
     record = replace(live.known_record, fingerprint="0" * 64)
     free(monkeypatch, 0)
-    found = frozen.read_again(record, live.config, dtype=torch.bfloat16, kwargs={})
+    found = base_cache.read_again(record, live.config, dtype=torch.bfloat16, kwargs={})
     assert found.fingerprint == live.fingerprint != record.fingerprint
 
 

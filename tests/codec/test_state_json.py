@@ -54,7 +54,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from flair_peft.codec import objects
-from flair_peft.codec.state_json import MAX_DEPTH, decode, encode, restore_state
+from flair_peft.codec.state_json import KINDS, MAX_DEPTH, decode, encode, restore_state
 from flair_peft.compat import FormatVersion
 from flair_peft.errors import ModelFileError, UnsupportedStateError
 from tests.support.round_trip import Factories, largest_difference
@@ -463,7 +463,7 @@ def test_codec_module_computes_the_same_once_its_weights_are_loaded(name: str, i
 def test_codec_module_is_known_to_need_as_much_memory_as_it_does(name: str) -> None:
     """What bounds the memory that a file can ask for is exact, so that no true file is refused."""
     for module in MODULES[name]().modules():
-        kind = next((kind for kind in objects.KINDS if kind.cls is type(module)), None)
+        kind = next((kind for kind in KINDS if kind.cls is type(module)), None)
         if kind is not None:
             own = sum(parameter.numel() for _, parameter in objects.own_parameters(kind, module))
             assert kind.size(kind.read(module)) == own
@@ -1045,7 +1045,7 @@ def test_codec_file_of_torch_needs_one_allowed_name(base: Base, tmp_path: Path) 
 
 def test_codec_kinds_are_told_apart_by_name_and_class() -> None:
     """No two kinds of objects share a name or a class, and none is an embeddings class, which Flair itself looks up."""
-    names, classes = ([getattr(kind, part) for kind in objects.KINDS] for part in ("name", "cls"))
+    names, classes = ([getattr(kind, part) for kind in KINDS] for part in ("name", "cls"))
     assert len(set(names)) == len(names)
     assert len(set(classes)) == len(classes)
     assert not set(classes) & set(EMBEDDING_CLASSES.values())

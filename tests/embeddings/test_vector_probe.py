@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, T5Model, dynamic_
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase
-from flair_peft.base import check_base, frozen
+from flair_peft.base import base_cache, check_base
 from flair_peft.errors import (
     AdapterConfigError,
     BaseMismatchError,
@@ -56,7 +56,7 @@ DOCUMENT, HEAD, ADAPTER = "flair_peft.json", "head.safetensors", "adapter_model.
 @pytest.fixture(autouse=True)
 def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test reads bases from their files, as a process does that holds no other model."""
-    monkeypatch.setattr(frozen, "_cache", weakref.WeakValueDictionary())
+    monkeypatch.setattr(base_cache, "_cache", weakref.WeakValueDictionary())
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def own(base: Base, tmp_path: Path) -> Path:
 
 
 def load(source: Path, **options: Any) -> Any:
-    frozen._cache.clear()
+    base_cache._cache.clear()
     if source.is_file():
         return TextClassifier.load(source, **options)
     return flair_peft.from_pretrained(source, **options)
@@ -285,7 +285,7 @@ def test_single_changed_weight_is_found_by_a_full_verification_only(form: str, o
     load(place)
     with pytest.raises(BaseMismatchError, match="some of its weights differ"):
         load(place, verify="full")
-    frozen._cache.clear()
+    base_cache._cache.clear()
     with pytest.raises(BaseMismatchError, match="some of its weights differ"):
         flair_peft.verify(place)
 

@@ -27,7 +27,7 @@ import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, compat
 from flair_peft.adapter import keys
 from flair_peft.adapter.injection import trainable_parameters
-from flair_peft.base import check_base, frozen
+from flair_peft.base import base_cache, check_base
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedMethodError, UnsupportedStateError, spell_out
 from flair_peft.inspection import compare, report
@@ -55,7 +55,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
     def load(source: Any, loader: Callable[..., Any] = flair_peft.from_pretrained, **options: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(frozen, "_cache", weakref.WeakValueDictionary())
+            patch.setattr(base_cache, "_cache", weakref.WeakValueDictionary())
             return loader(source, **options)
 
     return load

@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, compat
-from flair_peft.base import frozen, tokenizers
+from flair_peft.base import base_cache, tokenizers
 from flair_peft.codec import state_json
 from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
 from flair_peft.models import files as models_files
@@ -57,7 +57,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
     def load(path: Path, loader: type[Model] = Model, **options: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(frozen, "_cache", weakref.WeakValueDictionary())
+            patch.setattr(base_cache, "_cache", weakref.WeakValueDictionary())
             return loader.load(path, **options)
 
     return load

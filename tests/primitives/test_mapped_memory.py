@@ -95,3 +95,19 @@ def test_map_again_takes_no_other_file_of_that_name(tmp_path: Path) -> None:
     assert mapped_memory.map_again([first, torch.ones(10), torch.empty(0)]) == [None, None, None]
     file.unlink()
     assert mapped_memory.map_again([first]) == [None]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_map_again_gives_room_for_more_rows_where_the_file_goes_on(tmp_path: Path) -> None:
+    """The rows behind those of the old tensor are written to alone; where the file ends too early nothing is mapped."""
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(60_000.0).view(-1, 3), "b": torch.ones(2, 3)}, file)
+    content, tensors = file.read_bytes(), load_file(file)
+    tensors["a"][7] = -1
+    [longer] = mapped_memory.map_again([tensors["a"]], more_rows=2)
+    assert longer is not None
+    longer[len(tensors["a"]) :] = 5
+    assert torch.equal(longer, torch.cat([tensors["a"], torch.full((2, 3), 5.0)]))
+    assert torch.equal(tensors["b"], torch.ones(2, 3))
+    assert mapped_memory.map_again([tensors["a"], tensors["b"]], more_rows=3) == [None, None]
+    assert file.read_bytes() == content

@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 
 import flair_peft
 from flair_peft import SharedBase
-from flair_peft.base import frozen
+from flair_peft.base import base_cache
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, BaseModelNotFoundError, ModelFileError, SaveError
 from tests.support import round_trip
@@ -148,7 +148,7 @@ def _go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_bases() -> None:
-    frozen._cache.clear()  # the base of a model that is alive would be shared instead of loaded
+    base_cache._cache.clear()  # the base of a model that is alive would be shared instead of loaded
 
 
 def _cached(cache: Path, repo: str, name: str) -> list[Path]:

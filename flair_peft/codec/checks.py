@@ -1,0 +1,73 @@
+"""Whether a value can be a setting: the checks that settings of objects from a file must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from flair.data import Dictionary
+from torch import nn
+
+Check = Callable[[Any], bool]
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is a whole number, of any library, that is not negative."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, of any library."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_sizes(value: Any) -> bool:
+    """Whether a value is a tuple of sizes."""
+    return isinstance(value, tuple) and all(map(is_size, value))
+
+
+def is_names(value: Any) -> bool:
+    """Whether a value is a list of texts."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def is_words(value: Any) -> bool:
+    """Whether a value is a list or tuple of texts."""
+    return isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)
+
+
+def is_modules(value: Any) -> bool:
+    """Whether a value is a list of torch modules."""
+    return isinstance(value, list) and all(isinstance(module, nn.Module) for module in value)
+
+
+def is_named_modules(value: Any) -> bool:
+    """Whether a value is a dictionary of torch modules by name."""
+    return type(value) is dict and is_names(list(value)) and is_modules(list(value.values()))
+
+
+def is_index(value: Any) -> bool:
+    """Whether a value is a dictionary from texts to sizes."""
+    return type(value) is dict and all(isinstance(k, str) and is_size(v) for k, v in value.items())
+
+
+def is_a(cls: type, value: Any) -> bool:
+    """Whether a value is an instance of a class."""
+    return isinstance(value, cls)
+
+
+def is_exactly(cls: type, value: Any) -> bool:
+    """Whether a value is an instance of a class, and of no subclass."""
+    return type(value) is cls
+
+
+def optional(check: Check) -> Check:
+    """Return the check that lets ``None`` pass, too."""
+    return lambda value: value is None or check(value)
+
+
+is_flag, is_text = partial(is_a, bool), partial(is_a, str)
+is_dtype, is_dictionary = partial(is_a, torch.dtype), partial(is_exactly, Dictionary)
