@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 
+from flair_peft.adapter import traits
 from flair_peft.errors import AdapterConfigError, name_some
 
 # Facts about the file, not settings of the method; older PEFT versions do not know them.
@@ -31,8 +32,6 @@ _SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
 # What PEFT fills in when it adds an adapter. Its constructors, which it passed before, may refuse what results.
 _FILLED_IN = _SETS | {"layers_to_transform", "layers_pattern", "modules_to_save"}
 
-# What an adapter is multiplied with, for which PEFT takes a default of its own where a file lacks it.
-_SCALES = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha", "shadow_alpha", "scaling")
 _METHODS = frozenset(method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING)
 
 DEFAULT_RANK = 16
@@ -126,11 +125,11 @@ def decode_config(stored: Any) -> PeftConfig:
             f"{name_some(unknown)}. The model was trained with PEFT {stored.get('peft_version', '(unknown)')}. "
             "Install that version or a newer one."
         )
-    lacking = [n for n in _SCALES if n in fields and values.get(n) is None and fields[n].default is not None]
-    if lacking:
+    scale = traits.of_method(stored["peft_type"]).scale
+    if scale in fields and values.get(scale) is None and fields[scale].default is not None:
         raise AdapterConfigError(
-            f"Cannot use the stored {config_class.__name__}: it lacks {name_some(lacking)}, which scales what was "
-            f"learned. PEFT would take {fields[lacking[0]].default}, and a wrong scale changes predictions "
+            f"Cannot use the stored {config_class.__name__}: it lacks {name_some([scale])}, which scales what was "
+            f"learned. PEFT would take {fields[scale].default}, and a wrong scale changes predictions "
             "silently. Add the value of the training to the adapter_config.json."
         )
     hints = typing.get_type_hints(config_class)

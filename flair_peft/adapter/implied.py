@@ -1,6 +1,7 @@
 """What the tensors of an adapter say, by names and shapes, of the config that they were trained with.
 
-Rank, targets, method and the like show; what only scales or trains (alpha, rsLoRA, dropout) does not.
+Rank, targets, method and the like show; what only scales or trains (alpha, rsLoRA, dropout) does not. Importing this
+module imports no other library.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from flair_peft.adapter import keys, traits
+from flair_peft.adapter.methods import method_name
 
-from flair_peft.adapter import keys
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -63,7 +65,7 @@ class ImpliedConfig:
 
     def to_config(self, **given: Any) -> PeftConfig:
         """Return the config, with the given arguments for what the tensors cannot say."""
-        return PEFT_TYPE_TO_CONFIG_MAPPING[self.method](**{**self.settings, **given})
+        return _config_class(self.method)(**{**self.settings, **given})
 
 
 def read_config(shapes: Shapes) -> ImpliedConfig | None:
@@ -78,72 +80,42 @@ def read_config(shapes: Shapes) -> ImpliedConfig | None:
     if method is None:
         return None
     of_method = [tensor for tensor in tensors if tensor.container not in _BESIDE]
-    settings = {**_SETTINGS.get(method, _only_targets)(of_method, shapes), **_saved_modules(tensors, shapes)}
-    unsaid = (*_open_settings(method, settings, of_method), *_tokens(tensors, method))
-    return ImpliedConfig(method, settings, unsaid, _OPTIONAL_SETTINGS.get(method, ()))
+    says = traits.of_method(method).from_tensors
+    settings = {**_READERS[says.shows](of_method, shapes, says), **_saved_modules(tensors, shapes)}
+    unsaid = (*_open_settings(method, settings, of_method), *_trained_rows(tensors, says))
+    return ImpliedConfig(method, settings, unsaid, says.optional)
 
 
 def text_of(config: PeftConfig, implied: ImpliedConfig) -> str:
     """Return the call of a config's class with those arguments that tensors can say or leave open."""
-    of_same_method = {*implied.settings, *implied.open} if _name(config) == implied.method else {"target_modules"}
+    of_same_method = {*implied.settings, *implied.open} if method_name(config) == implied.method else {"target_modules"}
     described = config.to_dict()
     shown = {name: described[name] for name in sorted(of_same_method) if described.get(name) is not None}
     return _call(
-        _name(config), {name: sorted(value) if isinstance(value, set) else value for name, value in shown.items()}
+        method_name(config), {name: sorted(value) if isinstance(value, set) else value for name, value in shown.items()}
     )
 
 
 def adapter_tensors(shapes: Shapes) -> list[AdapterTensor]:
     """Return the tensors that PEFT added."""
-    found = []
+    added = []
     for key, shape in shapes.items():
         segments = _without_wrappers(key).split(".")
         index = next((i for i, segment in enumerate(segments) if keys.is_adapter_key(segment)), None)
         if index is not None and segments[index] != "base_layer":
             rest = ".".join(segments[index + 1 :])
             module = ".".join(segment for segment in segments[:index] if segment not in _WRAPPERS_INSIDE)
-            found.append(AdapterTensor(module, segments[index], rest, tuple(shape)))
-    return found
+            added.append(AdapterTensor(module, segments[index], rest, tuple(shape)))
+    return added
 
 
 # Beside the tensors of a method, in any method's adapter.
 _BESIDE = frozenset({"modules_to_save", "trainable_tokens_delta", "trainable_tokens_original", "original_module"})
 _WRAPPERS_INSIDE = frozenset({"base_layer", "token_adapter"})
 
-# What tells a method, in this order: several share a prefix.
-_MARKS: tuple[tuple[str, str], ...] = (
-    ("lora_E", "ADALORA"),
-    ("lora_A", "LORA"),
-    ("lora_embedding_A", "LORA"),
-    ("adaption_prompt", "ADAPTION_PROMPT"),
-    ("ia3_l", "IA3"),
-    ("hada_", "LOHA"),
-    ("lokr_", "LOKR"),
-    ("vera_lambda_", "VERA"),
-    ("pvera_lambda_", "PVERA"),
-)
-
-# Methods whose tensors say everything that changes predictions. All others need to be told.
-_SAY_EVERYTHING = frozenset({"BEFT", "IA3", "LN_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"})
-
-_OPEN_SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "ADALORA": ("lora_alpha", "total_step"),
-    "LORA": ("lora_alpha",),
-    "LOHA": ("alpha",),
-    "LOKR": ("alpha",),
-    "MISS": ("r", "mini_r", "init_weights"),  # by which MiSS chooses what it computes
-}
-
-_OPTIONAL_SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "LORA": ("use_rslora", "lora_dropout", "alpha_pattern"),
-    "LOHA": ("alpha_pattern",),
-    "LOKR": ("alpha_pattern",),
-}
-
 # Settings that say where an adapter is, or how it trains or is saved, and those that PEFT reads off the model.
 _CHANGE_NOTHING = frozenset(
     {
-        *(field.name for field in dataclasses.fields(PeftConfig)),
         *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
         *("bias", "fan_in_fan_out", "progressbar", "runtime_offload_base_weight"),
         *("save_projection", "save_indices", "save_precomputed_indices"),
@@ -155,18 +127,21 @@ _CHANGE_NOTHING = frozenset(
 def _open_settings(method: str, settings: Mapping[str, Any], tensors: Iterable[AdapterTensor]) -> tuple[str, ...]:
     """Return which arguments have to be known, beside those that the tensors say.
 
-    Of a method without a row, these are all that could change predictions: what a new method leaves out of its tensors
-    is not known here.
+    Of a method whose traits do not list them, these are all that could change predictions: what it leaves out of its
+    tensors is not known here.
     """
-    if method in _SAY_EVERYTHING:
-        return ()
-    if method == "VERA":
-        has_projection = any(tensor.container == "vera_A" for tensor in tensors)
-        return () if has_projection else ("projection_prng_key",)
-    if method in _OPEN_SETTINGS:
-        return _OPEN_SETTINGS[method]
-    fields = (field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[method]))
-    return tuple(name for name in fields if name not in {*_CHANGE_NOTHING, *settings} and not _is_for_training(name))
+    what_is_true = traits.of_method(method)
+    unsaid = what_is_true.from_tensors.unsaid
+    if unsaid is not None:
+        is_drawn = any(tensor.container == what_is_true.drawn for tensor in tensors)
+        return tuple(name for name in unsaid if not (is_drawn and name in what_is_true.from_tensors.unless_drawn))
+    from peft import PeftConfig
+
+    of_any = {field.name for field in dataclasses.fields(PeftConfig)}
+    names = (field.name for field in dataclasses.fields(_config_class(method)))
+    return tuple(
+        name for name in names if name not in {*of_any, *_CHANGE_NOTHING, *settings} and not _is_for_training(name)
+    )
 
 
 def _is_for_training(setting: str) -> bool:
@@ -175,73 +150,53 @@ def _is_for_training(setting: str) -> bool:
 
 def _method_of(tensors: list[AdapterTensor], shapes: Shapes) -> str | None:
     containers = {tensor.container for tensor in tensors}
-    for mark, method in _MARKS:
-        if any(container.startswith(mark) for container in containers):
-            return method
     if "prompt_encoder" in containers:
         return _prompt_method(tensors, shapes)
-    prefixes = {getattr(name, "value", str(name)): prefix for name, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
-    for method, prefix in sorted(prefixes.items()):
-        if any(container.startswith(prefix) for container in containers):
-            return method
-    return "LN_TUNING" if containers & {"modules_to_save"} else None
-
-
-# Parts of the names of what makes a prompt.
-_PROMPT_MARKS = (
-    ("trainable_embedding", "CARTRIDGE"),
-    ("transform", "PREFIX_TUNING"),
-    ("mlp_head", "P_TUNING"),
-    ("lstm_head", "P_TUNING"),
-)
+    by_mark = {name: each.from_tensors.mark for name, each in traits.METHODS.items() if each.from_tensors.mark}
+    by_prefix = {name: each.prefixes[0] for name, each in traits.METHODS.items() if name not in by_mark}
+    # Trained tokens are a method, and stand beside the tensors of others.
+    for candidates in (containers - _BESIDE, containers):
+        for name, beginning in (*by_mark.items(), *by_prefix.items()):
+            if any(container.startswith(beginning) for container in candidates):
+                return name
+    with_copies = (name for name, each in traits.METHODS.items() if each.from_tensors.has_copies_alone)
+    return next(with_copies, None) if "modules_to_save" in containers else None
 
 
 def _prompt_method(tensors: Iterable[AdapterTensor], shapes: Shapes) -> str:
     rests = {tensor.rest: tensor.shape for tensor in tensors if tensor.container == "prompt_encoder"}
-    for mark, method in _PROMPT_MARKS:
-        if any(mark in rest.split(".") for rest in rests):
-            return method
+    for name, each in traits.METHODS.items():
+        if any(part in rest.split(".") for rest in rests for part in each.from_tensors.prompt_parts):
+            return name
     # The vectors of a prompt are as long as those of the words; a prefix has keys and values for each layer.
     lengths = {shape[-1] for shape in rests.values()}
     norms = {shape[0] for key, shape in shapes.items() if len(shape) == 1 and key.endswith(".weight")}
-    return "PROMPT_TUNING" if lengths <= norms else "PREFIX_TUNING"
+    kind = traits.PROMPT if lengths <= norms else traits.PREFIX
+    return next(
+        name for name, each in traits.METHODS.items() if each.kind == kind and each.from_tensors.shows == "prompt"
+    )
 
 
-def _lora(tensors: list[AdapterTensor], shapes: Shapes) -> dict[str, Any]:
-    ranks = {t.module: t.shape[0] for t in tensors if t.container in ("lora_A", "lora_embedding_A")}
-    settings = {"r": _most_common(ranks), **_only_targets(tensors, shapes)}
-    others = {module: rank for module, rank in ranks.items() if rank != settings["r"]}
-    if others:
+def _ranks_and_flags(tensors: list[AdapterTensor], shapes: Shapes, says: traits.FromTensors) -> dict[str, Any]:
+    setting, containers = says.rank
+    ranks = {tensor.module: tensor.shape[0] for tensor in tensors if tensor.container in containers}
+    settings = {**({setting: _most_common(ranks)} if ranks else {}), **_only_targets(tensors, shapes, says)}
+    others = {module: rank for module, rank in ranks.items() if rank != settings[setting]}
+    if others and says.has_rank_pattern:
         settings["rank_pattern"] = {_suffix(module, [*ranks]): rank for module, rank in sorted(others.items())}
-    if any(tensor.container == "lora_magnitude_vector" for tensor in tensors):
-        settings["use_dora"] = True
-    if any(tensor.container == "lora_B" and tensor.rest.endswith("bias") for tensor in tensors):
-        settings["lora_bias"] = True
-    return settings
+    names = {name for t in tensors for name in (t.container, f"{t.container}.{t.rest.rpartition('.')[2]}")}
+    return {**settings, **{flag: True for flag, name in says.flags.items() if name in names}}
 
 
-def _adalora(tensors: list[AdapterTensor], shapes: Shapes) -> dict[str, Any]:
-    ranks = {t.module: t.shape[0] for t in tensors if t.container == "lora_A"}
-    return {"init_r": _most_common(ranks), **_only_targets(tensors, shapes)}
-
-
-def _ia3(tensors: list[AdapterTensor], shapes: Shapes) -> dict[str, Any]:
+def _targets_and_feedforward(tensors: list[AdapterTensor], shapes: Shapes, says: traits.FromTensors) -> dict[str, Any]:
     feedforward = {t.module for t in tensors if len(t.shape) == 2 and t.shape[0] == 1 and t.shape[1] != 1}
     names = short_names(feedforward, _modules(shapes))
     # PEFT wants the names of these among those.
-    targets = {*_only_targets(tensors, shapes)["target_modules"], *names}
+    targets = {*_only_targets(tensors, shapes, says)["target_modules"], *names}
     return {"target_modules": sorted(targets), "feedforward_modules": names}
 
 
-def _by_rank(container: str) -> Callable[[list[AdapterTensor], Shapes], dict[str, Any]]:
-    def read(tensors: list[AdapterTensor], shapes: Shapes) -> dict[str, Any]:
-        ranks = {t.module: t.shape[0] for t in tensors if t.container == container}
-        return {**({"r": _most_common(ranks)} if ranks else {}), **_only_targets(tensors, shapes)}
-
-    return read
-
-
-def _prompt(tensors: list[AdapterTensor], _: Shapes) -> dict[str, Any]:
+def _prompt(tensors: list[AdapterTensor], _: Shapes, says: traits.FromTensors) -> dict[str, Any]:
     shapes = {t.rest.partition(".")[2]: t.shape for t in tensors if t.container == "prompt_encoder"}
     settings: dict[str, Any] = {}
     if "embedding.weight" in shapes:
@@ -260,21 +215,16 @@ def _prompt(tensors: list[AdapterTensor], _: Shapes) -> dict[str, Any]:
     return settings
 
 
-def _only_targets(tensors: list[AdapterTensor], shapes: Shapes) -> dict[str, Any]:
+def _only_targets(tensors: list[AdapterTensor], shapes: Shapes, says: traits.FromTensors) -> dict[str, Any]:
     modules = {tensor.module for tensor in tensors if tensor.module}
     return {"target_modules": short_names(modules, _modules(shapes))} if modules else {}
 
 
-_SETTINGS: Mapping[str, Callable[[list[AdapterTensor], Shapes], dict[str, Any]]] = {
-    "LORA": _lora,
-    "ADALORA": _adalora,
-    "IA3": _ia3,
-    "LOHA": _by_rank("hada_w1_b"),
-    "LOKR": _by_rank("lokr_w2_b"),
-    "VERA": _by_rank("vera_lambda_d"),
-    "PREFIX_TUNING": _prompt,
-    "PROMPT_TUNING": _prompt,
-    "P_TUNING": _prompt,
+_READERS: Mapping[str, Callable[[list[AdapterTensor], Shapes, traits.FromTensors], dict[str, Any]]] = {
+    "targets": _only_targets,
+    "ranks": _ranks_and_flags,
+    "feedforward": _targets_and_feedforward,
+    "prompt": _prompt,
 }
 
 
@@ -283,11 +233,9 @@ def _saved_modules(tensors: Iterable[AdapterTensor], shapes: Shapes) -> dict[str
     return {"modules_to_save": short_names(saved, _modules(shapes))} if saved else {}
 
 
-def _tokens(tensors: Iterable[AdapterTensor], method: str) -> tuple[str, ...]:
-    has_tokens = any(tensor.container == "trainable_tokens_delta" for tensor in tensors)
-    if not has_tokens:
-        return ()
-    return ("token_indices",) if method == "TRAINABLE_TOKENS" else ("trainable_token_indices",)
+def _trained_rows(tensors: Iterable[AdapterTensor], says: traits.FromTensors) -> tuple[str, ...]:
+    has_rows = any(tensor.container == "trainable_tokens_delta" for tensor in tensors)
+    return (says.token_rows,) if has_rows else ()
 
 
 def short_names(modules: Iterable[str], all_modules: Iterable[str]) -> list[str]:
@@ -307,12 +255,12 @@ def _suffix(module: str, others: Iterable[str]) -> str:
 
 def _modules(shapes: Shapes) -> set[str]:
     """Return the paths of all modules that hold a matrix or a vector of the base."""
-    found = set()
+    modules = set()
     for key in shapes:
         name = keys.base_key(_without_wrappers(key))
         if name is not None and name.endswith((".weight", ".bias")):
-            found.add(name.rpartition(".")[0])
-    return found
+            modules.add(name.rpartition(".")[0])
+    return modules
 
 
 def _without_wrappers(key: str) -> str:
@@ -327,9 +275,10 @@ def _most_common(ranks: Mapping[str, int]) -> int:
 
 def _call(method: str, arguments: Mapping[str, Any]) -> str:
     shown = (f"{name}={value if value == _OPEN else repr(value)}" for name, value in arguments.items())
-    found = PEFT_TYPE_TO_CONFIG_MAPPING.get(method)
-    return f"{'PeftConfig' if found is None else found.__name__}({', '.join(shown)})"
+    return f"{traits.of_method(method).config_class}({', '.join(shown)})"
 
 
-def _name(config: PeftConfig) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
+def _config_class(method: str) -> type[PeftConfig]:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return PEFT_TYPE_TO_CONFIG_MAPPING[method]

@@ -1,4 +1,4 @@
-"""PEFT model ⇄ adapter: inject, repair, read."""
+"""Add an adapter to a transformer, mend what PEFT leaves wrong about it, and read its parts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from flair_peft.adapter import keys, methods, refusals
+from flair_peft.adapter import keys, methods, refusals, traits
 from flair_peft.adapter.methods import ADAPTER_NAME
 from flair_peft.errors import AdapterConfigError, FlairPeftError, name_some
 
 log = logging.getLogger("flair_peft")
+
+traits.add_unlisted_(
+    {method.value: prefix for method, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()},
+    {method.value: config_class.__name__ for method, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()},
+)
 
 # transformers and PEFT build models on the meta device, without initialising them or in another default dtype, by
 # switches for the whole process: one thread at a time makes modules, or those of another would be empty. It is the
@@ -93,13 +99,13 @@ def _standing_in_for_offloaded(model: PreTrainedModel) -> Iterator[None]:
 
     What stands in for them takes no memory, and is no number: so is whatever is computed from it.
     """
-    found = [
+    offloaded = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.is_meta and hasattr(module, "_hf_hook")
     ]
-    for module, name, parameter in found:
+    for module, name, parameter in offloaded:
         device = getattr(module._hf_hook, "execution_device", None)
         fill = math.nan if parameter.is_floating_point() else 0
         place = torch.full((1,), fill, dtype=parameter.dtype, device="cpu" if device is None else device)
@@ -107,29 +113,28 @@ def _standing_in_for_offloaded(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, parameter in found:
+        for module, name, parameter in offloaded:
             parameter.requires_grad = module._parameters[name].requires_grad
             module._parameters[name] = parameter
 
 
 def _refuse_reading_offloaded(model: PreTrainedModel, config: PeftConfig) -> None:
     """Return unless the method computes with weights that accelerate offloads."""
-    reads_base = methods.rewrites_base(config) or bool(getattr(config, "use_dora", False))
-    if reads_base and any(parameter.is_meta for parameter in model.parameters()):
+    if methods.reads_base(config) and any(parameter.is_meta for parameter in model.parameters()):
         raise refusals.unsupported(model, config, "it reads weights of the base that are offloaded")
 
 
 def _refuse_training_offloaded(model: PeftModel, *, is_filled_later: bool) -> None:
     """Return unless weights are trained that accelerate offloads, or what was computed from them, which is nothing."""
     trained = trainable_parameters(model)
-    found = {name for name, parameter in trained.items() if parameter.is_meta}
+    offloaded = {name for name, parameter in trained.items() if parameter.is_meta}
     if getattr(model, "hf_device_map", None) and not is_filled_later:
-        found |= {name for name, parameter in trained.items() if not parameter.is_meta and parameter.isnan().any()}
-    if found:
+        offloaded |= {name for name, parameter in trained.items() if not parameter.is_meta and parameter.isnan().any()}
+    if offloaded:
         raise AdapterConfigError(
-            f"Cannot train {name_some(found)}: these are weights that accelerate offloads, or start from such weights. "
-            "They are not in memory to be read, and changes are not written back. Keep their modules on a device in "
-            "device_map, or choose a method that leaves the base as it is, such as LoRA."
+            f"Cannot train {name_some(offloaded)}: these are weights that accelerate offloads, or start from such "
+            "weights. They are not in memory to be read, and changes are not written back. Keep their modules on a "
+            "device in device_map, or choose a method that leaves the base as it is, such as LoRA."
         )
 
 
@@ -143,8 +148,8 @@ def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: 
         config: of the adapter.
         has_weights: whether the model's weights are there already; otherwise its memory was never initialised.
     """
-    if getattr(config, "kasa_config", None) and not has_weights:
-        # Its decomposition does not converge on memory that was never initialised.
+    if any(option.decomposes_base for option, _ in methods.options(config)) and not has_weights:
+        # A decomposition does not converge on memory that was never initialised.
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
     _refuse_reading_offloaded(model, config)
@@ -156,6 +161,7 @@ def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: 
         if getattr(config, field.name, None) is None:
             setattr(config, field.name, getattr(completed, field.name, None))
     peft_model.peft_config[ADAPTER_NAME] = config
+    _freeze_never_trained_(peft_model)
     return peft_model
 
 
@@ -194,10 +200,10 @@ def derived_again(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -
     PEFT 0.11 and 0.12 stored the permutations of BOFT, which follow from its settings.
     """
     own = {keys.canonical_key(name): buffer for name, buffer in model.named_buffers() if keys.base_key(name) is None}
-    found = {key: own.get(keys.canonical_key(key)) for key in tensors if isinstance(tensors[key], torch.Tensor)}
+    namesakes = {key: own.get(keys.canonical_key(key)) for key in tensors if isinstance(tensors[key], torch.Tensor)}
     return {
         key
-        for key, buffer in found.items()
+        for key, buffer in namesakes.items()
         if buffer is not None and torch.equal(buffer.cpu(), tensors[key].to("cpu", buffer.dtype))
     }
 
@@ -205,9 +211,8 @@ def derived_again(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -
 def repair_(model: PeftModel) -> None:
     """Make right, in place, what PEFT leaves wrong after adding an adapter; see the functions called."""
     config = model.peft_config[ADAPTER_NAME]
-    if config.peft_type == PeftType.ADALORA:
-        _freeze_rank_counts_(model)
-    if methods.method_name(config) == "OSF":
+    _freeze_never_trained_(model)
+    if methods.method_traits(config).projects_gradients:
         _reattach_projections_(model)
     if config.is_prompt_learning:
         # PEFT freezes the children of the base, but no parameter that the base holds itself, such as XLNet's mask_emb.
@@ -220,32 +225,29 @@ def repair_(model: PeftModel) -> None:
 def virtual_rows(model: PeftModel) -> int:
     """Return how many rows of the hidden states stand in front of the sentence's own."""
     config = model.peft_config[ADAPTER_NAME]
-    return (
-        methods.virtual_tokens(config)
-        if methods.method_name(config) in methods.PREPENDING and not model._adapters_disabled
-        else 0
-    )
+    is_in_front = methods.prepends_rows(config) and not model._adapters_disabled
+    return methods.virtual_tokens(config) if is_in_front else 0
 
 
 def modules_without_effect(model: PeftModel) -> list[str]:
     """Return the names of the modules whose adapter is multiplied with zero, such as by ``lora_alpha=0``."""
-    found = []
+    unscaled = []
     for name, module in model.named_modules():
         scales = [value for key, value in vars(module).items() if key.endswith("scaling") and isinstance(value, dict)]
         if isinstance(module, BaseTunerLayer) and any(scale.get(ADAPTER_NAME) == 0 for scale in scales):
-            found.append(name)
-    return found
+            unscaled.append(name)
+    return unscaled
 
 
 def report_without_effect(model: PeftModel) -> None:
     """Say which adapters are multiplied with zero, so that they change nothing and learn nothing."""
-    found = modules_without_effect(model)
-    if found:
+    unscaled = modules_without_effect(model)
+    if unscaled:
         log.warning(
             "The adapter has no effect on %s modules, such as '%s': its scale is zero there. It changes nothing and "
             "learns nothing. Pass an alpha (or scaling) that is not zero, such as lora_alpha=32 with LoRA.",
-            len(found),
-            found[0].removeprefix("base_model.model."),
+            len(unscaled),
+            unscaled[0].removeprefix("base_model.model."),
         )
 
 
@@ -316,10 +318,12 @@ def without_cache(model: PreTrainedModel) -> dict[str, bool]:
     return {name: False for name in ("use_cache", "use_mems") if name in parameters}
 
 
-def _freeze_rank_counts_(model: PeftModel) -> None:
-    """Freeze AdaLoRA's rank counts: PEFT wraps them in new trainable parameters when it casts a 16-bit adapter."""
-    for name, parameter in model.named_parameters():
-        if ".ranknum." in name:
+def _freeze_never_trained_(model: PeftModel) -> None:
+    """Freeze, in place, what the method never trains, and PEFT may have left trainable."""
+    every = methods.all_traits(model.peft_config[ADAPTER_NAME])
+    containers = {container for each in every for container in each.never_trained}
+    for name, parameter in model.named_parameters() if containers else ():
+        if not containers.isdisjoint(name.split(".")):
             parameter.requires_grad_(False)
 
 
@@ -361,7 +365,7 @@ def _fill_in_sizes_(model: PreTrainedModel, config: PeftConfig) -> None:
     Rows in front of the sentence are as wide as the input embeddings, which ELECTRA and ALBERT project afterwards.
     """
     sizes = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
-    if methods.method_name(config) not in methods.PREPENDING:
+    if not methods.prepends_rows(config):
         return
     for setting, name in sizes.items():
         if getattr(config, setting, None) is None:

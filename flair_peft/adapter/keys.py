@@ -1,7 +1,8 @@
-"""State-dict key rules: pure functions over names, no tensors.
+"""Which keys of a state dict are those of an adapter, and which spellings mean the same tensor.
 
 PEFT spells one tensor in several ways, depending on whether a module is wrapped, on the adapter's name and on whether
 a file went through PEFT's own save. Two spellings mean the same tensor if their canonical forms are equal.
+Importing this module imports no other library.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from flair_peft.adapter.traits import NESTED_CONTAINERS, is_container
 
 # Segments in front of every key that say only who wrapped the model; one of each, outermost first.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "base_model.")
@@ -24,23 +25,7 @@ _WRAPPING_SEGMENTS = frozenset({"original_module", "token_adapter"})
 
 _INSIDE_WRAPPERS = TRANSPARENT_SEGMENTS | _WRAPPING_SEGMENTS
 
-# Parameter containers of PEFT that are not named by a method's prefix and hold one entry per adapter.
-_AUXILIARY_CONTAINERS = (
-    "adaption_gate",
-    "adaption_prompt",
-    "modules_to_save",
-    "trainable_tokens_delta",
-    "trainable_tokens_original",
-    "prompt_encoder",
-    "ranknum",
-)
-
-# FROD keeps one container per kind of layer: frod_V.<kind>.<adapter>.
-_NAMED_CONTAINERS = frozenset({"frod_V", "frod_s_indices", "frod_s_size"})
-
-# VeRA and PVeRA register only the prefix of their trainable vectors; their projections are called vera_A and vera_B.
-# AdaLoRA's rank counts are a container under no prefix.
-_METHOD_PREFIXES = tuple(sorted({*PEFT_TYPE_TO_PREFIX_MAPPING.values(), "vera_", "pvera_"}))
+# What a module calls its own parameters, and no adapter is called.
 _PARAMETER_NAMES = frozenset({"weight", "bias"})
 
 # Flair's transformer embeddings keep their transformer in an attribute called ``model``.
@@ -72,13 +57,13 @@ class KeyMatch:
 def is_adapter_key(key: str) -> bool:
     """Whether the key names a tensor that PEFT added, as opposed to one of the base model."""
     segments = key.split(".")
-    return any(_is_container(segment) for segment in segments) or "base_layer" in segments
+    return any(is_container(segment) for segment in segments) or "base_layer" in segments
 
 
 def is_embedded_adapter_key(key: str) -> bool:
     """Whether the key of a Flair model names a tensor that PEFT added to the transformer of its embeddings."""
-    found = _EMBEDDED_MODEL.match(key)
-    return found is not None and is_adapter_key(key[found.end() :])
+    prefix = _EMBEDDED_MODEL.match(key)
+    return prefix is not None and is_adapter_key(key[prefix.end() :])
 
 
 def canonical_key(key: str) -> str:
@@ -94,8 +79,8 @@ def canonical_key(key: str) -> str:
         if segment in TRANSPARENT_SEGMENTS:
             continue
         segments.append(segment)
-        is_kind = segments[-2:-1] and segments[-2] in _NAMED_CONTAINERS
-        skip_name = is_kind or (_is_container(segment) and segment not in _NAMED_CONTAINERS)
+        is_kind = segments[-2:-1] and segments[-2] in NESTED_CONTAINERS
+        skip_name = is_kind or (is_container(segment) and segment not in NESTED_CONTAINERS)
     return ".".join(segments)
 
 
@@ -104,25 +89,30 @@ def base_key(key: str) -> str | None:
     # Adaption prompts wrap the attention modules of decoders, which they keep in an attribute called ``model``.
     key = re.sub(r"(^|\.)((?:self_)?attn)\.model\.", r"\1\2.", canonical_key(key))
     segments = [segment for segment in key.split(".") if segment not in _WRAPPING_SEGMENTS]
-    return None if any(_is_container(segment) for segment in segments) else ".".join(segments)
+    return None if any(is_container(segment) for segment in segments) else ".".join(segments)
 
 
 def carrier(key: str) -> str:
     """Return the name of the module to which a tensor belongs that PEFT added or saved; "" where it is no module's."""
     segments = strip_wrappers(key).split(".")
-    added = (i for i, segment in enumerate(segments) if _is_container(segment) or segment in _INSIDE_WRAPPERS)
+    added = (i for i, segment in enumerate(segments) if is_container(segment) or segment in _INSIDE_WRAPPERS)
     return ".".join(segments[: next(added, len(segments) - 1)])
 
 
 def has_container(key: str) -> bool:
     """Whether a tensor stands in a container of a method, as opposed to a weight of the base, trained or copied."""
-    return any(_is_container(segment) and segment != "modules_to_save" for segment in key.split("."))
+    return any(is_container(segment) and segment != "modules_to_save" for segment in key.split("."))
 
 
 def plain_key(key: str) -> str:
     """Return the name that a weight of the base, or a trained copy of it, has in the bare base."""
     aside = {*_INSIDE_WRAPPERS, "modules_to_save"}
     return ".".join(segment for segment in strip_wrappers(key).split(".") if segment not in aside)
+
+
+def without_saved_copy(key: str) -> str:
+    """Return the name of which PEFT stores the same tensor, where it stores biases and resized matrices twice."""
+    return key.replace(".modules_to_save.", ".")
 
 
 def is_unread(name: str) -> bool:
@@ -155,12 +145,8 @@ def match_keys(file_keys: Iterable[str], model_keys: Iterable[str]) -> KeyMatch:
 
 def find_adapter_prefixes(keys: Iterable[str]) -> list[str]:
     """Return the prefixes (``"embeddings."``, ``"embeddings.list_embedding_0."``) under which adapters are stored."""
-    found = (_EMBEDDED_MODEL.match(key) for key in keys if is_adapter_key(key))
-    return sorted({match.group(1) for match in found if match})
-
-
-def _is_container(segment: str) -> bool:
-    return segment in _AUXILIARY_CONTAINERS or segment.startswith(_METHOD_PREFIXES)
+    prefixes = (_EMBEDDED_MODEL.match(key) for key in keys if is_adapter_key(key))
+    return sorted({prefix.group(1) for prefix in prefixes if prefix})
 
 
 def strip_wrappers(key: str) -> str:

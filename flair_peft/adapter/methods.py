@@ -1,46 +1,41 @@
-"""What a method of PEFT is and does, as its config says."""
+"""Questions to a PEFT config, answered from the table of traits; importing this module imports no other library."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig, PeftType
+from flair_peft.adapter import traits
+from flair_peft.adapter.traits import MethodTraits, OptionTraits, Traits
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 ADAPTER_NAME = "default"
 
-# Methods that put rows of their own in front of the sentence's rows.
-PREPENDING = frozenset({"PROMPT_TUNING", "P_TUNING"})
-
-# Methods that put past key values in front of the sentence, so that its positions start later.
-PREFIXING = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
-
-# Methods that decompose the base's weights when they are added and keep results that no state dict holds.
-# Trained tokens keep the rows that they replace, to put them back after merging.
-_DERIVED_FROM_BASE = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS"})
-
-# Initialisations of LoRA that leave the base's weights as they are; all others take something out of them.
-_INITS_BESIDE_BASE = frozenset({True, False, "gaussian", "eva", "orthogonal"})
-
-# Methods whose layers take the name of an adapter for each sentence of a batch.
-_MIXABLE = frozenset({"LORA", "HIRA", "ROAD", "GLORA"})
-
-
-# Learning rates at which AdamW trained these methods best on real text, and that of LoRA for all others.
-# resources/benchmarks/quality.md has the measurements.
-_RATES = {"IA3": 3e-2, "PROMPT_TUNING": 3e-2, "P_TUNING": 3e-2, "PREFIX_TUNING": 1e-2, "CARTRIDGE": 1e-2}
-_RATE_OF_LORA = 1e-3
-
 HEAD_RATE = 1e-2
 """A learning rate to try for a head, which starts at random on top of an adapter."""
-
-# Methods that train matrices as large as those of the base.
-_FULL_SIZE = frozenset({"OSF"})
 
 
 def method_name(config: PeftConfig) -> str:
     """Return PEFT's name of the method, such as ``"LORA"``."""
     return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def method_traits(config: PeftConfig) -> MethodTraits:
+    """Return what is true of the config's method, whatever its options."""
+    return traits.of_method(method_name(config))
+
+
+def options(config: PeftConfig) -> list[tuple[OptionTraits, Any]]:
+    """Return the options that the config switches on and that change what is true of it, each with its value."""
+    return traits.of_options(lambda name: getattr(config, name, None))
+
+
+def all_traits(config: PeftConfig) -> list[Traits]:
+    """Return what is true of the config's method, and then of each option that it switches on."""
+    return [method_traits(config), *(option for option, _ in options(config))]
 
 
 def describe(config: PeftConfig) -> str:
@@ -51,41 +46,50 @@ def describe(config: PeftConfig) -> str:
 
 def is_derived_from_base(config: PeftConfig) -> bool:
     """Whether the method keeps results computed from the base's weights, so that these must be there before it."""
-    trains_tokens = bool(getattr(config, "trainable_token_indices", None))
-    return method_name(config) in _DERIVED_FROM_BASE or trains_tokens
+    return any(each.derived_from_base for each in all_traits(config))
 
 
 def init_rewrites_base(init: object) -> bool:
     """Whether this value of ``init_lora_weights`` takes something out of the base's weights."""
-    return init not in _INITS_BESIDE_BASE
+    return traits.of_init(init).rewrites_base
 
 
 def rewrites_base(config: PeftConfig) -> bool:
-    """Whether adding the adapter, or filling it, may change frozen weights of the base."""
-    return (
-        init_rewrites_base(getattr(config, "init_lora_weights", True))
-        or bool(getattr(config, "kasa_config", None))
-        or bool(getattr(config, "layer_replication", None))
-        or is_derived_from_base(config)
-    )
+    """Whether adding the adapter, or filling it, may change frozen weights of the base, or needs them to be there."""
+    return any(each.rewrites_base or each.derived_from_base for each in all_traits(config))
+
+
+def reads_base(config: PeftConfig) -> bool:
+    """Whether adding the adapter, or filling it, computes with the base's weights."""
+    return rewrites_base(config) or any(each.reads_base for each in all_traits(config))
 
 
 def virtual_tokens(config: PeftConfig) -> int:
     """Return how many positions of the transformer the method takes from each sentence."""
-    takes_positions = method_name(config) in PREPENDING | PREFIXING
+    takes_positions = method_traits(config).kind in (traits.PROMPT, traits.PREFIX)
     return int(getattr(config, "num_virtual_tokens", 0) or 0) if takes_positions else 0
+
+
+def prepends_rows(config: PeftConfig) -> bool:
+    """Whether the method puts rows of its own in front of the sentence's rows."""
+    return method_traits(config).kind == traits.PROMPT
+
+
+def prepends_cache(config: PeftConfig) -> bool:
+    """Whether the method puts past key values in front of the sentence, so that its positions start later."""
+    return method_traits(config).kind == traits.PREFIX
 
 
 def preparation(config: PeftConfig | None) -> dict[str, bool]:
     """Return what ``peft.prepare_model_for_kbit_training`` is to do unless the user says something else."""
     # transformers passes no past key values, which carry the prefix, through a checkpointed layer.
-    return {"use_gradient_checkpointing": config is None or method_name(config) not in PREFIXING}
+    return {"use_gradient_checkpointing": config is None or not prepends_cache(config)}
 
 
 def needs_step_hook(config: PeftConfig) -> bool:
     """Whether the method must be told after each optimiser step, so that it can move its rank budget."""
-    uses_asa = method_name(config) == "ADAMSS" and bool(getattr(config, "use_asa", False))
-    return config.peft_type == PeftType.ADALORA or uses_asa
+    method = method_traits(config)
+    return method.needs_step or bool(method.needs_step_with and getattr(config, method.needs_step_with, False))
 
 
 def rate_to_try(config: PeftConfig, rate: float) -> float | None:
@@ -93,33 +97,25 @@ def rate_to_try(config: PeftConfig, rate: float) -> float | None:
 
     Flair's 5e-5 is made for whole transformers; it is a twentieth of what suits LoRA.
     """
-    suited = _RATES.get(method_name(config), _RATE_OF_LORA)
-    return suited if 20 * rate < 1.001 * suited and method_name(config) not in _FULL_SIZE else None
+    suited = method_traits(config).learning_rate
+    return suited if suited is not None and 20 * rate < 1.001 * suited else None
 
 
 def depends_on_batch(config: PeftConfig) -> bool:
     """Whether the vectors of a sentence depend on the sentences that are embedded together with it."""
-    return method_name(config) == "LILY"
+    return method_traits(config).depends_on_batch
 
 
 def why_not_mixed(config: PeftConfig) -> str | None:
     """Return why sentences of this adapter cannot share a forward pass with those of others; ``None`` if they may."""
-    if method_name(config) not in _MIXABLE:
+    if not method_traits(config).is_mixable:
         return "PEFT mixes no adapters of this method in one batch"
-    reasons = {
-        "bias": "it changes biases of the base",
-        "use_dora": "PEFT mixes no DoRA in one batch",
-        "modules_to_save": "it replaces modules of the base",
-        "trainable_token_indices": "it replaces rows of the base",
-        "target_parameters": "it adapts bare parameters",
-    }
-    found = (reason for name, reason in reasons.items() if getattr(config, name, None) not in (None, False, "none", []))
-    return next(found, None)
+    return next((each.not_mixed for each in all_traits(config) if each.not_mixed), None)
 
 
 def keeps_graph(config: PeftConfig) -> bool:
     """Whether modules of the adapter keep tensors of their last forward pass, which torch does not copy."""
-    return method_name(config) == "SHADOW" or bool(getattr(config, "monteclora_config", None))
+    return any(each.keeps_graph for each in all_traits(config))
 
 
 def without_costly_init(config: PeftConfig) -> PeftConfig:
@@ -129,10 +125,8 @@ def without_costly_init(config: PeftConfig) -> PeftConfig:
     skeleton.base_model_name_or_path = None  # PEFT warns of a base under another name; loads compare its weights
     if isinstance(getattr(config, "init_lora_weights", None), str):
         skeleton.init_lora_weights = True
-    if config.peft_type == PeftType.ADALORA:
+    if method_traits(config).masks_ranks:
         skeleton.rank_pattern = None  # says which ranks are masked, not how many there are
     if "prompt_tuning_init" in fields:
-        from peft.tuners.prompt_tuning import PromptTuningInit
-
-        skeleton.prompt_tuning_init = PromptTuningInit.RANDOM
+        skeleton.prompt_tuning_init = "RANDOM"
     return skeleton

@@ -8,39 +8,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flair_peft.adapter import keys
-from flair_peft.adapter.methods import ADAPTER_NAME, PREFIXING, PREPENDING, describe, method_name
+from flair_peft.adapter import keys, methods, traits
+from flair_peft.adapter.methods import ADAPTER_NAME, describe, method_name
 from flair_peft.errors import AdapterConfigError, FlairPeftError, UnsupportedMethodError, name_some
 
 log = logging.getLogger("flair_peft")
 
-_NEEDS_TASK_IDS = "it needs a task id with every sentence, and Flair has none to give"
-
-REFUSED_METHODS: Mapping[str, str] = {
-    "CPT": "PEFT offers it for causal language models only, and Flair reads hidden states",
-    "MULTITASK_PROMPT_TUNING": _NEEDS_TASK_IDS,
-    "POLY": _NEEDS_TASK_IDS,
-    "XLORA": "it mixes adapters that were trained before, given as paths, instead of training one",
-}
-
-_REFUSED_SETTINGS: Mapping[str, str] = {
-    "alora_invocation_tokens": "activated LoRA switches on at a token of a prompt, and Flair has no prompts",
-    "megatron_config": "it adapts layers of Megatron-LM, which no model of transformers has",
-    "sample_at_inference": "every prediction would be drawn anew",
-    "use_qalora": "it is written for GPTQ layers, and elsewhere PEFT trains plain LoRA without a word",
-}
-
-# What PEFT calls a shadow that it builds itself; anything else is the name of a model.
-_OWN_SHADOW = "mirror"
-
-_NEEDS_DATA_FIRST = ("corda", "lora_ga")
-
-_WANTS_DATA = "must see data before the adapter is added, and Flair's embeddings embed only afterwards"
+REFUSED_METHODS: Mapping[str, str] = {name: each.refused for name, each in traits.METHODS.items() if each.refused}
+"""PEFT's name of a method that no model can have → why."""
 
 
 def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
@@ -49,22 +29,16 @@ def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
     Raises:
         UnsupportedMethodError: it is; the message names the method, the architecture and the reason.
     """
-    method = method_name(config)
-    if method in REFUSED_METHODS:
-        raise unsupported(model, config, REFUSED_METHODS[method])
-    for setting, reason in _REFUSED_SETTINGS.items():
-        if getattr(config, setting, None):
-            raise unsupported(model, config, f"{setting}: {reason}")
-    if getattr(config, "shadow_model", _OWN_SHADOW) != _OWN_SHADOW:
-        raise unsupported(model, config, f"shadow_model={config.shadow_model!r}: files would have it fetched anew")
-    if getattr(config, "init_lora_weights", None) in _NEEDS_DATA_FIRST:
-        raise unsupported(model, config, f"init_lora_weights={config.init_lora_weights!r} {_WANTS_DATA}")
-    if method in PREPENDING and "bbox" in inspect.signature(model.forward).parameters:
+    reasons = [methods.method_traits(config).refused]
+    reasons += [option.refused.format(value=value) for option, value in methods.options(config)]
+    for reason in filter(None, reasons):
+        raise unsupported(model, config, reason)
+    if methods.prepends_rows(config) and "bbox" in inspect.signature(model.forward).parameters:
         raise unsupported(model, config, "it asks for a bounding box per row, and virtual tokens have none")
-    if method in PREFIXING and "past_key_values" not in inspect.signature(model.forward).parameters:
+    if methods.prepends_cache(config) and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise unsupported(model, config, "its forward takes no past key values, which carry the prefix")
     places = set(map(str, getattr(model, "hf_device_map", {}).values()))
-    if method in PREFIXING and places and places <= {"cpu", "disk"}:
+    if methods.prepends_cache(config) and places and places <= {"cpu", "disk"}:
         raise unsupported(model, config, "PEFT puts a prefix on a GPU alone where the base is spread (peft#3619)")
 
 
@@ -84,15 +58,15 @@ def check_names(model: PreTrainedModel, config: PeftConfig) -> None:
     for setting in _NAMING:
         entries = getattr(config, setting, None) or ()
         entries = () if isinstance(entries, str) else entries
-        found = {entry: _ending_in(entry, names) for entry in entries if isinstance(entry, str)}
-        unmatched = sorted(entry for entry, modules in found.items() if not modules)
-        if not unmatched or (setting == "target_modules" and len(unmatched) == len(found)):
+        meant_by = {entry: _ending_in(entry, names) for entry in entries if isinstance(entry, str)}
+        unmatched = sorted(entry for entry, modules in meant_by.items() if not modules)
+        if not unmatched or (setting == "target_modules" and len(unmatched) == len(meant_by)):
             continue  # without any target, PEFT adds no adapter
-        taken = {name for modules in found.values() for name in modules}
+        taken = {name for modules in meant_by.values() for name in modules}
         free = [name.split(".") for name in names if name not in taken]
         slips = {e: n for e in unmatched for n in {".".join(f[-1 - e.count(".") :]) for f in free} if _is_slip(e, n)}
         # Several names that nothing has are a list for many architectures.
-        if slips and len(unmatched) <= max(1, len(found) - len(unmatched)):
+        if slips and len(unmatched) <= max(1, len(meant_by) - len(unmatched)):
             meant = ", ".join(f"'{entry}' (is '{name}' meant?)" for entry, name in slips.items())
             raise AdapterConfigError(
                 f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: no module of it is called "
@@ -168,9 +142,9 @@ def try_out(model: PeftModel, forward: Callable[[], tuple[torch.Tensor, ...]], *
             type(base).__name__,
             str(hidden_states[0].dtype).removeprefix("torch."),
         )
-    found = {states.shape[1] for states in hidden_states}
-    if any(count < rows for count in found):
-        raise unsupported(base, config, f"it gives {sorted(found)} rows for a sentence of {rows} subtokens")
+    counts = {states.shape[1] for states in hidden_states}
+    if any(count < rows for count in counts):
+        raise unsupported(base, config, f"it gives {sorted(counts)} rows for a sentence of {rows} subtokens")
 
 
 def refuse_lost_prefix(model: PeftModel) -> None:
@@ -180,7 +154,7 @@ def refuse_lost_prefix(model: PeftModel) -> None:
         UnsupportedMethodError: gradient checkpointing was switched on after a prefix was added.
     """
     config, base = model.peft_config[ADAPTER_NAME], model.get_base_model()
-    if method_name(config) in PREFIXING and getattr(base, "is_gradient_checkpointing", False):
+    if methods.prepends_cache(config) and getattr(base, "is_gradient_checkpointing", False):
         raise unsupported(base, config, "gradient checkpointing drops past key values, which carry the prefix")
 
 
@@ -255,9 +229,11 @@ def explain_injection(model: PreTrainedModel, config: PeftConfig, error: Excepti
             f"target_modules. PEFT has no default for the model type '{model.config.model_type}'. Pass "
             f"target_modules={names_to_target(model)}{_or_all_linear(model)}."
         )
-    if getattr(config, "init_lora_weights", None) == "loftq" and not torch.cuda.is_available():
-        return unsupported(model, config, "init_lora_weights='loftq' quantises the base on a GPU, and there is none")
-    other = "another method" if config.peft_type == PeftType.LORA else "another method, LoRA for example,"
+    needs_gpu = next((each.needs_gpu for each in methods.all_traits(config) if each.needs_gpu), None)
+    if needs_gpu is not None and not torch.cuda.is_available():
+        return unsupported(model, config, needs_gpu)
+    is_lora = methods.method_traits(config).adds_product
+    other = "another method" if is_lora else "another method, LoRA for example,"
     return UnsupportedMethodError(
         f"Cannot use this {method_name(config)} config on {type(model).__name__}. The reason: PEFT says: "
         f"{str(error).rstrip('.')}. Correct the config, or choose {other} or another base model."

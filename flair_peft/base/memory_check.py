@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from flair_peft.adapter import traits
 from flair_peft.base import weight_files
 from flair_peft.base.transformer import ENCODER_OF_T5
 from flair_peft.errors import InsufficientMemoryError, ModelFileError
@@ -160,7 +161,7 @@ class Bounds(TorchFunctionMode):
     def _check_settings(self, settings: Any) -> None:
         size = max(_USUAL_SIZE, self.largest)
         for name, value in settings.items() if isinstance(settings, Mapping) else ():
-            is_size = name in _RANKS and settings.get("peft_type") not in _FREE_RANK
+            is_size = name in _RANKS and not traits.of_method(str(settings.get("peft_type"))).has_free_rank
             too_large = [number for number in _numbers_in(value) if number > size] if is_size else []
             if too_large or _entries(value, size) > max(_USUAL_ENTRIES, _TENSORS_FOR_EACH * self.count):
                 what = f"{max(too_large):,}" if too_large else f"{len(value):,} entries"
@@ -244,9 +245,8 @@ def bounds() -> Bounds | None:
     return _bounds.get()
 
 
-# What PEFT calls the ranks and counts that are sizes of tensors in the file; of LoKr, a larger rank is none.
+# What PEFT calls the ranks and counts that are sizes of tensors in the file, with most methods.
 _RANKS = ("r", "init_r", "target_r", "num_virtual_tokens", "num_vectors", "n_frequency", "rank_pattern")
-_FREE_RANK = frozenset({"LOKR"})
 _USUAL_SIZE, _USUAL_ENTRIES = 1024, 2_000
 
 

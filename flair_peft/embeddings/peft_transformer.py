@@ -32,7 +32,7 @@ from flair_peft.embeddings import batching, head_dtype, vector_probe
 from flair_peft.embeddings.offload import AdapterMemory
 from flair_peft.embeddings.params import Storable
 from flair_peft.errors import AdapterConfigError, ModelFileError
-from flair_peft.foreign import adapter_files, transfer_plan
+from flair_peft.foreign import adapter_files, fill_embeddings, transfer_plan
 from flair_peft.foreign.transfer_plan import ForeignHead
 from flair_peft.primitives import dtypes
 from flair_peft.primitives.base_record import LoadOptions, StoredBase, load_options
@@ -306,7 +306,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
             )
             rows = {"added_rows": plan.added_rows}
             embeddings = cls(plan.base, peft_config=plan.config, stored_base=rows, **{**plan.access, **kwargs})
-        transfer_plan.fill_(embeddings, plan, allow_untrained=allow_untrained)
+        fill_embeddings.fill_(embeddings, plan, allow_untrained=allow_untrained)
         embeddings._start, embeddings.foreign_head = {}, plan.head
         if not embeddings.after_final_norm and embeddings.reads_last_layer and embeddings.stops_before_final_norm():
             log.warning(

@@ -1,4 +1,4 @@
-"""Adapters that older versions of PEFT wrote: the installed one computes what they did, or they are refused.
+"""Adapters that older versions of PEFT wrote: settings with which the installed one computes the same, or an error.
 
 Which version wrote an adapter, the fields of its config tell: each version adds some, and PEFT writes all of them.
 Since 0.18, ``peft_version`` says it.

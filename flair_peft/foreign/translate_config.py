@@ -1,4 +1,4 @@
-"""A PEFT config that was written for a class around a base model → the same choices in the bare model.
+"""Translate a PEFT config that was written for a class around a base model to the names of the bare model.
 
 Settings that mean the same there stay as they are written; the others are replaced by the names of modules. What they
 meant is read off the names that the modules have in the source class: those of the bare model behind its prefix.
@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, PromptTuningConfig
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from transformers import PretrainedConfig
@@ -30,16 +31,8 @@ Tensors = Mapping[str, torch.Tensor]
 
 PROMPT = "prompt_embeddings"
 
-# Methods that draw, or number, something for all modules that they adapt together, and the tensor that says what it
-# was where a file holds it.
-_DRAWN_TOGETHER: Mapping[str, str | None] = {
-    "FROD": None,
-    "PVERA": "pvera_A",
-    "RANDLORA": "randlora_A",
-    "TINYLORA": None,
-    "UNILORA": "unilora_indices_A",
-    "VERA": "vera_A",
-}
+# Sizes of the rows that a prompt's config holds.
+_PROMPT_SIZES = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
 
 
 def own_prompt(config: Any, tensors: Tensors) -> tuple[PeftConfig, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -49,19 +42,15 @@ def own_prompt(config: Any, tensors: Tensors) -> tuple[PeftConfig, dict[str, tor
     """
     config, kept, outside = copy.deepcopy(config), dict(tensors), dict[str, torch.Tensor]()
     count, rows = config.num_virtual_tokens, kept.get(PROMPT)
-    method = methods.method_name(config)
-    if rows is not None and method in ("PROMPT_TUNING", "P_TUNING") and config.num_transformer_submodules == 2:
+    if rows is not None and methods.prepends_rows(config) and config.num_transformer_submodules == 2:
         kept[PROMPT], outside[f"decoder.{PROMPT}"] = rows[:count], rows[count:]
         config.num_transformer_submodules = 1
-    if method == "P_TUNING":
-        sizes = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
-        config = PromptTuningConfig(task_type=config.task_type, **{name: getattr(config, name) for name in sizes})
+    goes_on_as = methods.method_traits(config).goes_on_as
+    if goes_on_as:
         log.info("P-tuning stores its virtual tokens and not their encoder: they are trained on as prompt tuning.")
-    elif method == "PROMPT_TUNING":
-        config.prompt_tuning_init, config.prompt_tuning_init_text = PromptTuningConfig().prompt_tuning_init, None
-        config.tokenizer_name_or_path = None
-    elif method == "PREFIX_TUNING":
-        config.prefix_projection = False
+        plain = PEFT_TYPE_TO_CONFIG_MAPPING[goes_on_as]
+        config = plain(task_type=config.task_type, **{name: getattr(config, name) for name in _PROMPT_SIZES})
+    vars(config).update(methods.method_traits(config).start)
     return config, kept, outside
 
 
@@ -80,8 +69,8 @@ def refuse_drawn_together(
     Raises:
         UnsupportedMethodError: it does, or nothing tells which modules those were.
     """
-    method = methods.method_name(config)
-    if method not in _DRAWN_TOGETHER or any(_DRAWN_TOGETHER[method] in name.split(".") for name in tensors):
+    method = methods.method_traits(config)
+    if not method.is_drawn_together or any(method.drawn in name.split(".") for name in tensors):
         return
     beside: set[str] = set()
     classes = source_classes.possible_classes(base_config, settings)
@@ -93,7 +82,7 @@ def refuse_drawn_together(
         meant = {bare for bare in own.values() if bare is not None}
         beside.update(meant ^ {name for name in modules if name in meant or _selects(config, name)})
     if beside or not classes:
-        raise drawn_together(method, beside)
+        raise drawn_together(methods.method_name(config), beside)
 
 
 def drawn_together(method: str, beside: Collection[str]) -> UnsupportedMethodError:
@@ -123,16 +112,16 @@ def resolve_(config: Any, modules: list[str], prefix: str, placed: Tensors) -> N
         BaseMismatchError: the config selects modules that the file has no tensors for.
     """
     of_method = (name for name in placed if keys.has_container(name) and ".token_adapter." not in name)
-    # Adaption prompts name the attention by the end of its name and count layers, which is the same in both.
-    counts_layers = methods.method_name(config) == "ADAPTION_PROMPT"
-    adapted = set() if counts_layers else {keys.carrier(name) for name in of_method} - {""}
+    method = methods.method_traits(config)
+    # What counts layers means the same in both.
+    adapted = set() if method.counts_layers else {keys.carrier(name) for name in of_method} - {""}
     original = copy.deepcopy(config)
     _resolve_saved_(config, modules, prefix, placed)
     _resolve_tokens_(config, prefix, placed)
     if adapted and hasattr(config, "target_modules") and not getattr(config, "target_parameters", None):
         _resolve_targets_(config, original, modules, prefix, adapted)
     for setting in configs.PATTERNS:
-        if getattr(config, setting, None) and methods.method_name(config) != "ADALORA":
+        if getattr(config, setting, None) and method.has_module_patterns:
             _refuse_rivals(getattr(config, setting), setting, prefix, adapted)
             _resolve_pattern_(config, setting, prefix, adapted)
     if getattr(config, "feedforward_modules", None) is not None:
@@ -225,11 +214,11 @@ def _resolve_pattern_(config: Any, setting: str, prefix: str, adapted: Collectio
         return pattern.get(get_pattern_key(pattern.keys(), name))
 
     meant = {name: value(prefix + name) for name in sorted(adapted)}
-    if any(value(name) != found for name, found in meant.items()):
-        exact = {f"^{re.escape(name)}": found for name, found in meant.items() if found is not None}
+    if any(value(name) != wanted for name, wanted in meant.items()):
+        exact = {f"^{re.escape(name)}": wanted for name, wanted in meant.items() if wanted is not None}
     else:
         used = {get_pattern_key(pattern.keys(), name) for name in adapted}
-        exact = {key: found for key, found in pattern.items() if key in used}  # PEFT warns of those of a head
+        exact = {key: pattern[key] for key in pattern if key in used}  # PEFT warns of those of a head
     vars(config)[setting] = exact
 
 
@@ -238,7 +227,7 @@ def take_ranks_(config: Any, prefix: str, placed: Tensors) -> dict[str, list[boo
 
     A new adapter has all ranks; PEFT takes the names of matrices in this pattern for those of modules, and warns.
     """
-    if methods.method_name(config) != "ADALORA" or not config.rank_pattern:
+    if not methods.method_traits(config).masks_ranks or not config.rank_pattern:
         return None
     ranks = {name.removeprefix(prefix): chosen for name, chosen in config.rank_pattern.items()}
     config.rank_pattern = None

@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peft.utils.other import get_pattern_key
 
-from flair_peft.adapter import keys, methods
+from flair_peft.adapter import keys, methods, traits
 from flair_peft.base import weight_files
 from flair_peft.errors import (
     BaseMismatchError,
@@ -209,8 +209,9 @@ def _position(move: Move) -> tuple[int, str]:
 
 
 def _check(found: Inspection, adapter: Adapter) -> None:
-    if adapter.method != "LORA" or adapter.config.get("target_parameters"):
-        method = "LoRA of parameters that no module holds" if adapter.method == "LORA" else adapter.method
+    is_product = traits.of_method(adapter.method).adds_product
+    if not is_product or adapter.config.get("target_parameters"):
+        method = "LoRA of parameters that no module holds" if is_product else adapter.method
         raise UnsupportedMethodError(
             f"Cannot plot '{found.contents.path}': its method is {method}. How far a matrix moved is read from "
             "the two factors that LoRA adds to it, and other methods move it in other ways. Only LoRA of modules "

@@ -229,8 +229,8 @@ def _adapter_config(embeddings: PeftTransformerEmbeddings) -> bytes:
 
 def _resolve_patterns_(config: PeftConfig, adapted: list[str]) -> None:
     """Let the config give each module the same rank and alpha in any order of its patterns: PEFT sorts them."""
-    if methods.method_name(config) in ("ADALORA", "OSF"):
-        return  # their patterns are no regular expressions
+    if not methods.method_traits(config).has_module_patterns:
+        return
     for setting in configs.PATTERNS:
         if getattr(config, setting, None):
             vars(config)[setting] = configs.without_rivals(getattr(config, setting), adapted)

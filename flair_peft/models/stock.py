@@ -11,7 +11,7 @@ from typing import Any
 from flair.nn import Model
 from peft import PeftConfig
 
-from flair_peft.adapter import injection, keys
+from flair_peft.adapter import injection, keys, methods
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import (
     AdapterConfigError,
@@ -134,7 +134,7 @@ def _compare(embeddings: PeftTransformerEmbeddings, *, is_whole: bool, is_given:
         return StoredBase(embeddings.base_record)
     # A pickle keeps layers in one storage that a replication put there; without it, a load would make them apart.
     config = embeddings.adapter_config
-    is_tied = config.is_prompt_learning or bool(getattr(config, "layer_replication", None))
+    is_tied = config.is_prompt_learning or any(option.ties_layers for option, _ in methods.options(config))
     stored = embeddings.compare_with_base(trained=frozenset(), is_tied=is_tied)
     trained = {name for name, parameter in embeddings.model.named_parameters() if parameter.requires_grad}
     own = {key for key in embeddings.model.state_dict() if keys.base_key(key) is not None}

@@ -13,7 +13,7 @@ import torch.distributed
 from flair.distributed_utils import is_main_process
 from flair.nn import Model
 from flair.trainers.plugins.base import TrainerPlugin
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 
 from flair_peft.adapter import injection, methods, refusals
@@ -115,7 +115,7 @@ class RankAllocationPlugin(TrainerPlugin):
                     for name, p in model.named_parameters()
                     if p.requires_grad and ("lora_A" in name or "lora_B" in name)
                 ]
-                if weight and factors and config.peft_type == PeftType.ADALORA:
+                if weight and factors:
                     distances = [torch.norm(f - torch.eye(len(f), dtype=f.dtype, device=f.device)) for f in factors]
                     yield weight * torch.stack([distance.to(model.device) for distance in distances]).mean()
 

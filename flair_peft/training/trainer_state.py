@@ -18,7 +18,7 @@ from flair.nn import Model
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import BasePlugin
 
-from flair_peft.adapter import keys
+from flair_peft.adapter import keys, traits
 from flair_peft.errors import TrainingSetupError, UnsupportedStateError, name_some
 from flair_peft.training.plugins import RankAllocationPlugin
 
@@ -28,10 +28,8 @@ State = dict[str, Any]
 
 FOLLOWS_OLD = "what it was"
 
-# What plugins and PEFT's modules count while they train and no state dict holds.
+# What plugins count while they train and no state dict holds.
 _COUNTED: Mapping[type[BasePlugin], tuple[str, ...]] = {RankAllocationPlugin: ("_step",)}
-_ALLOCATOR_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-_LAYER_SCORES = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: Model) -> State:
@@ -208,7 +206,7 @@ def restore_plugins(present: Iterable[BasePlugin], states: list[State], source: 
 
 
 def adapter_scores(model: Model) -> dict[str, State]:
-    """Return name of a module → the importance of its ranks, which AdaLoRA and AdaMSS keep outside any state dict."""
+    """Return name of a module → the importance of its ranks, where a method keeps it outside any state dict."""
     return {
         name: {key: plain(scores, key) for key, scores in found.items()}
         for name, found in _score_holders(model).items()
@@ -221,7 +219,8 @@ def restore_adapter_scores_(model: Model, states: Mapping[str, State]) -> None:
         for key, scores in found.items():
             scores.clear()
             scores.update(_on_device(states.get(name, {}).get(key, {}), model))
-    if any(type(module).__name__ == "MontecloraSampler" for module in model.modules()):
+    drawing_ahead = {option.ahead for option in traits.OPTIONS if option.ahead}
+    if any(type(module).__name__ in drawing_ahead for module in model.modules()):
         # Several draws of each weight's size, which would make the file many times as large as the adapter.
         log.warning("MonteCLoRA draws its noise ahead, and no file keeps it: the next losses differ by other noise.")
 
@@ -229,12 +228,13 @@ def restore_adapter_scores_(model: Model, states: Mapping[str, State]) -> None:
 def _score_holders(model: Model) -> dict[str, dict[str, dict[str, Any]]]:
     """Return name of a module → name of an attribute → the dictionary in it."""
     holders: dict[str, dict[str, dict[str, Any]]] = {}
+    keeping = [method for method in traits.METHODS.values() if method.scores]
     for name, module in model.named_modules():
-        allocator = vars(module).get("rankallocator")
-        if allocator is not None:
-            holders[name] = {key: getattr(allocator, key) for key in _ALLOCATOR_SCORES}
-        elif all(isinstance(vars(module).get(key), dict) for key in _LAYER_SCORES):
-            holders[name] = {key: vars(module)[key] for key in _LAYER_SCORES}
+        for method in keeping:
+            holder = vars(module).get(method.scores_in) if method.scores_in else module
+            scores = {key: vars(holder).get(key) for key in method.scores} if holder is not None else {}
+            if scores and all(isinstance(each, dict) for each in scores.values()):
+                holders[name] = scores
     return holders
 
 

@@ -117,7 +117,9 @@ def check_trains_and_comes_back(method: Method, kind: str, base: Callable[[str],
     trained = embed(embeddings)
     assert not torch.equal(untouched, trained)
 
-    assert torch.equal(trained, embed(reload(embeddings, method)))
+    again = reload(embeddings, method)
+    assert torch.equal(trained, embed(again))
+    assert trainable_parameters(again.model).keys() == parameters.keys()
     assert torch.equal(trained, embed(copy.deepcopy(embeddings)))
 
 

@@ -401,6 +401,7 @@ LORA_VARIANTS: dict[str, Method] = _by_name(
     Method("default_init", _lora(init_lora_weights=True)),
     Method("gaussian", _lora(init_lora_weights="gaussian")),
     Method("orthogonal", _lora(init_lora_weights="orthogonal")),
+    Method("mica", _lora(init_lora_weights="mica")),
     Method("pissa", _lora(init_lora_weights="pissa"), rewrites_base=True),
     Method(
         "pissa_niter_4",
