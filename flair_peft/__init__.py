@@ -6,7 +6,7 @@ hook back.
 
 from flair_peft import first_imports as _first_imports  # noqa: F401, before anything else imports PEFT
 from flair_peft._version import __version__
-from flair_peft.embeddings.peft_transformer import (
+from flair_peft.embeddings import (
     PeftTransformerDocumentEmbeddings,
     PeftTransformerEmbeddings,
     PeftTransformerWordEmbeddings,

@@ -46,7 +46,9 @@ from flair_peft import compat
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import methods
 from flair_peft.embeddings import head_dtype
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, counterpart, has_nothing_to_embed
+from flair_peft.embeddings.adapted import has_nothing_to_embed
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
+from flair_peft.embeddings.word_and_document import counterpart
 from flair_peft.errors import ModelFileError, SaveError
 from flair_peft.export import merge
 from flair_peft.models import build, files, inputs, stock
@@ -213,7 +215,7 @@ def _predicting_what_it_can(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def predict(self: Model, *args: Any, **kwargs: Any) -> Any:
-        if _installed and (args or name in kwargs) and any(head_dtype.adapted_embeddings(self)):
+        if _installed and (args or name in kwargs) and adapted_embeddings(self):
             inputs.check_embeddings(self)
             inputs.check_points(self, args[0] if args else kwargs[name])
         return original(self, *args, **kwargs)
@@ -224,7 +226,7 @@ def _predicting_what_it_can(original: Callable[..., Any]) -> Callable[..., Any]:
 def _converting_by_the_rule(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _apply(self: Model, fn: Callable[..., Any], recurse: bool = True) -> Model:
-        if not _installed or not any(head_dtype.adapted_embeddings(self)):
+        if not _installed or not adapted_embeddings(self):
             return original(self, fn, recurse)
         return head_dtype.convert_(self, lambda: original(self, fn, recurse))
 
@@ -278,7 +280,7 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def train_custom(self: ModelTrainer, *args: Any, **kwargs: Any) -> Any:
-        if not _installed or not any(head_dtype.adapted_embeddings(self.model)):
+        if not _installed or not adapted_embeddings(self.model):
             return original(self, *args, **kwargs)
         arguments = signature.bind(self, *args, **kwargs)
         settings = arguments.arguments
@@ -306,7 +308,7 @@ def _keeping_the_best(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _save_model(self: ModelTrainer, model_file: Any, checkpoint: bool = False) -> None:
         # Flair counts the best score from zero in each training, one that goes on included.
-        has_adapter = _installed and any(head_dtype.adapted_embeddings(self.model))
+        has_adapter = _installed and adapted_embeddings(self.model)
         if not has_adapter or ddp.agree(resume.may_replace(self, model_file)):
             original(self, model_file, checkpoint)
 
@@ -318,7 +320,7 @@ def _saving_what_was_learned(original: Callable[..., None]) -> Callable[..., Non
     def save(self: Model, model_file: str | Path, checkpoint: bool = False, *, save_base: bool | None = None) -> None:
         if not _installed:
             return original(self, model_file, checkpoint)
-        if not any(isinstance(module, PeftTransformerEmbeddings) for module in self.modules()):
+        if not adapted_embeddings(self):
             path = Path(str(model_file))
             if merge.is_merged(self) or _holds_adapter(path):
                 return _replace_whole(path, lambda path: original(self, path, checkpoint))
@@ -361,7 +363,7 @@ def _holds_adapter(path: Path) -> bool:
 def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _load_model(self: ModelTrainer, model_file: Any) -> None:
-        if not _installed or not any(head_dtype.adapted_embeddings(self.model)):
+        if not _installed or not adapted_embeddings(self.model):
             return original(self, model_file)
         files.reload_(self.model, Path(model_file))
         return None
@@ -372,7 +374,7 @@ def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:
 def _sending_what_is_trained(original: type[torch.nn.Module]) -> Callable[..., torch.nn.Module]:
     @functools.wraps(original, updated=())
     def distributed_data_parallel(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
-        if not _installed or not any(head_dtype.adapted_embeddings(module)):
+        if not _installed or not adapted_embeddings(module):
             return original(module, *args, **options)
         return ddp.wrap(module, *args, **options)
 

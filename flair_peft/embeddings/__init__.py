@@ -3,11 +3,8 @@
 May import ``codec``, ``foreign`` and what lies below them.
 """
 
-from flair_peft.embeddings.peft_transformer import (
-    PeftTransformerDocumentEmbeddings,
-    PeftTransformerEmbeddings,
-    PeftTransformerWordEmbeddings,
-)
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.embeddings.word_and_document import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
 
 # Files and pickles name the classes so, and go on doing it.
 for _class in (PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings):

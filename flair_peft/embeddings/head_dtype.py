@@ -1,4 +1,4 @@
-"""Choose, record and align dtypes: one rule, at the boundary between embeddings and head.
+"""The dtype in which the head of a model computes, and in which its embeddings leave: one rule for both.
 
 The base keeps the dtype it was asked for. Embeddings leave in the dtype of the head that consumes them. A head trains
 in fp32. After loading, the head of a default classifier that consists of linear layers is cast to the base's dtype.
@@ -9,8 +9,7 @@ models, which hand scores and vectors to numpy.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
 
 import torch
 from flair.embeddings import Embeddings, StackedEmbeddings
@@ -18,22 +17,10 @@ from flair.models import MultitaskModel
 from flair.nn import Model
 from flair.nn.model import DefaultClassifier
 
+from flair_peft.embeddings import exact_values
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.errors import DtypeMismatchError
 from flair_peft.primitives.dtypes import dtype_name
-
-_MASTERS = "_flair_peft_head_masters"
-
-
-class AdaptedEmbeddings(Protocol):
-    """What this module needs to know of embeddings with an adapter."""
-
-    name: str
-    head_dtype: torch.dtype | None
-    output_dtype: torch.dtype
-
-    @property
-    def base_dtype(self) -> torch.dtype:
-        """Dtype of the frozen transformer."""
 
 
 def align_head_(model: Model) -> None:
@@ -42,32 +29,32 @@ def align_head_(model: Model) -> None:
     The exact values that were loaded are kept beside cast parameters: ``state_dict`` gives them back, and so does
     :func:`restore_head_` before training. Aligning twice does the same as aligning once.
     """
-    adapted = list(adapted_embeddings(model))
+    adapted = adapted_embeddings(model)
     if not adapted:
         return
     restore_head_(model)
     dtype = choose_head_dtype(model, adapted)
-    if dtype != own_head_dtype(model):
+    if dtype != made_head_dtype(model):
         _cast_head_(model, dtype)
     for embeddings in adapted:
         embeddings.output_dtype = dtype
 
 
-def choose_head_dtype(model: Model, adapted: list[AdaptedEmbeddings]) -> torch.dtype:
+def choose_head_dtype(model: Model, adapted: list[PeftTransformerEmbeddings]) -> torch.dtype:
     """Return the dtype in which the head of a loaded model computes, by the rule at the top of this module."""
     asked = {embeddings.head_dtype for embeddings in adapted if embeddings.head_dtype is not None}
     if len(asked) == 1:
         return asked.pop()
     base_dtypes = {embeddings.base_dtype for embeddings in adapted}
     if asked or len(base_dtypes) > 1 or not has_castable_head(model):
-        return own_head_dtype(model)
+        return made_head_dtype(model)
     return base_dtypes.pop()
 
 
-def own_head_dtype(model: Model) -> torch.dtype:
+def made_head_dtype(model: Model) -> torch.dtype:
     """Return the dtype in which the head was made, if it is not cast: fp32, unless torch's default is another one."""
-    found = (tensor.dtype for _, tensor in _all_head_tensors(model) if tensor.is_floating_point())
-    return next(found, torch.get_default_dtype())
+    of_head = (tensor.dtype for _, tensor in _all_head_tensors(model) if tensor.is_floating_point())
+    return next(of_head, torch.get_default_dtype())
 
 
 def has_castable_head(model: Model) -> bool:
@@ -85,10 +72,11 @@ def restore_head_(model: Model) -> None:
     Parameters keep their identity, so an optimiser built before or after sees the same objects. Values that changed
     since the cast win over the ones kept.
     """
-    restored = [restore_(owner, functools.partial(_head_tensors_of, owner)) for owner in _flair_models(model)]
+    owners = _flair_models(model)
+    restored = [exact_values.restore_(owner, functools.partial(_head_tensors_of, owner)) for owner in owners]
     if any(restored):
         for embeddings in adapted_embeddings(model):
-            embeddings.output_dtype = own_head_dtype(model)
+            embeddings.output_dtype = made_head_dtype(model)
 
 
 def train_in_fp32_(model: Model) -> None:
@@ -145,72 +133,9 @@ def check_head(model: Model) -> None:
             )
 
 
-def adapted_embeddings(model: torch.nn.Module) -> Iterator[AdaptedEmbeddings]:
-    """Yield each embeddings module with an adapter once."""
-    for module in model.modules():
-        if is_adapted(module):
-            yield module  # type: ignore[misc]
-
-
-def is_adapted(module: torch.nn.Module) -> bool:
-    """Whether the module follows :class:`AdaptedEmbeddings`."""
-    return isinstance(module, Embeddings) and hasattr(module, "head_dtype") and hasattr(module, "base_dtype")
-
-
 def _cast_head_(model: Model, dtype: torch.dtype) -> None:
     for owner in _flair_models(model):
-        cast_(owner, _head_tensors_of(owner), dtype)
-
-
-def cast_(owner: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Cast tensors of a module, in place; its ``state_dict`` and :func:`restore_` give their exact values back.
-
-    Args:
-        owner: keeps the exact values.
-        tensors: name in the module → its parameter or buffer.
-        dtype: that they have afterwards, if they are floating-point.
-    """
-    masters: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype != dtype:
-            masters[name] = tensor.data
-            tensor.data = tensor.data.to(dtype)
-    if masters:
-        owner.__dict__[_MASTERS] = masters
-        if _give_exact_values not in owner._state_dict_hooks.values():
-            owner._register_state_dict_hook(_give_exact_values)
-
-
-def exact_values(owner: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return name → exact value of the tensors of a module that were :func:`cast_`; it may be changed."""
-    found: dict[str, torch.Tensor] = owner.__dict__.get(_MASTERS, {})
-    return found
-
-
-def restore_(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> bool:
-    """Give tensors that were cast their exact values back, in place; return whether there were any.
-
-    Values that changed since the cast win over the ones kept.
-    """
-    masters: dict[str, torch.Tensor] = owner.__dict__.pop(_MASTERS, {})
-    found = [(tensor, masters[name]) for name, tensor in tensors().items() if name in masters] if masters else []
-    for tensor, master in found:
-        tensor.data = _exact_value(tensor, master)
-    return bool(found)
-
-
-def _give_exact_values(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Put the values that a head was loaded with in place of their casts: files keep the head as it was trained."""
-    for name, master in module.__dict__.get(_MASTERS, {}).items():
-        key = prefix + name
-        if key in state_dict:
-            state_dict[key] = _exact_value(state_dict[key], master)
-
-
-def _exact_value(current: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
-    """Return the master if ``current`` is still its cast, else ``current`` in the master's dtype."""
-    moved = master.to(current.device)
-    return moved if torch.equal(moved.to(current.dtype), current.detach()) else current.detach().to(master.dtype)
+        exact_values.cast_(owner, _head_tensors_of(owner), dtype)
 
 
 def _flair_models(model: torch.nn.Module) -> list[Model]:
@@ -218,36 +143,28 @@ def _flair_models(model: torch.nn.Module) -> list[Model]:
 
 
 def _head_tensors_of(owner: Model) -> dict[str, torch.Tensor]:
-    return dict(_own_head_tensors(owner))
+    """Return name → parameter or buffer of a Flair model, without nested Flair models and adapted embeddings."""
+    return dict(_tensors_of_head(owner, ""))
 
 
-def _own_head_tensors(owner: Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters and buffers of a Flair model that belong neither to a nested Flair model nor to an adapter."""
-    yield from _tensors_outside_adapters(owner, "", is_root=True)
-
-
-def _tensors_outside_adapters(
-    module: torch.nn.Module, prefix: str, *, is_root: bool = False
-) -> Iterator[tuple[str, torch.Tensor]]:
-    if is_adapted(module) or (isinstance(module, Model) and not is_root):
-        return
-    persistent = {**module._parameters, **module._buffers}
-    yield from ((prefix + name, tensor) for name, tensor in persistent.items() if tensor is not None)
+def _tensors_of_head(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    own = {**module._parameters, **module._buffers}
+    yield from ((prefix + name, tensor) for name, tensor in own.items() if tensor is not None)
     for name, child in module._modules.items():
-        if child is not None:
-            yield from _tensors_outside_adapters(child, f"{prefix}{name}.")
+        if child is not None and not isinstance(child, (Model, PeftTransformerEmbeddings)):
+            yield from _tensors_of_head(child, f"{prefix}{name}.")
 
 
 def _all_head_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
     names = {id(module): name for name, module in model.named_modules()}
     for owner in _flair_models(model):
         prefix = names[id(owner)] + "." if names[id(owner)] else ""
-        yield from ((prefix + name, tensor) for name, tensor in _own_head_tensors(owner))
+        yield from ((prefix + name, tensor) for name, tensor in _head_tensors_of(owner).items())
 
 
 def _head_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     for child in model.children():
-        if not is_adapted(child):
+        if not isinstance(child, PeftTransformerEmbeddings):
             yield child
             yield from _head_modules(child)
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from flair_peft.adapter import keys
-from flair_peft.embeddings import head_dtype
+from flair_peft.embeddings.exact_values import exact_values
 from flair_peft.primitives import mapped_memory
 from flair_peft.primitives.fingerprint import are_same_bits
 
@@ -139,7 +139,7 @@ class AdapterMemory:
 def _leave_on_disk_(adapter: _Adapter) -> None:
     """Let every tensor that is as the file has it be the file's."""
     model = _model_of(adapter)
-    exact = head_dtype.exact_values(model)
+    exact = exact_values(model)
     for name, parameter in model.named_parameters():
         stored = adapter.files.get(name)
         if stored is not None and are_same_bits(exact.get(name, parameter).cpu(), stored):
@@ -168,7 +168,7 @@ def _size(adapter: _Adapter) -> int:
     """Return the bytes that the adapter takes in memory, with the exact values of what was narrowed."""
     model = _model_of(adapter)
     sizes = (p.nbytes for name, p in model.named_parameters() if name in adapter.files)
-    return sum(sizes) + sum(tensor.nbytes for tensor in head_dtype.exact_values(model).values())
+    return sum(sizes) + sum(tensor.nbytes for tensor in exact_values(model).values())
 
 
 def _model_of(adapter: _Adapter) -> torch.nn.Module:

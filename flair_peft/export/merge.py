@@ -15,7 +15,7 @@ from flair_peft.base import config_versions, quantisation, stored_config, tokeni
 from flair_peft.base import transformer as base_transformer
 from flair_peft.codec import state_json
 from flair_peft.embeddings import head_dtype, vector_probe
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError, name_some
 from flair_peft.models import build, files
 from flair_peft.primitives import dtypes, mapped_memory
@@ -46,26 +46,26 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
         UnsupportedMethodError: the method cannot be merged, as prompts cannot.
         StateMismatchError: the merged model gives other hidden states.
     """
-    if not any(isinstance(module, PeftTransformerEmbeddings) for module in model.modules()):
+    if not adapted_embeddings(model):
         raise AdapterConfigError(
             f"Cannot merge this {type(model).__name__}: none of its embeddings has an adapter. It is a plain Flair "
             "model already. Save it with model.save(path)."
         )
-    for module in model.modules():
-        if isinstance(module, PeftTransformerEmbeddings) and module.after_final_norm:
+    for embeddings in adapted_embeddings(model):
+        if embeddings.after_final_norm:
             raise AdapterConfigError(
-                f"Cannot merge the adapter of '{module.name}': it reads the transformer after its final norm, and "
+                f"Cannot merge the adapter of '{embeddings.name}': it reads the transformer after its final norm, and "
                 "Flair's own embeddings before it. The merged model would predict something else. Keep the adapter "
                 "beside its base."
             )
-        if isinstance(module, PeftTransformerEmbeddings) and module.is_placed:
-            engine = quantisation.engine(module.base_model)
+        if embeddings.is_placed:
+            engine = quantisation.engine(embeddings.base_model)
             reason = f"quantised by {engine}, and merging would round its weights once more"
             if engine is None:
                 reason = "spread over devices, and what is offloaded cannot be written"
             raise AdapterConfigError(
-                f"Cannot merge the adapter of '{module.name}': its base is {reason}. Load the model on the base as it "
-                "is in its source, and merge there."
+                f"Cannot merge the adapter of '{embeddings.name}': its base is {reason}. Load the model on the base as "
+                "it is in its source, and merge there."
             )
     # A merge between two epochs must not change what is drawn in the next.
     with torch.random.fork_rng(devices=[flair.device] if flair.device.type == "cuda" else []):

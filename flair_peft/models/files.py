@@ -19,7 +19,7 @@ from flair_peft.base import learned, weight_files
 from flair_peft.base.learned import Part
 from flair_peft.codec import state_json
 from flair_peft.compat import versions
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
 from flair_peft.models import build, card, directory_layout, head_probe, stored_state
 from flair_peft.primitives import mapped_memory
@@ -169,7 +169,7 @@ def verify(source: str | Path, *, base_model: str | Mapping[str, str] | None = N
         FlairPeftError: it is not; see :func:`from_pretrained`.
     """
     model = from_pretrained(source, base_model=base_model, verify="full", **options)
-    embedded = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    embedded = adapted_embeddings(model)
     if not embedded or any(embeddings.origin is None for embeddings in embedded):
         lacking = "probe and no record of the base model" if embedded else "adapter"
         raise ModelFileError(
@@ -210,7 +210,7 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, Path(folder, "model"), save_base=save_base)
-        for embeddings in (module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)):
+        for embeddings in adapted_embeddings(model):
             if embeddings.base_record is None or Path(embeddings.base_record.name).is_dir():
                 hub.report_local_base(embeddings.base_model_name)
         return hub.upload(
@@ -259,7 +259,7 @@ def describing(
     **extra: Any,
 ) -> Iterator[tuple[directory_layout.Description, list[PeftTransformerEmbeddings]]]:
     """Yield the model as JSON and tensors, and its embeddings; inside, their state dicts are those of the file."""
-    embedded = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    embedded = adapted_embeddings(model)
     if not embedded:
         raise AdapterConfigError(
             f"Cannot save this {type(model).__name__} as a checkpoint: none of its embeddings has an adapter. The "
@@ -338,7 +338,7 @@ def reload_(model: Model, path: Path) -> None:
     """
     state = unpickle.read_state(path)
     stored = dict(stored_state.stored_bases(state))
-    embedded = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    embedded = adapted_embeddings(model)
     for index, embeddings in enumerate(embedded):
         embeddings.expect_without(stored.get(index, StoredBase()))
     try:

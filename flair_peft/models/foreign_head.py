@@ -12,7 +12,7 @@ from flair.embeddings import StackedEmbeddings
 from flair.models import SequenceTagger, TextClassifier, TokenClassifier
 from flair.nn import Model
 
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.errors import HeadMismatchError, name_some
 from flair_peft.foreign.transfer_plan import ForeignHead
 
@@ -78,7 +78,7 @@ def take_over_head(model: Model, *, labels: Sequence[str] | None = None) -> list
 
 
 def _embeddings_of(model: Model) -> PeftTransformerEmbeddings:
-    found = [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    found = adapted_embeddings(model)
     with_head = [embeddings for embeddings in found if embeddings.foreign_head is not None]
     if len(with_head) != 1:
         raise _refused(model, f"{len(with_head)} of its {len(found)} transformer embeddings have a head from elsewhere")

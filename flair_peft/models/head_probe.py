@@ -24,7 +24,7 @@ from flair.nn import Model
 
 from flair_peft.base import tokenizers
 from flair_peft.embeddings import vector_probe
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import ModelFileError, StateMismatchError, name_some
 from flair_peft.primitives.base_record import load_options
 from flair_peft.primitives.dtypes import dtype_name
@@ -139,7 +139,7 @@ def replay(model: Model, stored: Mapping[str, Any] | None, *, source: str) -> No
     except Exception as error:  # a device may lack what another one computes
         log.warning("Not checked for '%s': what its head gives. It cannot predict here: %s", source, error)
         return
-    rounded_to = (stored["dtype"], *(dtype_name(e.output_dtype) for e in _embedded(model)))
+    rounded_to = (stored["dtype"], *(dtype_name(e.output_dtype) for e in adapted_embeddings(model)))
     allowed = _WIDER * max(map(vector_probe.tolerance, rounded_to))
     apart = {name: _distance(found.get(name), expected) for name, expected in stored["outputs"].items()}
     wrong = [name for name, distance in apart.items() if not distance <= allowed]
@@ -166,11 +166,7 @@ def _distance(found: torch.Tensor | None, expected: torch.Tensor) -> float:
 
 def _coarsest(model: Model) -> str:
     """Return the name of the dtype that rounds most, of those in which the embeddings compute."""
-    return max(map(vector_probe.rounding_of, _embedded(model)), key=vector_probe.tolerance, default="float32")
-
-
-def _embedded(model: Model) -> Iterator[PeftTransformerEmbeddings]:
-    return (module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings))
+    return max(map(vector_probe.rounding_of, adapted_embeddings(model)), key=vector_probe.tolerance, default="float32")
 
 
 def _outputs(model: Model) -> Tensors:

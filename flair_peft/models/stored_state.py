@@ -15,7 +15,8 @@ from peft import PeftConfig
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import implied, keys
 from flair_peft.adapter.implied import ImpliedConfig
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, counterpart
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
+from flair_peft.embeddings.word_and_document import counterpart
 from flair_peft.errors import (
     AdapterConfigError,
     ConfigMismatchError,
@@ -138,8 +139,7 @@ def stored_bases(state: State) -> Iterator[tuple[int, StoredBase]]:
     """Yield, for each embeddings module with an adapter, its number in the file and how the file stores its base."""
     for value in state.values():
         if isinstance(value, torch.nn.Module):  # a decoder with embeddings of its own
-            modules = (module for module in value.modules() if isinstance(module, PeftTransformerEmbeddings))
-            yield from (module.origin for module in modules if module.origin is not None)
+            yield from (found.origin for found in adapted_embeddings(value) if found.origin is not None)
     for _, params in state_tree.embedding_params(state):
         if "part" in params:
             yield params["part"], StoredBase.from_dict(params.get("stored_base"))

@@ -20,7 +20,8 @@ from flair_peft.adapter import injection, keys, methods, refusals
 from flair_peft.base import transformer
 from flair_peft.base.frozen import FrozenBase
 from flair_peft.embeddings import vector_probe
-from flair_peft.embeddings.peft_transformer import ForwardPass, PeftTransformerEmbeddings
+from flair_peft.embeddings.adapted import ForwardPass
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError
 
 log = logging.getLogger("flair_peft")
@@ -80,7 +81,7 @@ class MixedBatches:
             refusals.refuse_unstorable(embeddings.model, places.layers)
         except AdapterConfigError:
             return None  # merged or switched off, which its own pass follows
-        method, frozen = methods.method_name(embeddings.adapter_config), embeddings._frozen
+        method, frozen = methods.method_name(embeddings.adapter_config), embeddings.base_source.frozen
         reason = methods.why_not_mixed(embeddings.adapter_config)
         if reason is None and frozen is None:
             reason = "it has a base of its own"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from flair_peft.base import resolve, tokenizers
 from flair_peft.embeddings import batching
 from flair_peft.embeddings.offload import AdapterMemory
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError
 from flair_peft.models import files, inputs, stock
 from flair_peft.primitives import dtypes
@@ -116,7 +116,7 @@ class SharedBase:
         """
         with resolve.offering(self._offer), tokenizers.sharing_with(self._tokenizers):
             model, directory = _load(source, peft_config, **options)
-        embedded = _embeddings_of(model)
+        embedded = adapted_embeddings(model)
         are_shared = [embeddings.share_with(self._base) for embeddings in embedded]
         if not any(are_shared):
             names = sorted({embeddings.base_model_name for embeddings in embedded})
@@ -143,7 +143,7 @@ class SharedBase:
         if model not in self._models:
             raise self._stranger("unload", model)
         self._models.discard(model)
-        for embeddings in _embeddings_of(model):
+        for embeddings in adapted_embeddings(model):
             if self._memory is not None:
                 self._memory.forget(embeddings)
 
@@ -188,7 +188,7 @@ class SharedBase:
     def _check(self, model: Any, points: Any) -> None:
         if not isinstance(model, Model):
             raise _no_model(model)
-        if model not in self._models and _embeddings_of(model):
+        if model not in self._models and adapted_embeddings(model):
             raise self._stranger("predict with", model)
         inputs.check_points(model, points)
 
@@ -237,7 +237,7 @@ class _Job:
 
     @functools.cached_property
     def _reads_words_once(self) -> bool:
-        return type(self.model) in _READ_ONLY_TEXT and len(_embeddings_of(self.model)) == 1
+        return type(self.model) in _READ_ONLY_TEXT and len(adapted_embeddings(self.model)) == 1
 
 
 def _waves(jobs: Sequence[_Job], *, limit: int, label_name: str | None) -> Iterator[list[_Job]]:
@@ -281,7 +281,3 @@ def _bytes(limit: int | str) -> int:
 
 def _as_list(data_points: Any) -> list[Any]:
     return data_points if isinstance(data_points, list) else [data_points]
-
-
-def _embeddings_of(model: Model) -> list[PeftTransformerEmbeddings]:
-    return [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]

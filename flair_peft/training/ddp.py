@@ -23,7 +23,7 @@ from flair.trainers.plugins import LinearSchedulerPlugin
 from flair.trainers.plugins.base import TrainerPlugin
 from torch.nn.parallel import DistributedDataParallel
 
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import TrainingSetupError
 
 log = logging.getLogger("flair_peft")
@@ -127,14 +127,14 @@ def compare_bases(model: Model) -> None:
     Raises:
         TrainingSetupError: the fingerprints differ.
     """
-    found = [embeddings.source_fingerprint for embeddings in _embeddings(model)]
+    found = [embeddings.base_source.fingerprint for embeddings in adapted_embeddings(model)]
     everywhere: list[list[str | None]] = aggregate(found, list)
     if any(those != found for those in everywhere):
         different = [str(number) for number, those in enumerate(everywhere) if those != everywhere[0]]
         raise TrainingSetupError(
             f"Cannot train in several processes: processes {', '.join(different)} read another base model than process "
             f"0. Only adapter and head are sent, so that each would train on a base of its own. Give all machines the "
-            f"same files or the same revision of {', '.join(e.base_model_name for e in _embeddings(model))}."
+            f"same files or the same revision of {', '.join(e.base_model_name for e in adapted_embeddings(model))}."
         )
 
 
@@ -154,18 +154,16 @@ class GlobalSchedule(TrainerPlugin):
                 plugin.after_setup(dataset_size=size, mini_batch_size=mini_batch_size, **settings)
 
 
-def _embeddings(model: torch.nn.Module) -> list[PeftTransformerEmbeddings]:
-    return [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
-
-
 def _read_from_source(step: torch.nn.Module) -> Iterator[str]:
     """Yield the names of parameters that hold what was read from the source."""
-    found = {id(p) for embeddings in _embeddings(step) for p in embeddings.read_from_source()}
+    found = {
+        id(p) for embeddings in adapted_embeddings(step) for p in embeddings.base_source.unchanged(embeddings.model)
+    }
     for name, parameter in step.named_parameters(remove_duplicate=False):
         if id(parameter) in found:
             yield name
 
 
 def _buffers_of_heads(model: Model) -> Iterator[torch.Tensor]:
-    inside = {id(buffer) for embeddings in _embeddings(model) for buffer in embeddings.buffers()}
+    inside = {id(buffer) for embeddings in adapted_embeddings(model) for buffer in embeddings.buffers()}
     return (buffer for buffer in model.buffers() if id(buffer) not in inside)

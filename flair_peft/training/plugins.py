@@ -18,8 +18,8 @@ from peft.optimizers import create_loraplus_optimizer
 
 from flair_peft.adapter import injection, methods, refusals
 from flair_peft.base import quantisation
-from flair_peft.embeddings import head_dtype, vector_probe
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.embeddings import head_dtype, untrained
+from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import TrainingSetupError, name_some
 from flair_peft.models import files
 
@@ -205,11 +205,11 @@ class AdapterGuard(TrainerPlugin):
         is_known = type(self.trainer.optimizer).__module__.startswith("torch.optim")
         if not is_known or not 0 == epoch < max_epochs or not is_main_process():
             return
-        for embeddings in _adapted(self.model):
+        for embeddings in adapted_embeddings(self.model):
             parameters = injection.trainable_parameters(embeddings.model)
             rate = self._rate_of(parameters.values())
             # An adapter that has learned already may be meant to change little.
-            is_new = embeddings.fine_tune and bool(vector_probe.never_left(embeddings.model, embeddings._start))
+            is_new = embeddings.fine_tune and bool(untrained.never_updated(embeddings.model, embeddings._start))
             wanted = methods.rate_to_try(embeddings.adapter_config, rate) if is_new else None
             if wanted is not None:
                 log.warning(
@@ -284,10 +284,9 @@ def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: A
             matrix, and a frozen one has neither gradient nor optimiser state that reducing it could save.
         AdapterConfigError: the base is quantised in a way that no file can say, so no checkpoint could be written.
     """
-    for module in model.modules():
-        if isinstance(module, PeftTransformerEmbeddings):
-            refusals.refuse_unstorable(module.model)
-            quantisation.check_storable(module.base_model, module.name)
+    for embeddings in adapted_embeddings(model):
+        refusals.refuse_unstorable(embeddings.model)
+        quantisation.check_storable(embeddings.base_model, embeddings.name)
     narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
     if narrow and not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.SGD)):
         raise TrainingSetupError(
@@ -295,7 +294,7 @@ def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: A
             "no squares of small gradients, by which optimisers such as Adam divide, and the weights would become NaN. "
             "Load the base in bfloat16 or float32, or call model.float() before the training."
         )
-    adapted = [embeddings.name for embeddings in head_dtype.adapted_embeddings(model)]
+    adapted = [embeddings.name for embeddings in adapted_embeddings(model)]
     if reduce_transformer_vocab and adapted:
         raise TrainingSetupError(
             f"Cannot reduce the vocabulary of {name_some(adapted)}. The embedding matrix of a base with an adapter is "
@@ -308,9 +307,5 @@ def _as_written(rate: float) -> str:
     return f"{rate:.2g}" if rate >= 0.1 else f"{rate:.0e}".replace("e-0", "e-")
 
 
-def _adapted(model: torch.nn.Module) -> list[PeftTransformerEmbeddings]:
-    return [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
-
-
 def _peft_models(model: torch.nn.Module) -> list[PeftModel]:
-    return [embeddings.model for embeddings in _adapted(model)]
+    return [embeddings.model for embeddings in adapted_embeddings(model)]

@@ -66,7 +66,7 @@ def test_bases_that_differ_in_source_dtype_or_settings_share_nothing(
         make(base("bert"), transformers_model_kwargs={"attn_implementation": "eager"}),
         make(str(moved)),
     ]
-    assert len({id(model._frozen.root) for model in models if model._frozen is not None}) == 4
+    assert len({id(model.base_source.frozen.root) for model in models if model.base_source.frozen is not None}) == 4
     places = [set(pointers(models[index]).values()) for index in (0, 1, 3)]
     assert all(not one & other for i, one in enumerate(places) for other in places[i + 1 :])
 
@@ -289,8 +289,10 @@ def test_write_of_one_model_never_reaches_another(
     third = make(moved, config, **options)
     third.load_state_dict(second.state_dict())
     assert torch.equal(vector(third), before)
-    assert second._frozen is not None
-    assert second._frozen.root.fingerprint == fingerprint.sampled(second._frozen.root.own_weights())
+    assert second.base_source.frozen is not None
+    assert second.base_source.frozen.root.fingerprint == fingerprint.sampled(
+        second.base_source.frozen.root.own_weights()
+    )
     assert write in MERGES or changed is None or not torch.equal(changed, own)
     write(second)
     assert changed is None or torch.equal(vector(first), changed)
@@ -396,8 +398,8 @@ def test_adding_and_training_an_adapter_leaves_the_shared_base_alone(base: Calla
     method = ALL[name]
     kind = "encoder" if "encoder" in method.works else "decoder"
     witness = make(base({"encoder": "bert", "decoder": "llama"}[kind]))
-    assert witness._frozen is not None
-    before = copy.deepcopy(witness._frozen._model.state_dict())
+    assert witness.base_source.frozen is not None
+    before = copy.deepcopy(witness.base_source.frozen._model.state_dict())
     embeddings = make(base({"encoder": "bert", "decoder": "llama"}[kind]), method.config(kind))
     methods.perturb_(embeddings.model, seed=1)
     embeddings.train()
@@ -406,7 +408,7 @@ def test_adding_and_training_an_adapter_leaves_the_shared_base_alone(base: Calla
     torch.optim.SGD([p for p in embeddings.parameters() if p.requires_grad], lr=1.0).step()
     if kind in method.mergeable and hasattr(embeddings.model, "merge_adapter"):
         embeddings.model.merge_adapter()
-    after = witness._frozen._model.state_dict()
+    after = witness.base_source.frozen._model.state_dict()
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
 
 

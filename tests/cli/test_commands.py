@@ -23,7 +23,7 @@ from peft import GraloraConfig, HRAConfig, IA3Config, LoraConfig, PeftConfig, Un
 
 import flair_peft
 from flair_peft.cli import main
-from flair_peft.embeddings import vector_probe
+from flair_peft.embeddings import untrained
 from tests.inspection.test_report import Payload, build, lora, save_as, save_stock
 from tests.support.hub_stand_in import HubStandIn, online
 from tests.support.round_trip import largest_difference
@@ -130,7 +130,7 @@ def test_warning_prints_no_character_that_moves_the_cursor(
     """Names of embeddings come from files, too; logging is as it was after the command."""
     parameters = [p for p in model.embeddings.model.parameters() if p.requires_grad]
     name, model.embeddings.name = model.embeddings.name, "evil\x1b[31m\r"
-    start, model.embeddings._start = model.embeddings._start, vector_probe.start_of(model.embeddings.model)
+    start, model.embeddings._start = model.embeddings._start, untrained.trained_digests(model.embeddings.model)
     try:
         path = save_as("file", model, tmp_path)
     finally:
@@ -138,7 +138,7 @@ def test_warning_prints_no_character_that_moves_the_cursor(
     assert parameters
     caplog.clear()
     assert run("verify", path)[0] == 0
-    said = [record.getMessage() for record in caplog.records if "never left" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "never updated" in record.getMessage()]
     assert len(said) == 1
     assert not set("\x1b\r") & set(said[0])
     assert r"\x1b" in said[0]

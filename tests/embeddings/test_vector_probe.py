@@ -252,7 +252,7 @@ def test_base_beside_a_moved_checkpoint_is_found_by_its_relative_name(
     shutil.copytree(base("bert"), beside / "base")
     monkeypatch.chdir(beside)
     model = classifier("base")
-    model.embeddings._record = dataclasses.replace(model.embeddings.base_record, name="base")
+    model.embeddings.base_source.record = dataclasses.replace(model.embeddings.base_record, name="base")
     save(model, place)
     assert (beside / "base").is_dir()
     monkeypatch.chdir("/")
@@ -431,8 +431,8 @@ def test_probe_finds_changed_weights(change: str, own: Path, tmp_path: Path) -> 
         load(place)
 
 
-def never_left(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if "never left their start" in record.getMessage()]
+def never_updated(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "were never updated" in record.getMessage()]
 
 
 def untrained(
@@ -454,11 +454,11 @@ def test_adapter_that_was_never_trained_is_reported_at_load(
     """Whatever it starts from, an adapter that nothing moved is said to be untrained, with a count; so are copies."""
     place = untrained(own, lora(init_lora_weights=init), tmp_path / form)
     loaded = load(place)
-    (message,) = never_left(caplog)
+    (message,) = never_updated(caplog)
     assert message.startswith("8 of 8 parameters of the adapter")
     caplog.clear()
     load(save(loaded, tmp_path / f"again-{form}"))
-    assert len(never_left(caplog)) == 1
+    assert len(never_updated(caplog)) == 1
 
 
 @forms
@@ -468,13 +468,13 @@ def test_adapter_that_was_trained_is_not_reported(
     """A step of an optimiser is enough, and one after loading too."""
     trained = untrained(own, lora(), tmp_path / form, train=lambda model: perturb_(model, seed=1))
     load(trained)
-    assert never_left(caplog) == []
+    assert never_updated(caplog) == []
     fresh = load(untrained(own, lora(init_lora_weights=True), tmp_path / f"fresh-{form}"))
-    assert len(never_left(caplog)) == 1
+    assert len(never_updated(caplog)) == 1
     caplog.clear()
     CLASSIFIER.train(fresh, CLASSIFIER.corpus(), tmp_path / "training", learning_rate=0.01, max_epochs=2)
     load(tmp_path / "training" / "final-model.pt")
-    assert never_left(caplog) == []
+    assert never_updated(caplog) == []
 
 
 def test_adapter_of_which_a_part_was_trained_names_the_rest(
@@ -488,7 +488,7 @@ def test_adapter_of_which_a_part_was_trained_names_the_rest(
                 parameter.data.add_(0.1)
 
     load(untrained(own, lora(), tmp_path / "model", train=train))
-    (message,) = never_left(caplog)
+    (message,) = never_updated(caplog)
     assert message.startswith("4 of 8 parameters of the adapter")
     assert "layer.0" in message
     assert "layer.1" not in message
@@ -512,7 +512,7 @@ def test_weights_that_no_gradient_reaches_do_not_count_as_untrained(
     assert unreached
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     load(save(model, tmp_path / "model"))
-    assert never_left(caplog) == []
+    assert never_updated(caplog) == []
 
 
 @pytest.mark.parametrize("is_trained", [True, False])
@@ -531,7 +531,7 @@ def test_trained_token_rows_count_as_learned(
 
     place = untrained(own, lora(trainable_token_indices=tokens), tmp_path / "model", train=train)
     loaded = load(place)
-    messages = never_left(caplog)
+    messages = never_updated(caplog)
     assert len(messages) == (0 if is_trained else 1)
     assert all("trainable_tokens_delta" in message and "lora_" not in message for message in messages)
     matrix = loaded.embeddings.base_model.get_input_embeddings()

@@ -139,7 +139,7 @@ def test_file_of_stock_flair_converts_to_a_small_checkpoint(
     encoder = str(archive(version) / "encoder")
     flair_peft.convert_legacy(archive(version) / name, tmp_path / "new", peft_config=given, base_model=encoder)
     loaded = flair_peft.from_pretrained(tmp_path / "new")
-    assert loaded.embeddings._frozen is not None
+    assert loaded.embeddings.base_source.frozen is not None
     assert largest_difference(model["predicted"], predicted(loaded, MORE_OF)) < TOLERANCE
     flair_peft.verify(tmp_path / "new")
 

@@ -104,7 +104,7 @@ def test_shared_base_is_the_base_of_a_model_that_was_loaded_before(base: Callabl
     shared = SharedBase(base("bert"))
     model = shared.load(directory)
     assert shared.models == [model]
-    roots = [embeddings._frozen.root for embeddings in (alone.embeddings, model.embeddings)]
+    roots = [embeddings.base_source.frozen.root for embeddings in (alone.embeddings, model.embeddings)]
     assert roots[0] is roots[1]
 
 

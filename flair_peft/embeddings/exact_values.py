@@ -1,0 +1,61 @@
+"""Tensors of a module cast to another dtype to compute in, with their exact values kept for files and for training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+_KEPT = "_flair_peft_head_masters"
+
+
+def cast_(owner: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Cast tensors of a module, in place; its ``state_dict`` and :func:`restore_` give their exact values back.
+
+    Args:
+        owner: keeps the exact values.
+        tensors: name in the module → its parameter or buffer.
+        dtype: that they have afterwards, if they are floating-point.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            kept[name] = tensor.data
+            tensor.data = tensor.data.to(dtype)
+    if kept:
+        owner.__dict__[_KEPT] = kept
+        if _give_exact_values not in owner._state_dict_hooks.values():
+            owner._register_state_dict_hook(_give_exact_values)
+
+
+def exact_values(owner: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return name → exact value of the tensors of a module that were :func:`cast_`; it may be changed."""
+    kept: dict[str, torch.Tensor] = owner.__dict__.get(_KEPT, {})
+    return kept
+
+
+def restore_(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> bool:
+    """Give tensors that were cast their exact values back, in place; return whether there were any.
+
+    Values that changed since the cast win over the ones kept.
+    """
+    kept: dict[str, torch.Tensor] = owner.__dict__.pop(_KEPT, {})
+    pairs = [(tensor, kept[name]) for name, tensor in tensors().items() if name in kept] if kept else []
+    for tensor, exact in pairs:
+        tensor.data = _exact_value(tensor, exact)
+    return bool(pairs)
+
+
+def _give_exact_values(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Put the values that were loaded in place of their casts: files keep weights as they were trained."""
+    for name, exact in exact_values(module).items():
+        key = prefix + name
+        if key in state_dict:
+            state_dict[key] = _exact_value(state_dict[key], exact)
+
+
+def _exact_value(current: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Return the exact value if ``current`` is still its cast, else ``current`` in the dtype of the exact one."""
+    moved = exact.to(current.device)
+    return moved if torch.equal(moved.to(current.dtype), current.detach()) else current.detach().to(exact.dtype)
