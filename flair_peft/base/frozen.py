@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from flair_peft.adapter import injection, keys
 from flair_peft.base import added_rows, memory_check, module_copy, quantisation, transformer
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
-from flair_peft.primitives import fingerprint, mapped_memory
+from flair_peft.primitives import fingerprint, host_internals, mapped_memory
 from flair_peft.primitives.base_record import BaseRecord
 from flair_peft.primitives.dtypes import DtypeLike, dtype_name, parse_dtype
 
@@ -640,11 +640,11 @@ def _copied_on_write(tensor: torch.Tensor) -> torch.Tensor | None:
     if tensor.device.type not in ("cpu", "cuda"):
         return None  # elsewhere torch does not promise that every write is seen (pytorch#150569)
     try:
-        return tensor._lazy_clone()
+        return host_internals.lazy_clone(tensor)
     except RuntimeError:
         return None
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
     """Return what tells a base's tensors apart as long as it lives: the memory of a storage can move."""
-    return int(tensor.untyped_storage()._cdata), int(tensor.storage_offset())
+    return host_internals.storage_identity(tensor), int(tensor.storage_offset())

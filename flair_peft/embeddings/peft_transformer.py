@@ -19,7 +19,6 @@ from flair.embeddings.base import DocumentEmbeddings, Embeddings, TokenEmbedding
 from flair.embeddings.transformer import SENTENCE_BOUNDARY_TAG, combine_strided_tensors
 from peft import PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from typing_extensions import Self
 
@@ -34,7 +33,7 @@ from flair_peft.embeddings.params import Storable
 from flair_peft.errors import AdapterConfigError, ModelFileError
 from flair_peft.foreign import adapter_files, transfer_plan
 from flair_peft.foreign.transfer_plan import ForeignHead
-from flair_peft.primitives import dtypes
+from flair_peft.primitives import dtypes, host_internals
 from flair_peft.primitives.base_record import LoadOptions, StoredBase, load_options
 
 log = logging.getLogger("flair_peft")
@@ -58,6 +57,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
     adapter_memory: AdapterMemory | None = None
 
     @torch.inference_mode(False)
+    @host_internals.errors_of_transformers_alone()
     def __init__(
         self,
         model: str = "bert-base-uncased",
@@ -139,10 +139,7 @@ class PeftTransformerEmbeddings(Storable, TransformerEmbeddings):
             AdapterConfigError: the config is no PEFT config or does not fit the model.
             UnsupportedMethodError: the method cannot work on this architecture.
         """
-        # Tokenizers warn of forked processes; Flair forks none while it embeds.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        transformers_logging.set_verbosity_error()
-
+        host_internals.tokenize_in_one_thread()
         self._check_pooling(is_token_embedding, subtoken_pooling, is_document_embedding, cls_pooling)
         config_kwargs = {**(transformers_config_kwargs or {}), **kwargs}
         model_kwargs = {**(transformers_model_kwargs or {}), **kwargs}
