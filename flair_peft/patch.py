@@ -52,7 +52,7 @@ from flair_peft.embeddings.word_and_document import counterpart
 from flair_peft.errors import ModelFileError, SaveError
 from flair_peft.export import merge
 from flair_peft.models import build, files, inputs, stock
-from flair_peft.primitives import mapped_memory
+from flair_peft.primitives import host_internals, mapped_memory
 from flair_peft.primitives.base_record import loading_with
 from flair_peft.storage import checkpoint_directory as checkpoint_files
 from flair_peft.storage import hub
@@ -117,6 +117,7 @@ def uninstall() -> None:
     with _lock:
         while _installed:
             _installed.pop().take_back()
+        host_internals.tokenize_as_before()
 
 
 def is_installed() -> bool:

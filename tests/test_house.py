@@ -243,6 +243,37 @@ def test_house_unpickle_is_the_reader_that_the_rule_is_about() -> None:
     assert LOADERS & set(_calls("torchfile/unpickle"))
 
 
+# Private names of other libraries, and what belongs to the whole process.
+REACHES = {"_C", "_cdata", "_lazy_clone", "__globals__", "f_locals", "f_back", "currentframe", "_getframe"}
+PROCESS_WIDE = {"logging.getLogger()", "set_verbosity", "os.environ"}
+
+
+def _reaches(module: str) -> set[str]:
+    """Return the private names that a module reads, and what it changes for the whole process."""
+    nodes = list(ast.walk(_tree(module)))
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)} & REACHES
+    calls = {ast.unparse(node) for node in nodes if isinstance(node, ast.Call)}
+    written = {ast.unparse(node.value) for node in nodes if _is_written_item(node)}
+    verbosity = {"set_verbosity" for call in _calls(module) if "set_verbosity" in call}
+    return read | ((calls | written | verbosity) & PROCESS_WIDE)
+
+
+def _is_written_item(node: ast.AST) -> bool:
+    return isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "primitives/host_internals"])
+def test_house_modules_but_host_internals_reach_into_no_other_library(module: str) -> None:
+    """Frames, torch's private functions, the environment, the root logger and the verbosity of others have one room."""
+    assert not _reaches(module)
+
+
+def test_house_host_internals_reaches_into_others() -> None:
+    """The rule has an object."""
+    found = _reaches("primitives/host_internals")
+    assert found >= {"_C", "_cdata", "_lazy_clone", "f_locals", "logging.getLogger()", "os.environ"}
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "cli/terminal"])
 def test_house_modules_print_nothing(module: str) -> None:
     """The package speaks through logging; only the command line prints."""

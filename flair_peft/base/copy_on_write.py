@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from flair_peft.adapter import injection
-from flair_peft.primitives import mapped_memory
+from flair_peft.primitives import host_internals, mapped_memory
 
 
 class SharedWeights:
@@ -75,11 +75,11 @@ def _lazy_clone(tensor: torch.Tensor) -> torch.Tensor | None:
     if tensor.device.type not in ("cpu", "cuda"):
         return None  # elsewhere torch does not promise that every write is seen (pytorch#150569)
     try:
-        return tensor._lazy_clone()
+        return host_internals.lazy_clone(tensor)
     except RuntimeError:
         return None
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
     """Return what tells a base's tensors apart as long as it lives: the memory of a storage can move."""
-    return int(tensor.untyped_storage()._cdata), int(tensor.storage_offset())
+    return host_internals.storage_identity(tensor), int(tensor.storage_offset())

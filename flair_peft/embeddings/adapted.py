@@ -188,8 +188,6 @@ class AdaptedEmbeddings(TransformerEmbeddings):
         """Move or convert as torch does; what accelerate spread over devices stays as it is."""
         model = getattr(self, "model", None)
         is_dispatched = isinstance(model, torch.nn.Module) and placement.is_dispatched(model)
-            self.model
-        )
         return super()._apply(fn, recurse and not is_dispatched)
 
     def prepare_tensors(self, sentences: list[Sentence], device: torch.device | None = None) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Jobs that take turns and ask one place for what they need: what all of them want at once is answered at once."""
+"""Cooperative threads whose requests are answered in one batch.
+
+Flair's ``predict`` needs a forward pass deep inside. Each of several calls runs in a thread of its own, as far as its
+next request. Once all of them ask, or have ended, the requests are answered together and the calls go on.
+"""
 
 from __future__ import annotations
 
@@ -6,74 +10,72 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 import torch
 
-_current: contextvars.ContextVar[_Job | None] = contextvars.ContextVar("flair_peft_job", default=None)
-
-
-Known = dict[Any, Any]
-_known: contextvars.ContextVar[Known | None] = contextvars.ContextVar("flair_peft_known", default=None)
-
 
 class _Abandoned(BaseException):
-    """Unwinds a job that nobody waits for any more; no ``except Exception`` on its way stops it."""
+    """Unwinds a thread that nobody waits for any more; no ``except Exception`` on its way stops it."""
 
 
-class _Job:
-    """One job in a thread of its own, which runs only while it is resumed."""
+class _Stop(NamedTuple):
+    """Why a thread stopped: it asks for something, or its task has ended, with an error or without."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
-        self._run = run
-        self._may_go, self._has_stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._is_abandoned = self.is_done = False
-        self.request: Any = None
-        self._reply: Any = None
-        self.error: BaseException | None = None
-        self._modes = _modes_of_this_thread()
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(target=lambda: context.run(self._work), daemon=True)
-        self._thread.start()
+    request: Any = None
+    has_ended: bool = False
+    error: BaseException | None = None
 
-    def resume(self, reply: Any = None) -> None:
-        """Let the job go on with a reply until it asks again or ends."""
-        self._reply = reply
-        self._may_go.release()
-        self._has_stopped.acquire()
+
+class _CooperativeThread(threading.Thread):
+    """A thread that runs only while it is resumed: from a reply to its next request, or to the end of its task.
+
+    Attributes:
+        known: what the threads of one :func:`run` tell one another until the next answer.
+    """
+
+    def __init__(self, task: Callable[[], None], known: dict[Any, Any]) -> None:
+        super().__init__(daemon=True)
+        self.known = known
+        self._task, self._context, self._modes = task, contextvars.copy_context(), _modes_of_this_thread()
+        self._replies: SimpleQueue[Any] = SimpleQueue()
+        self._stops: SimpleQueue[_Stop] = SimpleQueue()
+        self.start()
+
+    def resume(self, reply: Any) -> _Stop:
+        """Let the task go on with a reply until it asks again or ends."""
+        self._replies.put(reply)
+        return self._stops.get()
 
     def abandon(self) -> None:
-        """Let the job end where it stands."""
-        if not self.is_done:
-            self._is_abandoned = True
-            self.resume()
-        self._thread.join()
+        """Let the task end where it stands."""
+        self._replies.put(_Abandoned)
+        self.join()
 
     def ask(self, request: Any) -> Any:
-        self.request = request
-        self._has_stopped.release()
-        self._may_go.acquire()
-        if self._is_abandoned:
+        """Stop, in this thread, until there is a reply."""
+        self._stops.put(_Stop(request))
+        reply = self._replies.get()
+        if reply is _Abandoned:
             raise _Abandoned
-        reply, self._reply, self.request = self._reply, None, None
         return reply
 
-    def _work(self) -> None:
-        _current.set(self)
-        self._may_go.acquire()
+    def run(self) -> None:
+        """Run the task, in the contexts in which the thread was made, once it is resumed for the first time."""
+        if self._replies.get() is _Abandoned:
+            return
         try:
-            if not self._is_abandoned:
-                with contextlib.ExitStack() as modes:
-                    for mode in self._modes:
-                        modes.enter_context(mode)
-                    self._run()
-        except _Abandoned:
-            pass
+            self._context.run(self._run_task)
+            self._stops.put(_Stop(has_ended=True))
         except BaseException as error:
-            self.error = error
-        finally:
-            self.is_done = True
-            self._has_stopped.release()
+            self._stops.put(_Stop(has_ended=True, error=error))
+
+    def _run_task(self) -> None:
+        with contextlib.ExitStack() as modes:
+            for mode in self._modes:
+                modes.enter_context(mode)
+            self._task()
 
 
 def _modes_of_this_thread() -> list[contextlib.AbstractContextManager[Any]]:
@@ -87,55 +89,60 @@ def _modes_of_this_thread() -> list[contextlib.AbstractContextManager[Any]]:
     return [*modes, torch.inference_mode()] if torch.is_inference_mode_enabled() else modes
 
 
-def run(jobs: Sequence[Callable[[], None]], answer: Callable[[list[Any]], list[Any]]) -> None:
-    """Run the jobs to their end, one at a time, and answer what they :func:`ask` once all of them ask or have ended.
+def run(tasks: Sequence[Callable[[], None]], answer: Callable[[list[Any]], list[Any]]) -> None:
+    """Run the tasks to their end, one at a time, and answer what they :func:`ask` once all of them ask or have ended.
 
-    Only one job runs at any moment, and it is only left where it asks. Jobs are resumed in their order.
+    Only one task runs at any moment, and it is only left where it asks. Tasks are resumed in their order.
 
     Args:
-        jobs: each runs in a thread of its own, with the context variables of the caller.
-        answer: requests, in the order of the jobs → replies in the same order; runs in the thread of the caller.
+        tasks: each runs in a thread of its own, with the context variables of the caller.
+        answer: requests, in the order of the tasks → replies in the same order; runs in the thread of the caller.
 
     Raises:
-        BaseException: what a job or ``answer`` raised first; the other jobs are ended where they stand.
+        BaseException: what a task or ``answer`` raised first; the other tasks are ended where they stand.
     """
-    known: Known = {}
-    token = _known.set(known)
+    known: dict[Any, Any] = {}
+    threads: list[_CooperativeThread] = []
     try:
-        threads = [_Job(job) for job in jobs]
-    finally:
-        _known.reset(token)
-    try:
-        replies: dict[_Job, Any] = dict.fromkeys(threads)
+        for task in tasks:
+            threads.append(_CooperativeThread(task, known))
+        replies: dict[_CooperativeThread, Any] = dict.fromkeys(threads)
         while replies:
-            for job, reply in replies.items():
-                job.resume(reply)
-                if job.error is not None:
-                    raise job.error
+            stops = {}
+            for thread, reply in replies.items():
+                stops[thread] = thread.resume(reply)
+                if (error := stops[thread].error) is not None:
+                    raise error
             known.clear()
-            asking = [job for job in replies if not job.is_done]
-            found = answer([job.request for job in asking]) if asking else []
-            replies = dict(zip(asking, found, strict=True))
+            asking = {thread: stop.request for thread, stop in stops.items() if not stop.has_ended}
+            answers = answer([*asking.values()]) if asking else []
+            replies = dict(zip(asking, answers, strict=True))
     finally:
-        for job in threads:
-            job.abandon()
+        for thread in threads:
+            thread.abandon()
 
 
-def known_in_this_round() -> Known | None:
-    """Return what jobs may tell one another until the next answer; ``None`` where no jobs take turns."""
-    return _known.get()
+def _thread_of_run() -> _CooperativeThread | None:
+    thread = threading.current_thread()
+    return thread if isinstance(thread, _CooperativeThread) else None
+
+
+def known_in_this_round() -> dict[Any, Any] | None:
+    """Return what tasks may tell one another until the next answer; ``None`` outside of :func:`run`."""
+    thread = _thread_of_run()
+    return None if thread is None else thread.known
 
 
 def is_going_on() -> bool:
-    """Whether this code runs within a job."""
-    return _current.get() is not None
+    """Whether this code runs within a task of :func:`run`."""
+    return _thread_of_run() is not None
 
 
 def ask(request: Any) -> Any:
-    """Return the reply to a request, which is given once every other job asks too or has ended.
+    """Return the reply to a request, which is given once every other task asks too or has ended.
 
-    Only within a job; see :func:`is_going_on`.
+    Only within a task; see :func:`is_going_on`.
     """
-    job = _current.get()
-    assert job is not None
-    return job.ask(request)
+    thread = _thread_of_run()
+    assert thread is not None
+    return thread.ask(request)

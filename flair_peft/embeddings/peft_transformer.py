@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Mapping
 from io import BytesIO
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from flair.embeddings import TransformerEmbeddings
 from flair.embeddings.base import register_embeddings
 from peft import PeftConfig, PeftModel
 from transformers import PretrainedConfig
-from transformers import logging as transformers_logging
 from typing_extensions import Self
 
 from flair_peft.adapter import config as configs
@@ -26,7 +24,7 @@ from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.pending_load import PendingLoad
 from flair_peft.foreign import adapter_files, fill_embeddings, transfer_plan
 from flair_peft.foreign.transfer_plan import ForeignHead
-from flair_peft.primitives import dtypes, mapped_memory
+from flair_peft.primitives import dtypes, host_internals, mapped_memory
 from flair_peft.primitives.base_record import LoadOptions, StoredBase
 
 log = logging.getLogger("flair_peft")
@@ -95,6 +93,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
     _is_strict = True
 
     @torch.inference_mode(False)
+    @host_internals.errors_of_transformers_alone()
     def __init__(
         self,
         model: str = "bert-base-uncased",
@@ -131,10 +130,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
         **kwargs: Any,
     ) -> None:
         """Load a transformer and add an adapter to it; the class says what the arguments mean."""
-        # Tokenizers warn of forked processes; Flair forks none while it embeds.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        transformers_logging.set_verbosity_error()
-
+        host_internals.tokenize_in_one_thread()
         _check_pooling(is_token_embedding, subtoken_pooling, is_document_embedding, cls_pooling)
         arguments = construction.TransformersArguments.sort(
             kwargs, transformers_tokenizer_kwargs, transformers_config_kwargs, transformers_model_kwargs, dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from flair.models import MultitaskModel
 from flair.nn import Model
 
 from flair_peft.errors import AdapterConfigError, FlairPeftError, SaveError
+from flair_peft.primitives import host_internals
 from flair_peft.storage import checkpoint_directory
 
 log = logging.getLogger("flair_peft")
@@ -76,7 +76,7 @@ def quantize_onnx(
         )
     before, score = _predict(model, data_points), _evaluate(model, data_points, gold_label_type)
     sizes = sum(Path(embeddings.onnx_model).stat().st_size for embeddings in embedded)
-    with _without_advice():
+    with host_internals.without_advice_on_quantising():
         for embeddings in embedded:
             _quantize_(embeddings)
     after, score_after = _predict(model, data_points), _evaluate(model, data_points, gold_label_type)
@@ -110,26 +110,6 @@ def _quantize_(embeddings: TransformerOnnxEmbeddings) -> None:
             "as it did."
         ) from error
     embeddings.onnx_model = str(target)
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Inside, onnxruntime does not advise to prepare the graph in another program.
-
-    It does so through the root logger, by a function that gives this one a handler if it has none.
-    """
-    root, placeholder = logging.getLogger(), logging.NullHandler()
-    root.addHandler(placeholder)
-    root.addFilter(_is_no_advice)
-    try:
-        yield
-    finally:
-        root.removeFilter(_is_no_advice)
-        root.removeHandler(placeholder)
-
-
-def _is_no_advice(record: logging.LogRecord) -> bool:
-    return "pre-processing before quantization" not in record.getMessage()
 
 
 def _predict(model: Any, data_points: Sequence[DataPoint]) -> list[Labels]:

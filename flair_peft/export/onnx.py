@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import types
+import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flair
 import torch
 from flair.data import Sentence
 from flair.embeddings import TransformerEmbeddings
@@ -38,7 +38,7 @@ def export_onnx(
 ) -> Model:
     """Return a plain Flair model whose transformer, with the adapter merged into it, is the ONNX file at ``path``.
 
-    The file is written by Flair's own export; the vectors of onnxruntime are compared with those of the merged model.
+    The file is that of Flair's own export; the vectors of onnxruntime are compared with those of the merged model.
     The returned model is saved and loaded by stock Flair, and finds the file by its path.
 
     Args:
@@ -87,20 +87,44 @@ def _export(
 
 
 def _export_to(path: Path, embeddings: TransformerEmbeddings, examples: Sequence[str], opset_version: int) -> Any:
-    export = _with_the_exporter_that_traces(embeddings.onnx_cls.export_from_embedding.__func__)
-    sentences = [Sentence(text) for text in examples]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer: shapes that it sees as constants are checked below
         try:
-            found = export(embeddings.onnx_cls, path, embeddings, sentences, opset_version=opset_version)
+            _trace(path, embeddings, [Sentence(text) for text in examples], opset_version)
+            exported = embeddings.onnx_cls(onnx_model=str(path), providers=_providers(), **embeddings.to_args())
         except (RuntimeError, ValueError, TypeError, LookupError, torch.onnx.errors.OnnxExporterError) as error:
             raise UnsupportedMethodError(
                 f"Cannot export '{embeddings.name}': torch's ONNX exporter fails on {type(embeddings.model).__name__} "
                 f"with {type(error).__name__}: {str(error)[:200]}. Flair exports encoders; use flair_peft.merge for "
                 "this one."
             ) from error
-    _check(embeddings, found)
-    return found
+    _check(embeddings, exported)
+    return exported
+
+
+def _trace(path: Path, embeddings: TransformerEmbeddings, examples: list[Sentence], opset_version: int) -> None:
+    """Write the graph that Flair's ONNX embeddings run.
+
+    Flair's own export hands no ``dynamo=False`` on, and torch's other exporter cannot export Flair's embeddings.
+    """
+    tensors = embeddings.prepare_tensors(examples)
+    outputs = {"document_embeddings": embeddings.document_embedding, "token_embeddings": embeddings.token_embedding}
+    torch.onnx.export(
+        embeddings,
+        (tensors,),
+        str(path),
+        input_names=[name for name in inspect.signature(embeddings.forward).parameters if name in tensors],
+        output_names=[name for name, is_given in outputs.items() if is_given],
+        dynamic_axes=embeddings.onnx_cls.collect_dynamic_axes(embeddings, tensors),
+        opset_version=opset_version,
+        dynamo=False,
+    )
+
+
+def _providers() -> list[Any]:
+    """Return what onnxruntime computes with: as in Flair, no more than 4 GiB of a GPU."""
+    on_gpu = ("CUDAExecutionProvider", {"device_id": 0, "gpu_mem_limit": 4 << 30})
+    return [*([on_gpu] if flair.device.type == "cuda" else []), "CPUExecutionProvider"]
 
 
 def _check(embeddings: TransformerEmbeddings, found: Embeddings[Any]) -> None:
@@ -126,16 +150,6 @@ def _refuse_separators(model: Model) -> None:
                 "by a space where the embeddings are an ONNX file. Loaded again, it would predict something else. Use "
                 "flair_peft.merge, or train with embed_separately=True."
             )
-
-
-def _with_the_exporter_that_traces(function: types.FunctionType) -> Callable[..., Any]:
-    """Return Flair's function with another ``torch.onnx.export``: torch's default is one that cannot export Flair's.
-
-    Flair hands no ``dynamo=False`` on. The function gets globals of its own, so that nobody else sees the other one.
-    """
-    onnx = types.SimpleNamespace(export=functools.partial(torch.onnx.export, dynamo=False))
-    own = {**function.__globals__, "torch": types.SimpleNamespace(onnx=onnx)}
-    return types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
 
 
 def _vectors(embeddings: Embeddings[Any], text: str) -> torch.Tensor:

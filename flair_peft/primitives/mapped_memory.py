@@ -21,6 +21,8 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 
+from flair_peft.primitives import host_internals
+
 # Of Linux 5.4 and later: reclaims pages without changing what is in them.
 _MADV_PAGEOUT = 21
 
@@ -64,18 +66,17 @@ class _Mapping(NamedTuple):
 
 def address(tensor: torch.Tensor) -> int:
     """Return where a tensor's memory starts. ``data_ptr`` would first copy memory that is copied once it is written."""
-    of_storage = torch._C._data_address(tensor)  # type: ignore[attr-defined]
-    return int(of_storage + tensor.storage_offset() * tensor.itemsize)
+    return host_internals.storage_address(tensor) + int(tensor.storage_offset()) * tensor.itemsize
 
 
 def is_copied_on_write(tensor: torch.Tensor) -> bool:
     """Whether torch copies the tensor's memory before it is written to, or read by what might write."""
-    return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
+    return host_internals.is_copied_on_write(tensor)
 
 
 def lent(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor for somebody who reads it as if he might write: what is copied on write stays as it is."""
-    return tensor.detach()._lazy_clone() if is_copied_on_write(tensor) else tensor
+    return host_internals.lazy_clone(tensor.detach()) if is_copied_on_write(tensor) else tensor
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ from flair_peft.errors import AdapterConfigError, BaseMismatchError
 from flair_peft.models import files, inputs, stock
 from flair_peft.primitives import dtypes
 from flair_peft.primitives.dtypes import DtypeLike
-from flair_peft.serving import mixed_batches
+from flair_peft.serving.mixed_batches import MixedBatches
 from flair_peft.storage import file_names, hub
 
 log = logging.getLogger("flair_peft")
@@ -85,7 +85,7 @@ class SharedBase:
         self._offer = resolve.Offer(base, is_converted=asked is not None)
         self._tokenizers: dict[tuple[Any, ...], Any] = {}
         self._models: weakref.WeakSet[Model] = weakref.WeakSet()
-        self._batches = mixed_batches.MixedBatches()
+        self._mixed_batches = MixedBatches()
         self._memory = None if adapter_memory is None else AdapterMemory(_bytes(adapter_memory))
 
     def __repr__(self) -> str:
@@ -175,15 +175,13 @@ class SharedBase:
         for model, points in sentences.items():
             self._check(model, points)
         jobs = [_Job(model, _as_list(points)) for model, points in sentences.items()]
-        total, session = sum(len(job.data_points) for job in jobs), self._batches.start()
+        total = sum(len(job.data_points) for job in jobs)
+        answer = self._mixed_batches.for_prediction(rows=mini_batch_size)
         with tqdm(total=total, desc="Batch inference", disable=not verbose) as bar:
             for wave in _waves(jobs, limit=mini_batch_size, label_name=options.get("label_name")):
                 count = sum(len(job.data_points) for job in wave)
                 rounds = max(1, -(-count // mini_batch_size))
-                batching.run(
-                    [functools.partial(job.run, rounds, bar.update, options) for job in wave],
-                    functools.partial(session.run, rows=mini_batch_size),
-                )
+                batching.run([functools.partial(job.run, rounds, bar.update, options) for job in wave], answer)
 
     def _check(self, model: Any, points: Any) -> None:
         if not isinstance(model, Model):

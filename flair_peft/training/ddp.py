@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import TrainingSetupError
+from flair_peft.primitives import host_internals
 
 log = logging.getLogger("flair_peft")
 
@@ -95,8 +96,8 @@ def wrap(model: Model, *, device_ids: object = None, **options: Any) -> Distribu
     """
     compare_bases(model)
     step = TrainingStep(model)
-    # torch's name for what is not synchronised: at construction it would write to storage that other models share.
-    step.__dict__["_ddp_params_and_buffers_to_ignore"] = set(_read_from_source(step))
+    # At construction, what is synchronised would be written to storage that other models share.
+    host_internals.leave_out_of_synchronisation_(step, _read_from_source(step))
     wrapped = DistributedDataParallel(step, **options)
     wrapped.broadcast_buffers = any(True for _ in _buffers_of_heads(model))
     return wrapped

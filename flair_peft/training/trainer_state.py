@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from flair.trainers.plugins.base import BasePlugin
 
 from flair_peft.adapter import keys, traits
 from flair_peft.errors import TrainingSetupError, UnsupportedStateError, name_some
+from flair_peft.primitives import host_internals
 from flair_peft.training.plugins import RankAllocationPlugin
 
 log = logging.getLogger("flair_peft")
@@ -277,15 +276,9 @@ def take_random_state(state: State) -> None:
 
 
 def find_scaler(trainer: ModelTrainer) -> torch.amp.GradScaler | None:
-    """Return the gradient scaler of a training in progress, which is a local variable of Flair's ``train_custom``."""
-    frame: FrameType | None = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "train_custom" and frame.f_locals.get("self") is trainer:
-            scaler = frame.f_locals.get("scaler")
-            if isinstance(scaler, torch.amp.GradScaler):
-                return scaler
-        frame = frame.f_back
-    return None
+    """Return the gradient scaler of a training in progress."""
+    scaler = host_internals.variable_of_caller("train_custom", trainer, "scaler")
+    return scaler if isinstance(scaler, torch.amp.GradScaler) else None
 
 
 def plain(value: Any, where: str) -> Any:

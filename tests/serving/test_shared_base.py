@@ -172,7 +172,7 @@ def test_adapter_that_could_not_be_tried_for_want_of_memory_is_tried_again(
         return [labels_of(points) for points in sentences.values()]
 
     with monkeypatch.context() as patch:
-        patch.setattr(mixed_batches._Tree, "_forward", fail)
+        patch.setattr(mixed_batches.MixingModel, "_forward", fail)
         alone = labels()
     with counting_forward_passes() as passes:
         together = labels()
@@ -655,6 +655,30 @@ def test_unload_frees_the_model_and_leaves_the_others(base: Callable[[str], str]
     gc.collect()
     assert third() is None
     assert len(shared.models) == 1
+
+
+def test_predict_together_keeps_nothing_of_bases_whose_models_are_gone(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Each set of trained rows is a base of its own, with a mixing model that goes with the models on it."""
+    shared = SharedBase(base("bert"))
+    models = []
+    for number in range(3):
+        _, live = save("text-classifier", base("bert"), tmp_path / str(number), seed=number)
+        live.embeddings.base_model.get_input_embeddings().weight.data[-1] = float(number)
+        flair_peft.save_pretrained(live, tmp_path / str(number))
+        models += [shared.load(tmp_path / str(number)) for _ in range(2)]
+    del live
+    shared.predict({model: [Sentence(TEXTS[0])] for model in models})
+    mixing = [weakref.ref(each) for by_method in shared._mixed_batches._models.values() for each in by_method.values()]
+    assert len(mixing) == 3
+    del models[2:]
+    gc.collect()
+    assert [each() is not None for each in mixing] == [True, False, False]
+    sentences = {model: [Sentence(TEXTS[0])] for model in models}
+    with counting_forward_passes() as passes:
+        shared.predict(sentences)
+    assert passes == [2]
 
 
 def test_predict_with_something_else_than_a_model_is_refused(base: Callable[[str], str]) -> None:
