@@ -21,18 +21,18 @@ html_title = f"flair_peft {release}"
 language = "en"
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "insert",
-    "generated",
+    "repository",
     "docstrings",
 ]
 exclude_patterns = ["extensions"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks show what they printed when they were committed
 
 toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"

@@ -1,4 +1,4 @@
-"""The documentation: messages that it quotes are raised, public names are in it, what it inserts is there."""
+"""The documentation: quoted messages are raised, public names are in it, made parts are current, links lead on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import functools
 import gc
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -32,7 +33,7 @@ import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, errors
 from tests.base.test_memory_check import Memory
 from tests.base.test_quantisation import quantised_classifier
-from tests.support import foreign_adapters, tiny
+from tests.support import foreign_adapters, house_picture, pages, tiny
 from tests.support.methods import LORA_VARIANTS, METHODS, perturb_
 from tests.test_house import FLOORS
 from tests.training.test_plugins import classifier, lora, train
@@ -40,6 +41,7 @@ from tests.training.test_plugins import classifier, lora, train
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 TROUBLESHOOTING = DOCS / "guide" / "troubleshooting.md"
+PAGES = pages.pages()
 BASE = "bert-base"
 
 Provoke = Callable[[], object]
@@ -493,84 +495,135 @@ def test_troubleshooting_reads_what_it_quotes() -> None:
 
 def test_reference_has_every_public_name_once() -> None:
     """A new public name is documented before anybody can use it."""
-    pages = "\n".join(path.read_text(encoding="utf-8") for path in sorted((DOCS / "reference").glob("*.md")))
-    found = re.findall(r"^\.\. (?:autoclass|autofunction|py:data):: (\w+)$", pages, flags=re.MULTILINE)
+    reference = "\n".join(path.read_text(encoding="utf-8") for path in sorted((DOCS / "reference").glob("*.md")))
+    found = re.findall(r"^\.\. (?:autoclass|autofunction|py:data):: (\w+)$", reference, flags=re.MULTILINE)
     assert sorted(found) == sorted({*flair_peft.__all__} - {"FlairPeftError"})
-    assert "% insert :errors" in pages
+    assert "<!-- made: error_reference -->" in reference
 
 
 @pytest.fixture
-def extensions(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """Return the extensions by which the pages are made; they need no Sphinx to be imported."""
-    names = ("insert", "house", "generated")
+def repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Return the extension that brings other texts of the repository into the site; it imports no Sphinx."""
     monkeypatch.syspath_prepend(str(DOCS / "extensions"))
-    yield {name: importlib.import_module(name) for name in names}
-    for name in names:
-        sys.modules.pop(name)
+    yield importlib.import_module("repository")
+    sys.modules.pop("repository")
 
 
-def test_pages_insert_parts_that_are_there(extensions: dict[str, ModuleType]) -> None:
-    """A part of the README that was renamed shows here, and so does a link that leads to no page."""
-    insert = extensions["insert"]
-    insert.MAKERS.update(extensions["generated"].MADE)
-    count = 0
-    for page in sorted(DOCS.rglob("*.md")):
-        for found in insert.INSERT.finditer(page.read_text(encoding="utf-8")):
-            assert insert.inserted(found.groupdict()).strip(), (page, found[0])
-            count += 1
-    assert count > 30
-    for target in insert.PAGES.values():
-        assert (DOCS / target.lstrip("/").partition("#")[0]).is_file()
+def test_made_parts_of_pages_and_the_picture_are_what_the_code_makes_now() -> None:
+    """Tables, helps and the picture are committed as they are; ``python -m tests.support.pages`` renews them."""
+    parts = [part["name"] for page in PAGES for part in pages.PART.finditer(page.read_text(encoding="utf-8"))]
+    assert sorted(parts) == sorted(pages.MADE)
+    stale = [page for page in PAGES if pages.renewed(text := page.read_text(encoding="utf-8")) != text]
+    assert not stale
+    assert pages.PICTURE.read_text(encoding="utf-8") == house_picture.draw(FLOORS)
 
 
-def test_pages_have_every_part_of_the_readme(extensions: dict[str, ModuleType]) -> None:
-    """A journey that is added to the README gets a place on a page."""
-    insert = extensions["insert"]
-    pages = "\n".join(path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md")))
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    titles = {insert._title(line) for line, code in zip(lines, insert._in_code(lines), strict=True) if not code}
-    missing = {title for title in titles - {None} if f"% insert README.md: {title}" not in pages}
-    assert missing == {"flair_peft", "Journeys"}
+def test_made_part_of_a_page_is_replaced_between_its_marks() -> None:
+    """What stands around a part stays, and a part that is empty or old is written anew."""
+    made = f"<!-- made: error_tree -->\n\n{pages.error_tree()}\n\n<!-- end -->"
+    for between in ("", "\nold\n"):
+        page = f"# Title\n\n<!-- made: error_tree -->\n{between}<!-- end -->\n\nwords <!-- end -->\n"
+        assert pages.renewed(page) == f"# Title\n\n{made}\n\nwords <!-- end -->\n"
+    assert pages.renewed("no part") == "no part"
 
 
-@pytest.mark.parametrize(
-    ("title", "expected"),
-    [
-        ("Section", "words\n\n**Lead.** first\nsecond\n\n```python\n# Section\n```\n\n**Next** thing"),
-        ("Lead", "first\nsecond\n\n```python\n# Section\n```"),
-        ("Next", "Next thing"),
-        ("Last", "end"),
-    ],
-)
-def test_part_of_a_text_ends_where_the_next_begins(
-    extensions: dict[str, ModuleType], title: str, expected: str
-) -> None:
-    """Headings and bold beginnings are parts; what stands in code is none."""
-    text = (
-        "# Title\n\n## Section\n\nwords\n\n**Lead.** first\nsecond\n\n```python\n# Section\n```\n\n"
-        "**Next** thing\n\n## Last\n\nend\n"
+def texts() -> list[Path]:
+    """Return the texts that people read in the repository."""
+    folders = [
+        ROOT.glob("*.md"),
+        DOCS.rglob("*.md"),
+        *((ROOT / name).rglob("*.md") for name in ("examples", "resources")),
+    ]
+    return sorted({path for folder in folders for path in folder if DOCS / "repository" not in path.parents})
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of a text's headings, as GitHub and the site spell them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(path: Path) -> list[str]:
+    """Return the relative links of a text that lead to no file, or to no heading in it."""
+    dead = []
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)\s#]*)(?:#([^)\s]+))?\)", path.read_text(encoding="utf-8")):
+        found = path.parent / target if target else path
+        if not found.exists() or (anchor and anchor not in anchors(found)):
+            dead.append(f"{target}#{anchor}")
+    return dead
+
+
+@pytest.mark.parametrize("path", texts(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_of_a_text_lead_to_files_and_headings_of_the_repository(path: Path) -> None:
+    """Who reads the texts where they lie gets on by their links."""
+    assert not dead_links(path)
+
+
+def test_dead_links_are_seen(tmp_path: Path) -> None:
+    """The test above has an object."""
+    (tmp_path / "other.md").write_text("# A *heading* of `it`, and more\n")
+    (tmp_path / "page.md").write_text(
+        "# Here\n[a](other.md#a-heading-of-it-and-more) [b](other.md#absent) [c](absent.md) [d](#here) [e](#there)\n"
     )
-    assert extensions["insert"].part_of(text, title) == expected
-    with pytest.raises(LookupError, match="0 parts called 'Absent'"):
-        extensions["insert"].part_of(text, "Absent")
+    assert dead_links(tmp_path / "page.md") == ["other.md#absent", "absent.md#", "#there"]
 
 
-def test_links_of_inserted_texts_lead_to_pages_or_end_the_build(extensions: dict[str, ModuleType]) -> None:
-    """A link that is right in the repository is right in the site."""
-    insert = extensions["insert"]
-    text = "[a](resources/format.md) [b](https://example.org) [c](#here)"
-    figures = "[a](../resources/benchmarks/methods.json)"
-    assert insert.with_links_of_site(figures, "docs/x.md") == "[a](/../resources/benchmarks/methods.json)"
-    assert insert.with_links_of_site(text, "README.md") == text.replace("resources/format.md", "/reference/format.md")
+def test_readme_links_to_every_page_of_the_guide() -> None:
+    """The README is short because each journey has a page, and it leads there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 250
+    guide = {page.relative_to(ROOT).as_posix() for page in (DOCS / "guide").glob("*.md")} - {"docs/guide/index.md"}
+    assert not [page for page in sorted(guide) if f"({page}" not in readme]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_page_is_text_that_is_read_where_it_lies(page: Path) -> None:
+    """No page is put together from others when the site is built, and no line of code on it is cut off."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"^% |^:*`*\{(?:literal)?include\}", text, flags=re.MULTILINE)
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(prose.split()) > 10
+    code = re.findall(r"^```(?:python|bash)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert not [line for block in code for line in block.splitlines() if len(line) > 96]
+
+
+def test_links_of_the_repository_become_pages_and_downloads_of_the_site(repository: ModuleType) -> None:
+    """A link that is right in the repository is right in the site, and one that leads nowhere ends the build."""
+    with_links_of_site = repository.with_links_of_site
+    text = "[a](../../resources/format.md#files) [b](https://example.org) [c](#here) [d](files.md)"
+    assert with_links_of_site(text, "docs/guide/methods.md") == (
+        "[a](/repository/resources/format.md#files) [b](https://example.org) [c](#here) [d](/guide/files.md)"
+    )
+    text = "[a](methods.json) [b](../../README.md) [c](../../examples/notebooks/1_text_classification.ipynb)"
+    assert with_links_of_site(text, "resources/benchmarks/peers.md") == (
+        "[a](/../resources/benchmarks/methods.json) [b](/index.md) "
+        "[c](/repository/examples/notebooks/1_text_classification.ipynb)"
+    )
     with pytest.raises(LookupError, match=r"resources/absent\.md"):
-        insert.with_links_of_site("[a](absent.md)", "resources/format.md")
+        with_links_of_site("[a](absent.md)", "resources/format.md")
 
 
-def test_table_of_methods_has_each_method_that_works_once(extensions: dict[str, ModuleType]) -> None:
+def test_texts_outside_of_the_pages_are_in_the_menus_of_the_site(repository: ModuleType) -> None:
+    """Every text that the site has a copy of can be reached."""
+    menus = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    copied = repository.texts()
+    assert len(copied) > 15
+    assert not [text for text in copied if f"repository/{text.rpartition('.')[0]}" not in menus]
+
+
+def test_notebook_of_the_site_keeps_what_it_printed(repository: ModuleType) -> None:
+    """Its copy has all outputs; only links in its text are others."""
+    name = "examples/notebooks/1_text_classification.ipynb"
+    copied, notebook = (json.loads(text) for text in (repository.copy(name), (ROOT / name).read_text()))
+    cells = list(zip(copied["cells"], notebook["cells"], strict=True))
+    assert cells
+    assert all(one == other for one, other in cells if other["cell_type"] == "code")
+
+
+def test_table_of_methods_has_each_method_that_works_once() -> None:
     """Methods are those that the tests try; figures are there for all that work on an encoder."""
-    generated = extensions["generated"]
-    rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in generated.methods().splitlines()[2:]}
-    expected = {generated._class_of(name): method for name, method in METHODS.items() if generated.works(method)}
+    rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in pages.methods().splitlines()[2:]}
+    expected = {pages._class_of(name): method for name, method in METHODS.items() if pages.works(method)}
     assert set(rows) == set(expected)
     for name, method in expected.items():
         assert ("encoder" in method.works) == bool(rows[name][1].strip()), name
@@ -578,36 +631,37 @@ def test_table_of_methods_has_each_method_that_works_once(extensions: dict[str, 
     assert [cell.strip() for cell in rows["`LoraConfig`"][-3:]] == ["✓", "✓", "✓"]
 
 
-def test_tables_of_options_and_refusals_have_all_of_them(extensions: dict[str, ModuleType]) -> None:
+def test_tables_of_options_and_refusals_have_all_of_them() -> None:
     """Each option of LoRA in the tests' table works somewhere or is refused with a reason."""
-    generated = extensions["generated"]
-    options, refused = generated.lora_options(), generated.refused()
+    options, refused = pages.lora_options(), pages.refused()
     for method in LORA_VARIANTS.values():
-        written = "| `" + generated._written(method).replace("|", "\\|") + "` |"
-        works = generated.works(method)
+        written = "| `" + pages._written(method).replace("|", "\\|") + "` |"
+        works = pages.works(method)
         assert (written in options) == bool(works), method.name
         assert (written in refused) == (works != {"encoder", "decoder"}), method.name
     assert "`LoraConfig(use_dora=True)`" in options
     assert "`CPTConfig`" in refused
 
 
-def test_picture_of_the_house_has_every_module_on_its_floor(extensions: dict[str, ModuleType]) -> None:
+def test_picture_of_the_house_has_every_module_on_its_floor() -> None:
     """The storeys follow the floors, from the ground up, and nothing is left out."""
-    house, floors = extensions["house"], extensions["generated"].floors()
-    assert floors == FLOORS
-    drawn = house.draw(floors)
+    assert pages.floors() == FLOORS
+    drawn = house_picture.draw(FLOORS)
     modules = [path.stem for path in Path(flair_peft.__file__).parent.rglob("*.py") if path.parent.name != "flair_peft"]
     for module in {*modules, "patch", "errors"} - {"__init__"}:
-        assert f">{house._label(module)}</text>" in drawn
-    for folder in (name for row in floors for name in row if (house.PACKAGE / name).is_dir()):
+        assert f">{house_picture._label(module)}</text>" in drawn
+    for folder in (name for row in FLOORS for name in row if (house_picture.PACKAGE / name).is_dir()):
         assert f">{folder}/ " in drawn
 
 
 @pytest.mark.matrix
-@pytest.mark.skipif(importlib.util.find_spec("sphinx") is None, reason="Sphinx is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("myst_nb") is None, reason="what the site needs is not installed")
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Links between pages, references in docstrings and pictures are there."""
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(DOCS), str(tmp_path / "site")]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "LoraConfig" in (tmp_path / "site" / "guide" / "methods.html").read_text(encoding="utf-8")
+    site = tmp_path / "site"
+    assert "LoraConfig" in (site / "guide" / "methods.html").read_text(encoding="utf-8")
+    notebook = site / "repository" / "examples" / "notebooks" / "1_text_classification.html"
+    assert len(re.findall(r'<img[^>]*src="[^"]*_images/[^"]+\.png"', notebook.read_text(encoding="utf-8"))) == 2

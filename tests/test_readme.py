@@ -1,4 +1,4 @@
-"""The README's code runs as it stands there, with tiny models under the names of the real ones."""
+"""The code of the README and of the guide runs as it stands there, with tiny models under the names of real ones."""
 
 from __future__ import annotations
 
@@ -24,18 +24,28 @@ from flair_peft.cli import main
 from tests.support.hub_stand_in import HubStandIn, online
 from tests.support.zoo import sentence_corpus
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = [
-    line
-    for language, code in BLOCKS
-    if language == "bash"
-    for line in code.splitlines()
-    if line.startswith("flair-peft")
-]
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
 
-# Under these names the README's base models are looked for; a directory of that name comes before the Hub.
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the code of a page in one language."""
+    fenced = re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [code for found, code in fenced if found == language]
+
+
+FAILING, *_ = blocks(PAGES[0], "python")
+# What stands on several pages is run once.
+SNIPPETS = {
+    code: f"{page.stem}-{number}"
+    for page in reversed(PAGES)
+    for number, code in enumerate(blocks(page, "python"))
+    if code != FAILING
+}
+LINES = [line for page in PAGES for code in blocks(page, "bash") for line in code.splitlines()]
+COMMANDS = sorted({" ".join(shlex.split(line, comments=True)) for line in LINES if line.startswith("flair-peft")})
+
+# Under these names the pages' base models are looked for; a directory of that name comes before the Hub.
 BASES = {
     "bert-base-uncased": "bert",
     "xlm-roberta-base": "xlm-roberta",
@@ -56,6 +66,7 @@ class World:
             **vars(flair_peft),
             "flair_peft": flair_peft,
             "torch": torch,
+            "lora": LoraConfig(r=8, lora_alpha=32),
             "corpus": self.corpus,
             "labels": self.corpus.make_label_dictionary("sentiment"),
             "tags": self.corpus.make_label_dictionary("ner", add_unk=False),
@@ -75,7 +86,7 @@ class World:
         }
 
     def run(self, code: str) -> None:
-        exec(compile(code.replace("hf_…", str(self.server.token)), "README.md", "exec"), self.names)
+        exec(compile(code.replace("hf_…", str(self.server.token)), "page", "exec"), self.names)
 
     def classifier(self, base: str = "bert-base-uncased", *, config: Any = None) -> TextClassifier:
         embeddings = PeftTransformerDocumentEmbeddings(base, peft_config=config or LoraConfig(r=8, lora_alpha=32))
@@ -94,7 +105,7 @@ class World:
         flair_peft.install()
 
     def adapter(self, folder: str) -> None:
-        """Write an adapter of PEFT with a head for the labels of the README."""
+        """Write an adapter of PEFT with a head for the labels of the pages."""
         base = AutoModelForTokenClassification.from_pretrained("bert-base-uncased", num_labels=3)
         base.config.id2label = dict(enumerate(["O", "B-PER", "I-PER"]))
         config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, task_type=TaskType.TOKEN_CLS)
@@ -166,42 +177,57 @@ def _old(world: World) -> None:
     world.old_file("old.pt")
 
 
+def _own_corpus(world: World) -> None:
+    Path("my-corpus").mkdir()
+    lines = [f"__label__{label} {text}" for label, text in (("good", "a fine film"), ("bad", "a dull film"))] * 4
+    for split in ("train", "dev", "test"):
+        Path("my-corpus", f"{split}.txt").write_text("\n".join(lines))
+
+
+def _interrupted(world: World) -> None:
+    _trainer(world)
+    rates = {"learning_rate": 1e-3, "decoder_learning_rate": 1e-2}
+    saving = {"save_optimizer_state": True, "save_model_each_k_epochs": 1, "use_final_model_for_eval": True}
+    world.names["trainer"].fine_tune("out", **rates, **saving, max_epochs=2)
+
+
 # What stands in a block → what a reader has by then.
 READERS: dict[str, Callable[[World], None]] = {
-    "instead of TransformerDocumentEmbeddings": _nothing,
+    "my-corpus": _own_corpus,
+    '"tagger", learning_rate': _nothing,
+    "# for TransformerDocumentEmbeddings": _nothing,
     "path/of/the/same/base": _best_model,
     "push_to_hub(model": _tagger,
-    "save_optimizer_state": _trainer,
+    "trainer.fine_tune": _trainer,
+    "# written with save_optimizer_state": _interrupted,
     "join_processes": _model,
     "ten-million-lines": _stream,
-    'peft_config=LoraConfig(), dtype="bfloat16"': _nothing,
     "four_bits": _nothing,
     "spread": _spread,
     "SharedBase": _shared,
     "from_adapter": _adapters,
-    "convert_legacy": _old,
-    "quantize_onnx": _model,
+    '"xlm-roberta-large", ': _nothing,
+    "old.pt": _old,
+    "merge(model)": _model,
     "RankAllocationPlugin": _plugins,
 }
-SNIPPETS = PYTHON[1:]
 
 
 def test_stock_flair_fails_as_the_readme_says(world: World) -> None:
     """The first block of the README is what this package exists for; a release of Flair that loads it ends this."""
     flair_peft.uninstall()
-    (said,) = (code for language, code in BLOCKS if language == "text" and "state_dict" in code)
+    (said,) = (code for code in blocks(PAGES[0], "text") if "state_dict" in code)
     with pytest.raises(RuntimeError) as error:
-        world.run(PYTHON[0])
+        world.run(FAILING)
     for line in said.splitlines():
         assert line.strip().removeprefix("RuntimeError: ").rstrip("…").rstrip(", ") in " ".join(
             str(error.value).split()
         )
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_code_of_the_readme_runs(number: int, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", SNIPPETS, ids=SNIPPETS.get)
+def test_code_of_a_page_runs(code: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it stands there, from the folder of its reader."""
-    code = SNIPPETS[number]
     prepare = next(found for mark, found in READERS.items() if mark in code)
     prepare(world)
     _train_shortly(monkeypatch)
@@ -216,7 +242,7 @@ def test_every_block_has_a_reader() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1])
-def test_command_of_the_readme_runs(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_of_a_page_runs(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 0, or 1 where ``diff`` finds what differs."""
     model = world.classifier()
     model.save("final-model.pt")
@@ -230,12 +256,12 @@ def test_command_of_the_readme_runs(command: str, world: World, capsys: pytest.C
     world.old_file("old.pt")
     if "convert" in command:
         shutil.rmtree("my-tagger")
-    _, *arguments = shlex.split(command, comments=True)
+    _, *arguments = shlex.split(command)
     assert main.main(arguments) == int("diff" in command), capsys.readouterr().err
 
 
 def _train_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ``fine_tune`` take two epochs, whatever the README says."""
+    """Let ``fine_tune`` take two epochs, whatever the page says."""
     plain = ModelTrainer.fine_tune
 
     def fine_tune(self: ModelTrainer, path: str, **options: Any) -> Any:

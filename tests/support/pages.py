@@ -1,33 +1,39 @@
-"""Parts of pages that are made from the code, the tables of the tests and the figures."""
+"""Writes those parts of the pages in ``docs`` that are made from the code, the tests' tables and the figures.
+
+``python -m tests.support.pages`` writes what stands between ``<!-- made: methods -->`` and ``<!-- end -->``, and the
+picture of the folders. ``tests/test_docs.py`` fails where a page has something else than is made now.
+"""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
-import house
-import insert
 import peft
 from peft import LoraConfig, PeftConfig, PeftType
 
+import flair_peft
+from flair_peft import errors
 from flair_peft.adapter import refusals
 from flair_peft.adapter.methods import why_not_mixed
 from flair_peft.cli import main
+from tests.support import house_picture
 from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method
 
-if TYPE_CHECKING:
-    from sphinx.application import Sphinx
-
 ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PICTURE = DOCS / "house.svg"
 FIGURES = ROOT / "resources" / "benchmarks" / "methods.json"
 
 KINDS = ("encoder", "decoder")
@@ -200,7 +206,7 @@ def commands() -> str:
 def _help(name: str) -> str:
     printed = io.StringIO()
     with (
-        mock.patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"),
+        mock.patch.dict(os.environ, COLUMNS="80", NO_COLOR="1"),
         contextlib.redirect_stdout(printed),
         contextlib.suppress(SystemExit),
     ):
@@ -208,16 +214,40 @@ def _help(name: str) -> str:
     return printed.getvalue().strip()
 
 
-def error_classes() -> Iterator[str]:
-    """Yield the names of the errors in the order of their file."""
+def names() -> str:
+    """Return the table of the public names, each with what its docstring says first."""
+    rows = [
+        [f"`{name}`", _first_line(getattr(flair_peft, name))]
+        for name in sorted(flair_peft.__all__, key=str.lower)
+        if not name.startswith("_")
+    ]
+    return _table(["name", ""], rows)
+
+
+def _first_line(documented: Any) -> str:
+    line = (inspect.getdoc(documented) or "").partition("\n")[0]
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", line).replace("``", "`")
+
+
+def error_tree() -> str:
+    """Return the tree of the errors, as the docstring of their module draws it."""
+    tree = re.findall(r"^    (.+)$", errors.__doc__ or "", flags=re.MULTILINE)
+    return "\n".join(["```text", *tree, "```"])
+
+
+def error_reference() -> str:
+    """Return the reference of all errors, in the order of their file."""
     tree = ast.parse((ROOT / "flair_peft" / "errors.py").read_text(encoding="utf-8"))
-    yield from (node.name for node in tree.body if isinstance(node, ast.ClassDef))
-
-
-def errors() -> str:
-    """Return the reference of all errors."""
-    lines = [line for name in error_classes() for line in (f".. autoexception:: {name}", "   :show-inheritance:", "")]
+    classes = (node.name for node in tree.body if isinstance(node, ast.ClassDef))
+    lines = [line for name in classes for line in (f".. autoexception:: {name}", "   :show-inheritance:", "")]
     return "\n".join(["```{eval-rst}", ".. py:currentmodule:: flair_peft.errors", "", *lines, "```"])
+
+
+def _contributing(title: str) -> str:
+    """Return what stands below a heading of CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^## {re.escape(title)}\n\n(.*?)(?=\n## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"\]\((?!https?://|#)", "](../", found.strip())
 
 
 MADE: dict[str, Callable[[], str]] = {
@@ -226,16 +256,20 @@ MADE: dict[str, Callable[[], str]] = {
     "lora_options": lora_options,
     "refused": refused,
     "commands": commands,
-    "errors": errors,
+    "names": names,
+    "error_tree": error_tree,
+    "error_reference": error_reference,
+    "folders": lambda: _contributing("Where things live"),
+    "storing": lambda: _contributing("How a model is stored"),
+    "loading": lambda: _contributing("How a model loads"),
 }
 
+PART = re.compile(r"^<!-- made: (?P<name>\w+) -->\n(?P<made>.*?)\n?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 
-def _draw(app: Sphinx) -> None:
-    picture = Path(app.srcdir) / "generated" / "house.svg"
-    drawn = house.draw(floors())
-    picture.parent.mkdir(exist_ok=True)
-    if not picture.exists() or picture.read_text(encoding="utf-8") != drawn:
-        picture.write_text(drawn, encoding="utf-8")
+
+def renewed(text: str) -> str:
+    """Return the text of a page with each of its made parts as it is made now."""
+    return PART.sub(lambda part: f"<!-- made: {part['name']} -->\n\n{MADE[part['name']]()}\n\n<!-- end -->", text)
 
 
 def floors() -> tuple[tuple[str, ...], ...]:
@@ -244,8 +278,17 @@ def floors() -> tuple[tuple[str, ...], ...]:
     return found
 
 
-def setup(app: Sphinx) -> dict[str, Any]:
-    """Register with Sphinx."""
-    insert.MAKERS.update(MADE)
-    app.connect("builder-inited", _draw)
-    return {"parallel_read_safe": True}
+def pages() -> list[Path]:
+    """Return the pages of the documentation, without the copies that a build of the site makes beside them."""
+    return sorted(page for page in DOCS.rglob("*.md") if DOCS / "repository" not in page.parents)
+
+
+def write() -> None:
+    """Write the made parts of all pages, and the picture."""
+    for page in pages():
+        page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
+    PICTURE.write_text(house_picture.draw(floors()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
