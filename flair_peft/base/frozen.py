@@ -263,8 +263,9 @@ class FrozenBase:
             digest = fingerprint.of_tensor(new)
             longer = self._with_rows.get(digest)
             if longer is None:
-                longer = FrozenBase(self._around({}), self.record, self.random_names, parent=self)
-                added_rows.append_rows_(longer._model, new)
+                model = self._around({})
+                added_rows.append_rows_(model, new)
+                longer = FrozenBase(model, self.record, self.random_names, parent=self)
                 self._with_rows[digest] = longer
             return longer
 
