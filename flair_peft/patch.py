@@ -309,7 +309,7 @@ def _keeping_the_best(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _save_model(self: ModelTrainer, model_file: Any, checkpoint: bool = False) -> None:
         # Flair counts the best score from zero in each training, one that goes on included.
-        has_adapter = _installed and adapted_embeddings(self.model)
+        has_adapter = _installed and bool(adapted_embeddings(self.model))
         if not has_adapter or ddp.agree(resume.may_replace(self, model_file)):
             original(self, model_file, checkpoint)
 

@@ -165,8 +165,8 @@ def resolve_base(
         UnsupportedMethodError: the method cannot work on this architecture.
     """
     stored, is_new = StoredBase.from_dict(request.stored_base), request.saved_config is None
-    found, dtype = request.find(stored), request.arguments.dtype
-    base = found.copy() if found else resolve.build_stored(stored, request.saved_config, dtype=dtype)
+    frozen_base, dtype = request.find(stored), request.arguments.dtype
+    base = frozen_base.copy() if frozen_base else resolve.build_stored(stored, request.saved_config, dtype=dtype)
     read_dtype = base.get_input_embeddings().weight.dtype
     base = quantisation.prepare_(base, {**methods.preparation(peft_config), **(preparation or {})})
     config = peft_config or configs.own_config(_default_config(base))
@@ -176,16 +176,18 @@ def resolve_base(
     configs.encode_config(config)  # a config that no file can hold is refused now, not after the training
     source = BaseSource(
         name=base.name_or_path or str(request.name),
-        record=stored.record if found is None else found.known_record if is_new else found.expected_record,
-        frozen=found,
+        record=stored.record,
         cache_dir=request.arguments.model.get("cache_dir") or load_options().cache_dir,
     )
-    if found is not None and placement.is_placed(base):
-        source.frozen = None
-        source.placed_start = PlacedStart.of(base, dtype=read_dtype, random_names=found.random_names)
-    elif found is not None and methods.rewrites_base(config):
-        source.frozen, base = None, found.private_copy()
-    return ResolvedBase(base, config, source, stored, has_weights=found is not None)
+    if frozen_base is not None:
+        source.record = frozen_base.known_record if is_new else frozen_base.expected_record
+        if placement.is_placed(base):
+            source.placed_start = PlacedStart.of(base, dtype=read_dtype, random_names=frozen_base.random_names)
+        elif methods.rewrites_base(config):
+            base = frozen_base.private_copy()
+        else:
+            source.frozen = frozen_base
+    return ResolvedBase(base, config, source, stored, has_weights=frozen_base is not None)
 
 
 def limit_length_(tokenizer: PreTrainedTokenizerBase, config: PeftConfig, *, is_new: bool) -> bool:

@@ -148,8 +148,8 @@ def _head_tensors_of(owner: Model) -> dict[str, torch.Tensor]:
 
 
 def _tensors_of_head(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    own = {**module._parameters, **module._buffers}
-    yield from ((prefix + name, tensor) for name, tensor in own.items() if tensor is not None)
+    direct = {**module._parameters, **module._buffers}
+    yield from ((prefix + name, tensor) for name, tensor in direct.items() if tensor is not None)
     for name, child in module._modules.items():
         if child is not None and not isinstance(child, (Model, PeftTransformerEmbeddings)):
             yield from _tensors_of_head(child, f"{prefix}{name}.")

@@ -40,7 +40,7 @@ def expecting(inner: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
         _inner.reset(token)
 
 
-def taken_from_expected(prefix: str) -> Mapping[str, Any] | None:
+def take_inner(prefix: str) -> Mapping[str, Any] | None:
     """Return, once, the parameters expected for a prefix; models inside a model load their parts one by one."""
     inner = _inner.get({})
     ending = (path for path in inner if prefix and f".{path}".endswith(f".{prefix}"))
@@ -74,8 +74,8 @@ def fill_(
     stored = {key.removeprefix(mine): key for key in state_dict if key.startswith(mine)}
     if pending.adapter_config is not None:
         _inject_into_stored_base_(embeddings, pending, {key: state_dict[stored[key]] for key in stored})
-    own = embeddings.model.state_dict()
-    match = keys.match_keys(stored, own)
+    expected = embeddings.model.state_dict()
+    match = keys.match_keys(stored, expected)
     for key in injection.derived_again(embeddings.model, {key: state_dict[stored[key]] for key in match.unexpected}):
         match.unexpected.remove(key)
         del state_dict[stored.pop(key)]
@@ -83,8 +83,8 @@ def fill_(
     # A module around the embeddings may load its own tensors alone; torch reports ours as missing if it minds.
     is_for_others = bool(prefix) and not stored and not pending.is_first
     if is_strict and not is_for_others:
-        _check_match(embeddings, match, own, {key: state_dict[stored[key]] for key in stored})
-    _refuse_offloaded(embeddings, {key for key in match.renamed if own[key].is_meta})
+        _check_match(embeddings, match, expected, {key: state_dict[stored[key]] for key in stored})
+    _refuse_offloaded(embeddings, {key for key in match.renamed if expected[key].is_meta})
     tensors = {key: state_dict.pop(stored[theirs]) for key, theirs in match.renamed.items()}
     if pending.is_first:
         _take_dtypes_(embeddings.model, tensors)
@@ -153,13 +153,13 @@ def _put_base_in_place_(model: torch.nn.Module, tensors: Tensors, shared: Frozen
 def _inject_into_stored_base_(embeddings: AdaptedEmbeddings, pending: PendingLoad, tensors: Tensors) -> None:
     """Fill the base, then add the adapter that is computed from its weights."""
     base = embeddings.base_model
-    own = base.state_dict()
+    expected = base.state_dict()
     named = ((keys.base_key(key), tensor) for key, tensor in tensors.items())
-    base_tensors = {name: tensor for name, tensor in named if name is not None and name in own}
+    base_tensors = {name: tensor for name, tensor in named if name is not None and name in expected}
     left_out = {keys.base_key(key) for key in pending.left_out}
-    match = keys.match_keys(base_tensors, own)
+    match = keys.match_keys(base_tensors, expected)
     match = dataclasses.replace(match, missing=[name for name in match.missing if name not in left_out])
-    _check_match(embeddings, match, own, base_tensors)
+    _check_match(embeddings, match, expected, base_tensors)
     _take_dtypes_(embeddings.model, base_tensors)
     base.load_state_dict(base_tensors, strict=False)  # both lists were read above
     assert pending.adapter_config is not None
@@ -168,8 +168,8 @@ def _inject_into_stored_base_(embeddings: AdaptedEmbeddings, pending: PendingLoa
     pending.adapter_config = None
 
 
-def _check_match(embeddings: AdaptedEmbeddings, match: keys.KeyMatch, own: Tensors, stored: Tensors) -> None:
-    problems = {what: names for what, names in _problems(match, own, stored).items() if names}
+def _check_match(embeddings: AdaptedEmbeddings, match: keys.KeyMatch, expected: Tensors, stored: Tensors) -> None:
+    problems = {what: names for what, names in _problems(match, expected, stored).items() if names}
     if problems:
         described = "; ".join(f"{what}: {name_some(names)}" for what, names in problems.items())
         raise StateMismatchError(
@@ -180,9 +180,9 @@ def _check_match(embeddings: AdaptedEmbeddings, match: keys.KeyMatch, own: Tenso
         )
 
 
-def _problems(match: keys.KeyMatch, own: Tensors, stored: Tensors) -> dict[str, Sequence[str]]:
+def _problems(match: keys.KeyMatch, expected: Tensors, stored: Tensors) -> dict[str, Sequence[str]]:
     """Return what can be wrong → keys of which it is true."""
-    shapes = {key: (_shape(stored[theirs]), _shape(own[key])) for key, theirs in match.renamed.items()}
+    shapes = {key: (_shape(stored[theirs]), _shape(expected[key])) for key, theirs in match.renamed.items()}
     other = {key: (theirs, ours) for key, (theirs, ours) in shapes.items() if theirs != ours}
     return {
         "missing in the file": match.missing,
@@ -193,7 +193,7 @@ def _problems(match: keys.KeyMatch, own: Tensors, stored: Tensors) -> dict[str, 
             key for key, (theirs, _) in other.items() if theirs == (0,)
         ],
         "of another kind of number": [
-            key for key, theirs in match.renamed.items() if _are_other_numbers(stored[theirs], own[key])
+            key for key, theirs in match.renamed.items() if _are_other_numbers(stored[theirs], expected[key])
         ],
     }
 
@@ -210,5 +210,5 @@ def _shape(value: Any) -> tuple[int, ...] | str:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _are_other_numbers(value: Any, own: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() != own.is_floating_point()
+def _are_other_numbers(value: Any, expected: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() != expected.is_floating_point()

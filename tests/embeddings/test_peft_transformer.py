@@ -42,6 +42,7 @@ from flair_peft import (
     PeftTransformerEmbeddings,
     PeftTransformerWordEmbeddings,
 )
+from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import (
     AdapterConfigError,
     BaseModelNotFoundError,
@@ -820,6 +821,15 @@ def test_head_loads_with_strict_false_around_an_adapter(base: Base) -> None:
     found = embeddings.load_state_dict(head, strict=False)
     assert not found.unexpected_keys
     assert all(torch.equal(embeddings.state_dict()[name], tensor) for name, tensor in head.items())
+
+
+def test_embeddings_of_a_model_are_found_once_each_wherever_they_are(base: Base) -> None:
+    """Stacked or shared by several modules, each counts once; stock embeddings do not count."""
+    first, second = (WORD(base("bert"), peft_config=lora()) for _ in range(2))
+    stock = TransformerWordEmbeddings(base("bert"))
+    nested = torch.nn.ModuleList([StackedEmbeddings([first, stock, second]), torch.nn.Sequential(first)])
+    assert adapted_embeddings(nested) == [first, second]
+    assert adapted_embeddings(stock) == []
 
 
 # Training and batches
