@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flair.data import Dictionary
-from flair.models import SequenceTagger
+from flair.models import SequenceTagger, TextClassifier, TextPairClassifier, TokenClassifier
 from flair.nn import Model
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from flair_peft.adapter import injection, methods
 from flair_peft.compat import versions
@@ -17,6 +18,46 @@ from flair_peft.errors import spell_out
 from flair_peft.models import stored_state
 
 _SHOWN_LABELS = 50
+
+# The Hub shows scores by task and metric. Flair's evaluation of other models measures other things than it records.
+_TASKS = {
+    (SequenceTagger, TokenClassifier): "token-classification",
+    (TextClassifier, TextPairClassifier): "text-classification",
+}
+_METRICS = {
+    (average, metric): metric.removesuffix("-score")
+    for average in ("micro avg", "macro avg", "weighted avg")
+    for metric in ("f1-score", "precision", "recall")
+}
+
+_CARD = """\
+---
+{metadata}
+---
+
+# {model} with {method} on {base}
+
+A [Flair](https://github.com/flairNLP/flair) model whose transformer carries a \
+[PEFT](https://github.com/huggingface/peft) adapter. This folder holds what was learned; the base model is found where \
+it is named below.
+
+## Use
+
+```python
+import flair_peft
+from {module} import {model}
+from flair.data import Sentence
+
+model = {model}.load("path or Hub id of this folder")
+sentence = Sentence("George Washington went to Washington .")
+model.predict(sentence)
+print(sentence)
+```
+
+PEFT alone loads the adapter too: `PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)`.
+
+{sections}
+"""
 
 
 def plain(value: Any) -> Any:
@@ -38,48 +79,58 @@ def write_card(model: Model, embedded: list[PeftTransformerEmbeddings], *, size:
         embedded: its embeddings with an adapter.
         size: bytes of the checkpoint's tensors.
     """
-    base = embedded[0].base_model_name
-    sections = [
-        _metadata(embedded),
-        f"# {type(model).__name__} with {methods.describe(embedded[0].adapter_config)} on {_code(base)}",
-        "A [Flair](https://github.com/flairNLP/flair) model whose transformer carries a "
-        "[PEFT](https://github.com/huggingface/peft) adapter. This folder holds what was learned; the base model is "
-        "found where it is named below.",
-        _usage(model),
-        *_labels(model),
-        *_scores(model),
-        _facts(model, embedded, size),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _metadata(embedded: list[PeftTransformerEmbeddings]) -> str:
-    is_on_hub = embedded[0].base_revision is not None
-    base = spell_out(embedded[0].base_model_name) if is_on_hub else None
-    data = ModelCardData(library_name="flair", base_model=base, tags=["flair", "flair_peft", "peft"])
-    return f"---\n{data.to_yaml()}\n---"
-
-
-def _usage(model: Model) -> str:
-    name = type(model).__name__
-    return "\n".join(
-        [
-            "## Use",
-            "",
-            "```python",
-            "import flair_peft",
-            f"from {type(model).__module__} import {name}",
-            "from flair.data import Sentence",
-            "",
-            f'model = {name}.load("path or Hub id of this folder")',
-            'sentence = Sentence("George Washington went to Washington .")',
-            "model.predict(sentence)",
-            "print(sentence)",
-            "```",
-            "",
-            "PEFT alone loads the adapter too: `PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)`.",
-        ]
+    text = _CARD.format(
+        metadata=_metadata(model, embedded).to_yaml(),
+        model=type(model).__name__,
+        module=type(model).__module__,
+        method=methods.describe(embedded[0].adapter_config),
+        base=_code(embedded[0].base_model_name),
+        sections="\n\n".join([*_labels(model), *_scores(model), _facts(model, embedded, size)]),
     )
+    return str(ModelCard(text))  # reading the metadata again is how huggingface_hub validates them
+
+
+def _metadata(model: Model, embedded: list[PeftTransformerEmbeddings]) -> ModelCardData:
+    is_on_hub = embedded[0].base_revision is not None
+    results = list(_results(model))
+    return ModelCardData(
+        library_name="flair",
+        base_model=spell_out(embedded[0].base_model_name) if is_on_hub else None,
+        tags=["flair", "flair_peft", "peft"],
+        model_name=type(model).__name__ if results else None,
+        eval_results=results or None,
+    )
+
+
+def _results(model: Model) -> Iterator[EvalResult]:
+    """Yield the scores that the training recorded, where it also recorded what they measure."""
+    task = next((task for classes, task in _TASKS.items() if isinstance(model, classes)), None)
+    average, metric = measured = _main_metric(model)
+    for split in ("dev", "test"):
+        score = _recorded(model, "scores").get(f"{split} score")
+        if task and measured in _METRICS and isinstance(score, float) and math.isfinite(score):
+            yield EvalResult(
+                task_type=task,
+                dataset_type="unknown",
+                dataset_name="corpus of the training",  # Flair records no name of it
+                dataset_split=split,
+                metric_type=_METRICS[measured],
+                metric_name=f"{metric} ({average})",
+                metric_value=round(score, 4),
+            )
+
+
+def _main_metric(model: Model) -> tuple[str, str]:
+    match _recorded(model, "training_parameters").get("main_evaluation_metric"):
+        case [str(average), str(metric)]:
+            return average, metric
+    return "", ""
+
+
+def _recorded(model: Model, name: str) -> Mapping[str, Any]:
+    """Return a part of what Flair's model card holds of the training; nothing, where there is no such part."""
+    part = (model.model_card or {}).get(name)
+    return part if isinstance(part, Mapping) else {}
 
 
 def _labels(model: Model) -> Iterator[str]:
@@ -95,10 +146,9 @@ def _labels(model: Model) -> Iterator[str]:
 
 
 def _scores(model: Model) -> Iterator[str]:
-    scores = (model.model_card or {}).get("scores")
-    if isinstance(scores, Mapping) and scores:
-        rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in scores.items())
-        yield f"## Scores in training\n\n| | |\n|---|---|\n{rows}"
+    rows = [(_cell(name), _cell(value)) for name, value in _recorded(model, "scores").items()]
+    if rows:
+        yield _table("Scores in training", rows)
 
 
 def _facts(model: Model, embedded: list[PeftTransformerEmbeddings], size: int) -> str:
@@ -114,7 +164,11 @@ def _facts(model: Model, embedded: list[PeftTransformerEmbeddings], size: int) -
             ("precision of the base", _code(str(embeddings.base_dtype).removeprefix("torch."))),
         ]
     rows += [("tensors stored", f"{size / 1e6:.2f} MB"), *((f"{k} version", v) for k, v in versions().items())]
-    return "## Facts\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return _table("Facts", rows)
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    return "\n".join([f"## {title}\n", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def _cell(value: Any) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
-import re
 import shutil
 import warnings
 import weakref
@@ -16,7 +14,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import yaml
 from flair.data import Dictionary
 from flair.models import MultitaskModel, RelationClassifier, SequenceTagger, TextClassifier
 from flair.nn import DefaultClassifier, Model
@@ -29,9 +26,8 @@ from flair_peft.adapter import keys
 from flair_peft.adapter.injection import trainable_parameters
 from flair_peft.base import base_cache, check_base
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
-from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedMethodError, UnsupportedStateError, spell_out
+from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedMethodError, UnsupportedStateError
 from flair_peft.inspection import compare, report
-from flair_peft.models import card
 from flair_peft.storage import manifest
 from tests.adapter.test_methods import KINDS, TEXTS, cases, make, one_kind_each
 from tests.support import round_trip, tiny
@@ -670,92 +666,6 @@ def test_tokenizer_of_the_directory_is_one_that_transformers_reads(
     assert type(tokenizer) is type(live.embeddings.tokenizer)
     for text in (*TEXTS, "a [FLERT] b", "  two  spaces"):
         assert tokenizer(text)["input_ids"] == live.embeddings.tokenizer(text)["input_ids"]
-
-
-def test_card_says_what_the_model_predicts_and_stands_on(base: Base, tmp_path: Path) -> None:
-    """Metadata for the Hub, labels, method, base and versions are in README.md; it is rewritten while nobody edits."""
-    live = classifier(base("bert"))
-    flair_peft.save_pretrained(live, tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    metadata, _, body = text.removeprefix("---\n").partition("---\n")
-    assert "library_name: flair" in metadata
-    assert all(f"- {tag}" in metadata for tag in ("flair", "flair_peft", "peft"))
-    for label in live.label_dictionary.get_items():
-        assert f"`{label}`" in body
-    assert "`sentiment`" in body
-    assert "LORA (r=4)" in body
-    assert f"`{base('bert')}`" in body
-    assert f"| peft version | {compat.versions()['peft']} |" in body
-    assert "TextClassifier.load(" in body
-
-    live.model_card = {"scores": {"epoch": 3, "dev score": 0.87654}}
-    flair_peft.save_pretrained(live, tmp_path)
-    assert "| dev score | 0.8765 |" in (tmp_path / "README.md").read_text()
-
-
-def test_card_that_was_edited_stays(base: Base, tmp_path: Path) -> None:
-    """Saving again leaves the words of a person, and the load does not mind them."""
-    live = classifier(base("bert"))
-    flair_peft.save_pretrained(live, tmp_path)
-    (tmp_path / "README.md").write_text("# mine")
-    perturb_(live.embeddings.model, seed=8)
-    flair_peft.save_pretrained(live, tmp_path)
-    assert (tmp_path / "README.md").read_text() == "# mine"
-    assert predict(flair_peft.from_pretrained(tmp_path)) == predict(live)
-
-
-HOSTILE_TEXTS = (
-    *(
-        "a|b",
-        "`c`",
-        "d\n---\ne",
-        "<script>alert(1)</script>",
-        "# heading",
-        "![x](http://x.y/z.png)",
-        "[x](javascript:y)",
-    ),
-    *("\x1b[31mred", "a\rb", "\u202eturned", "a\u2028b", "```\ncode", "- item", "www.x.y", "", "\x00"),
-)
-
-
-def test_card_of_hostile_texts_has_the_rows_that_it_has(base: Base, tmp_path: Path) -> None:
-    """Labels, types, names of scores and their values are literals in the card: no markup, no control characters."""
-    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora())
-    labels = Dictionary(add_unk=False)
-    for label in HOSTILE_TEXTS:
-        labels.add_item(label)
-    live = TextClassifier(embeddings, label_type="x|y\n", label_dictionary=labels)
-    flair_peft.save_pretrained(live, tmp_path / "usual")
-    live.model_card = {"scores": {**{text: text for text in HOSTILE_TEXTS}, "f1": 0.5}}
-    flair_peft.save_pretrained(live, tmp_path / "hostile")
-    usual, text = ((tmp_path / name / "README.md").read_text() for name in ("usual", "hostile"))
-    assert [number for number, line in enumerate(text.splitlines()) if line == "---"] == [0, 6]
-    assert all(character.isprintable() or character == "\n" for character in text)
-    scores = [line for line in text.split("## Scores in training")[1].split("##")[0].splitlines() if line]
-    assert len(scores) == 2 + len(HOSTILE_TEXTS) + 1
-    assert all(len(re.split(r"(?<!\\)\|", line)) == 4 for line in scores)
-    assert headings_of(text) - headings_of(usual) == {"Scores in training"}
-    bare = re.sub("`[^`]*`", "", text.replace("```python", "").partition("## Labels")[2])
-    assert not re.search(r"<|!\[|\]\(|www", bare)
-    assert flair_peft.from_pretrained(tmp_path / "hostile").label_dictionary.get_items() == labels.get_items()
-
-
-def headings_of(text: str) -> set[str]:
-    return {line.lstrip("# ") for line in text.splitlines() if line.startswith("#")}
-
-
-@pytest.mark.parametrize("name", ["a\nlicense: mit", "x: y", "- a", "'quoted", "\x1b[31mx", "---"])
-def test_card_names_its_base_as_a_value(name: str, base: Base, tmp_path: Path) -> None:
-    """The metadata are YAML that gives the name back, and nothing beside it."""
-    live = classifier(base("bert"))
-    live.embeddings.base_model_name = name
-    live.embeddings.base_source.record = dataclasses.replace(live.embeddings.base_source.record, revision="0" * 40)
-    _, metadata, _ = card.write_card(live, [live.embeddings], size=1).split("---\n", 2)
-    assert yaml.safe_load(metadata) == {
-        "library_name": "flair",
-        "base_model": spell_out(name),
-        "tags": ["flair", "flair_peft", "peft"],
-    }
 
 
 def test_marks_of_a_crf_are_no_labels(base: Base, tmp_path: Path) -> None:
