@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import flair
@@ -31,12 +31,11 @@ from transformers.activations import GELUActivation
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, errors
-from tests.base.test_memory_check import Memory
-from tests.base.test_quantisation import quantised_classifier
 from tests.support import foreign_adapters, house_picture, pages, tiny
+from tests.support.configs import lora
 from tests.support.methods import LORA_VARIANTS, METHODS, perturb_
-from tests.test_house import FLOORS
-from tests.training.test_plugins import classifier, lora, train
+from tests.support.opinions import classifier, train
+from tests.support.quantised import quantised_classifier
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -126,7 +125,7 @@ def _two_dtypes() -> None:
 @provokes("The base does not fit into the memory")
 def _no_memory() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(psutil, "virtual_memory", lambda: Memory(1000))
+        patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
         tiny.build("bert", Path("xlm-roberta-xxl"))
         embeddings(base="xlm-roberta-xxl")
 
@@ -515,7 +514,7 @@ def test_made_parts_of_pages_and_the_picture_are_what_the_code_makes_now() -> No
     assert sorted(parts) == sorted(pages.MADE)
     stale = [page for page in PAGES if pages.renewed(text := page.read_text(encoding="utf-8")) != text]
     assert not stale
-    assert pages.PICTURE.read_text(encoding="utf-8") == house_picture.draw(FLOORS)
+    assert pages.PICTURE.read_text(encoding="utf-8") == house_picture.draw(pages.floors())
 
 
 def test_made_part_of_a_page_is_replaced_between_its_marks() -> None:
@@ -645,12 +644,14 @@ def test_tables_of_options_and_refusals_have_all_of_them() -> None:
 
 def test_picture_of_the_house_has_every_module_on_its_floor() -> None:
     """The storeys follow the floors, from the ground up, and nothing is left out."""
-    assert pages.floors() == FLOORS
-    drawn = house_picture.draw(FLOORS)
-    modules = [path.stem for path in Path(flair_peft.__file__).parent.rglob("*.py") if path.parent.name != "flair_peft"]
+    floors, package = pages.floors(), Path(flair_peft.__file__).parent
+    here = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert {name for row in floors for name in row} == here
+    drawn = house_picture.draw(floors)
+    modules = [path.stem for path in package.rglob("*.py") if path.parent.name != "flair_peft"]
     for module in {*modules, "patch", "errors"} - {"__init__"}:
         assert f">{house_picture._label(module)}</text>" in drawn
-    for folder in (name for row in FLOORS for name in row if (house_picture.PACKAGE / name).is_dir()):
+    for folder in (name for row in floors for name in row if (house_picture.PACKAGE / name).is_dir()):
         assert f">{folder}/ " in drawn
 
 

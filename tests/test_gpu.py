@@ -9,11 +9,12 @@ import flair
 import pytest
 import torch
 from flair.data import Sentence
-from peft import LoftQConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from peft import LoftQConfig, PrefixTuningConfig, PromptTuningConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings
 from tests.support import round_trip, tiny
+from tests.support.configs import lora
 from tests.support.places import addresses_of
 from tests.support.zoo import ZOO
 
@@ -23,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
 ]
 
-LORA = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["query", "value", "dense"])
+LORA = lora(target_modules=["query", "value", "dense"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A GPU sums in another order than a CPU does.
 ACROSS_DEVICES = {torch.float32: 1e-4, torch.float16: 1e-2}
@@ -106,9 +107,7 @@ def test_architecture_trains_on_a_gpu(
 ) -> None:
     """LoRA on each architecture trains and comes back on a GPU."""
     targets = tiny.ATTENTION_TARGETS[architecture]
-    config = LoraConfig(
-        r=4, lora_alpha=12, init_lora_weights=False, target_modules=targets, fan_in_fan_out=architecture == "gpt2"
-    )
+    config = lora(target_modules=targets, fan_in_fan_out=architecture == "gpt2")
     factories = round_trip.Factories(base(architecture), config, dtype=dtype)
     model, corpus, entry = round_trip.train_and_save("text-classifier", factories, tmp_path)
     difference = round_trip.largest_difference(
@@ -149,13 +148,7 @@ def test_amp_trains_an_adapter_on_a_gpu(dtype: torch.dtype, base: Callable[[str]
 def test_loftq_rewrites_the_base_and_comes_back(base: Callable[[str], str], tmp_path: Path) -> None:
     """LoftQ quantises what the adapter then corrects; the rewritten base is what the file holds."""
     pytest.importorskip("bitsandbytes")
-    config = LoraConfig(
-        r=4,
-        lora_alpha=12,
-        init_lora_weights="loftq",
-        loftq_config=LoftQConfig(loftq_bits=4),
-        target_modules=["query", "value"],
-    )
+    config = lora(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))
     factories = round_trip.Factories(base("bert"), config)
     model, corpus, entry = round_trip.train_and_save("text-classifier", factories, tmp_path)
     difference = round_trip.largest_difference(

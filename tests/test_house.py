@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -45,6 +46,7 @@ LOADERS = frozenset(
 IN_A_STRING = re.compile(r"flair_peft(?:\.\w+)+")
 
 
+@functools.cache
 def _tree(module: str) -> ast.Module:
     return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
 
@@ -91,10 +93,9 @@ def _imported_modules(module: str) -> Iterator[str]:
             yield from (found for name in _named(node) if (found := _resolved(name)) is not None)
 
 
-def _calls(module: str) -> Iterator[str]:
-    for node in ast.walk(_tree(module)):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func)
+@functools.cache
+def _calls(module: str) -> tuple[str, ...]:
+    return tuple(ast.unparse(node.func) for node in ast.walk(_tree(module)) if isinstance(node, ast.Call))
 
 
 def _names_from_flair(module: str) -> set[str]:
@@ -418,3 +419,20 @@ def test_house_modules_can_be_read_in_a_sitting(module: str) -> None:
     """Nothing is longer than what one can hold in mind, apart from what is listed with a reason."""
     longer = {name for name, kind, lines in _lengths(module) if lines > LONGEST[kind]}
     assert longer == {name for name in LONGER if name.partition(":")[0] == module}
+
+
+TESTS = Path(__file__).parent
+
+
+def _imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            yield from (f"{module}{alias.name}" for alias in node.names)
+
+
+def test_house_test_modules_import_nothing_from_each_other() -> None:
+    """What several tests need stands in tests/support, so that a test can be read, moved or deleted alone."""
+    imported = {(path.name, name) for path in TESTS.rglob("*.py") for name in _imports_of(path)}
+    assert ("test_patch.py", "tests.support.configs.lora") in imported
+    assert not {(path, name) for path, name in imported if re.match(r"tests\.(\w+\.)*test_", name)}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
 
 from tests.support import round_trip, tiny
+from tests.support.configs import lora
 from tests.support.methods import MATRIX, Method
 from tests.support.selection import few
 
@@ -62,13 +62,7 @@ def test_lora_on_architecture_predicts_the_same_after_loading(
     architecture: str, dtype: torch.dtype, model_name: str, base: Callable[[str], str], tmp_path: Path
 ) -> None:
     """LoRA survives train → save → load on each architecture, in fp32, bf16 and fp16."""
-    config = LoraConfig(
-        r=4,
-        lora_alpha=12,
-        init_lora_weights=False,
-        target_modules=tiny.ATTENTION_TARGETS[architecture],
-        fan_in_fan_out=architecture == "gpt2",
-    )
+    config = lora(target_modules=tiny.ATTENTION_TARGETS[architecture], fan_in_fan_out=architecture == "gpt2")
     options = {"transformers_tokenizer_kwargs": {"use_fast": False}} if architecture == "bert-slow" else {}
     factories = round_trip.Factories(base(architecture), config, dtype=dtype, **options)
     check_round_trip(factories, model_name, dtype, tmp_path)
@@ -81,7 +75,7 @@ def test_lora_on_uncommon_architecture_predicts_the_same_after_loading(
     architecture: str, model_name: str, base: Callable[[str], str], tmp_path: Path
 ) -> None:
     """LoRA survives train → save → load on architectures that stock Flair or PEFT treat apart."""
-    config = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=tiny.MORE_TARGETS[architecture])
+    config = lora(target_modules=tiny.MORE_TARGETS[architecture])
     factories = round_trip.Factories(base(architecture), config, dtype=torch.float32)
     check_round_trip(factories, model_name, torch.float32, tmp_path)
 

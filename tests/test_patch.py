@@ -25,12 +25,12 @@ import pytest
 import torch
 import transformers
 from flair.data import Dictionary
-from flair.embeddings import TransformerDocumentEmbeddings, TransformerWordEmbeddings
+from flair.embeddings import TransformerDocumentEmbeddings
 from flair.embeddings.base import Embeddings
 from flair.models import MultitaskModel, SequenceTagger, TextClassifier
 from flair.nn import Classifier, Model
 from flair.trainers import ModelTrainer
-from peft import LoraConfig, OSFConfig, PeftConfig, PeftModel, PsoftConfig
+from peft import OSFConfig, PeftConfig, PeftModel, PsoftConfig
 
 import flair_peft
 from flair_peft import (
@@ -48,32 +48,12 @@ from flair_peft.errors import (
     UnsupportedHostError,
 )
 from flair_peft.torchfile import scan, unpickle
+from tests.support.configs import lora
+from tests.support.models import CLASSIFIER, TAGGER, make
 from tests.support.zoo import ZOO, Entry
 
-CLASSIFIER, TAGGER = ZOO["text-classifier"], ZOO["sequence-tagger"]
 Base = Callable[[str], str]
 Found = dict[tuple[type, str], Any]
-
-
-def lora(**settings: Any) -> LoraConfig:
-    """Return LoRA with a scale of 3 that is no no-op."""
-    return LoraConfig(
-        **{"r": 4, "lora_alpha": 12, "target_modules": ["query", "value"], "init_lora_weights": False, **settings}
-    )
-
-
-def make(entry: Entry, base: str, config: PeftConfig | None, *, stock: bool = False, **options: Any) -> Model:
-    """Return a new model whose embeddings are ours, or Flair's own with the same settings."""
-    word, document = (
-        (TransformerWordEmbeddings, TransformerDocumentEmbeddings)
-        if stock
-        else (PeftTransformerWordEmbeddings, PeftTransformerDocumentEmbeddings)
-    )
-    torch.manual_seed(2)
-    settings = {**options} if config is None else {"peft_config": copy.deepcopy(config), **options}
-    return entry.build(
-        lambda **kwargs: word(base, **{**settings, **kwargs}), lambda **kwargs: document(base, **{**settings, **kwargs})
-    )
 
 
 def save(model: Model, directory: Path, **options: Any) -> Path:
@@ -287,7 +267,7 @@ def test_load_through_a_foreign_wrapper_after_uninstall_does_not_swallow_the_con
     foreign: list[str], base: Base, tmp_path: Path
 ) -> None:
     """A config that nobody will use is refused, as stock Flair refuses it."""
-    path = save(make(CLASSIFIER, base("bert"), None, stock=True), tmp_path)
+    path = save(make(CLASSIFIER, base("bert"), None, is_stock=True), tmp_path)
     flair_peft.uninstall()
     with pytest.raises((TypeError, FlairPeftError)):
         Model.load(path, peft_config=lora())
@@ -296,7 +276,7 @@ def test_load_through_a_foreign_wrapper_after_uninstall_does_not_swallow_the_con
 @pytest.mark.parametrize("loader", [TextClassifier, Classifier, Model])
 def test_load_of_a_model_without_adapters_is_what_stock_loads(loader: type[Model], base: Base, tmp_path: Path) -> None:
     """Models without adapters pass through: equal state, equal predictions, given as text, path or dictionary."""
-    live = make(CLASSIFIER, base("bert"), None, stock=True)
+    live = make(CLASSIFIER, base("bert"), None, is_stock=True)
     path, corpus = save(live, tmp_path), CLASSIFIER.corpus()
     flair_peft.uninstall()
     expected = loader.load(path)
@@ -312,7 +292,7 @@ def test_load_of_a_model_without_adapters_is_what_stock_loads(loader: type[Model
 @pytest.mark.parametrize("loader", [TextClassifier, Classifier, Model])
 def test_load_of_a_model_without_adapters_refuses_a_config(loader: type[Model], base: Base, tmp_path: Path) -> None:
     """A new adapter on a plain model would predict with random weights."""
-    path = save(make(CLASSIFIER, base("bert"), None, stock=True), tmp_path)
+    path = save(make(CLASSIFIER, base("bert"), None, is_stock=True), tmp_path)
     for source in (path, str(path), read(path)):
         with pytest.raises(FlairPeftError, match="Leave out peft_config"):
             loader.load(source, peft_config=lora())
@@ -383,7 +363,7 @@ def test_load_of_a_dictionary_with_a_config_leaves_both_as_they_were(base: Base,
 def stock_file(entry: Entry, base: str, directory: Path, config: PeftConfig | None = None) -> tuple[Model, Path]:
     """Return a stock model with an adapter and the file that stock Flair makes of it, without the hook."""
     flair_peft.uninstall()
-    live = make(entry, base, config or lora(), stock=True)
+    live = make(entry, base, config or lora(), is_stock=True)
     path = save(live, directory)
     flair_peft.install()
     return live, path
@@ -401,7 +381,7 @@ def test_stock_embeddings_trained_with_the_hook_save_load_and_predict(
 ) -> None:
     """A script that still uses Flair's own classes works too; they come back as the classes with an adapter."""
     entry = ZOO[name]
-    live, corpus = make(entry, base("bert"), lora(), stock=True), entry.corpus()
+    live, corpus = make(entry, base("bert"), lora(), is_stock=True), entry.corpus()
     entry.train(live, corpus, tmp_path)
     loaded = Model.load(tmp_path / "final-model.pt")
     assert type(loaded.embeddings) is expected
@@ -417,7 +397,7 @@ def test_stock_embeddings_in_bfloat16_save_load_and_predict_with_the_hook(
 ) -> None:
     """A bf16 base whose head was converted by hand predicts the same; stock Flair could not train it."""
     entry, options = ZOO[name], {"transformers_model_kwargs": {"torch_dtype": torch.bfloat16}}
-    live, corpus = make(entry, base("bert"), lora(), stock=True, **options), entry.corpus()
+    live, corpus = make(entry, base("bert"), lora(), is_stock=True, **options), entry.corpus()
     live.decoder.to(torch.bfloat16)
     expected_labels = entry.predict(live, corpus)
     loaded = Model.load(save(live, tmp_path))
@@ -498,7 +478,7 @@ def test_stock_file_with_other_targets_is_refused(config: PeftConfig, base: Base
 @pytest.mark.parametrize("owner", ["ours", "stock"])
 def test_file_with_a_config_does_not_ignore_another_one(owner: str, base: Base, tmp_path: Path) -> None:
     """A config that contradicts the one in the file is used or refused, never silently dropped."""
-    path = save(make(CLASSIFIER, base("bert"), lora(), stock=owner == "stock"), tmp_path)
+    path = save(make(CLASSIFIER, base("bert"), lora(), is_stock=owner == "stock"), tmp_path)
     corpus = CLASSIFIER.corpus()
     expected = CLASSIFIER.predict(TextClassifier.load(path), corpus)
     try:
@@ -546,7 +526,7 @@ def test_file_with_other_key_spellings_predicts_the_same(
     spelling: str, writer: str, base: Base, tmp_path: Path
 ) -> None:
     """However a file spells PEFT's names, every tensor finds its place and predictions are equal to the last bit."""
-    live = make(CLASSIFIER, base("bert"), lora(), stock=writer == "stock")
+    live = make(CLASSIFIER, base("bert"), lora(), is_stock=writer == "stock")
     corpus = CLASSIFIER.corpus()
     loaded = TextClassifier.load(respelled(save(live, tmp_path, save_base=True), SPELLINGS[spelling]))
     assert CLASSIFIER.predict(loaded, corpus) == CLASSIFIER.predict(live, corpus)
@@ -814,7 +794,7 @@ def processes(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     live = make(CLASSIFIER, base("bert"), lora())
     ours, hooked = directory / "ours.pt", directory / "hooked.pt"
     live.save(ours)
-    hooked_live = make(CLASSIFIER, base("bert"), lora(), stock=True)
+    hooked_live = make(CLASSIFIER, base("bert"), lora(), is_stock=True)
     hooked_live.save(hooked)
     _, legacy = stock_file(CLASSIFIER, base("bert"), directory)
     sentences = {}
@@ -902,7 +882,7 @@ def test_load_of_a_plain_model_with_words_of_adapters_is_left_to_flair(
     name: str, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What tells an adapter is a tensor of the embeddings' transformer, or a config of theirs, and no other string."""
-    live = make(CLASSIFIER, base("bert"), None, stock=True)
+    live = make(CLASSIFIER, base("bert"), None, is_stock=True)
     WITH_WORDS[name](live)
     path = save(live, tmp_path)
     assert scan.holds_adapters(path) is (name != "label")  # Flair keeps labels as bytes
@@ -939,7 +919,7 @@ def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_save_of_a_plain_model_is_flairs_own(base: Base, tmp_path: Path, mounted: Path) -> None:
     """It writes into the file that is there, mounted or linked, and makes nothing beside it."""
-    model, corpus = make(CLASSIFIER, base("bert"), None, stock=True), CLASSIFIER.corpus()
+    model, corpus = make(CLASSIFIER, base("bert"), None, is_stock=True), CLASSIFIER.corpus()
     mounted.write_bytes(b"old")
     (tmp_path / "link").hardlink_to(mounted)
     model.save(mounted)
@@ -958,7 +938,7 @@ def test_save_over_a_mounted_file_with_an_adapter_writes_into_it_unless_a_model_
 ) -> None:
     """A plain model arrives there as stock Flair's save would have it; a live model keeps its weights."""
     adapted, corpus = make(CLASSIFIER, base("bert"), lora()), CLASSIFIER.corpus()
-    model = flair_peft.merge(adapted) if is_merged else make(CLASSIFIER, base("bert"), None, stock=True)
+    model = flair_peft.merge(adapted) if is_merged else make(CLASSIFIER, base("bert"), None, is_stock=True)
     adapted.save(mounted.with_name("source"), save_base=True)
     shutil.copyfile(mounted.with_name("source"), mounted)
     live = TextClassifier.load(mounted)
@@ -982,7 +962,7 @@ def test_load_by_a_class_that_the_file_does_not_hold_names_the_one_it_holds(
     stock: bool, base: Base, tmp_path: Path
 ) -> None:
     """A tagger is no classifier; a class and one that derives from it read each other's files, as in Flair."""
-    path = save(make(CLASSIFIER, base("bert"), lora(), stock=stock), tmp_path)
+    path = save(make(CLASSIFIER, base("bert"), lora(), is_stock=stock), tmp_path)
     with pytest.raises(ModelFileError, match=r"holds a TextClassifier.*Use TextClassifier\.load"):
         SequenceTagger.load(path)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig
+from peft import IA3Config, PeftConfig
 from transformers import AutoModel
 
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import implied, injection, methods
-from tests.adapter.test_methods import make, one_kind_each
+from tests.support.configs import lora
+from tests.support.method_cases import make_embeddings, one_kind_each
 from tests.support.methods import METHODS, Method
 
 Base = Callable[[str], str]
@@ -27,14 +27,10 @@ def shapes_of(model: torch.nn.Module, prefix: str = "") -> Shapes:
 @pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
 def test_method_is_read_from_the_tensors_of_every_method(method: Method, kind: str, base: Base) -> None:
     """Names of tensors are enough to tell every method that can be trained."""
-    embeddings = make(method, kind, base, torch.float32)
+    embeddings = make_embeddings(method, kind, base, torch.float32)
     found = implied.read_config(shapes_of(embeddings.model, "embeddings.model."))
     assert found is not None
     assert found.method == methods.method_name(embeddings.adapter_config)
-
-
-def lora(**settings: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ["query", "value"], **settings})
 
 
 CONFIGS: dict[str, Callable[[], PeftConfig]] = {
@@ -113,7 +109,7 @@ SPEAKING = {"BEFT", "IA3", "LN_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUN
 @pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
 def test_methods_whose_tensors_do_not_say_everything_have_open_settings(method: Method, kind: str, base: Base) -> None:
     """A scale or a seed that no tensor shows is asked for, whatever the method; no module is named after a wrapper."""
-    embeddings = make(method, kind, base, torch.float32)
+    embeddings = make_embeddings(method, kind, base, torch.float32)
     found = implied.read_config(shapes_of(embeddings.model, "embeddings.model."))
     assert found is not None
     says_everything = found.method in SPEAKING and method.name != "vera_without_projection"
@@ -130,7 +126,7 @@ def test_methods_whose_tensors_do_not_say_everything_have_open_settings(method: 
 
 def test_open_settings_of_gralora_are_those_that_change_predictions(base: Base) -> None:
     """The call is printed with what has to be filled in, and nothing of what only starts or trains an adapter."""
-    embeddings = make(METHODS["GRALORA"], "encoder", base, torch.float32)
+    embeddings = make_embeddings(METHODS["GRALORA"], "encoder", base, torch.float32)
     found = implied.read_config(shapes_of(embeddings.model))
     assert found is not None
     assert found.open == ("r", "hybrid_r", "alpha", "gralora_k")

@@ -15,7 +15,6 @@ import pytest
 import transformers
 from flair.data import Sentence
 from flair.models import TextClassifier
-from peft import LoraConfig
 from transformers import MODEL_MAPPING, Gemma3TextConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -25,6 +24,7 @@ from flair_peft.base import config_versions, stored_config, transformer
 from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError
 from tests.regression.make import labels
 from tests.support import tiny
+from tests.support.configs import lora
 from tests.support.selection import few
 
 _NEWER = "5.24.0"
@@ -328,7 +328,7 @@ def score(model: Any) -> float:
 
 def test_model_on_bidirectional_gemma_predicts_the_same_after_three_loads(gemma: str, tmp_path: Path) -> None:
     """With sentences longer than the window: directories, files, copies, pickles and a shared base."""
-    config = LoraConfig(r=2, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    config = lora(r=2, lora_alpha=6, target_modules="all-linear")
     embeddings = PeftTransformerDocumentEmbeddings(gemma, peft_config=config, cls_pooling="mean")
     model: Any = TextClassifier(embeddings, label_dictionary=labels("A", "B"), label_type="c").eval()
     assert embeddings.base_model.config.sliding_window == 9

@@ -13,30 +13,27 @@ import torch
 from flair.data import Sentence
 from flair.models import TextClassifier
 from flair.trainers import ModelTrainer
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PrefixTuningConfig
+from peft import IA3Config, LNTuningConfig, PeftConfig, PrefixTuningConfig
 from peft.utils.integrations import get_layer_device_map
 from safetensors.torch import load_file
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
-from tests.serving.test_shared_base import TEXTS, labels_of
+from tests.support.configs import lora
 from tests.support.methods import perturb_
+from tests.support.predictions import TEXTS, labels_of
 from tests.support.zoo import sentence_corpus
 
 ON_DISK = {"embeddings": "cpu", "encoder.layer.0": "cpu", "encoder.layer.1": "disk", "pooler": "disk"}
 TARGETS = ["query", "value", "intermediate.dense"]
 
 
-def lora(**options: Any) -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=TARGETS, **options)
-
-
 def make(base: str, config: PeftConfig | None = None, folder: Path | None = None, **options: Any) -> TextClassifier:
     torch.manual_seed(0)
     if folder is not None:
         options["transformers_model_kwargs"] = {"device_map": ON_DISK, "offload_folder": str(folder)}
-    embeddings = PeftTransformerDocumentEmbeddings(base, peft_config=config or lora(), **options)
+    embeddings = PeftTransformerDocumentEmbeddings(base, peft_config=config or lora(target_modules=TARGETS), **options)
     dictionary = sentence_corpus().make_label_dictionary("sentiment", add_unk=False)
     model = TextClassifier(embeddings, label_type="sentiment", label_dictionary=dictionary)
     perturb_(model, seed=1)
@@ -56,7 +53,11 @@ def offloaded(model: TextClassifier) -> set[str]:
 IA3 = IA3Config(target_modules=TARGETS, feedforward_modules=["intermediate.dense"])
 
 
-@pytest.mark.parametrize("config", [lora(), lora(use_rslora=True), IA3], ids=["lora", "rslora", "ia3"])
+@pytest.mark.parametrize(
+    "config",
+    [lora(target_modules=TARGETS), lora(target_modules=TARGETS, use_rslora=True), IA3],
+    ids=["lora", "rslora", "ia3"],
+)
 def test_dispatched_base_predicts_saves_and_loads_as_a_whole_one_does(
     config: PeftConfig, base: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -106,7 +107,11 @@ def test_dispatched_base_trains_as_a_whole_one_does(base: Callable[[str], str], 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 @pytest.mark.parametrize(
     "config",
-    [LNTuningConfig(target_modules=["LayerNorm"]), lora(modules_to_save=["pooler"]), lora(bias="lora_only")],
+    [
+        LNTuningConfig(target_modules=["LayerNorm"]),
+        lora(target_modules=TARGETS, modules_to_save=["pooler"]),
+        lora(target_modules=TARGETS, bias="lora_only"),
+    ],
     ids=["ln tuning", "modules_to_save", "biases"],
 )
 def test_dispatched_base_methods_that_read_or_train_what_is_offloaded_are_refused(
@@ -122,7 +127,7 @@ def test_dispatched_base_methods_that_compute_with_its_weights_are_refused(
     options: dict[str, Any], base: Callable[[str], str], tmp_path: Path
 ) -> None:
     """In a new model and in a loaded one."""
-    config = LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": TARGETS, **options})
+    config = lora(target_modules=TARGETS, **options)
     with pytest.raises(UnsupportedMethodError, match="reads weights of the base that are offloaded"):
         make(base("bert"), config, tmp_path / "offload")
     flair_peft.save_pretrained(make(base("bert"), config), tmp_path / "model")

@@ -27,6 +27,7 @@ from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.primitives import fingerprint, mapped_memory
 from flair_peft.primitives.base_record import BaseRecord
 from tests.support import methods
+from tests.support.configs import lora
 from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS
 from tests.support.places import frozen_places, places_of
 from tests.support.selection import few
@@ -34,7 +35,7 @@ from tests.support.zoo import ZOO
 
 
 def make(base: str, config: Any = None, **options: Any) -> PeftTransformerDocumentEmbeddings:
-    config = config or LoraConfig(r=4, lora_alpha=16, init_lora_weights=False)
+    config = config or lora(target_modules=None)
     return PeftTransformerDocumentEmbeddings(base, peft_config=config, **options)
 
 
@@ -278,7 +279,7 @@ def test_write_of_one_model_never_reaches_another(
     moved = str(shutil.copytree(base("bert"), tmp_path / "copy"))
     options = KEPT[kept](moved)
     keep = options.pop("keep", None)
-    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=["query", "dense"])
+    config = lora(target_modules=["query", "dense"])
     torch.manual_seed(1)
     first, second = make(moved, config, **options), make(moved, config, **options)
     assert set(pointers(first).values()) == set(pointers(second).values())
@@ -415,7 +416,7 @@ def test_adding_and_training_an_adapter_leaves_the_shared_base_alone(base: Calla
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 @pytest.mark.parametrize(
     "config",
-    [LoraConfig(r=2, bias="all", init_lora_weights=False), LNTuningConfig(target_modules=["LayerNorm"])],
+    [lora(target_modules=None, r=2, bias="all"), LNTuningConfig(target_modules=["LayerNorm"])],
     ids=["biases", "norms"],
 )
 def test_trained_parameters_of_the_base_are_written_to_alone(base: Callable[[str], str], config: Any) -> None:
@@ -691,7 +692,7 @@ def save_two(base: str, folder: Path) -> None:
 
 
 def make_words(base: str, **options: Any) -> PeftTransformerWordEmbeddings:
-    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False)
+    config = lora(target_modules=None)
     return PeftTransformerWordEmbeddings(base, peft_config=config, **options)
 
 

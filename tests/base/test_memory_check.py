@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from peft import LoraConfig
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
 import flair_peft
@@ -20,6 +19,7 @@ from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase
 from flair_peft.base import base_cache, memory_check, transformer
 from flair_peft.errors import InsufficientMemoryError
 from flair_peft.primitives.base_record import BaseRecord
+from tests.support.configs import lora
 from tests.support.zoo import ZOO
 
 Memory = namedtuple("Memory", "available")
@@ -35,7 +35,7 @@ def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 def make(base: str, **options: Any) -> PeftTransformerDocumentEmbeddings:
-    return PeftTransformerDocumentEmbeddings(base, peft_config=LoraConfig(init_lora_weights=False), **options)
+    return PeftTransformerDocumentEmbeddings(base, peft_config=lora(), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,7 +129,7 @@ def test_training_that_began_saves_and_loads_without_any_free_memory(
 ) -> None:
     """The best model is saved and comes back, a checkpoint is written, and its models are found equal."""
     entry = ZOO["text-classifier"]
-    config = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False)
+    config = lora()
     options = {"fine_tune": True, "peft_config": config, **PLACES[place](tmp_path / "offload")}
     size = size_of(base("bert")) if place in ("whole", "half") else 1 << 30
     free(monkeypatch, size)

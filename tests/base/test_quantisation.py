@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from flair.data import Dictionary, Sentence
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import TextClassifier
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 
@@ -26,70 +26,17 @@ from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmb
 from flair_peft.base import quantisation
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, ModelFileError
 from tests.support.methods import perturb_
-from tests.training.test_plugins import classifier, train
+from tests.support.opinions import classifier, train
+from tests.support.quantised import METHODS, SETTINGS, quantised_classifier, vectors
+from tests.support.vectors import is_same
 
 Base = Callable[[str], str]
 
 # PEFT warns of the very targets that LN tuning is for.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
-SETTINGS: dict[str, Callable[[], BitsAndBytesConfig]] = {
-    "nf4": lambda: BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    ),
-    "nf4-double": lambda: BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    ),
-    "fp4": lambda: BitsAndBytesConfig(load_in_4bit=True),
-    "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-}
 BY_DEFAULT = [n if n in ("nf4", "int8") else pytest.param(n, marks=pytest.mark.matrix) for n in SETTINGS]
 LAYERS = {"nf4": Linear4bit, "nf4-double": Linear4bit, "fp4": Linear4bit, "int8": Linear8bitLt}
-
-_TARGETS = ["query", "value"]
-METHODS: dict[str, Callable[[], PeftConfig]] = {
-    "lora": lambda: LoraConfig(r=4, lora_alpha=12, target_modules=_TARGETS, init_lora_weights=False),
-    "lora-bias": lambda: LoraConfig(r=4, lora_alpha=12, target_modules=_TARGETS, init_lora_weights=False, bias="all"),
-    "dora": lambda: LoraConfig(r=4, lora_alpha=12, target_modules=_TARGETS, init_lora_weights=False, use_dora=True),
-    "trained-tokens": lambda: LoraConfig(
-        r=4,
-        lora_alpha=12,
-        target_modules=_TARGETS,
-        init_lora_weights=False,
-        trainable_token_indices={"word_embeddings": [5, 6]},
-    ),
-    "ia3": lambda: IA3Config(target_modules=[*_TARGETS, "output.dense"], feedforward_modules=["output.dense"]),
-    "layer-norms": lambda: LNTuningConfig(target_modules=["LayerNorm"]),
-    "prompt": lambda: PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3),
-    "prefix": lambda: PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3),
-}
-
-
-def quantised_classifier(base: str, settings: str, method: str = "lora", **options: Any) -> TextClassifier:
-    model = classifier(
-        base,
-        peft_config=METHODS[method](),
-        transformers_model_kwargs={"quantization_config": SETTINGS[settings]()},
-        **{"dtype": "bfloat16", **options},
-    )
-    perturb_(model.embeddings.model, 0)
-    return model
-
-
-def vectors(model: TextClassifier) -> list[torch.Tensor]:
-    found = []
-    for text in ("Berlin is large", "a wonderful film , really a wonderful film", "bad"):
-        sentence = Sentence(text)
-        model.embeddings.embed(sentence)
-        found.append(sentence.embedding.clone())
-    return found
-
-
-def is_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -173,7 +120,7 @@ def test_training_goes_on_from_a_file_as_it_would_have(settings: str, base: Base
 
 def test_frozen_vectors_are_those_of_stock_flair(base: Base) -> None:
     """With the adapter off, the quantised base embeds as Flair's own class does with an adapter that does nothing."""
-    nothing_yet = LoraConfig(r=4, lora_alpha=12, target_modules=_TARGETS)
+    nothing_yet = LoraConfig(r=4, lora_alpha=12, target_modules=["query", "value"])
     stock = TransformerDocumentEmbeddings(
         base("bert"), transformers_model_kwargs={"quantization_config": SETTINGS["int8"]()}, peft_config=nothing_yet
     )

@@ -23,6 +23,7 @@ from flair_peft.base import tokenizers
 from flair_peft.errors import BaseModelNotFoundError
 from tests.regression import make_newer_tokenizers as newer
 from tests.support import tiny
+from tests.support.configs import lora
 from tests.support.selection import few
 from tests.support.vectors import is_same
 
@@ -88,9 +89,7 @@ def test_base_with_a_tokenizer_of_a_newer_version_embeds_as_stock_flair_and_come
     """Vectors are stock Flair's for the same tokenizer in the older form, and a round trip keeps their bits."""
     folder = with_newer_tokenizer(newer_files, base, kind, tmp_path / "base")
     targets = tiny.ATTENTION_TARGETS[kind]
-    config = LoraConfig(
-        r=4, lora_alpha=12, init_lora_weights=False, target_modules=targets, fan_in_fan_out=kind == "gpt2"
-    )
+    config = lora(target_modules=targets, fan_in_fan_out=kind == "gpt2")
     embeddings = PeftTransformerWordEmbeddings(str(folder), peft_config=config)
     texts = ["I love it", "Berlin and Paris are large cities ."]
     stock = TransformerWordEmbeddings(base(kind))

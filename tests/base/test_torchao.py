@@ -16,9 +16,10 @@ from transformers import TorchAoConfig
 import flair_peft
 from flair_peft.base import quantisation
 from flair_peft.errors import AdapterConfigError, ModelFileError
-from tests.base.test_quantisation import METHODS, is_same, vectors
 from tests.support.methods import perturb_
-from tests.training.test_plugins import classifier, train
+from tests.support.opinions import classifier, train
+from tests.support.quantised import METHODS, vectors
+from tests.support.vectors import is_same
 
 Base = Callable[[str], str]
 

@@ -20,11 +20,11 @@ import torch
 from flair.data import Dictionary
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import TextClassifier
-from peft import LoraConfig
 
 import flair_peft
 from tests.benchmarks.report import RESULTS, ROOT, heading, in_process, ratio, seconds, write
 from tests.benchmarks.shapes import SHAPES
+from tests.support.configs import lora
 
 TOLERANCE = 1e-4
 
@@ -48,7 +48,7 @@ def write_files(folder: Path) -> dict[str, float]:
         labels.add_item(label)
     settings: dict[str, Any] = {"label_dictionary": labels, "label_type": "sentiment"}
     torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=32, init_lora_weights=False)
+    config = lora(target_modules=None, r=8, lora_alpha=32)
     base = str(folder / "base")
     model = TextClassifier(flair_peft.PeftTransformerDocumentEmbeddings(base, peft_config=config), **settings)
     stock = TextClassifier(TransformerDocumentEmbeddings(base, use_context_separator=False), **settings)

@@ -26,6 +26,7 @@ import flair_peft
 from tests.benchmarks.memory import peak, reset_peak
 from tests.benchmarks.report import RESULTS, heading, in_process, write
 from tests.benchmarks.shapes import SHAPES
+from tests.support.configs import lora
 
 MODULE = "tests.benchmarks.conversion"
 
@@ -34,7 +35,7 @@ _TEXT = "a wonderful film in Berlin"
 
 def config() -> LoraConfig:
     """Return LoRA that is no no-op."""
-    return LoraConfig(r=8, lora_alpha=24, target_modules=["query", "value"], init_lora_weights=False)
+    return lora(r=8, lora_alpha=24)
 
 
 def scores(model: TextClassifier) -> list[float]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModel, AutoTokenizer
 
 from tests.benchmarks.peer_rows import (
@@ -48,6 +48,7 @@ from tests.benchmarks.report import RESULTS, heading, write
 from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.workers.process import Worker, make_environment
 from tests.support import tiny
+from tests.support.configs import lora
 
 TOLERANCE = 1e-4
 """Of probabilities: sums in another order, by another version of transformers."""
@@ -240,7 +241,7 @@ def write_material(folder: Path, build: Callable[[Path], Any]) -> None:
         build(folder / "base")
     for number in range(ADAPTERS):
         torch.manual_seed(number)
-        config = LoraConfig(r=8, lora_alpha=32, target_modules=["query", "value"], init_lora_weights=False)
+        config = lora(r=8, lora_alpha=32)
         base = AutoModel.from_pretrained(folder / "base")
         path = folder / "material" / str(number)
         get_peft_model(base, config).save_pretrained(path)

@@ -34,13 +34,13 @@ import torch
 from flair.data import Dictionary, Sentence
 from flair.embeddings import TokenEmbeddings, TransformerWordEmbeddings
 from flair.models import SequenceTagger
-from peft import LoraConfig
 
 from flair_peft import PeftTransformerWordEmbeddings, predict_stream
 from tests.benchmarks.memory import peak, reset_peak
 from tests.benchmarks.report import RESULTS, heading, in_process, ratio, seconds, write
 from tests.benchmarks.shapes import SHAPES
 from tests.support import tiny
+from tests.support.configs import lora
 
 MINI_BATCH = 32
 LONG, SHORT, WINDOW = 100_000, 1_000, 1_024
@@ -58,7 +58,7 @@ def texts(*, longest: int) -> Iterator[str]:
 def build_tagger(base: Path, *, adapter: bool = True) -> SequenceTagger:
     """Return a tagger in evaluation mode; its adapter is no no-op."""
     torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=32, target_modules=["query", "value"], init_lora_weights=False)
+    config = lora(r=8, lora_alpha=32)
     embeddings: TokenEmbeddings = TransformerWordEmbeddings(str(base), use_context_separator=False)
     if adapter:
         embeddings = PeftTransformerWordEmbeddings(str(base), peft_config=config)

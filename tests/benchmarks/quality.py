@@ -42,7 +42,8 @@ from flair_peft import PeftTransformerDocumentEmbeddings
 from tests.benchmarks.report import RESULTS, heading, ratio, write
 from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.training import LABELS, texts
-from tests.benchmarks.ways import BATCH, LORA, TASKS, WAYS, Task, minilm, train
+from tests.benchmarks.ways import BATCH, LORA, TASKS, WAYS, Task, train
+from tests.support.minilm import find_minilm
 
 WANTED_POINTS, WANTED_STEP = -0.5, 0.6
 SEED_OF_CHOICE = 0
@@ -100,7 +101,7 @@ def one(plan: dict[str, Any]) -> dict[str, Any]:
     found = train(
         task,
         WAYS[plan["way"]],
-        minilm(),
+        find_minilm(),
         rate=plan["rate"],
         seed=plan["seed"],
         count=settings["sentences"],

@@ -21,7 +21,6 @@ import flair
 import torch
 from flair.data import Dictionary
 from flair.models import TextClassifier
-from peft import LoraConfig
 from transformers import AutoModel, BitsAndBytesConfig
 
 import flair_peft
@@ -31,6 +30,7 @@ from tests.benchmarks.report import RESULTS, heading, in_process, write
 from tests.benchmarks.serving import scores, sentences
 from tests.benchmarks.shapes import SHAPES
 from tests.support import tiny
+from tests.support.configs import lora
 
 WANTED = 0.35
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -40,7 +40,7 @@ def make(base: Path) -> TextClassifier:
     torch.manual_seed(0)
     embeddings = flair_peft.PeftTransformerDocumentEmbeddings(
         str(base),
-        peft_config=LoraConfig(r=8, lora_alpha=32, init_lora_weights=False),
+        peft_config=lora(target_modules=None, r=8, lora_alpha=32),
         transformers_model_kwargs={"quantization_config": BitsAndBytesConfig(**FOUR_BITS)},
     )
     labels = Dictionary(add_unk=False)

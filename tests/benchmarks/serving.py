@@ -23,13 +23,14 @@ import flair
 import torch
 from flair.data import Dictionary, Sentence
 from flair.models import TextClassifier
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModel
 
 import flair_peft
 from tests.benchmarks.memory import resident
 from tests.benchmarks.report import RESULTS, heading, in_process, ratio, seconds, write
 from tests.benchmarks.shapes import SHAPES
+from tests.support.configs import lora
 
 MODELS, RESIDENT, MIXED, BATCH = 50, 20, 8, 32
 WORDS = "a bb ab ba the aaab , aba ? a bb ab ba the aaab , aba ? a ab".split()  # noqa: SIM905 - sentences
@@ -49,7 +50,7 @@ def write_models(folder: Path) -> None:
         labels.add_item(label)
     for number in range(MODELS):
         torch.manual_seed(number)
-        config = LoraConfig(r=8, lora_alpha=32, init_lora_weights=False)
+        config = lora(target_modules=None, r=8, lora_alpha=32)
         embeddings = flair_peft.PeftTransformerDocumentEmbeddings(str(folder / "base"), peft_config=config)
         for parameter in embeddings.parameters():
             if parameter.requires_grad:

@@ -24,13 +24,14 @@ import torch
 from flair.data import Dictionary, Sentence
 from flair.models import TextClassifier
 from flair.training_utils import store_embeddings
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModel, AutoTokenizer
 
 import flair_peft
 from tests.benchmarks.memory import peak, private, reset_peak
 from tests.benchmarks.report import RESULTS, heading, in_process, ratio, seconds, write
 from tests.benchmarks.shapes import SHAPES
+from tests.support.configs import lora
 
 WANTED = 1.05
 WORDS, BATCH = 30, 8
@@ -49,17 +50,13 @@ def texts() -> list[list[str]]:
     return [generator.choices(words, k=WORDS - 2 * number) for number in range(BATCH)]
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(r=8, lora_alpha=32, target_modules=["query", "value"], init_lora_weights=False)
-
-
 def flair_loop(base: Path) -> Loop:
     """Return model, loss of the batch, and one step as Flair's trainer does it."""
     torch.manual_seed(0)
     dictionary = Dictionary(add_unk=False)
     for label in LABELS:
         dictionary.add_item(label)
-    embeddings = flair_peft.PeftTransformerDocumentEmbeddings(str(base), peft_config=lora())
+    embeddings = flair_peft.PeftTransformerDocumentEmbeddings(str(base), peft_config=lora(r=8, lora_alpha=32))
     model = TextClassifier(embeddings, label_dictionary=dictionary, label_type="sentiment")
     sentences = [
         Sentence(words, use_tokenizer=False).add_label("sentiment", LABELS[number % 2])
@@ -87,7 +84,7 @@ def bare_loop(base: Path) -> Loop:
     """Return the same with transformers and PEFT alone."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    encoder = get_peft_model(AutoModel.from_pretrained(base), lora())
+    encoder = get_peft_model(AutoModel.from_pretrained(base), lora(r=8, lora_alpha=32))
     model = torch.nn.ModuleDict({"encoder": encoder, "head": torch.nn.Linear(768, len(LABELS))})
     batch, targets = texts(), torch.tensor([number % 2 for number in range(BATCH)])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -5,8 +5,6 @@ Texts are those of the folder ``shared/data`` beside the project, weights those 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import math
 import random
 import tempfile
@@ -31,7 +29,6 @@ from torch import nn
 
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
 from tests.benchmarks.loads import peak, reset_peak
-from tests.real.test_sst2 import PACKAGE, WEIGHTS_SHA256
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 BATCH, EVALUATION_BATCH = 8, 64
@@ -130,18 +127,6 @@ WAYS = {
     "prompt tuning": Way(adapter(PromptTuningConfig, **IN_FRONT), (3e-3, 1e-2, 3e-2)),
     "prefix tuning": Way(adapter(PrefixTuningConfig, **IN_FRONT), (3e-3, 1e-2, 3e-2)),
 }
-
-
-def minilm() -> str:
-    """Return the directory of MiniLM's weights, checked by their hash.
-
-    Raises:
-        importlib.metadata.PackageNotFoundError: the package that holds them is not installed.
-    """
-    files = importlib.metadata.files(PACKAGE) or []
-    weights = next(Path(str(file.locate())) for file in files if file.name == "model.safetensors")
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() == WEIGHTS_SHA256
-    return str(weights.parent)
 
 
 def sst2() -> Task:

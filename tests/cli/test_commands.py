@@ -24,8 +24,10 @@ from peft import GraloraConfig, HRAConfig, IA3Config, LoraConfig, PeftConfig, Un
 import flair_peft
 from flair_peft.cli import main
 from flair_peft.embeddings import untrained
-from tests.inspection.test_report import Payload, build, lora, save_as, save_stock
+from tests.support.configs import lora
+from tests.support.files import Payload, save_as, save_stock
 from tests.support.hub_stand_in import HubStandIn, online
+from tests.support.models import CLASSIFIER, make
 from tests.support.round_trip import largest_difference
 
 Base = Callable[[str], str]
@@ -47,7 +49,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def model(base: Base) -> Model:
-    return build("text-classifier", base("bert"), lora())
+    return make(CLASSIFIER, base("bert"), lora())
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def file(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stock(base: Base, tmp_path: Path) -> Path:
     flair_peft.uninstall()
-    made = build("text-classifier", base("bert"), lora(), is_stock=True)
+    made = make(CLASSIFIER, base("bert"), lora(), is_stock=True)
     flair_peft.install()
     return save_stock(made, tmp_path / "stock.pt")
 
@@ -334,7 +336,7 @@ def test_convert_of_a_method_whose_tensors_do_not_say_everything_needs_a_config(
 ) -> None:
     """No scale and no seed is taken from PEFT's defaults, and no setting that the method lacks is taken at all."""
     flair_peft.uninstall()
-    made = build("text-classifier", base("bert"), config, is_stock=True)
+    made = make(CLASSIFIER, base("bert"), config, is_stock=True)
     flair_peft.install()
     code, output, errors = run("convert", save_stock(made, tmp_path / "stock.pt"), "out", *options)
     assert (code, output, converter.calls) == (2, "", [])
@@ -378,7 +380,7 @@ def test_convert_of_a_model_that_knows_its_config_is_refused(run: Run, file: Pat
 def test_convert_makes_a_checkpoint_that_predicts_what_the_old_model_did(run: Run, base: Base, tmp_path: Path) -> None:
     """From the file to the directory in one command, with nothing standing in for anything."""
     flair_peft.uninstall()
-    old = build("text-classifier", base("bert"), lora(), is_stock=True)
+    old = make(CLASSIFIER, base("bert"), lora(), is_stock=True)
     flair_peft.install()
     path = save_stock(old, tmp_path / "old.pt")
     code, text, errors = run("convert", path, tmp_path / "new", "--lora-alpha", str(lora().lora_alpha))

@@ -47,7 +47,6 @@ from flair.models.relation_classifier_model import (
     TypedEntityMask,
 )
 from flair.nn import DeepNCMDecoder, LabelVerbalizerDecoder, PrototypicalDecoder
-from peft import LoraConfig
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
@@ -57,13 +56,14 @@ from flair_peft.codec import objects
 from flair_peft.codec.state_json import KINDS, MAX_DEPTH, decode, encode, restore_state
 from flair_peft.compat import FormatVersion
 from flair_peft.errors import ModelFileError, UnsupportedStateError
+from tests.support.configs import lora
 from tests.support.round_trip import Factories, largest_difference
 from tests.support.selection import ONE_OF_A_KIND, few
 from tests.support.zoo import ZOO, pair_corpus, sentence_corpus
 
 Base = Callable[[str], str]
 
-CONFIG = LoraConfig(r=2, lora_alpha=3, target_modules=["query", "value"], init_lora_weights=False)
+CONFIG = lora(r=2, lora_alpha=3)
 
 
 def round_trip(value: Any) -> Any:

@@ -24,6 +24,7 @@ from flair_peft import (
 from flair_peft.base.tokenizers import complete_padding_
 from flair_peft.errors import AdapterConfigError
 from tests.support import tiny, vectors
+from tests.support.configs import lora
 from tests.support.vectors import is_same
 
 Base = Callable[[str], str]
@@ -45,13 +46,7 @@ def options(architecture: str) -> dict[str, Any]:
 
 
 def make(base: Base, architecture: str, pooling: str = "first", **given: Any) -> PeftTransformerEmbeddings:
-    config = LoraConfig(
-        r=4,
-        lora_alpha=12,
-        init_lora_weights=False,
-        target_modules=tiny.ATTENTION_TARGETS[architecture],
-        fan_in_fan_out=architecture == "gpt2",
-    )
+    config = lora(target_modules=tiny.ATTENTION_TARGETS[architecture], fan_in_fan_out=architecture == "gpt2")
     given = {"peft_config": config, **options(architecture), **given}
     if pooling == "first":
         return PeftTransformerWordEmbeddings(base(architecture), **given)
@@ -268,7 +263,7 @@ ENCODERS = {"umt5": "UMT5EncoderModel", "t5gemma": "T5GemmaEncoderModel"}
 
 def make_uncommon(base: Base, architecture: str, **given: Any) -> PeftTransformerWordEmbeddings:
     targets = tiny.MORE_TARGETS[architecture]
-    config = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=targets)
+    config = lora(target_modules=targets)
     return PeftTransformerWordEmbeddings(base(architecture), **{"peft_config": config, **given})
 
 
@@ -367,9 +362,7 @@ def test_architecture_that_computes_while_it_is_built_takes_a_foreign_adapter(
     model = getattr(transformers, f"{name}Model")(config).eval()
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    adapted = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
-    )
+    adapted = get_peft_model(model, lora(target_modules=["q_proj", "down_proj"]))
     adapted.save_pretrained(tmp_path / "adapter")
     embeddings = PeftTransformerWordEmbeddings.from_adapter(
         str(tmp_path / "adapter"), base_model=str(tmp_path / "base"), use_context_separator=False

@@ -13,17 +13,17 @@ from flair.embeddings import StackedEmbeddings, TransformerDocumentEmbeddings, T
 from flair.models import MultitaskModel, SequenceTagger, TextClassifier, TokenClassifier
 from flair.nn import Classifier, Model
 from flair.trainers import ModelTrainer
-from peft import LoraConfig
 from transformers import AutoModel, AutoTokenizer
 
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings
 from flair_peft.embeddings.head_dtype import has_castable_head
 from flair_peft.errors import AdapterConfigError
 from flair_peft.primitives.dtypes import dtype_name, parse_dtype, requested_dtype
+from tests.support.configs import lora
 from tests.support.round_trip import SCORE_TOLERANCE, Factories, largest_difference
 from tests.support.zoo import ZOO
 
-LORA = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["query", "value"])
+LORA = lora()
 SENTENCES = ["Berlin is large .", "I love it !"]
 
 

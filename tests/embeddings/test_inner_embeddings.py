@@ -15,13 +15,14 @@ from flair.embeddings.base import EMBEDDING_CLASSES, DocumentEmbeddings, TokenEm
 from flair.models import MultitaskModel, SequenceTagger, TextClassifier
 from flair.nn import Model
 from flair.trainers import ModelTrainer
-from peft import IA3Config, LoraConfig, PeftConfig
+from peft import IA3Config, PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
 from flair_peft.errors import BaseMismatchError, StateMismatchError
+from tests.support.configs import lora
 from tests.support.methods import perturb_
 from tests.support.selection import few
 from tests.support.zoo import sentence_corpus
@@ -29,12 +30,10 @@ from tests.support.zoo import sentence_corpus
 MADE: dict[str, Any] = {}
 TARGETS = ["query", "value"]
 CONFIGS: dict[str, Callable[[], PeftConfig]] = {
-    "lora": lambda: LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=TARGETS),
-    "pissa": lambda: LoraConfig(r=4, lora_alpha=12, init_lora_weights="pissa", target_modules=TARGETS),
-    "tokens": lambda: LoraConfig(
-        r=4, lora_alpha=12, init_lora_weights=False, target_modules=TARGETS, trainable_token_indices=[1, 2, 3]
-    ),
-    "biases": lambda: LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=TARGETS, bias="all"),
+    "lora": lambda: lora(target_modules=TARGETS),
+    "pissa": lambda: lora(init_lora_weights="pissa", target_modules=TARGETS),
+    "tokens": lambda: lora(target_modules=TARGETS, trainable_token_indices=[1, 2, 3]),
+    "biases": lambda: lora(target_modules=TARGETS, bias="all"),
     "ia3": lambda: IA3Config(target_modules=[*TARGETS, "output.dense"], feedforward_modules=["output.dense"]),
 }
 
@@ -229,7 +228,7 @@ def test_other_base_under_code_that_makes_its_transformer_is_refused(tmp_path: P
     perturb_(model, seed=3)
     model.save(tmp_path / "model.pt")
     del model
-    MADE["peft_config"] = lambda: LoraConfig(r=4, lora_alpha=48, init_lora_weights=False, target_modules=TARGETS)
+    MADE["peft_config"] = lambda: lora(lora_alpha=48, target_modules=TARGETS)
     with pytest.raises(StateMismatchError, match="probe"):
         TextClassifier.load(tmp_path / "model.pt")
     MADE["peft_config"] = CONFIGS["lora"]

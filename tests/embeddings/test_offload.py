@@ -16,7 +16,8 @@ from flair.nn import Model
 import flair_peft
 from flair_peft import SharedBase
 from flair_peft.errors import AdapterConfigError
-from tests.serving.test_shared_base import TEXTS, labels_of, save, train_a_step
+from tests.support.models import save_random, train_a_step
+from tests.support.predictions import TEXTS, labels_of
 
 
 def size_of(model: Model) -> int:
@@ -31,7 +32,7 @@ def predicted(model: Model) -> list[Any]:
 
 def load(base: str, folder: Path, *, count: int, keep: float, **options: Any) -> tuple[SharedBase, list[Model]]:
     """Return models on a base whose budget is that of ``keep`` adapters."""
-    directories = [save("text-classifier", base, folder / str(i), seed=i)[0] for i in range(count)]
+    directories = [save_random("text-classifier", base, folder / str(i), seed=i)[0] for i in range(count)]
     size = size_of(flair_peft.from_pretrained(directories[0]))
     shared = SharedBase(base, adapter_memory=int(size * keep), **options)
     return shared, [shared.load(directory) for directory in directories]
@@ -108,14 +109,14 @@ def test_adapter_on_disk_is_the_one_that_was_loaded_though_the_directory_holds_a
     before = predicted(models[0])
     predicted(models[1])
     assert on_disk(models[0])
-    save("text-classifier", base("bert"), tmp_path / "0", seed=9)
+    save_random("text-classifier", base("bert"), tmp_path / "0", seed=9)
     assert predicted(models[0]) == before
 
 
 def test_adapters_in_half_precision_come_back_in_it(base: Callable[[str], str], tmp_path: Path) -> None:
     """Files hold fp32; the base computes in bf16."""
     shared = SharedBase(base("bert"), dtype="bfloat16", adapter_memory=0)
-    directories = [save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0] for i in range(2)]
+    directories = [save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0] for i in range(2)]
     models = [shared.load(directory) for directory in directories]
     free = SharedBase(base("bert"), dtype="bfloat16")
     expected = [predicted(free.load(directory)) for directory in directories]

@@ -51,6 +51,7 @@ from flair_peft.errors import (
     StateMismatchError,
 )
 from tests.support import tiny
+from tests.support.configs import lora
 from tests.support.methods import METHODS
 from tests.support.vectors import is_close, is_same
 from tests.support.zoo import sentence_corpus
@@ -72,13 +73,6 @@ STOCK: dict[type[PeftTransformerEmbeddings], type[TransformerEmbeddings]] = {
 WORD, DOCUMENT, BOTH = STOCK
 CLASSES = pytest.mark.parametrize("ours", [WORD, DOCUMENT, BOTH])
 WORD_AND_DOCUMENT = pytest.mark.parametrize("ours", [WORD, DOCUMENT])
-
-
-def lora(**options: Any) -> LoraConfig:
-    """Return LoRA that changes every vector: its B is random and its scale is not 1."""
-    return LoraConfig(
-        **{"r": 4, "lora_alpha": 12, "init_lora_weights": False, "target_modules": ["query", "value"], **options}
-    )
 
 
 def read(embeddings: Embeddings, sentences: Sequence[Sentence]) -> list[torch.Tensor]:
@@ -473,7 +467,7 @@ def test_peft_config_given_is_not_mutated(base: Base, method: str) -> None:
 
 def test_peft_config_used_twice_gives_two_independent_adapters(base: Base) -> None:
     """One config object can be given to any number of embeddings."""
-    config = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules="all-linear")
+    config = lora(target_modules="all-linear")
     first, second = WORD(base("bert"), peft_config=config), WORD(base("roberta"), peft_config=config)
     assert config.target_modules == "all-linear"
     assert storages(first).isdisjoint(storages(second))

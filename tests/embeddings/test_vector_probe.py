@@ -22,7 +22,7 @@ from flair.embeddings import TransformerDocumentEmbeddings
 from flair.embeddings.base import load_embeddings
 from flair.models import TextClassifier
 from huggingface_hub import CommitOperationAdd, HfApi
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from transformers import AutoConfig, AutoModel, AutoTokenizer, T5Model, dynamic_module_utils
 
 import flair_peft
@@ -38,6 +38,7 @@ from flair_peft.errors import (
 )
 from flair_peft.storage import manifest
 from tests.support import tiny
+from tests.support.configs import lora
 from tests.support.hub_stand_in import HubStandIn, online
 from tests.support.methods import perturb_
 from tests.support.round_trip import Factories
@@ -70,11 +71,6 @@ def load(source: Path, **options: Any) -> Any:
     if source.is_file():
         return TextClassifier.load(source, **options)
     return flair_peft.from_pretrained(source, **options)
-
-
-def lora(**options: Any) -> LoraConfig:
-    settings = {"r": 4, "lora_alpha": 12, "init_lora_weights": False, "target_modules": ["query", "value"]}
-    return LoraConfig(**{**settings, **options})
 
 
 def classifier(base: Any, config: PeftConfig | None = None, **options: Any) -> TextClassifier:
@@ -298,9 +294,7 @@ def test_base_of_a_label_encoder_is_found_and_verified_as_that_of_the_model(
     entry = ZOO["text-classifier-label-verbalizer"]
 
     def make(**kwargs: Any) -> PeftTransformerDocumentEmbeddings:
-        return PeftTransformerDocumentEmbeddings(
-            str(own), peft_config=LoraConfig(r=4, lora_alpha=12, init_lora_weights=False), **kwargs
-        )
+        return PeftTransformerDocumentEmbeddings(str(own), peft_config=lora(target_modules=None), **kwargs)
 
     model = entry.build(None, make)
     place, expected = save(model, tmp_path / form), entry.predict(model, entry.corpus())
@@ -315,7 +309,7 @@ def test_base_of_a_label_encoder_is_found_and_verified_as_that_of_the_model(
 
 def test_what_holds_nothing_to_prove_is_not_called_verified(base: Base, tmp_path: Path) -> None:
     """Files of stock Flair, with an adapter or without one, load, and that is all that can be said of them."""
-    adapter = LoraConfig(r=4, init_lora_weights=False, task_type="FEATURE_EXTRACTION")
+    adapter = lora(target_modules=None, task_type="FEATURE_EXTRACTION")
     for config, lacking in ((None, "no adapter"), (adapter, "no probe")):
         make = functools.partial(TransformerDocumentEmbeddings, base("bert"), peft_config=config)
         CLASSIFIER.build(None, make).save(tmp_path / "x.pt")
@@ -740,9 +734,7 @@ def copied(base: str, folder: Path, **options: Any) -> str:
 
 
 def on(base: str) -> TextClassifier:
-    embeddings = PeftTransformerDocumentEmbeddings(
-        base, peft_config=LoraConfig(r=4, lora_alpha=12, init_lora_weights=False)
-    )
+    embeddings = PeftTransformerDocumentEmbeddings(base, peft_config=lora(target_modules=None))
     return TextClassifier(embeddings, label_dictionary=copied_labels(), label_type="kind")
 
 

@@ -12,7 +12,8 @@ from flair.nn import Model
 
 import flair_peft
 from flair_peft.errors import AdapterConfigError
-from tests.serving.test_shared_base import labels_of, points_of, save
+from tests.support.models import save_random
+from tests.support.predictions import labels_of, points_of
 from tests.support.round_trip import largest_difference
 
 
@@ -31,7 +32,7 @@ def test_exported_model_in_int8_is_smaller_and_says_what_changed(
     name: str, base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The cost that is returned is the one that shows, and the file of stock Flair holds the int8 model."""
-    _, live = save(name, base("bert"), tmp_path / "model")
+    _, live = save_random(name, base("bert"), tmp_path / "model")
     exported = flair_peft.export_onnx(live, tmp_path / "model.onnx")
     points, before, after = points_of(name), points_of(name), points_of(name)
     given = labels_of(points)
@@ -61,7 +62,7 @@ def test_quantisation_leaves_logging_as_it_was(
     base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """onnxruntime gives advice that nobody can follow here, and would set up logging for the whole process."""
-    _, live = save("text-classifier", base("bert"), tmp_path / "model")
+    _, live = save_random("text-classifier", base("bert"), tmp_path / "model")
     exported = flair_peft.export_onnx(live, tmp_path / "model.onnx")
     flair_peft.quantize_onnx(exported, points_of("text-classifier"))
     assert not [message for message in caplog.messages if "pre-processing" in message]
@@ -75,7 +76,7 @@ def test_quantisation_leaves_logging_as_it_was(
 
 def test_cost_counts_evaluations_where_gold_labels_are_named(base: Callable[[str], str], tmp_path: Path) -> None:
     """Flair's own evaluation, before and after."""
-    _, live = save("text-classifier", base("bert"), tmp_path / "model")
+    _, live = save_random("text-classifier", base("bert"), tmp_path / "model")
     exported = flair_peft.export_onnx(live, tmp_path / "model.onnx")
     points = points_of("text-classifier")
     expected = exported.evaluate(points_of("text-classifier"), "sentiment").main_score
@@ -89,7 +90,7 @@ def test_cost_counts_evaluations_where_gold_labels_are_named(base: Callable[[str
 
 def test_model_that_is_no_export_or_no_text_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
     """Both are needed, and the message says which is missing."""
-    _, live = save("text-classifier", base("bert"), tmp_path / "model")
+    _, live = save_random("text-classifier", base("bert"), tmp_path / "model")
     with pytest.raises(AdapterConfigError, match="none of its transformers is an ONNX file"):
         flair_peft.quantize_onnx(live, [Sentence("Berlin")])
     with pytest.raises(AdapterConfigError, match="there are no data points"):

@@ -18,25 +18,24 @@ from flair.data import Dictionary, Sentence
 from flair.embeddings import TransformerEmbeddings
 from flair.models import TextClassifier
 from flair.nn import Model
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
+from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, SaveError, UnsupportedMethodError
-from tests.adapter.test_methods import TEXTS, make, one_kind_each
-from tests.base.test_quantisation import quantised_classifier
 from tests.support import tiny
+from tests.support.configs import lora
+from tests.support.method_cases import make_embeddings, one_kind_each
 from tests.support.methods import Method
-from tests.support.round_trip import largest_difference
+from tests.support.models import CLASSIFIER, classifier, make
+from tests.support.predictions import TEXTS
+from tests.support.quantised import quantised_classifier
+from tests.support.round_trip import ROUNDING, largest_difference
 from tests.support.selection import few
 from tests.support.zoo import ZOO
-from tests.test_patch import CLASSIFIER, lora
-from tests.test_patch import make as make_model
 
 Base = Callable[[str], str]
 
-# Of scores: the same sums in another order.
-ROUNDING = 1e-4
 
 # Without the packages, and without a hook that importing them would put in.
 STOCK_PROCESS = """
@@ -57,10 +56,6 @@ print(json.dumps(found))
 """
 
 
-def classifier(base: str, config: Any = None, **options: Any) -> Any:
-    return make_model(CLASSIFIER, base, config or lora(), **options)
-
-
 def predictions(model: Any, texts: list[str]) -> list[list[tuple[str, str, float]]]:
     sentences = [Sentence(text) for text in texts]
     model.eval()
@@ -72,7 +67,7 @@ def predictions(model: Any, texts: list[str]) -> list[list[tuple[str, str, float
 def test_merged_model_of_every_class_is_flairs_own_and_predicts_the_same(name: str, base: Base, tmp_path: Path) -> None:
     """It is saved and loaded by stock Flair, and the original keeps its adapter and its bits."""
     entry = ZOO[name]
-    live = make_model(entry, base("bert"), lora())
+    live = make(entry, base("bert"), lora())
     corpus = entry.corpus()
     expected = entry.predict(live, corpus)
     before = {key: tensor.clone() for key, tensor in live.state_dict().items()}
@@ -93,7 +88,7 @@ def test_merged_model_of_every_class_is_flairs_own_and_predicts_the_same(name: s
 
 @pytest.mark.parametrize("name", few(["text-classifier", "sequence-tagger"], ["text-classifier"]))
 def test_merged_model_loads_where_neither_package_is_installed(name: str, base: Base, tmp_path: Path) -> None:
-    live = make_model(ZOO[name], base("bert"), lora())
+    live = make(ZOO[name], base("bert"), lora())
     texts = ["Berlin is a wonderful city .", "George Washington was bad ."]
     expected = predictions(live, texts)
     flair_peft.merge(live).save(tmp_path / "plain.pt")
@@ -114,7 +109,7 @@ def test_merged_model_loads_where_neither_package_is_installed(name: str, base: 
 @pytest.mark.parametrize(("method", "kind"), one_kind_each())
 def test_method_merges_or_is_refused_by_name(method: Method, kind: str, base: Base) -> None:
     """What PEFT can merge gives the vectors of the unmerged model; all else says why not."""
-    embeddings = make(method, kind, base, torch.float32)
+    embeddings = make_embeddings(method, kind, base, torch.float32)
     model = wrapped(embeddings)
     expected = embed(embeddings)
     with warnings.catch_warnings():
@@ -185,7 +180,7 @@ def test_quantised_base_is_refused(base: Base) -> None:
 
 def test_plain_model_has_nothing_to_merge(base: Base) -> None:
     with pytest.raises(AdapterConfigError, match="has an adapter"):
-        flair_peft.merge(make_model(CLASSIFIER, base("bert"), None, stock=True))
+        flair_peft.merge(make(CLASSIFIER, base("bert"), None, is_stock=True))
 
 
 def test_loaded_model_is_merged_too(base: Base, tmp_path: Path) -> None:
@@ -201,7 +196,7 @@ def test_loaded_model_is_merged_too(base: Base, tmp_path: Path) -> None:
 
 
 def test_config_of_the_user_is_left_as_it_was(base: Base) -> None:
-    config = LoraConfig(r=4, lora_alpha=12, target_modules=["query"], init_lora_weights=False)
+    config = lora(target_modules=["query"])
     before = config.to_dict()
     flair_peft.merge(classifier(base("bert"), config))
     assert config.to_dict() == before
@@ -210,7 +205,7 @@ def test_config_of_the_user_is_left_as_it_was(base: Base) -> None:
 def test_merged_model_replaces_the_file_that_the_live_one_is_mapped_from(base: Base, tmp_path: Path) -> None:
     """The file is replaced, not written into: the model that was loaded from it goes on predicting."""
     path = tmp_path / "whole.pt"
-    make_model(CLASSIFIER, base("bert"), lora()).save(path, save_base=True)
+    make(CLASSIFIER, base("bert"), lora()).save(path, save_base=True)
     live, corpus = TextClassifier.load(path), CLASSIFIER.corpus()
     expected, place = CLASSIFIER.predict(live, corpus), path.stat().st_ino
     flair_peft.merge(live).save(path)
@@ -230,7 +225,7 @@ def test_plain_model_that_cannot_be_written_leaves_the_file_as_it_was(
         Path(path).write_bytes(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
 
-    model = flair_peft.merge(make_model(CLASSIFIER, base("bert"), lora()))
+    model = flair_peft.merge(make(CLASSIFIER, base("bert"), lora()))
     (tmp_path / "x.pt").write_bytes(b"precious")
     monkeypatch.setattr(torch, "save", fill_the_disk)
     with pytest.raises(SaveError, match="as it was before"):
@@ -241,7 +236,7 @@ def test_plain_model_that_cannot_be_written_leaves_the_file_as_it_was(
 
 def test_merge_leaves_the_random_numbers_of_a_training_as_they_were(base: Base) -> None:
     """A merge between two epochs does not change what is drawn in the next."""
-    model = make_model(CLASSIFIER, base("bert"), lora())
+    model = make(CLASSIFIER, base("bert"), lora())
     before = torch.get_rng_state()
     flair_peft.merge(model)
     assert torch.equal(torch.get_rng_state(), before)

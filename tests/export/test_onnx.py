@@ -14,12 +14,11 @@ from peft import PromptTuningConfig
 
 import flair_peft
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
-from tests.export.test_merge import ROUNDING, classifier
 from tests.support import tiny
-from tests.support.round_trip import largest_difference
+from tests.support.configs import lora
+from tests.support.models import CLASSIFIER, classifier, make
+from tests.support.round_trip import ROUNDING, largest_difference
 from tests.support.zoo import ZOO
-from tests.test_patch import CLASSIFIER, lora
-from tests.test_patch import make as make_model
 
 Base = Callable[[str], str]
 
@@ -27,7 +26,7 @@ Base = Callable[[str], str]
 @pytest.mark.parametrize("name", ["text-classifier", "sequence-tagger", "multitask-word-and-document", "multitask"])
 def test_exported_model_predicts_the_same_and_stock_flair_loads_it(name: str, base: Base, tmp_path: Path) -> None:
     entry = ZOO[name]
-    live = make_model(entry, base("bert"), lora())
+    live = make(entry, base("bert"), lora())
     corpus = entry.corpus()
     expected = entry.predict(live, corpus)
     exported = flair_peft.export_onnx(live, tmp_path / "onnx" / "model.onnx")
@@ -53,7 +52,7 @@ def test_architecture_gives_the_same_vectors(architecture: str, base: Base, tmp_
 
 def test_graph_that_computes_something_else_is_an_error(base: Base, tmp_path: Path) -> None:
     """Traced, Flair's mean of subtokens takes lengths for constants; a Flair that mends it ends this test."""
-    live = make_model(ZOO["sequence-tagger"], base("bert"), lora(), subtoken_pooling="mean")
+    live = make(ZOO["sequence-tagger"], base("bert"), lora(), subtoken_pooling="mean")
     with pytest.raises(StateMismatchError, match="took something for a constant"):
         flair_peft.export_onnx(live, tmp_path / "model.onnx")
 
@@ -61,7 +60,7 @@ def test_graph_that_computes_something_else_is_an_error(base: Base, tmp_path: Pa
 @pytest.mark.parametrize("is_there", [True, False])
 def test_graph_that_is_refused_replaces_nothing(is_there: bool, base: Base, tmp_path: Path) -> None:
     """A model that names the path goes on running the graph that it was exported with."""
-    live = make_model(ZOO["sequence-tagger"], base("bert"), lora(), subtoken_pooling="mean")
+    live = make(ZOO["sequence-tagger"], base("bert"), lora(), subtoken_pooling="mean")
     if is_there:
         (tmp_path / "x.onnx").write_bytes(b"earlier")
     with pytest.raises(StateMismatchError):
@@ -96,8 +95,8 @@ def test_model_that_stock_flair_would_read_with_another_separator_is_refused(
 ) -> None:
     """Flair chooses the separator by the class of the embeddings, and forgets it for ONNX files."""
     with pytest.raises(AdapterConfigError, match="joins texts by ' \\[SEP\\] '"):
-        flair_peft.export_onnx(make_model(ZOO[name], base("bert"), lora()), tmp_path / "model.onnx")
-    separate = make_model(ZOO["text-pair-classifier-separate"], base("bert"), lora())
+        flair_peft.export_onnx(make(ZOO[name], base("bert"), lora()), tmp_path / "model.onnx")
+    separate = make(ZOO["text-pair-classifier-separate"], base("bert"), lora())
     assert flair_peft.export_onnx(separate, tmp_path / "model.onnx")
 
 

@@ -60,13 +60,13 @@ from flair_peft.errors import (
 )
 from flair_peft.foreign import source_classes
 from tests.support import tiny
+from tests.support.configs import lora
 from tests.support.foreign_adapters import (
     SOURCES,
     TEXT,
     Source,
     hidden_states,
     largest_difference,
-    lora,
     offered,
     train,
     write_base,

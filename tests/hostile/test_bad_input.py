@@ -38,18 +38,12 @@ from flair_peft.errors import (
     UnsupportedMethodError,
 )
 from flair_peft.models import build as models_build
+from tests.support.configs import lora
 from tests.support.methods import METHODS
 from tests.support.zoo import ZOO
 
 ENTRY = ZOO["text-classifier"]
 Base = Callable[[str], str]
-
-
-def lora(**settings: Any) -> LoraConfig:
-    """Return LoRA with a scale of 3 that is no no-op."""
-    return LoraConfig(
-        **{"r": 4, "lora_alpha": 12, "target_modules": ["query", "value"], "init_lora_weights": False, **settings}
-    )
 
 
 def build(base: str) -> Model:

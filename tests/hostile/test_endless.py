@@ -13,14 +13,15 @@ import pytest
 import torch
 from flair.data import Dictionary
 from flair.models import TextClassifier
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModel, BertConfig, BertModel
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase
 from flair_peft.adapter import config as configs
 from flair_peft.errors import AdapterConfigError, FlairPeftError
-from tests.hostile.test_mutations import resign
+from tests.support.configs import lora
+from tests.support.files import resign
 from tests.support.selection import few
 
 Base = Callable[[str], str]
@@ -72,11 +73,6 @@ def cases(changes: dict[str, dict[str, Any]]) -> list[Any]:
         pytest.param(change, id=name, marks=() if name in DEFAULT else pytest.mark.matrix)
         for name, change in changes.items()
     ]
-
-
-def lora(**options: Any) -> LoraConfig:
-    settings = {"r": 4, "lora_alpha": 12, "init_lora_weights": False, "target_modules": ["query", "value"]}
-    return LoraConfig(**{**settings, **options})
 
 
 def change(path: Path, changes: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ from flair.models import TextClassifier
 import flair_peft
 from flair_peft.errors import SaveError
 from flair_peft.inspection import plot, report
-from tests.inspection.test_report import build, lora
+from tests.support.configs import lora
+from tests.support.models import CLASSIFIER, make
 from tests.support.selection import few
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a limit on the size of files stands for a full disk")
@@ -94,7 +95,7 @@ def test_write_on_a_full_disk_is_an_error_and_leaves_what_was_there(
     """Three sentences that say what to do; a new name has no file, an old one the file that it had."""
     target = tmp_path / "target"
     target.mkdir()
-    model, (prepare, room) = build("text-classifier", base("bert"), lora()), WRITERS[name]
+    model, (prepare, room) = make(CLASSIFIER, base("bert"), lora()), WRITERS[name]
     write = prepare(model, target)
     if is_there:
         write(target)

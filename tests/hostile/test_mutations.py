@@ -39,14 +39,14 @@ import safetensors.torch
 import torch
 from flair.embeddings import StackedEmbeddings, TransformerDocumentEmbeddings, TransformerWordEmbeddings
 from flair.nn import Model
-from peft import LoraConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
-from flair_peft.codec import state_json
 from flair_peft.errors import FlairPeftError
 from flair_peft.models import files as models_files
 from flair_peft.storage import manifest
+from tests.support.configs import lora
+from tests.support.files import DOCUMENT, resign, write_text
 from tests.support.zoo import ZOO, Entry
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each batch of loads needs a process of its own")
@@ -54,17 +54,11 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each batch of l
 Base = Callable[[str], str]
 Tensors = dict[str, torch.Tensor]
 
-DOCUMENT = "flair_peft.json"
 SECONDS_A_LOAD = 20
 MORE_MEMORY = 3 << 30
 """Address space that a process may take beyond what it has when the loads begin."""
 MORE_RESIDENT = 400 << 10
 """Kilobytes by which the loads of one batch may raise the peak of the memory in use."""
-
-
-def lora() -> LoraConfig:
-    """Return LoRA with a scale of 3 that is no no-op."""
-    return LoraConfig(r=4, lora_alpha=12, target_modules=["query", "value"], init_lora_weights=False)
 
 
 # Good checkpoints
@@ -112,19 +106,6 @@ def build(name: str, word: Callable[..., Any], document: Callable[..., Any]) -> 
     if name == "tagger":
         return entry, entry.build(lambda **_: StackedEmbeddings([word(), word(layers="-2")]), document)
     return entry, entry.build(word, document)
-
-
-def write_text(text: str, tensors: Tensors, path: Path, *, is_zip: bool = True) -> None:
-    """Write what ``Model.save`` writes, with any text and tensors in the place of the model's."""
-    torch.save(_Text(text, tensors), path, pickle_protocol=2, _use_new_zipfile_serialization=is_zip)
-
-
-class _Text:
-    def __init__(self, text: str, tensors: Tensors) -> None:
-        self.text, self.tensors = text, tensors
-
-    def __reduce__(self) -> Any:
-        return state_json.restore_state, (self.text, self.tensors)
 
 
 def load(good: Good, path: Path) -> Model:
@@ -563,18 +544,6 @@ def _change_tensors_(tensors: Tensors, change: Callable[[Tensors, random.Random]
 
 
 # Signed damage to directories
-
-
-def resign(place: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
-    """Change the document, and make its hash and those of all files right again."""
-    document = json.loads((place / DOCUMENT).read_text())
-    for name in document["files"]:
-        if (place / name).is_file():
-            entry = manifest.entry_of((place / name).read_bytes())
-            document["files"][name] = {"bytes": entry.bytes, "sha256": entry.sha256}
-    change(document)
-    document["sha256"] = manifest.hash_of(document)
-    (place / DOCUMENT).write_text(json.dumps(document))
 
 
 def _in_json(change: Callable[[str, random.Random], str]) -> Damage:

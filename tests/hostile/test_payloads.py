@@ -10,7 +10,6 @@ import copy
 import importlib
 import io
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -32,7 +31,8 @@ from flair_peft.base import tokenizers
 from flair_peft.errors import FlairPeftError, ModelFileError
 from flair_peft.models import files
 from flair_peft.storage import manifest
-from tests.hostile.test_mutations import lora, resign, write_text
+from tests.support.configs import lora
+from tests.support.files import Payload, resign, write_text
 from tests.support.selection import few
 from tests.support.zoo import ZOO
 
@@ -43,16 +43,6 @@ ENTRY = ZOO["text-classifier"]
 DOCUMENT = "flair_peft.json"
 Base = Callable[[str], str]
 Change = Callable[[dict[str, Any]], Any]
-
-
-class Payload:
-    """Makes a directory when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.fixture

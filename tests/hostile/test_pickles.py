@@ -29,22 +29,14 @@ from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmb
 from flair_peft.cli import main
 from flair_peft.errors import FlairPeftError, ModelFileError, UnsafeFileError
 from flair_peft.torchfile import scan, state_tree, unpickle
+from tests.support.configs import lora
+from tests.support.files import Payload
 from tests.support.selection import ONE_OF_A_KIND, few
 from tests.support.zoo import ZOO
 
 KEY = "embeddings.model.base_model.model.encoder.layer.0.attention.self.query.lora_A.default.weight"
 PARAMETERS = {"__cls__": "TransformerDocumentEmbeddings", "model": "bert"}
 Base = Callable[[str], str]
-
-
-class Payload:
-    """Makes a directory when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
 
 
 class Late(Payload):
@@ -487,10 +479,6 @@ def assert_equal(first: Any, second: Any) -> None:
         assert_equal(vars(first), vars(second))
     else:
         assert first == second
-
-
-def lora() -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=12, target_modules=["query", "value"], init_lora_weights=False)
 
 
 @pytest.mark.parametrize("kind", ["stock", "ours"])

@@ -24,7 +24,9 @@ from flair_peft.inspection import compare, report
 from flair_peft.primitives import held_file
 from flair_peft.storage import atomic, checkpoint_directory, hub
 from flair_peft.torchfile import unpickle
-from tests.inspection.test_report import build, save_stock
+from tests.support.configs import lora
+from tests.support.files import save_stock
+from tests.support.models import CLASSIFIER, make
 from tests.support.selection import few
 
 Base = Callable[[str], str]
@@ -236,10 +238,10 @@ def test_replacement_of_a_stock_file_gives_the_old_or_the_new(
     swap: Swap, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files of stock Flair, with an adapter or plain: what is found out of one is not applied to the other."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["query"], init_lora_weights=False)
-    adapted = build("text-classifier", base("bert"), config, is_stock=True)
+    config = lora(lora_alpha=8, target_modules=["query"])
+    adapted = make(CLASSIFIER, base("bert"), config, is_stock=True)
     save_stock(adapted, tmp_path / "model.pt.A")
-    save_stock(build("text-classifier", base("bert"), None, is_stock=True), tmp_path / "model.pt.B")
+    save_stock(make(CLASSIFIER, base("bert"), None, is_stock=True), tmp_path / "model.pt.B")
 
     def read(path: Path) -> str:
         state = unpickle.read_sound_state(path, expects_adapters=False)

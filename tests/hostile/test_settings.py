@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import pickle
 import shutil
 import zipfile
@@ -34,20 +33,11 @@ from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmb
 from flair_peft.base import transformer
 from flair_peft.codec import trust
 from flair_peft.errors import BaseModelNotFoundError, FlairPeftError, ModelFileError, UnsafeFileError
-from tests.hostile.test_mutations import lora, resign
+from tests.support.configs import lora
+from tests.support.files import Payload, resign
 from tests.support.zoo import ZOO
 
 Base = Callable[[str], str]
-
-
-class Payload:
-    """Makes a directory when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.fixture

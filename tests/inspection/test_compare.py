@@ -26,7 +26,10 @@ from flair_peft.adapter import keys
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.inspection.compare import Comparison, compare
 from flair_peft.inspection.report import inspect
-from tests.inspection.test_report import MODEL_NAMES, build, lora, save_as, save_stock
+from tests.support.configs import lora
+from tests.support.files import save_as, save_stock
+from tests.support.models import CLASSIFIER, make
+from tests.support.zoo import ZOO
 
 Base = Callable[[str], str]
 
@@ -49,10 +52,10 @@ def adapted(model: Model) -> PeftTransformerEmbeddings:
     return next(module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings))
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", ["text-classifier", "sequence-tagger", "multitask"])
 def test_comparison_of_a_model_with_itself_finds_nothing(name: str, base: Base, tmp_path: Path) -> None:
     """The same model is the same in a directory and in a file, with the base and without it."""
-    model = build(name, base("bert"), lora(use_dora=True, bias="lora_only"))
+    model = make(ZOO[name], base("bert"), lora(use_dora=True, bias="lora_only"))
     slim = [save_as("directory", model, tmp_path), save_as("file", model, tmp_path)]
     whole = [save_as("whole-directory", model, tmp_path), save_as("whole-file", model, tmp_path)]
     for paths in (slim, whole):
@@ -65,14 +68,14 @@ def test_comparison_of_a_model_with_itself_finds_nothing(name: str, base: Base, 
 
 def test_comparison_with_a_model_that_was_loaded_and_saved_finds_the_same_tensors(base: Base, tmp_path: Path) -> None:
     """Loading and saving changes no setting, no label and no tensor."""
-    first = save_as("file", build("text-classifier", base("bert"), lora(use_dora=True)), tmp_path)
+    first = save_as("file", make(CLASSIFIER, base("bert"), lora(use_dora=True)), tmp_path)
     found = diff(first, save_as("directory", flair_peft.from_pretrained(first), tmp_path))
     assert found == Comparison(equal=found.equal, tokenizer=found.tokenizer)
 
 
 def test_comparison_of_slim_and_whole_names_the_base(base: Base, tmp_path: Path) -> None:
     """What one file leaves out is what the other has more."""
-    model = build("text-classifier", base("bert"), lora())
+    model = make(CLASSIFIER, base("bert"), lora())
     found = diff(save_as("directory", model, tmp_path), save_as("whole-file", model, tmp_path))
     own = adapted(model).model.state_dict()
     left_out = {keys.canonical_key(key) for key in own if keys.base_key(key) is not None}
@@ -82,7 +85,7 @@ def test_comparison_of_slim_and_whole_names_the_base(base: Base, tmp_path: Path)
 
 def test_comparison_measures_how_far_values_differ(base: Base, tmp_path: Path) -> None:
     """The largest and the relative difference are those of the tensors."""
-    model = build("text-classifier", base("bert"), lora())
+    model = make(CLASSIFIER, base("bert"), lora())
     first = save_as("file", model, tmp_path)
     key, parameter = next((n, p) for n, p in adapted(model).model.named_parameters() if "lora_A" in n)
     before = parameter.detach().clone()
@@ -113,8 +116,8 @@ def test_comparison_of_nothing_and_of_gaps_is_infinite_or_equal(base: Base, tmp_
 
 def test_comparison_names_settings_labels_and_shapes(base: Base, tmp_path: Path) -> None:
     """Another alpha, another rank and another label show under their names."""
-    first = build("text-classifier", base("bert"), lora())
-    second = build("text-classifier", base("bert"), lora(lora_alpha=16, r=2))
+    first = make(CLASSIFIER, base("bert"), lora())
+    second = make(CLASSIFIER, base("bert"), lora(lora_alpha=16, r=2))
     second.label_dictionary = copy.deepcopy(second.label_dictionary)
     index = len(second.label_dictionary) - 1
     old = second.label_dictionary.idx2item[index]
@@ -133,8 +136,8 @@ def test_comparison_names_settings_labels_and_shapes(base: Base, tmp_path: Path)
 def test_comparison_names_another_base_and_tokenizer(base: Base, tmp_path: Path) -> None:
     """Models on two architectures differ in base, tokenizer and weights."""
     paths = [
-        save_as("file", build("text-classifier", base("bert"), lora()), tmp_path),
-        save_as("directory", build("text-classifier", base("roberta"), lora()), tmp_path),
+        save_as("file", make(CLASSIFIER, base("bert"), lora()), tmp_path),
+        save_as("directory", make(CLASSIFIER, base("roberta"), lora()), tmp_path),
     ]
     found = diff(*paths)
     changes = {change.name: (change.first, change.second) for change in found.config}
@@ -148,9 +151,7 @@ def test_comparison_of_two_precisions_names_them(base: Base, tmp_path: Path) -> 
     paths = []
     for dtype in ("float32", "bfloat16"):
         (tmp_path / dtype).mkdir()
-        paths.append(
-            save_as("directory", build("text-classifier", base("bert"), lora(), dtype=dtype), tmp_path / dtype)
-        )
+        paths.append(save_as("directory", make(CLASSIFIER, base("bert"), lora(), dtype=dtype), tmp_path / dtype))
     found = diff(*paths)
     assert ("base dtype", "float32", "bfloat16") in {(c.name, c.first, c.second) for c in found.config}
 
@@ -158,7 +159,7 @@ def test_comparison_of_two_precisions_names_them(base: Base, tmp_path: Path) -> 
 def test_comparison_of_a_stock_file_and_its_own_kind(base: Base, tmp_path: Path) -> None:
     """Two files of stock Flair are compared like any others."""
     flair_peft.uninstall()
-    model = build("text-classifier", base("bert"), lora(), is_stock=True)
+    model = make(CLASSIFIER, base("bert"), lora(), is_stock=True)
     flair_peft.install()
     first, second = save_stock(model, tmp_path / "a.pt"), save_stock(model, tmp_path / "b.pt")
     assert diff(first, second).is_equal
@@ -172,7 +173,7 @@ def _with_decoder(base: Base, path: Path, *dropouts: float) -> Path:
     torch.manual_seed(0)
     first, second = map(torch.nn.Dropout, dropouts)
     decoder = torch.nn.Sequential(torch.nn.Linear(32, 8), first, torch.nn.Linear(8, 8), second, torch.nn.Linear(8, 3))
-    model = build("text-classifier", base("bert"), lora(), is_stock=True)
+    model = make(CLASSIFIER, base("bert"), lora(), is_stock=True)
     model.decoder = decoder
     model._custom_decoder = True
     return save_stock(model, path)
@@ -238,7 +239,7 @@ def test_comparison_finds_every_difference_of_a_pickled_state(name: str, tmp_pat
 def test_comparison_names_items_of_every_dictionary(kind: str, base: Base, tmp_path: Path) -> None:
     """The characters of a lemmatizer and the labels of TARS's other tasks are compared like those of the model."""
     for name in ("lemmatizer", "tars-classifier"):
-        first = build(name, base("bert"), lora())
+        first = make(ZOO[name], base("bert"), lora())
         second = copy.deepcopy(first)
         if name == "lemmatizer":
             _swap_last_(second.char_dictionary)
@@ -290,7 +291,7 @@ def test_comparison_finds_differences_between_views_of_one_storage(base: Base, t
 
 def test_comparison_of_an_adapter_with_a_checkpoint_meets_in_its_tensors(base: Base, tmp_path: Path) -> None:
     """PEFT's own directory and a checkpoint name the same tensors in the same way."""
-    model = build("text-classifier", base("bert"), lora())
+    model = make(CLASSIFIER, base("bert"), lora())
     path = save_as("directory", model, tmp_path)
     alone = get_peft_model(AutoModel.from_pretrained(base("bert")), lora())
     alone.load_state_dict({k: v for k, v in adapted(model).model.state_dict().items() if "lora_" in k}, strict=False)
@@ -302,7 +303,7 @@ def test_comparison_of_an_adapter_with_a_checkpoint_meets_in_its_tensors(base: B
 
 def test_comparison_tells_whoever_watches(base: Base, tmp_path: Path) -> None:
     """Progress counts the bytes of what was compared."""
-    path = save_as("whole-file", build("text-classifier", base("bert"), lora()), tmp_path)
+    path = save_as("whole-file", make(CLASSIFIER, base("bert"), lora()), tmp_path)
     seen: list[int] = []
     found: Any = inspect(path)
     with flair_peft.primitives.progress.watched_by(seen.append):

@@ -28,7 +28,9 @@ from flair_peft.errors import (
 from flair_peft.inspection import plot
 from flair_peft.inspection.plot import Map, Move, draw, effective_rank, measure, singular_values
 from flair_peft.inspection.report import inspect
-from tests.inspection.test_report import build, lora, save_as, save_stock
+from tests.support.configs import lora
+from tests.support.files import save_as, save_stock
+from tests.support.models import CLASSIFIER, make
 
 Base = Callable[[str], str]
 
@@ -71,7 +73,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_moves_are_those_of_the_full_matrices(name: str, kind: str, base: Base, tmp_path: Path) -> None:
     """Norms and effective ranks from the factors agree with PEFT's ΔW, for every scale and every kind of layer."""
     architecture, settings = CONFIGS[name]
-    model = build("text-classifier", base(architecture), lora(**settings))
+    model = make(CLASSIFIER, base(architecture), lora(**settings))
     measured = measure(inspect(save_as(kind, model, tmp_path)))
     expected = full_moves(model, base(architecture))
     assert {move.module for move in measured.moves} == expected.keys()
@@ -108,7 +110,7 @@ def test_moves_without_the_base_are_absolute_and_say_so(base: Base, tmp_path: Pa
     """Where the base is gone there is no share of it; where it is now can be said."""
     moved = tmp_path / "moved"
     shutil.copytree(base("bert"), tmp_path / "base")
-    path = save_as("file", build("text-classifier", str(tmp_path / "base"), lora()), tmp_path)
+    path = save_as("file", make(CLASSIFIER, str(tmp_path / "base"), lora()), tmp_path)
     with_base = measure(inspect(path))
     (tmp_path / "base").rename(moved)
     without = measure(inspect(path))
@@ -123,7 +125,7 @@ def test_moves_without_the_base_are_absolute_and_say_so(base: Base, tmp_path: Pa
 def test_moves_on_a_base_without_a_pooler_leave_only_that_cell_empty(base: Base, tmp_path: Path) -> None:
     """A matrix that is random in the model has nothing to be compared with, and a note says so."""
     config = lora(target_modules=["query", "pooler.dense"])
-    measured = measure(inspect(save_as("file", build("text-classifier", base("bert-mlm"), config), tmp_path)))
+    measured = measure(inspect(save_as("file", make(CLASSIFIER, base("bert-mlm"), config), tmp_path)))
     assert measured.is_relative
     assert [move.module for move in measured.moves if move.base_norm is None] == ["pooler.dense"]
     assert "no weight of 'pooler.dense' is in the base's file: there is no ‖W‖ to compare with" in measured.notes
@@ -133,7 +135,7 @@ def test_moves_on_a_base_without_a_pooler_leave_only_that_cell_empty(base: Base,
 @pytest.mark.parametrize("shards", ["index", "bin"])
 def test_moves_read_bases_in_shards_and_pickles(shards: str, base: Base, tmp_path: Path) -> None:
     """Large bases lie in several files, old ones in pickles; neither is loaded."""
-    model = build("text-classifier", base("bert"), lora())
+    model = make(CLASSIFIER, base("bert"), lora())
     path = save_as("file", model, tmp_path)
     bare = AutoModel.from_pretrained(base("bert"))
     if shards == "index":
@@ -150,21 +152,20 @@ def test_moves_of_several_adapters_are_told_apart(base: Base, tmp_path: Path) ->
     from flair.embeddings import StackedEmbeddings
 
     from flair_peft import PeftTransformerWordEmbeddings
-    from tests.inspection.test_report import MODEL_NAMES
     from tests.support.zoo import ZOO
 
     def words(**options: Any) -> Any:
         made = [PeftTransformerWordEmbeddings(base("bert"), peft_config=lora(r=r), **options) for r in (2, 3)]
         return StackedEmbeddings(made)
 
-    measured = measure(inspect(save_as("file", ZOO[MODEL_NAMES[1]].build(words, words), tmp_path)))
+    measured = measure(inspect(save_as("file", ZOO["sequence-tagger"].build(words, words), tmp_path)))
     assert {(move.module[:4], move.rank) for move in measured.moves} == {("[1] ", 2), ("[2] ", 3)}
 
 
 def test_moves_of_other_methods_are_refused_by_name(base: Base, tmp_path: Path) -> None:
     """What is no pair of factors is not plotted as one."""
     config = IA3Config(target_modules=["key"], feedforward_modules=[], init_ia3_weights=False)
-    path = save_as("file", build("text-classifier", base("bert"), config), tmp_path)
+    path = save_as("file", make(CLASSIFIER, base("bert"), config), tmp_path)
     with pytest.raises(UnsupportedMethodError, match="IA3"):
         measure(inspect(path))
 
@@ -172,11 +173,11 @@ def test_moves_of_other_methods_are_refused_by_name(base: Base, tmp_path: Path) 
 def test_moves_of_a_stock_file_are_refused(base: Base, tmp_path: Path) -> None:
     """Without the config there is no scale; without an adapter there is nothing."""
     flair_peft.uninstall()
-    model = build("text-classifier", base("bert"), lora(), is_stock=True)
+    model = make(CLASSIFIER, base("bert"), lora(), is_stock=True)
     flair_peft.install()
     with pytest.raises(MissingConfigError, match="lora_alpha"):
         measure(inspect(save_stock(model, tmp_path / "x.pt")))
-    plain = save_stock(build("text-classifier", base("bert"), None, is_stock=True), tmp_path / "y.pt")
+    plain = save_stock(make(CLASSIFIER, base("bert"), None, is_stock=True), tmp_path / "y.pt")
     with pytest.raises(ModelFileError, match="no adapter"):
         measure(inspect(plain))
 
@@ -217,7 +218,7 @@ def test_plot_into_a_folder_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 def test_moves_against_a_base_that_the_user_names_say_that_it_is_not_checked(base: Base, tmp_path: Path) -> None:
     """Another model of the same shape is drawn with a word, and one of another shape is refused."""
-    model = build("text-classifier", base("bert"), lora(target_modules=["query"]))
+    model = make(CLASSIFIER, base("bert"), lora(target_modules=["query"]))
     found = inspect(save_as("directory", model, tmp_path))
     (note,) = measure(found, base_model=base("roberta")).notes
     assert "was not checked" in note

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import pickle
@@ -18,66 +17,28 @@ import pytest
 import safetensors.torch
 import torch
 from flair.data import Dictionary
-from flair.embeddings import TransformerDocumentEmbeddings, TransformerWordEmbeddings
 from flair.nn import Model
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, get_peft_model
 from transformers import AutoModel
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
+from flair_peft import PeftTransformerWordEmbeddings
 from flair_peft.adapter import keys
 from flair_peft.errors import ModelFileError
 from flair_peft.inspection import report
 from flair_peft.inspection.report import Inspection, inspect
 from tests.support import sparse
+from tests.support.configs import lora
+from tests.support.files import Payload, save_as, save_stock
+from tests.support.models import CLASSIFIER, make
 from tests.support.zoo import ZOO
 
 Base = Callable[[str], str]
-SETTINGS = {"r": 4, "lora_alpha": 12, "target_modules": ["query", "value"], "init_lora_weights": False}
 SCORES = {"test_score": 0.75, "loss": 1.5}
 
 
-def lora(**settings: Any) -> LoraConfig:
-    return LoraConfig(**{**SETTINGS, **settings})
-
-
-def build(name: str, base: str, config: Any, *, is_stock: bool = False, **options: Any) -> Model:
-    word, document = (
-        (TransformerWordEmbeddings, TransformerDocumentEmbeddings)
-        if is_stock
-        else (PeftTransformerWordEmbeddings, PeftTransformerDocumentEmbeddings)
-    )
-    torch.manual_seed(3)
-    settings = {**options} if config is None else {"peft_config": config, **options}
-    return ZOO[name].build(
-        lambda **more: word(base, **{**copy.deepcopy(settings), **more}),
-        lambda **more: document(base, **{**copy.deepcopy(settings), **more}),
-    )
-
-
-def save_as(kind: str, model: Model, folder: Path) -> Path:
-    """Save a model with the function that the kind names, and return where."""
-    path = folder / kind
-    if kind.endswith("directory"):
-        flair_peft.save_pretrained(model, path, save_base=kind.startswith("whole"))
-    else:
-        path = path.with_suffix(".pt")
-        model.save(path, **({"save_base": kind.startswith("whole")} if kind != "stock" else {}))
-    return path
-
-
-def save_stock(model: Model, path: Path) -> Path:
-    """Save a model as stock Flair does, without its hook."""
-    flair_peft.uninstall()
-    model.save(path)
-    flair_peft.install()
-    return path
-
-
 KINDS = ("directory", "file", "whole-directory", "whole-file")
-MODEL_NAMES = [
-    next(name for name in ZOO if name.startswith(start)) for start in ("text-classifier", "sequence", "multi")
-]
+MODEL_NAMES = ("text-classifier", "sequence-tagger", "multitask")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +49,7 @@ def saved(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
     def find(name: str, kind: str) -> tuple[Model, Path]:
         if (name, kind) not in made:
-            model = build(name, base("bert"), config)
+            model = make(ZOO[name], base("bert"), config)
             model.model_card = {"scores": SCORES, "flair_version": "0"}
             made[name, kind] = model, save_as(kind, model, tmp_path_factory.mktemp("saved"))
         return made[name, kind]
@@ -166,7 +127,7 @@ def tensors_of_live(model: Model) -> dict[str, torch.Tensor]:
 def test_inspection_of_a_stock_file_names_the_config_that_is_lost(base: Base, tmp_path: Path) -> None:
     """The tensors are those of the live model, and the config is what they imply, with what they cannot say open."""
     flair_peft.uninstall()
-    model = build("text-classifier", base("bert"), lora(), is_stock=True)
+    model = make(CLASSIFIER, base("bert"), lora(), is_stock=True)
     flair_peft.install()
     found = inspect(save_stock(model, tmp_path / "x.pt"))
     (adapter,) = found.adapters
@@ -189,7 +150,7 @@ def test_inspection_of_a_stock_file_names_the_config_that_is_lost(base: Base, tm
 def test_inspection_of_an_old_style_file_says_the_same(base: Base, tmp_path: Path) -> None:
     """torch's former format holds the same model."""
     flair_peft.uninstall()
-    model = build("text-classifier", base("bert"), lora(), is_stock=True)
+    model = make(CLASSIFIER, base("bert"), lora(), is_stock=True)
     flair_peft.install()
     path = save_stock(model, tmp_path / "x.pt")
     new = inspect(path).to_dict()
@@ -203,7 +164,7 @@ def test_inspection_of_an_old_style_file_says_the_same(base: Base, tmp_path: Pat
 
 def test_inspection_of_a_stock_file_without_an_adapter_says_so(base: Base, tmp_path: Path) -> None:
     """Any model of Flair can be looked into."""
-    model = build("text-classifier", base("bert"), None, is_stock=True)
+    model = make(CLASSIFIER, base("bert"), None, is_stock=True)
     found = inspect(save_stock(model, tmp_path / "x.pt"))
     assert found.adapters == ()
     assert found.notes == ("no adapter",)
@@ -214,7 +175,7 @@ def test_inspection_of_a_stock_file_without_an_adapter_says_so(base: Base, tmp_p
 def test_inspection_of_stock_tasks_finds_an_adapter_for_each(base: Base, tmp_path: Path) -> None:
     """Flair stores shared embeddings once for each task."""
     flair_peft.uninstall()
-    model = build("multitask", base("bert"), lora(), is_stock=True)
+    model = make(ZOO["multitask"], base("bert"), lora(), is_stock=True)
     flair_peft.install()
     found = inspect(save_stock(model, tmp_path / "x.pt"))
     assert [adapter.place.split(".")[1] for adapter in found.adapters] == list(model.tasks)
@@ -252,7 +213,7 @@ def test_inspection_of_an_adapter_without_weights_says_so(base: Base, tmp_path: 
 def test_inspection_of_another_method_names_it(base: Base, tmp_path: Path) -> None:
     """Methods without a rank have none here."""
     config = IA3Config(target_modules=["key", "dense"], feedforward_modules=["dense"], init_ia3_weights=False)
-    (adapter,) = inspect(save_as("file", build("text-classifier", base("bert"), config), tmp_path)).adapters
+    (adapter,) = inspect(save_as("file", make(CLASSIFIER, base("bert"), config), tmp_path)).adapters
     assert (adapter.method, adapter.ranks, adapter.alpha) == ("IA3", (), None)
     assert adapter.modules.keys() == {"dense", "key"}
 
@@ -281,7 +242,7 @@ def test_inspection_of_a_stack_finds_each_adapter(base: Base, tmp_path: Path) ->
 
 def test_inspection_in_half_precision_names_the_dtypes(base: Base, tmp_path: Path) -> None:
     """Base and head are told apart by their dtypes."""
-    model = build("text-classifier", base("bert"), lora(), dtype="bfloat16")
+    model = make(CLASSIFIER, base("bert"), lora(), dtype="bfloat16")
     found = inspect(save_as("whole-file", model, tmp_path))
     assert found.adapters[0].base["dtype"] == "bfloat16"
     assert found.dtypes["base"].keys() == {"bfloat16"}
@@ -370,14 +331,6 @@ def test_inspection_of_changed_files_is_refused_or_read(
 def _rebuilt(changes: dict[str, Any]) -> dict[str, Any]:
     state = {"state_dict": {"decoder.weight": torch.ones(2)}, "__cls__": "X", "label_type": "x", "embeddings": {}}
     return {**state, **changes}
-
-
-class Payload:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize("place", ["state_dict", "embeddings", "label_dictionary", "model_card", "__cls__", "versions"])

@@ -17,7 +17,7 @@ import torch
 from flair.data import Dictionary
 from flair.models import MultitaskModel, RelationClassifier, SequenceTagger, TextClassifier
 from flair.nn import DefaultClassifier, Model
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import IA3Config, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoTokenizer, T5EncoderModel
 
 import flair_peft
@@ -29,10 +29,12 @@ from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedMethodError, UnsupportedStateError
 from flair_peft.inspection import compare, report
 from flair_peft.storage import manifest
-from tests.adapter.test_methods import KINDS, TEXTS, cases, make, one_kind_each
 from tests.support import round_trip, tiny
+from tests.support.configs import lora
+from tests.support.method_cases import KINDS, cases, make_embeddings, one_kind_each
 from tests.support.methods import METHODS, Method, perturb_
 from tests.support.places import places_of
+from tests.support.predictions import TEXTS
 from tests.support.round_trip import Factories, largest_difference
 from tests.support.selection import ONE_OF_A_KIND, few
 from tests.support.zoo import ZOO
@@ -43,6 +45,7 @@ Load = Callable[..., Any]
 CLASSIFIER = ZOO["text-classifier"]
 IDS = torch.tensor([[5, 6, 7, 8, 1, 2, 3]])
 HEAD, BASE_FILE, ADAPTER = "head.safetensors", "base.safetensors", "adapter_model.safetensors"
+TARGETS = ["query", "value", "dense"]
 
 
 @pytest.fixture
@@ -57,13 +60,8 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
     return load
 
 
-def lora(**options: Any) -> LoraConfig:
-    settings = {"r": 4, "lora_alpha": 12, "init_lora_weights": False, "target_modules": ["query", "value", "dense"]}
-    return LoraConfig(**{**settings, **options})
-
-
 def classifier(base: str, config: PeftConfig | None = None, **options: Any) -> TextClassifier:
-    factories = Factories(base, config or lora(), **options)
+    factories = Factories(base, config or lora(target_modules=TARGETS), **options)
     return CLASSIFIER.build(factories.words, factories.documents)
 
 
@@ -118,7 +116,7 @@ def parameters_in(value: Any) -> list[dict[str, Any]]:
 
 
 def check_zoo(name: str, base: str, dtype: torch.dtype, directory: Path, load: Load) -> None:
-    entry, factories = ZOO[name], Factories(base, lora(), dtype=dtype)
+    entry, factories = ZOO[name], Factories(base, lora(target_modules=TARGETS), dtype=dtype)
     model, corpus = entry.build(factories.words, factories.documents), entry.corpus()
     before = entry.predict(model, corpus)
     flair_peft.save_pretrained(model, directory)
@@ -226,7 +224,7 @@ def completed(method: Method, kind: str, base: str) -> PeftConfig:
 
 
 def check_method(method: Method, kind: str, base: Base, dtype: torch.dtype, directory: Path, load: Load) -> None:
-    embeddings = make(method, kind, base, dtype)
+    embeddings = make_embeddings(method, kind, base, dtype)
     model, expected = on(embeddings), vectors(embeddings)
     flair_peft.save_pretrained(model, directory)
     model.save(directory / "model.pt")
@@ -361,7 +359,7 @@ def test_pattern_whose_order_matters_comes_back(setting: str, base: Base, tmp_pa
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
-        ("bert", {"modules_to_save": ["word_embeddings"]}),
+        ("bert", {"target_modules": TARGETS, "modules_to_save": ["word_embeddings"]}),
         ("bert", {"target_modules": ["word_embeddings", "query"]}),
         ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
         ("llama", {"target_modules": ["embed_tokens"]}),
@@ -430,7 +428,7 @@ def test_tensor_that_a_method_registers_several_times_is_stored_once(
     method: str, base: Base, tmp_path: Path, load: Load
 ) -> None:
     """Each storage of the adapter is in one file once, what PEFT's file has already among them, and all come back."""
-    live = on(make(METHODS[method], "encoder", base, torch.float32))
+    live = on(make_embeddings(METHODS[method], "encoder", base, torch.float32))
     perturb_(live.embeddings.model, 3)
     flair_peft.save_pretrained(live, tmp_path)
     added = {n: t for n, t in live.embeddings.model.state_dict().items() if keys.base_key(n) is None}
@@ -460,7 +458,7 @@ def test_tensor_that_is_said_to_be_another_one_has_to_be_there(
     change: Callable[[dict[str, Any]], Any], base: Base, tmp_path: Path
 ) -> None:
     """Whoever writes such a file gets an error in this package's words."""
-    flair_peft.save_pretrained(on(make(METHODS["VERA"], "encoder", base, torch.float32)), tmp_path)
+    flair_peft.save_pretrained(on(make_embeddings(METHODS["VERA"], "encoder", base, torch.float32)), tmp_path)
     document = document_of(tmp_path)
     assert document["parts"][0]["same_as"]
     change(document["parts"][0]["same_as"])
@@ -473,7 +471,7 @@ def test_tensor_that_is_said_to_be_another_one_has_to_be_there(
 def test_added_tokens_of_a_relation_classifier_keep_their_rows(base: Base, tmp_path: Path, load: Load) -> None:
     """Tokens that the model itself added are in the tokenizer and the matrix again; only their rows are stored."""
     entry = ZOO["relation-classifier-special-tokens"]
-    factories = Factories(base("bert"), lora())
+    factories = Factories(base("bert"), lora(target_modules=TARGETS))
     live = entry.build(factories.words, factories.documents)
     own = AutoModel.from_pretrained(base("bert")).config.vocab_size
     added = live.embeddings.base_model.get_input_embeddings().weight.detach()[own:].clone()
@@ -512,7 +510,7 @@ def test_init_that_took_something_from_the_base_is_not_computed_again(
     rewritten = {name for name in tensors_in(tmp_path / "model") if name.endswith("base_layer.weight")}
     assert len(rewritten) == 4
     with pytest.raises(UnsupportedMethodError, match="decomposed again"):
-        classifier(base("bert"), lora(init_lora_weights=init))
+        classifier(base("bert"), lora(target_modules=TARGETS, init_lora_weights=init))
 
 
 def test_base_without_a_pooler_predicts_the_same_and_its_random_one_is_not_stored(
@@ -624,7 +622,7 @@ def test_base_weights_that_the_user_trained_are_stored_and_no_others(
 )
 def test_adapters_of_a_model_with_several_have_a_folder_each(name: str, base: Base, tmp_path: Path) -> None:
     """PEFT alone loads each of them; embeddings that tasks share are stored once."""
-    entry, factories = ZOO[name], Factories(base("bert"), lora())
+    entry, factories = ZOO[name], Factories(base("bert"), lora(target_modules=TARGETS))
     live = entry.build(factories.words, factories.documents)
     flair_peft.save_pretrained(live, tmp_path)
     folders = [path.parent for path in (tmp_path, tmp_path / "embeddings-1") for path in path.glob(ADAPTER)]
@@ -639,7 +637,7 @@ def test_models_of_a_multitask_model_with_two_embeddings_come_back_apart(
     base: Base, tmp_path: Path, load: Load
 ) -> None:
     """Tasks that have adapters of their own keep them, each on one shared base."""
-    tasks = [classifier(base("bert"), lora(r=rank)) for rank in (2, 3)]
+    tasks = [classifier(base("bert"), lora(target_modules=TARGETS, r=rank)) for rank in (2, 3)]
     perturb_(tasks[1].embeddings.model, seed=7)
     live = MultitaskModel(tasks, task_ids=["first", "second"])
     flair_peft.save_pretrained(live, tmp_path)
@@ -670,7 +668,7 @@ def test_tokenizer_of_the_directory_is_one_that_transformers_reads(
 
 def test_marks_of_a_crf_are_no_labels(base: Base, tmp_path: Path) -> None:
     """What Flair puts before and behind a sentence is in its dictionary, and is never predicted."""
-    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora(target_modules=TARGETS))
     labels = Dictionary(add_unk=False)
     labels.add_item("<PER>")
     live = SequenceTagger(embeddings, tag_dictionary=labels, tag_type="ner", use_rnn=False, use_crf=True)
@@ -745,7 +743,7 @@ def test_model_saved_with_its_base_loads_where_the_base_is_gone(
     shutil.copytree(base("bert"), tmp_path / "base")
     entry = ZOO[name]
     by_constructor = save in (save_by_constructor, save_by_constructor_and_method)
-    factories = Factories(str(tmp_path / "base"), lora(), save_base=by_constructor)
+    factories = Factories(str(tmp_path / "base"), lora(target_modules=TARGETS), save_base=by_constructor)
     live, corpus = entry.build(factories.words, factories.documents), entry.corpus()
     live.embeddings.save_base = by_constructor
     source = save(live, tmp_path)
@@ -829,7 +827,7 @@ def test_model_without_adapters_is_refused_as_a_directory(base: Base, tmp_path: 
 
 def test_saving_changes_nothing_in_the_live_model(base: Base, tmp_path: Path) -> None:
     """State, modes, gradients and random numbers are what they were, in the middle of a training too."""
-    live = classifier(base("bert"), lora(lora_dropout=0.5))
+    live = classifier(base("bert"), lora(target_modules=TARGETS, lora_dropout=0.5))
     live.train()
     live.forward_loss([CLASSIFIER.corpus().test[0]])[0].backward()
     state = copy.deepcopy(live.state_dict())
@@ -846,7 +844,7 @@ def test_saving_changes_nothing_in_the_live_model(base: Base, tmp_path: Path) ->
 
 def test_loaded_model_saved_again_writes_the_same_tensors(base: Base, tmp_path: Path, load: Load) -> None:
     """Generations do not drift: the third directory holds what the first one held."""
-    live = classifier(base("bert"), lora(bias="lora_only"), dtype="bfloat16")
+    live = classifier(base("bert"), lora(target_modules=TARGETS, bias="lora_only"), dtype="bfloat16")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         source = tmp_path / "0"

@@ -16,7 +16,8 @@ from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenCla
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, take_over_head
 from flair_peft.errors import HeadMismatchError
 from tests.support import tiny
-from tests.support.foreign_adapters import Source, lora, offered, train, write_base
+from tests.support.configs import lora
+from tests.support.foreign_adapters import Source, offered, train, write_base
 from tests.support.tiny import ATTENTION_TARGETS
 
 Bases = Callable[[str], str]

@@ -17,12 +17,12 @@ import torch
 from flair.data import Sentence
 from flair.models import TextClassifier
 from flair.nn import Model
-from peft import LoraConfig
 
 import flair_peft
 from flair_peft.errors import ModelFileError, StateMismatchError
 from flair_peft.models import head_probe
-from tests.hostile.test_mutations import resign
+from tests.support.configs import lora
+from tests.support.files import resign
 from tests.support.round_trip import Factories
 from tests.support.selection import few
 from tests.support.zoo import ZOO
@@ -30,7 +30,7 @@ from tests.support.zoo import ZOO
 Base = Callable[[str], str]
 
 HEAD, DOCUMENT = "head.safetensors", "flair_peft.json"
-LORA = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["query", "value"])
+LORA = lora()
 DEFAULT = frozenset({"text-classifier", "sequence-tagger-rnn-crf", "relation-extractor", "tars-tagger", "multitask"})
 
 

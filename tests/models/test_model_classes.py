@@ -12,14 +12,14 @@ import flair
 import pytest
 import torch
 from flair.nn import Model
-from peft import LoraConfig
 
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from tests.support import round_trip
+from tests.support.configs import lora
 from tests.support.selection import ONE_OF_A_KIND, few
 from tests.support.zoo import ZOO
 
-LORA = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["query", "value", "dense"])
+LORA = lora(target_modules=["query", "value", "dense"])
 
 
 def adapted(model: Model) -> list[PeftTransformerEmbeddings]:

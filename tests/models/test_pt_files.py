@@ -27,7 +27,7 @@ from flair.models import TextClassifier
 from flair.nn import Classifier, Model
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins import TrainerPlugin
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from transformers import AutoModel, AutoTokenizer
 
 import flair_peft
@@ -37,8 +37,9 @@ from flair_peft.codec import state_json
 from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
 from flair_peft.models import files as models_files
 from flair_peft.torchfile import unpickle
-from tests.adapter.test_methods import KINDS, make, one_kind_each
 from tests.support import tiny
+from tests.support.configs import lora
+from tests.support.method_cases import KINDS, make_embeddings, one_kind_each
 from tests.support.methods import METHODS, Method, perturb_
 from tests.support.round_trip import SCORE_TOLERANCE, Factories, largest_difference
 from tests.support.selection import ONE_OF_A_KIND, few
@@ -61,11 +62,6 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
             return loader.load(path, **options)
 
     return load
-
-
-def lora(**options: Any) -> LoraConfig:
-    settings = {"r": 4, "lora_alpha": 12, "init_lora_weights": False, "target_modules": ["query", "value"]}
-    return LoraConfig(**{**settings, **options})
 
 
 def build(name: str, base: str, config: PeftConfig | None = None, **options: Any) -> Any:
@@ -142,7 +138,7 @@ def base_weights_in(path: Path, base: str) -> list[str]:
 @pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
 def test_file_of_any_method_holds_no_tensor_of_the_base(method: Method, kind: str, base: Base, tmp_path: Path) -> None:
     """Whatever a method wraps, renames or registers twice, the base's weights stay where they are."""
-    embeddings = make(method, kind, base, torch.float32)
+    embeddings = make_embeddings(method, kind, base, torch.float32)
     labels = CLASSIFIER.corpus().make_label_dictionary("sentiment", add_unk=False)
     TextClassifier(embeddings, label_type="sentiment", label_dictionary=labels).save(tmp_path / "model.pt")
     assert base_weights_in(tmp_path / "model.pt", base(KINDS[kind])) == []
@@ -533,7 +529,7 @@ def test_model_that_was_pickled_saves_slim_too(
 
 def test_saving_draws_no_random_numbers(base: Callable[[str], str], tmp_path: Path) -> None:
     """A training with saves goes on as one without, also where the base has weights that are random in each load."""
-    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False)
+    config = lora(target_modules=None)
     model = ZOO["text-classifier"].build(
         None, lambda **kwargs: PeftTransformerDocumentEmbeddings(base("bert-mlm"), peft_config=config, **kwargs)
     )
@@ -548,7 +544,7 @@ def test_adapter_in_a_state_that_no_file_gives_back_is_refused(
     state: str, base: Callable[[str], str], tmp_path: Path
 ) -> None:
     """What would predict something else after loading is refused when it is saved, with the way out."""
-    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=["query"])
+    config = lora(target_modules=["query"])
     model = ZOO["text-classifier"].build(
         None, lambda **kwargs: PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config, **kwargs)
     )
@@ -570,7 +566,7 @@ def test_adapter_in_a_state_that_no_file_gives_back_is_refused(
 
 
 def query_classifier(base: str, **options: Any) -> TextClassifier:
-    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=["query"])
+    config = lora(target_modules=["query"])
     return ZOO["text-classifier"].build(
         None, lambda **kwargs: PeftTransformerDocumentEmbeddings(base, peft_config=config, **{**options, **kwargs})
     )
@@ -633,7 +629,7 @@ def test_unfrozen_weights_of_the_base_are_trained_on_after_loading(base: Callabl
 
 def test_embeddings_used_twice_come_back_as_one(base: Callable[[str], str], tmp_path: Path) -> None:
     """They would train apart otherwise."""
-    words = PeftTransformerWordEmbeddings(base("bert"), peft_config=LoraConfig(r=2, init_lora_weights=False))
+    words = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora(target_modules=None, r=2))
     model = ZOO["sequence-tagger"].build(lambda **_: StackedEmbeddings([words, words]), None)
     model.save(tmp_path / "model.pt")
     loaded = Model.load(tmp_path / "model.pt").embeddings

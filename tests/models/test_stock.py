@@ -28,9 +28,10 @@ from flair_peft.errors import (
     StateMismatchError,
     UnsafeFileError,
 )
+from tests.support.configs import lora
 from tests.support.methods import perturb_
+from tests.support.models import CLASSIFIER, make
 from tests.support.zoo import ZOO, Entry
-from tests.test_patch import CLASSIFIER, lora, make
 
 Base = Callable[[str], str]
 
@@ -41,7 +42,7 @@ def stock_file(
     """Write the file that Flair writes without the hook; return what the live model predicts, and the model."""
     flair_peft.uninstall()
     try:
-        model = make(entry, base, config or lora(), stock=True, **options)
+        model = make(entry, base, config or lora(), is_stock=True, **options)
         for embeddings in model.modules():
             if hasattr(embeddings, "base_model_name"):
                 perturb_(embeddings.model, 5)
@@ -161,7 +162,7 @@ def test_conversion_of_a_file_in_half_precision_predicts_at_once(
 ) -> None:
     """Stock Flair cannot even predict with such a model; the head is cast when it is loaded."""
     flair_peft.uninstall()
-    model = make(CLASSIFIER, base("bert"), lora(), stock=True, transformers_model_kwargs={"dtype": dtype})
+    model = make(CLASSIFIER, base("bert"), lora(), is_stock=True, transformers_model_kwargs={"dtype": dtype})
     model.save(tmp_path / "old.pt")
     flair_peft.install()
     converted = flair_peft.convert_legacy(tmp_path / "old.pt", tmp_path / "new", peft_config=lora())
@@ -292,7 +293,7 @@ def test_what_is_no_file_of_flair_is_said(base: Base, tmp_path: Path) -> None:
 
 
 def test_model_without_an_adapter_loads_as_it_is_and_takes_no_config(base: Base, tmp_path: Path) -> None:
-    model = make(CLASSIFIER, base("bert"), None, stock=True)
+    model = make(CLASSIFIER, base("bert"), None, is_stock=True)
     model.save(tmp_path / "plain.pt")
     loaded = flair_peft.load_legacy(tmp_path / "plain.pt")
     assert type(loaded.embeddings) is TransformerDocumentEmbeddings

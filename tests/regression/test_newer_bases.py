@@ -15,7 +15,6 @@ import transformers
 from flair.data import Sentence
 from flair.models import TextClassifier
 from packaging.version import Version
-from peft import LoraConfig
 from transformers import BertTokenizerFast
 
 import flair_peft
@@ -25,6 +24,7 @@ from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError
 from tests.regression.make import labels
 from tests.regression.make_newer import FOLDER, inputs
 from tests.regression.newer_bases import BASES
+from tests.support.configs import lora
 from tests.support.selection import few
 
 # Of transformers 4.56, whenever a config of Cohere 2 is made.
@@ -84,7 +84,7 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> Unpacked:
 
 
 def classifier(base: Path) -> TextClassifier:
-    config = LoraConfig(r=2, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    config = lora(r=2, lora_alpha=6, target_modules="all-linear")
     embeddings = PeftTransformerDocumentEmbeddings(str(base), peft_config=config, cls_pooling="mean")
     return TextClassifier(embeddings, label_dictionary=labels("A", "B"), label_type="c").eval()
 

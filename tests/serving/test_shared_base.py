@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from flair.data import DataPoint, Dictionary, Sentence
+from flair.data import Dictionary, Sentence
 from flair.models import MultitaskModel, SequenceTagger, TextClassifier
 from flair.nn import Model
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
@@ -31,49 +30,16 @@ from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, PredictionSetupError
 from flair_peft.primitives import mapped_memory
 from flair_peft.serving import mixed_batches
-from tests.adapter.test_methods import KINDS, cases, make
-from tests.support.methods import perturb_
+from tests.support.configs import lora
+from tests.support.method_cases import KINDS, cases, make_embeddings
+from tests.support.models import save_random, train_a_step
 from tests.support.places import addresses_of
-from tests.support.round_trip import Factories, largest_difference
+from tests.support.predictions import TEXTS, labels_of, points_of
+from tests.support.round_trip import largest_difference
 from tests.support.selection import ONE_OF_A_KIND, few
 from tests.support.zoo import ZOO, copy_point, sentence_corpus
 
-TEXTS = ["Berlin is large .", "I love this wonderful movie , it is great !", "George Washington went to Washington ."]
 TOLERANCE = 1e-5
-
-
-def save(
-    name: str, base: str, directory: Path, *, config: Any = None, seed: int = 0, **options: Any
-) -> tuple[str, Model]:
-    """Write a model of the zoo whose adapter and head do something, and return where it lies and the live one."""
-    torch.manual_seed(seed)
-    config = config or LoraConfig(r=4, lora_alpha=16, init_lora_weights=False)
-    factories = Factories(base, config, **options)
-    model = ZOO[name].build(factories.words, factories.documents)
-    perturb_(model, seed=seed, scale=0.3)
-    model.eval()  # TARS models return nothing
-    flair_peft.save_pretrained(model, directory)
-    return str(directory), model
-
-
-def points_of(name: str) -> list[Any]:
-    return [copy_point(point) for point in ZOO[name].corpus().test]
-
-
-def labels_of(points: list[DataPoint]) -> list[Any]:
-    """Return what is written to each data point, of all its label types; numbers as such."""
-    return [
-        sorted((layer, label.unlabeled_identifier, _number(label.value), float(label.score))
-               for layer in point.annotation_layers for label in point.get_labels(layer))
-        for point in points
-    ]  # fmt: skip
-
-
-def _number(value: str) -> float | str:
-    try:
-        return float(value)
-    except ValueError:
-        return value
 
 
 def frozen_addresses(model: Model) -> set[int]:
@@ -87,7 +53,7 @@ def test_shared_base_model_predicts_what_it_predicts_alone(
     name: str, base: Callable[[str], str], tmp_path: Path
 ) -> None:
     """For every model class: bit-equal predictions, on the storage of the base."""
-    directory, _ = save(name, base("bert"), tmp_path / "model")
+    directory, _ = save_random(name, base("bert"), tmp_path / "model")
     shared = SharedBase(base("bert"))
     alone, model = flair_peft.from_pretrained(directory), shared.load(directory)
     corpus = ZOO[name].corpus()
@@ -98,7 +64,7 @@ def test_shared_base_model_predicts_what_it_predicts_alone(
 
 def test_shared_base_is_the_base_of_a_model_that_was_loaded_before(base: Callable[[str], str], tmp_path: Path) -> None:
     """A model on the same base that is still there holds the same weights, however its base was asked for."""
-    directory = save("text-classifier", base("bert"), tmp_path / "model")[0]
+    directory = save_random("text-classifier", base("bert"), tmp_path / "model")[0]
     gc.collect()  # of the model that was saved, and its base
     alone = flair_peft.from_pretrained(directory)
     shared = SharedBase(base("bert"))
@@ -115,12 +81,12 @@ def test_predict_together_gives_the_labels_of_separate_predictions(
     """For every model class, beside a classifier and a tagger with other adapters."""
     shared = SharedBase(base("bert"))
     others = ["text-classifier", "sequence-tagger"]
-    configs = [
-        LoraConfig(r=2, lora_alpha=16, init_lora_weights=False, target_modules=t) for t in (["query"], ["dense"])
-    ]
-    models = [shared.load(save(name, base("bert"), tmp_path / "model")[0])]
+    configs = [lora(r=2, lora_alpha=16, target_modules=t) for t in (["query"], ["dense"])]
+    models = [shared.load(save_random(name, base("bert"), tmp_path / "model")[0])]
     for number, (other, config) in enumerate(zip(others, configs, strict=True)):
-        models.append(shared.load(save(other, base("bert"), tmp_path / other, config=config, seed=number + 1)[0]))
+        models.append(
+            shared.load(save_random(other, base("bert"), tmp_path / other, config=config, seed=number + 1)[0])
+        )
     together = [points_of(kind) for kind in (name, *others)]
     separate = [[copy_point(point) for point in points] for points in together]
     shared.predict(dict(zip(models, together, strict=True)), mini_batch_size=4)
@@ -134,7 +100,7 @@ def test_predict_together_gives_the_labels_of_separate_predictions(
 def test_predict_together_runs_one_forward_pass_for_all(base: Callable[[str], str], tmp_path: Path) -> None:
     """Eight models with eight sentences need as many passes as one model with eight."""
     shared = SharedBase(base("bert"))
-    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(8)]
+    models = [shared.load(save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(8)]
     sentences = {model: [Sentence(TEXTS[i % 3])] for i, model in enumerate(models)}
     shared.predict(sentences)  # adapters are taken in, one after the other
     with counting_forward_passes() as passes:
@@ -161,7 +127,7 @@ def test_adapter_that_could_not_be_tried_for_want_of_memory_is_tried_again(
 ) -> None:
     """Meanwhile each model has a pass of its own, with the same labels; what PEFT cannot mix is tried once."""
     shared = SharedBase(base("bert"))
-    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
+    models = [shared.load(save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -219,12 +185,12 @@ def test_shared_base_every_method_beside_lora(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning)
         corpus = sentence_corpus()
-        embeddings = make(method, kind, base, torch.float32)
-        lora = PeftTransformerDocumentEmbeddings(
-            base(KINDS[kind]), peft_config=LoraConfig(r=3, lora_alpha=12, init_lora_weights=False), cls_pooling="mean"
+        embeddings = make_embeddings(method, kind, base, torch.float32)
+        second = PeftTransformerDocumentEmbeddings(
+            base(KINDS[kind]), peft_config=lora(target_modules=None, r=3), cls_pooling="mean"
         )
         dictionary = corpus.make_label_dictionary("sentiment", add_unk=False)
-        for number, made in enumerate((embeddings, lora)):
+        for number, made in enumerate((embeddings, second)):
             model = TextClassifier(made, label_type=f"sentiment{number}", label_dictionary=dictionary)
             flair_peft.save_pretrained(model.eval(), tmp_path / str(number))
         shared = SharedBase(base(KINDS[kind]))
@@ -249,22 +215,10 @@ def test_shared_base_every_method_beside_lora(
     assert labels_of(again) == labels_of(fresh)
 
 
-def train_a_step(model: TextClassifier, label_type: str) -> None:
-    sentences = [Sentence(text).add_label(label_type, "positive") for text in TEXTS]
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    before = [parameter.detach().clone() for parameter in parameters]
-    model.forward_loss(sentences)[0].backward()
-    optimizer.step()
-    model.eval()
-    assert any(not torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
-
-
 def test_predict_together_shows_a_training_in_between(base: Callable[[str], str], tmp_path: Path) -> None:
     """The mixed pass reads the tensors that the models have at that time."""
     shared = SharedBase(base("bert"))
-    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
+    models = [shared.load(save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
     for step in range(2):
         together, separate = ([[Sentence(text) for text in TEXTS] for _ in models] for _ in range(2))
         shared.predict(dict(zip(models, together, strict=True)))
@@ -299,7 +253,7 @@ def test_predict_together_follows_what_was_done_to_a_model(
 ) -> None:
     """Models that cannot be mixed any more predict for themselves, as they would alone."""
     shared = SharedBase(base("bert"))
-    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
+    models = [shared.load(save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
     shared.predict({model: [Sentence(TEXTS[0])] for model in models})
     change(models[0].embeddings)
     together, separate = ([[Sentence(text) for text in TEXTS] for _ in models] for _ in range(2))
@@ -317,7 +271,9 @@ def test_predict_same_sentences_under_models_that_build_on_one_another(
     """A relation model reads the entities that the tagger before it gives; two of one label type: the last one wins."""
     shared = SharedBase(base("bert"))
     names = ["sequence-tagger", "relation-extractor", "text-classifier", "text-classifier"]
-    models = [shared.load(save(name, base("bert"), tmp_path / str(i), seed=i)[0]) for i, name in enumerate(names)]
+    models = [
+        shared.load(save_random(name, base("bert"), tmp_path / str(i), seed=i)[0]) for i, name in enumerate(names)
+    ]
     together, separate = ([Sentence(str(point.text)) for point in sentence_corpus().test] for _ in range(2))
     shared.predict(dict.fromkeys(models, together), mini_batch_size=2)
     for model in models:
@@ -333,11 +289,13 @@ def test_predict_same_sentences_under_equal_settings_tokenises_them_once(
     shared = SharedBase(base("bert"))
     models: list[Model] = []
     for number, layer in enumerate(("ner", "pos", "ner")):
-        config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False)
+        config = lora(target_modules=None)
         name = "sequence-tagger" if layer == "ner" else "sequence-tagger-tokens"
-        models.append(shared.load(save(name, base("bert"), tmp_path / str(number), config=config, seed=number)[0]))
+        models.append(
+            shared.load(save_random(name, base("bert"), tmp_path / str(number), config=config, seed=number)[0])
+        )
     models[2].tag_type = "third"
-    classifier = shared.load(save("text-classifier", base("bert"), tmp_path / "classifier", seed=9)[0])
+    classifier = shared.load(save_random("text-classifier", base("bert"), tmp_path / "classifier", seed=9)[0])
     sentences = [Sentence(text) for text in TEXTS]
     shared.predict(dict.fromkeys([*models, classifier], sentences))
     calls: list[int] = []
@@ -358,7 +316,7 @@ def test_threads_with_models_of_one_base_predict_what_they_predict_in_turn(
     """Eight threads share one vocabulary and one set of weights, alone and through the base."""
     shared = SharedBase(base("bert"))
     names = ["text-classifier", "sequence-tagger"]
-    models = [shared.load(save(names[i % 2], base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(8)]
+    models = [shared.load(save_random(names[i % 2], base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(8)]
     expected = [[Sentence(text) for text in TEXTS * 3] for _ in models]
     for model, sentences in zip(models, expected, strict=True):
         model.predict(sentences, mini_batch_size=2)
@@ -394,7 +352,7 @@ def test_predict_together_that_fails_leaves_every_model_as_it_was(
 ) -> None:
     """An error in a forward pass or in a model reaches the caller, and nothing of it stays."""
     shared = SharedBase(base("bert"))
-    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
+    models = [shared.load(save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
 
     def predicted() -> list[Any]:
         sentences = {model: [Sentence(text) for text in TEXTS] for model in models}
@@ -420,7 +378,7 @@ def test_predict_together_in_windows_of_any_number_of_sentences(base: Callable[[
     """Unequal numbers, empty sentences and a single one: each gets its labels, and no vectors stay."""
     shared = SharedBase(base("bert"))
     models = [
-        shared.load(save(name, base("bert"), tmp_path / str(i), seed=i)[0])
+        shared.load(save_random(name, base("bert"), tmp_path / str(i), seed=i)[0])
         for i, name in enumerate(["text-classifier", "sequence-tagger", "token-classifier"])
     ]
     together: list[Any] = [[Sentence(TEXTS[i % 3]) for i in range(150)], [Sentence(TEXTS[1])], Sentence(TEXTS[2])]
@@ -442,7 +400,7 @@ def test_predict_together_with_document_context_reads_the_neighbours(
     """Context crosses mini-batches as it does in Flair."""
     shared = SharedBase(base("bert"))
     models = [
-        shared.load(save("sequence-tagger", base("bert"), tmp_path / str(i), seed=i, use_context=8)[0])
+        shared.load(save_random("sequence-tagger", base("bert"), tmp_path / str(i), seed=i, use_context=8)[0])
         for i in range(2)
     ]
     together, separate = ([[Sentence(TEXTS[i % 3]) for i in range(20)] for _ in models] for _ in range(2))
@@ -458,12 +416,10 @@ def test_predict_together_with_document_context_reads_the_neighbours(
 def test_predict_together_on_every_kind_of_base(architecture: str, base: Callable[[str], str], tmp_path: Path) -> None:
     """Positions, relative positions, causal masks: a padded batch gives what a batch of one's own gives."""
     shared = SharedBase(base(architecture))
-    config = {"layer_1"} if architecture == "xlnet" else "all-linear"
-    lora = LoraConfig(
-        r=4, lora_alpha=16, init_lora_weights=False, target_modules=config, fan_in_fan_out=architecture == "gpt2"
-    )
+    targets = {"layer_1"} if architecture == "xlnet" else "all-linear"
+    config = lora(target_modules=targets, fan_in_fan_out=architecture == "gpt2")
     models = [
-        shared.load(save("text-classifier", base(architecture), tmp_path / str(i), config=lora, seed=i)[0])
+        shared.load(save_random("text-classifier", base(architecture), tmp_path / str(i), config=config, seed=i)[0])
         for i in range(3)
     ]
     together, separate = ([[Sentence(text) for text in TEXTS[: i + 1]] for i in range(3)] for _ in range(2))
@@ -477,7 +433,7 @@ def test_shared_base_in_bfloat16_predicts_close_to_fp32_and_saves_exact_values(
     base: Callable[[str], str], tmp_path: Path
 ) -> None:
     """Asked for by name, another dtype than that of the training: adapters compute in it, files keep theirs."""
-    directory, live = save("text-classifier", base("bert"), tmp_path / "model")
+    directory, live = save_random("text-classifier", base("bert"), tmp_path / "model")
     shared = SharedBase(base("bert"), dtype="bfloat16")
     model = shared.load(directory)
     dtypes = {p.dtype for p in model.embeddings.model.parameters()}
@@ -497,7 +453,7 @@ def test_shared_base_in_bfloat16_predicts_close_to_fp32_and_saves_exact_values(
 
 def test_shared_base_model_in_bfloat16_is_saved_as_it_was_trained(base: Callable[[str], str], tmp_path: Path) -> None:
     """A model that was trained in bf16 comes back from a shared base's checkpoint bit by bit."""
-    directory, _ = save("text-classifier", base("bert"), tmp_path / "model", dtype="bfloat16")
+    directory, _ = save_random("text-classifier", base("bert"), tmp_path / "model", dtype="bfloat16")
     model = SharedBase(base("bert"), dtype="bfloat16").load(directory)
     flair_peft.save_pretrained(model, tmp_path / "again")
     for name in ("adapter_model.safetensors", "head.safetensors"):
@@ -519,7 +475,7 @@ def test_shared_base_model_of_other_settings_is_refused(
     options: dict[str, Any], dtype: str | None, message: str, base: Callable[[str], str], tmp_path: Path
 ) -> None:
     """What would change predictions is never chosen for the user."""
-    directory, _ = save("text-classifier", base("bert"), tmp_path / "model", **options)
+    directory, _ = save_random("text-classifier", base("bert"), tmp_path / "model", **options)
     with pytest.raises(BaseMismatchError, match=message):
         SharedBase(base("bert"), dtype=dtype).load(directory)
 
@@ -527,7 +483,9 @@ def test_shared_base_model_of_other_settings_is_refused(
 def test_shared_base_model_with_other_attention_keeps_it_and_shares(base: Callable[[str], str], tmp_path: Path) -> None:
     """The attention is a setting, not a weight."""
     eager = {"transformers_model_kwargs": {"attn_implementation": "eager"}}
-    directories = [save("text-classifier", base("bert"), tmp_path / str(i), **o)[0] for i, o in enumerate(({}, eager))]
+    directories = [
+        save_random("text-classifier", base("bert"), tmp_path / str(i), **o)[0] for i, o in enumerate(({}, eager))
+    ]
     shared = SharedBase(base("bert"))
     models = [shared.load(directory) for directory in directories]
     assert [m.embeddings.base_model.config._attn_implementation for m in models] == ["sdpa", "eager"]
@@ -538,7 +496,7 @@ def test_shared_base_model_with_other_attention_keeps_it_and_shares(base: Callab
 
 def test_shared_base_model_of_another_base_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
     """Models that share nothing with it do not belong to it."""
-    directory, _ = save("text-classifier", base("electra"), tmp_path / "model")
+    directory, _ = save_random("text-classifier", base("electra"), tmp_path / "model")
     with pytest.raises(BaseMismatchError, match="shares no weights with this base"):
         SharedBase(base("bert")).load(directory)
 
@@ -546,7 +504,7 @@ def test_shared_base_model_of_another_base_is_refused(base: Callable[[str], str]
 def test_shared_base_of_retrained_weights_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
     """A base of the same name whose weights are others is not the one."""
     folder = Path(shutil.copytree(base("bert"), tmp_path / "base"))
-    directory, _ = save("text-classifier", str(folder), tmp_path / "model")
+    directory, _ = save_random("text-classifier", str(folder), tmp_path / "model")
     weights = {name: tensor + 0.01 for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BaseMismatchError, match="its weights differ"):
@@ -558,7 +516,7 @@ def test_shared_base_file_of_flairs_trainer_shares_what_is_the_bases(
     is_whole: bool, base: Callable[[str], str], tmp_path: Path
 ) -> None:
     """Slim files find the base; self-contained ones hold it, and share what is equal bit by bit."""
-    _, live = save("sequence-tagger", base("bert"), tmp_path / "model")
+    _, live = save_random("sequence-tagger", base("bert"), tmp_path / "model")
     live.save(tmp_path / "model.pt", save_base=is_whole)
     shared = SharedBase(base("bert"))
     models = [shared.load(tmp_path / "model.pt"), shared.load(tmp_path / "model")]
@@ -578,8 +536,8 @@ def test_shared_base_multitask_model_has_one_adapter_for_the_tasks_that_share(
     base: Callable[[str], str], tmp_path: Path
 ) -> None:
     """Tasks on one embedding come back on one embedding, and that on the base."""
-    directory, _ = save("multitask", base("bert"), tmp_path / "model")
-    tagger, _ = save("sequence-tagger", base("bert"), tmp_path / "tagger")
+    directory, _ = save_random("multitask", base("bert"), tmp_path / "model")
+    tagger, _ = save_random("sequence-tagger", base("bert"), tmp_path / "tagger")
     shared = SharedBase(base("bert"))
     model, other = shared.load(directory), shared.load(tagger)
     assert isinstance(model, MultitaskModel)
@@ -591,7 +549,7 @@ def test_shared_base_multitask_model_has_one_adapter_for_the_tasks_that_share(
 
 def test_shared_base_model_trained_on_a_quantised_base_is_refused(base: Callable[[str], str], tmp_path: Path) -> None:
     """On weights that were never rounded it would predict something else."""
-    directory, _ = save("text-classifier", base("bert"), tmp_path, quantization_config=BitsAndBytesConfig(True))
+    directory, _ = save_random("text-classifier", base("bert"), tmp_path, quantization_config=BitsAndBytesConfig(True))
     with pytest.raises(BaseMismatchError, match="trained on a quantised base"):
         SharedBase(base("bert")).load(directory)
 
@@ -600,9 +558,11 @@ def test_predict_together_says_once_what_gets_passes_of_its_own(
     base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of each method and reason, however often it predicts and for however many models."""
-    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, use_dora=True)
+    config = lora(target_modules=None, use_dora=True)
     shared = SharedBase(base("bert"))
-    saved = [save("text-classifier", base("bert"), tmp_path / str(i), config=config, seed=i)[0] for i in range(2)]
+    saved = [
+        save_random("text-classifier", base("bert"), tmp_path / str(i), config=config, seed=i)[0] for i in range(2)
+    ]
     models = [shared.load(directory) for directory in saved]
     with caplog.at_level(logging.INFO, logger="flair_peft"):
         for _ in range(2):
@@ -622,7 +582,7 @@ def test_shared_base_stock_file_with_its_config_shares(base: Callable[[str], str
     """Old files can be served from the base, too."""
     from flair.embeddings import TransformerDocumentEmbeddings
 
-    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False)
+    config = lora(target_modules=None)
     dictionary = sentence_corpus().make_label_dictionary("sentiment", add_unk=False)
     flair_peft.uninstall()
     stock = TransformerDocumentEmbeddings(base("bert"), peft_config=copy.deepcopy(config))
@@ -630,14 +590,14 @@ def test_shared_base_stock_file_with_its_config_shares(base: Callable[[str], str
     flair_peft.install()
     shared = SharedBase(base("bert"))
     model = shared.load(tmp_path / "old.pt", peft_config=config)
-    other = shared.load(save("text-classifier", base("bert"), tmp_path / "model")[0])
+    other = shared.load(save_random("text-classifier", base("bert"), tmp_path / "model")[0])
     assert len(frozen_addresses(model) & frozen_addresses(other)) > 30
 
 
 def test_unload_frees_the_model_and_leaves_the_others(base: Callable[[str], str], tmp_path: Path) -> None:
     """What was loaded goes with its last reference, also after it predicted together with others."""
     shared = SharedBase(base("bert"))
-    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(3)]
+    models = [shared.load(save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(3)]
     sentences = {model: [Sentence(TEXTS[0])] for model in models}
     shared.predict(sentences)
     adapter = weakref.ref(next(p for n, p in models[0].named_parameters() if "lora_A" in n))
@@ -664,7 +624,7 @@ def test_predict_together_keeps_nothing_of_bases_whose_models_are_gone(
     shared = SharedBase(base("bert"))
     models = []
     for number in range(3):
-        _, live = save("text-classifier", base("bert"), tmp_path / str(number), seed=number)
+        _, live = save_random("text-classifier", base("bert"), tmp_path / str(number), seed=number)
         live.embeddings.base_model.get_input_embeddings().weight.data[-1] = float(number)
         flair_peft.save_pretrained(live, tmp_path / str(number))
         models += [shared.load(tmp_path / str(number)) for _ in range(2)]
@@ -690,7 +650,7 @@ def test_predict_with_something_else_than_a_model_is_refused(base: Callable[[str
 def test_shared_base_names_of_embeddings_differ(base: Callable[[str], str], tmp_path: Path) -> None:
     """Flair stores vectors under these names."""
     shared = SharedBase(base("bert"))
-    models = [shared.load(save("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(3)]
+    models = [shared.load(save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(3)]
     assert len({model.embeddings.name for model in models}) == 3
     assert shared.load(tmp_path / "0").embeddings.name == models[0].embeddings.name  # the same adapter
 
@@ -698,8 +658,8 @@ def test_shared_base_names_of_embeddings_differ(base: Callable[[str], str], tmp_
 def test_sequence_tagger_and_classifier_of_one_sentence_list(base: Callable[[str], str], tmp_path: Path) -> None:
     """The example of the documentation."""
     shared = SharedBase(base("bert"))
-    ner = shared.load(save("sequence-tagger-crf", base("bert"), tmp_path / "ner")[0])
-    sentiment = shared.load(save("text-classifier", base("bert"), tmp_path / "sentiment")[0])
+    ner = shared.load(save_random("sequence-tagger-crf", base("bert"), tmp_path / "ner")[0])
+    sentiment = shared.load(save_random("text-classifier", base("bert"), tmp_path / "sentiment")[0])
     assert isinstance(ner, SequenceTagger)
     together, separate = ([Sentence(text) for text in TEXTS] for _ in range(2))
     shared.predict({ner: together, sentiment: together}, mini_batch_size=2)
@@ -713,7 +673,7 @@ def test_predict_together_with_what_is_no_model_of_this_base_says_so(
     base: Callable[[str], str], tmp_path: Path
 ) -> None:
     """A text, a list, a model from elsewhere and one that was unloaded each end in an error that names it."""
-    save("text-classifier", base("bert"), tmp_path / "model")
+    save_random("text-classifier", base("bert"), tmp_path / "model")
     shared = SharedBase(base("bert"))
     model, elsewhere = shared.load(tmp_path / "model"), from_pretrained(tmp_path / "model")
     for given in ("Berlin", ["Berlin"], [["Berlin"]]):
@@ -740,7 +700,7 @@ def test_bounds_of_what_is_built_know_a_base_that_is_alive_or_only_compared(
     monkeypatch.setattr(memory_check, "_FEW_NUMBERS", 0)
     labels = Dictionary(add_unk=False)
     labels.add_item("a")
-    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], init_lora_weights=False)
+    config = lora(r=2, lora_alpha=6, target_modules=["query"])
     embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config)
     flair_peft.save_pretrained(
         TextClassifier(embeddings, label_dictionary=labels, label_type="class"), tmp_path / "model"
@@ -757,7 +717,7 @@ def test_trained_weights_of_a_shared_base_get_memory_of_their_own_before_they_ge
     shared = SharedBase(base("bert"))
     labels = Dictionary(add_unk=False)
     labels.add_item("a")
-    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], init_lora_weights=False, bias="all")
+    config = lora(r=2, lora_alpha=6, target_modules=["query"], bias="all")
     model = TextClassifier(
         PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config), label_dictionary=labels, label_type="class"
     )
@@ -780,7 +740,7 @@ def test_model_that_is_copied_goes_on_sharing_its_base(
     """Who reads a model as if it might be written to gets a copy, and leaves the model's memory as it is."""
     labels = Dictionary(add_unk=False)
     labels.add_item("a")
-    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], init_lora_weights=False)
+    config = lora(r=2, lora_alpha=6, target_modules=["query"])
     embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config)
     flair_peft.save_pretrained(
         TextClassifier(embeddings, label_dictionary=labels, label_type="class"), tmp_path / "model"

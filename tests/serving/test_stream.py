@@ -20,11 +20,11 @@ from flair.models.clustering import ClusteringModel
 from flair.models.entity_mention_linking import ExactMatchCandidateSearchIndex
 from flair.nn import Model
 from flair.tokenization import SpaceTokenizer
-from peft import LoraConfig
 
 from flair_peft import PeftTransformerWordEmbeddings, predict_stream
 from flair_peft.errors import PredictionError, PredictionSetupError
 from tests.support import tiny
+from tests.support.configs import lora
 from tests.support.round_trip import Factories, largest_difference
 from tests.support.selection import ONE_OF_A_KIND, few
 from tests.support.zoo import ZOO, copy_point
@@ -33,11 +33,6 @@ BASE = Callable[[str], str]
 ROUNDING = 1e-5
 BAD = "half \ud83d of a pair"
 TEXTS = list(tiny.CORPUS)
-
-
-def lora() -> LoraConfig:
-    """Return LoRA that is no no-op."""
-    return LoraConfig(r=4, lora_alpha=12, target_modules=["query", "value"], init_lora_weights=False)
 
 
 def build(name: str, base: str, **options: Any) -> Model:

@@ -20,7 +20,6 @@ from flair.models import SequenceTagger, TextClassifier
 from flair.nn import Model
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from huggingface_hub.utils import reset_sessions
-from peft import LoraConfig
 from safetensors.torch import load, save
 
 import flair_peft
@@ -29,11 +28,12 @@ from flair_peft.base import base_cache
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, BaseModelNotFoundError, ModelFileError, SaveError
 from tests.support import round_trip
+from tests.support.configs import lora
 from tests.support.hub_stand_in import HubStandIn, _Answer, environment, online
 from tests.support.methods import perturb_
 from tests.support.zoo import ZOO
 
-LORA = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["query", "value"])
+LORA = lora()
 ENTRY = ZOO["text-classifier"]
 CORPUS = ENTRY.corpus()
 REPO, BASE = "me/model", "you/base"

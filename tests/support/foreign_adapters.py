@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel
 
 from tests.support import tiny
@@ -64,11 +64,6 @@ def offered() -> Iterator[tuple[str, str]]:
         for source, (auto, _) in SOURCES.items():
             if config in getattr(transformers, auto)._model_mapping:
                 yield architecture, source
-
-
-def lora(**options: Any) -> LoraConfig:
-    """Return a config whose adapter is no no-op and whose scale is not 1."""
-    return LoraConfig(**{"r": 4, "lora_alpha": 24, "init_lora_weights": False, **options})
 
 
 def write_base(kind: str, folder: Path, bert: str, **options: Any) -> str:

@@ -24,7 +24,7 @@ from flair.models import SequenceTagger, SpanClassifier, TextClassifier
 from flair.nn import Classifier
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import TrainerPlugin, TrainingInterrupt
-from peft import AdaLoraConfig, LoraConfig
+from peft import AdaLoraConfig
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import flair_peft
@@ -34,6 +34,7 @@ from flair_peft import (
     RankAllocationPlugin,
     ResumePlugin,
 )
+from tests.support.configs import lora
 
 GLOBAL_BATCH = 8
 NAMES = ("Ann", "Bob", "Cem", "Dora", "Eve", "Finn", "Gus", "Hal")
@@ -66,19 +67,15 @@ def labels(label_type: str) -> Dictionary:
     return corpus().make_label_dictionary(label_type, add_unk=False)
 
 
-def lora(**options: Any) -> LoraConfig:
-    """Return a config for all linear layers, the pooler among them, which gets no gradient."""
-    settings = {"r": 4, "lora_alpha": 12, "init_lora_weights": False, "target_modules": "all-linear", **options}
-    return LoraConfig(**settings)
-
-
 def classifier(base: str, **options: Any) -> TextClassifier:
-    embeddings = PeftTransformerDocumentEmbeddings(base, **{"peft_config": lora(), **options})
+    embeddings = PeftTransformerDocumentEmbeddings(
+        base, **{"peft_config": lora(target_modules="all-linear"), **options}
+    )
     return TextClassifier(embeddings, label_dictionary=labels("opinion"), label_type="opinion")
 
 
 def tagger(base: str) -> SequenceTagger:
-    embeddings = PeftTransformerWordEmbeddings(base, peft_config=lora())
+    embeddings = PeftTransformerWordEmbeddings(base, peft_config=lora(target_modules="all-linear"))
     return SequenceTagger(
         embeddings,
         tag_dictionary=labels("mention"),
@@ -91,7 +88,7 @@ def tagger(base: str) -> SequenceTagger:
 
 
 def span_classifier(base: str) -> SpanClassifier:
-    embeddings = PeftTransformerWordEmbeddings(base, peft_config=lora())
+    embeddings = PeftTransformerWordEmbeddings(base, peft_config=lora(target_modules="all-linear"))
     return SpanClassifier(embeddings, label_dictionary=labels("kind"), label_type="kind", span_label_type="mention")
 
 
@@ -216,7 +213,9 @@ TRAININGS: dict[str, Callable[[str, Path], Result]] = {
     "crf": functools.partial(run, build=tagger),
     "chunks": functools.partial(run, mini_batch_chunk_size=3, watches=True),
     "biases": functools.partial(
-        run, build=functools.partial(classifier, peft_config=lora(bias="all")), optimizer=torch.optim.SGD
+        run,
+        build=functools.partial(classifier, peft_config=lora(target_modules="all-linear", bias="all")),
+        optimizer=torch.optim.SGD,
     ),
     "mlm-only": functools.partial(run, architecture="bert-mlm"),
     "bf16": functools.partial(run, build=functools.partial(classifier, dtype="bfloat16")),

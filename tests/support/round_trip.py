@@ -19,6 +19,9 @@ from tests.support.zoo import ZOO, Entry
 # A head that is cast to bf16 after loading rounds its scores to 8 bits; a head that stays in fp32 changes nothing.
 SCORE_TOLERANCE = {torch.float32: 0.0, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
+# Of scores that come of the same sums in another order.
+ROUNDING = 1e-4
+
 
 class Factories:
     """Makes embeddings with an adapter that does something, and remembers them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import random
 import time
@@ -20,6 +19,7 @@ from flair_peft.errors import ModelFileError
 from flair_peft.torchfile import inert
 from flair_peft.torchfile.inert import Blob, Made, read_outline, tensors_in
 from tests.support import sparse
+from tests.support.files import Payload
 from tests.support.selection import few
 
 DTYPES = (
@@ -96,14 +96,6 @@ def test_outline_of_a_tensor_of_a_dtype_without_a_storage_class_is_right(tmp_pat
     for name, tensor in tensors_in(found.value).items():
         assert tensor.dtype == value[name].dtype
         assert torch.equal(found.read(tensor).float(), value[name].float())
-
-
-class Payload:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "old"])

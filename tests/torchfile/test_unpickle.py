@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, TaskType
+from peft import IA3Config, TaskType
 
 from flair_peft import PeftTransformerWordEmbeddings
 from flair_peft.errors import MissingConfigError, ModelFileError
 from flair_peft.models.stored_state import with_config
 from flair_peft.torchfile.state_tree import has_adapters
 from flair_peft.torchfile.unpickle import read_state
+from tests.support.configs import lora
 
 A = "base_model.model.encoder.layer.0.attention.self.query.lora_A.default.weight"
 WORD, DOCUMENT = "TransformerWordEmbeddings", "TransformerDocumentEmbeddings"
@@ -29,10 +30,6 @@ def state_of(key: str, parameters: dict[str, Any], *prefixes: str, rank: int = 4
     """Return what stock Flair stores of a model: parameters under a key, tensors under prefixes."""
     tensors = {f"{prefix}model.{A}": torch.zeros(rank, 32) for prefix in prefixes}
     return {"state_dict": {**tensors, "decoder.weight": torch.zeros(2, 32)}, key: parameters, "__cls__": "X"}
-
-
-def lora(**settings: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ["query"], **settings})
 
 
 STACK = {"__cls__": "StackedEmbeddings", "embeddings": [params(), params()]}
@@ -79,7 +76,7 @@ def _count_configs(value: Any) -> int:
 def test_with_config_gives_it_to_the_embeddings_that_have_adapter_tensors(name: str) -> None:
     """Wherever Flair stores the parameters of embeddings, those with an adapter get the config and no others do."""
     state, places = STORED[name]
-    completed = with_config(state, lora(), source="x.pt")
+    completed = with_config(state, lora(target_modules=["query"]), source="x.pt")
     for place in places:
         assert place(completed)["peft_config"].lora_alpha == 12
     assert _count_configs(completed) == len(places)
@@ -99,7 +96,7 @@ def test_with_config_without_one_asks_for_it(name: str) -> None:
 @pytest.mark.parametrize("name", STORED)
 def test_with_config_leaves_state_and_config_as_they_were(name: str) -> None:
     """The state and the config given are read only; tensors are not copied."""
-    state, config = STORED[name][0], lora(task_type=TaskType.SEQ_CLS)
+    state, config = STORED[name][0], lora(target_modules=["query"], task_type=TaskType.SEQ_CLS)
     before = copy.deepcopy(state)
     completed = with_config(state, config, source="x.pt")
     assert _count_configs(state) == 0
@@ -154,7 +151,7 @@ def test_has_adapters_tells_states_with_them_from_those_without(state: Any, expe
 
 def test_has_adapters_of_our_own_embeddings_is_true(base: Callable[[str], str]) -> None:
     """A model of this package is recognised by its parameters alone."""
-    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora(target_modules=["query"]))
     assert has_adapters({"state_dict": {}, "embeddings": embeddings.save_embeddings(use_state_dict=False)})
 
 

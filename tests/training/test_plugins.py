@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from flair.data import Corpus, Sentence
-from flair.datasets import FlairDatapointDataset
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import TextClassifier
 from flair.nn import Classifier
@@ -20,7 +18,6 @@ from peft import (
     AdaLoraConfig,
     IA3Config,
     LNTuningConfig,
-    LoraConfig,
     PeftConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -29,48 +26,15 @@ from peft import (
 import flair_peft
 from flair_peft import (
     LoraPlusPlugin,
-    PeftTransformerDocumentEmbeddings,
     PeftTransformerWordEmbeddings,
     RankAllocationPlugin,
 )
 from flair_peft.errors import TrainingSetupError
 from tests.support import round_trip
+from tests.support.configs import lora
+from tests.support.opinions import classifier, opinion_corpus, opinions, train
 from tests.support.selection import few
 from tests.support.zoo import ZOO
-
-LABELS = {"positive": ["good", "great", "wonderful", "love"], "negative": ["bad", "terrible", "hated", "awful"]}
-FRAMES = ["this movie is {} !", "I think the film was {} .", "{} , that is what it is", "so {} that she sold the book"]
-
-
-def opinions() -> list[Sentence]:
-    sentences = []
-    for label, words in LABELS.items():
-        for frame in FRAMES:
-            for word in words:
-                sentences.append(Sentence(frame.format(word)).add_label("opinion", label))
-    return sentences
-
-
-def opinion_corpus() -> Corpus:
-    parts = [FlairDatapointDataset(opinions()) for _ in range(3)]
-    return Corpus(train=parts[0], dev=parts[1], test=parts[2], name="opinions")
-
-
-def lora(**options: Any) -> LoraConfig:
-    settings = {"r": 4, "lora_alpha": 12, "init_lora_weights": False, "target_modules": ["query", "value"], **options}
-    return LoraConfig(**settings)
-
-
-def classifier(base: str, **options: Any) -> TextClassifier:
-    torch.manual_seed(1)
-    embeddings = PeftTransformerDocumentEmbeddings(base, **{"peft_config": lora(), **options})
-    dictionary = opinion_corpus().make_label_dictionary("opinion", add_unk=False)
-    return TextClassifier(embeddings, label_dictionary=dictionary, label_type="opinion")
-
-
-def train(model: TextClassifier, directory: Path, **options: Any) -> dict[str, Any]:
-    settings = {"learning_rate": 5e-3, "max_epochs": 2, "mini_batch_size": 8, **options}
-    return ModelTrainer(model, opinion_corpus()).fine_tune(directory, **settings)
 
 
 def scores(model: TextClassifier) -> list[float]:

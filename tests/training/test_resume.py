@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import shutil
@@ -24,6 +25,7 @@ from flair_peft.errors import FormatVersionError, TrainingSetupError, Unsupporte
 from flair_peft.torchfile import unpickle
 from flair_peft.training import resume, trainer_state
 from flair_peft.training.resume import ResumePlugin
+from tests.support.configs import lora
 from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS
 from tests.support.round_trip import Factories
 from tests.support.selection import few
@@ -35,8 +37,8 @@ State = dict[str, Any]
 Losses = list[float]
 
 
-def lora(**options: Any) -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=12, lora_dropout=0.2, target_modules=["query", "value"], **options)
+dropping = functools.partial(lora, lora_dropout=0.2)
+"""LoRA whose training draws random numbers."""
 
 
 def adalora() -> AdaLoraConfig:
@@ -45,7 +47,7 @@ def adalora() -> AdaLoraConfig:
 
 
 CONFIGS: dict[str, Callable[[], PeftConfig]] = {
-    "lora": lora,
+    "lora": dropping,
     "prefix-projection": lambda: PrefixTuningConfig(
         num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=16
     ),
@@ -126,7 +128,7 @@ class Journey:
         base: str,
         root: Path,
         *,
-        config: Callable[[], PeftConfig] = lora,
+        config: Callable[[], PeftConfig] = dropping,
         entry: str = "text-classifier",
         schedule: str = "fine_tune",
         dtype: torch.dtype = torch.float32,

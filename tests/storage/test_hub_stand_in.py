@@ -26,10 +26,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from tests.support import tiny
+from tests.support.configs import lora
 from tests.support.hub_stand_in import HubStandIn, environment, online
 from tests.support.methods import perturb_
 
@@ -259,7 +260,7 @@ def test_hub_adapter_pushed_loads_equal(hub: HubStandIn, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_TOKEN", hub.token)
     model = _tiny_bert()
     model.push_to_hub(REPO)
-    config = LoraConfig(r=4, lora_alpha=3, target_modules=["query"], init_lora_weights=False)
+    config = lora(lora_alpha=3, target_modules=["query"])
     adapted = get_peft_model(AutoModel.from_pretrained(REPO), config).eval()
     perturb_(adapted, seed=0)
     adapted.push_to_hub("me/adapter")
