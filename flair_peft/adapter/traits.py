@@ -161,7 +161,7 @@ class OptionTraits(Traits):
 
     Attributes:
         setting: of the config.
-        off: its value where it is switched off, beside those that count as false.
+        off: its value where it is switched off, if that does not count as false.
         decomposes_base: it computes with the base's weights even where a state dict will fill the adapter.
         ties_layers: it lets layers share their weights.
     """
@@ -170,6 +170,10 @@ class OptionTraits(Traits):
     off: object = None
     decomposes_base: bool = False
     ties_layers: bool = False
+
+    def is_on(self, value: object) -> bool:
+        """Whether a config with this value of the setting switches it on; None is that of a config without it."""
+        return bool(value) if self.off is None else value not in (None, False, self.off)
 
 
 _NEEDS_TASK_IDS = "it needs a task id with every sentence, and Flair has none to give"
@@ -456,7 +460,7 @@ def of_options(setting: Callable[[str], Any]) -> list[tuple[OptionTraits, Any]]:
         setting: name → value in the config, or None.
     """
     chosen = [(option, setting(option.setting)) for option in OPTIONS]
-    chosen = [(option, value) for option, value in chosen if value and value != option.off]
+    chosen = [(option, value) for option, value in chosen if option.is_on(value)]
     init = setting(_INIT)
     return chosen if init is None else [*chosen, (of_init(init), init)]
 
