@@ -31,7 +31,8 @@ def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
     """
     reasons = [methods.method_traits(config).refused]
     reasons += [option.refused.format(value=value) for option, value in methods.options(config)]
-    for reason in filter(None, reasons):
+    reason = next(filter(None, reasons), None)
+    if reason is not None:
         raise unsupported(model, config, reason)
     if methods.prepends_rows(config) and "bbox" in inspect.signature(model.forward).parameters:
         raise unsupported(model, config, "it asks for a bounding box per row, and virtual tokens have none")

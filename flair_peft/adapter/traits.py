@@ -17,7 +17,7 @@ LORA_RATE = 1e-3
 """The learning rate at which AdamW trained LoRA best on real text; resources/benchmarks/quality.md has the others."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Traits:
     """What a method or an option of one changes for a model that has it.
 
@@ -83,8 +83,10 @@ class MethodTraits(Traits):
     """What is true of a method.
 
     Attributes:
+        name: PEFT's, such as "LORA".
         config_class: what PEFT calls the class of its configs.
-        prefixes: beginnings of the names of the containers of its parameters, PEFT's own first.
+        prefix: beginning of the names of the containers of its parameters, where that is not the method's name.
+        further_prefixes: of containers that do not begin with it.
         kind: LAYERS, PROMPT or PREFIX.
         containers: whole names of its other containers.
         nested_containers: those that hold one container for each kind of layer: frod_V.<kind>.<adapter>.
@@ -112,8 +114,10 @@ class MethodTraits(Traits):
         start: settings that say how it starts, and what they are once it has started.
     """
 
-    config_class: str = "PeftConfig"
-    prefixes: tuple[str, ...] = ()
+    name: str
+    config_class: str
+    prefix: str = ""
+    further_prefixes: tuple[str, ...] = ()
     kind: str = LAYERS
     containers: tuple[str, ...] = ()
     nested_containers: tuple[str, ...] = ()
@@ -141,6 +145,11 @@ class MethodTraits(Traits):
     start: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Beginnings of the names of the containers of its parameters, PEFT's own first."""
+        return self.prefix or f"{self.name.lower()}_", *self.further_prefixes
+
+    @property
     def adds_product(self) -> bool:
         """Whether it moves a weight by the product of two matrices and a scale, and by nothing else."""
         return bool(self.factors) and set(self.factors) == set(self.deciding)
@@ -152,26 +161,33 @@ class OptionTraits(Traits):
 
     Attributes:
         setting: of the config.
-        off: its value when it is off, beside those that count as false.
+        off: its value where it is switched off, if that does not count as false.
         decomposes_base: it computes with the base's weights even where a state dict will fill the adapter.
         ties_layers: it lets layers share their weights.
     """
 
-    setting: str = ""
+    setting: str
     off: object = None
     decomposes_base: bool = False
     ties_layers: bool = False
 
+    def is_on(self, value: object) -> bool:
+        """Whether a config with this value of the setting switches it on; None is that of a config without it."""
+        return bool(value) if self.off is None else value not in (None, False, self.off)
+
 
 _NEEDS_TASK_IDS = "it needs a task id with every sentence, and Flair has none to give"
-_PROMPT_CONTAINERS = ("prompt_encoder",)
 _LAYER_SCORES = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")
-_SAYS_ALL_OF_PROMPT = FromTensors("prompt", unsaid=())
 
-METHODS: dict[str, MethodTraits] = {
-    "LORA": MethodTraits(
-        config_class="LoraConfig",
-        prefixes=("lora_",),
+
+def _by_name(*methods: MethodTraits) -> dict[str, MethodTraits]:
+    return {method.name: method for method in methods}
+
+
+METHODS = _by_name(
+    MethodTraits(
+        "LORA",
+        "LoraConfig",
         scale="lora_alpha",
         from_tensors=FromTensors(
             "ranks",
@@ -185,9 +201,10 @@ METHODS: dict[str, MethodTraits] = {
         factors={"lora_B": "lora_A", "lora_embedding_B": "lora_embedding_A"},
         deciding=("lora_B", "lora_embedding_B"),
     ),
-    "ADALORA": MethodTraits(
-        config_class="AdaLoraConfig",
-        prefixes=("lora_",),
+    MethodTraits(
+        "ADALORA",
+        "AdaLoraConfig",
+        prefix="lora_",
         scale="lora_alpha",
         containers=("ranknum",),
         from_tensors=FromTensors(
@@ -202,167 +219,138 @@ METHODS: dict[str, MethodTraits] = {
         factors={"lora_B": "lora_A", "lora_embedding_B": "lora_embedding_A"},
         deciding=("lora_B", "lora_embedding_B", "lora_E"),
     ),
-    "ADAMSS": MethodTraits(
-        config_class="AdamssConfig",
-        prefixes=("adamss_",),
-        derived_from_base=True,
-        needs_step_with="use_asa",
-        scores=_LAYER_SCORES,
-    ),
-    "ADAPTION_PROMPT": MethodTraits(
-        config_class="AdaptionPromptConfig",
-        prefixes=("adaption_prompt_",),
+    MethodTraits("ADAMSS", "AdamssConfig", derived_from_base=True, needs_step_with="use_asa", scores=_LAYER_SCORES),
+    MethodTraits(
+        "ADAPTION_PROMPT",
+        "AdaptionPromptConfig",
         containers=("adaption_gate", "adaption_prompt"),
         from_tensors=FromTensors(mark="adaption_prompt"),
         counts_layers=True,
     ),
-    "BEFT": MethodTraits(config_class="BeftConfig", prefixes=("beft_",), from_tensors=FromTensors(unsaid=())),
-    "BOFT": MethodTraits(config_class="BOFTConfig", prefixes=("boft_",)),
-    "C3A": MethodTraits(config_class="C3AConfig", prefixes=("c3a_",)),
-    "CARTRIDGE": MethodTraits(
-        config_class="CartridgeConfig",
-        prefixes=("cartridge_",),
+    MethodTraits("BEFT", "BeftConfig", from_tensors=FromTensors(unsaid=())),
+    MethodTraits("BOFT", "BOFTConfig"),
+    MethodTraits("C3A", "C3AConfig"),
+    MethodTraits(
+        "CARTRIDGE",
+        "CartridgeConfig",
         kind=PREFIX,
-        containers=_PROMPT_CONTAINERS,
         from_tensors=FromTensors(prompt_parts=("trainable_embedding",)),
         learning_rate=1e-2,
     ),
-    "CPT": MethodTraits(
-        config_class="CPTConfig",
-        prefixes=("cpt_",),
+    MethodTraits(
+        "CPT",
+        "CPTConfig",
         kind=PROMPT,
-        containers=_PROMPT_CONTAINERS,
         refused="PEFT offers it for causal language models only, and Flair reads hidden states",
     ),
-    "DEFT": MethodTraits(config_class="DeftConfig", prefixes=("deft_",), scale="alpha"),
-    "DELORA": MethodTraits(config_class="DeloraConfig", prefixes=("delora_",)),
-    "FOURIERFT": MethodTraits(config_class="FourierFTConfig", prefixes=("fourierft_",), scale="scaling"),
-    "FROD": MethodTraits(
-        config_class="FrodConfig",
-        prefixes=("frod_",),
+    MethodTraits("DEFT", "DeftConfig", scale="alpha"),
+    MethodTraits("DELORA", "DeloraConfig"),
+    MethodTraits("FOURIERFT", "FourierFTConfig", scale="scaling"),
+    MethodTraits(
+        "FROD",
+        "FrodConfig",
         nested_containers=("frod_V", "frod_s_indices", "frod_s_size"),
         derived_from_base=True,
         is_drawn_together=True,
     ),
-    "GLORA": MethodTraits(config_class="GloraConfig", prefixes=("glora_",), is_mixable=True),
-    "GRALORA": MethodTraits(config_class="GraloraConfig", prefixes=("gralora_",), scale="alpha"),
-    "HIRA": MethodTraits(config_class="HiraConfig", prefixes=("hira_",), is_mixable=True),
-    "HRA": MethodTraits(config_class="HRAConfig", prefixes=("hra_",)),
-    "IA3": MethodTraits(
-        config_class="IA3Config",
-        prefixes=("ia3_",),
-        from_tensors=FromTensors("feedforward", unsaid=()),
-        learning_rate=3e-2,
-    ),
-    "LILY": MethodTraits(config_class="LilyConfig", prefixes=("lily_",), scale="scaling", depends_on_batch=True),
-    "LN_TUNING": MethodTraits(
-        config_class="LNTuningConfig",
-        prefixes=("ln_tuning_",),
-        from_tensors=FromTensors(unsaid=(), has_copies_alone=True),
-    ),
-    "LOHA": MethodTraits(
-        config_class="LoHaConfig",
-        prefixes=("hada_",),
+    MethodTraits("GLORA", "GloraConfig", is_mixable=True),
+    MethodTraits("GRALORA", "GraloraConfig", scale="alpha"),
+    MethodTraits("HIRA", "HiraConfig", is_mixable=True),
+    MethodTraits("HRA", "HRAConfig"),
+    MethodTraits("IA3", "IA3Config", from_tensors=FromTensors("feedforward", unsaid=()), learning_rate=3e-2),
+    MethodTraits("LILY", "LilyConfig", scale="scaling", depends_on_batch=True),
+    MethodTraits("LN_TUNING", "LNTuningConfig", from_tensors=FromTensors(unsaid=(), has_copies_alone=True)),
+    MethodTraits(
+        "LOHA",
+        "LoHaConfig",
+        prefix="hada_",
         scale="alpha",
         from_tensors=FromTensors("ranks", rank=("r", ("hada_w1_b",)), unsaid=("alpha",), optional=("alpha_pattern",)),
     ),
-    "LOKR": MethodTraits(
-        config_class="LoKrConfig",
-        prefixes=("lokr_",),
+    MethodTraits(
+        "LOKR",
+        "LoKrConfig",
         scale="alpha",
         from_tensors=FromTensors("ranks", rank=("r", ("lokr_w2_b",)), unsaid=("alpha",), optional=("alpha_pattern",)),
         has_free_rank=True,
     ),
-    "MISS": MethodTraits(
-        config_class="MissConfig",
-        prefixes=("miss_",),
+    MethodTraits(
+        "MISS",
+        "MissConfig",
         from_tensors=FromTensors(unsaid=("r", "mini_r", "init_weights")),  # by which it chooses what it computes
     ),
-    "MULTITASK_PROMPT_TUNING": MethodTraits(
-        config_class="MultitaskPromptTuningConfig",
-        prefixes=("multitask_prompt_tuning_",),
-        kind=PROMPT,
-        containers=_PROMPT_CONTAINERS,
-        refused=_NEEDS_TASK_IDS,
-    ),
-    "OFT": MethodTraits(config_class="OFTConfig", prefixes=("oft_",)),
-    "OSF": MethodTraits(
-        config_class="OSFConfig",
-        prefixes=("osf_",),
+    MethodTraits("MULTITASK_PROMPT_TUNING", "MultitaskPromptTuningConfig", kind=PROMPT, refused=_NEEDS_TASK_IDS),
+    MethodTraits("OFT", "OFTConfig"),
+    MethodTraits(
+        "OSF",
+        "OSFConfig",
         derived_from_base=True,
         learning_rate=None,  # it trains matrices as large as those of the base
         has_module_patterns=False,
         projects_gradients=True,
     ),
-    "PEANUT": MethodTraits(config_class="PeanutConfig", prefixes=("peanut_",), scale="scaling"),
-    "POLY": MethodTraits(config_class="PolyConfig", prefixes=("poly_",), refused=_NEEDS_TASK_IDS),
-    "PREFIX_TUNING": MethodTraits(
-        config_class="PrefixTuningConfig",
-        prefixes=("prefix_tuning_",),
+    MethodTraits("PEANUT", "PeanutConfig", scale="scaling"),
+    MethodTraits("POLY", "PolyConfig", refused=_NEEDS_TASK_IDS),
+    MethodTraits(
+        "PREFIX_TUNING",
+        "PrefixTuningConfig",
         kind=PREFIX,
-        containers=_PROMPT_CONTAINERS,
         from_tensors=FromTensors("prompt", unsaid=(), prompt_parts=("transform",)),
         learning_rate=1e-2,
         start={"prefix_projection": False},
     ),
-    "PROMPT_TUNING": MethodTraits(
-        config_class="PromptTuningConfig",
-        prefixes=("prompt_tuning_",),
+    MethodTraits(
+        "PROMPT_TUNING",
+        "PromptTuningConfig",
         kind=PROMPT,
-        containers=_PROMPT_CONTAINERS,
-        from_tensors=_SAYS_ALL_OF_PROMPT,
+        from_tensors=FromTensors("prompt", unsaid=()),
         learning_rate=3e-2,
         start={"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None},
     ),
-    "PSOFT": MethodTraits(
-        config_class="PsoftConfig", prefixes=("psoft_",), scale="psoft_alpha", derived_from_base=True
-    ),
-    "PVERA": MethodTraits(
-        config_class="PveraConfig",
-        prefixes=("pvera_lambda_", "pvera_"),
+    MethodTraits("PSOFT", "PsoftConfig", scale="psoft_alpha", derived_from_base=True),
+    MethodTraits(
+        "PVERA",
+        "PveraConfig",
+        prefix="pvera_lambda_",
+        further_prefixes=("pvera_",),
         is_drawn_together=True,
         drawn="pvera_A",
         sliced=("pvera_A", "pvera_B"),
     ),
-    "P_TUNING": MethodTraits(
-        config_class="PromptEncoderConfig",
-        prefixes=("p_tuning_",),
+    MethodTraits(
+        "P_TUNING",
+        "PromptEncoderConfig",
         kind=PROMPT,
-        containers=_PROMPT_CONTAINERS,
         from_tensors=FromTensors("prompt", unsaid=(), prompt_parts=("mlp_head", "lstm_head")),
         learning_rate=3e-2,
         goes_on_as="PROMPT_TUNING",
     ),
-    "RANDLORA": MethodTraits(
-        config_class="RandLoraConfig",
-        prefixes=("randlora_",),
+    MethodTraits(
+        "RANDLORA",
+        "RandLoraConfig",
         scale="randlora_alpha",
         is_drawn_together=True,
         drawn="randlora_A",
         is_sized_together=True,
     ),
-    "ROAD": MethodTraits(config_class="RoadConfig", prefixes=("road_",), is_mixable=True),
-    "SHADOW": MethodTraits(config_class="ShadowConfig", prefixes=("shadow_",), scale="shadow_alpha", keeps_graph=True),
-    "SHIRA": MethodTraits(config_class="ShiraConfig", prefixes=("shira_",)),
-    "SUPERTUNING": MethodTraits(
-        config_class="SupertuningConfig", prefixes=("supertuning_",), scale="lora_alpha", derived_from_base=True
-    ),
-    "TINYLORA": MethodTraits(
-        config_class="TinyLoraConfig", prefixes=("tinylora_",), derived_from_base=True, is_drawn_together=True
-    ),
-    "TRAINABLE_TOKENS": MethodTraits(
-        config_class="TrainableTokensConfig",
-        prefixes=("trainable_tokens_",),
+    MethodTraits("ROAD", "RoadConfig", is_mixable=True),
+    MethodTraits("SHADOW", "ShadowConfig", scale="shadow_alpha", keeps_graph=True),
+    MethodTraits("SHIRA", "ShiraConfig"),
+    MethodTraits("SUPERTUNING", "SupertuningConfig", scale="lora_alpha", derived_from_base=True),
+    MethodTraits("TINYLORA", "TinyLoraConfig", derived_from_base=True, is_drawn_together=True),
+    MethodTraits(
+        "TRAINABLE_TOKENS",
+        "TrainableTokensConfig",
         from_tensors=FromTensors(token_rows="token_indices"),
         derived_from_base=True,  # it keeps the rows that it replaces, to put them back after merging
     ),
-    "UNILORA": MethodTraits(
-        config_class="UniLoraConfig", prefixes=("unilora_",), is_drawn_together=True, drawn="unilora_indices_A"
-    ),
-    "VBLORA": MethodTraits(config_class="VBLoRAConfig", prefixes=("vblora_",)),
-    "VERA": MethodTraits(
-        config_class="VeraConfig",
-        prefixes=("vera_lambda_", "vera_"),
+    MethodTraits("UNILORA", "UniLoraConfig", is_drawn_together=True, drawn="unilora_indices_A"),
+    MethodTraits("VBLORA", "VBLoRAConfig"),
+    MethodTraits(
+        "VERA",
+        "VeraConfig",
+        prefix="vera_lambda_",
+        further_prefixes=("vera_",),
         from_tensors=FromTensors(
             "ranks",
             rank=("r", ("vera_lambda_d",)),
@@ -373,43 +361,43 @@ METHODS: dict[str, MethodTraits] = {
         drawn="vera_A",
         sliced=("vera_A", "vera_B"),
     ),
-    "WAVEFT": MethodTraits(config_class="WaveFTConfig", prefixes=("waveft_",), scale="scaling"),
-    "XLORA": MethodTraits(
-        config_class="XLoraConfig",
-        prefixes=("xlora_",),
+    MethodTraits("WAVEFT", "WaveFTConfig", scale="scaling"),
+    MethodTraits(
+        "XLORA",
+        "XLoraConfig",
         refused="it mixes adapters that were trained before, given as paths, instead of training one",
     ),
-}
+)
 """PEFT's name of a method → what is true of it."""
 
 OPTIONS: tuple[OptionTraits, ...] = (
     OptionTraits(
-        setting="alora_invocation_tokens",
+        "alora_invocation_tokens",
         refused="alora_invocation_tokens: activated LoRA switches on at a token of a prompt, and Flair has no prompts",
     ),
     OptionTraits(
-        setting="megatron_config",
+        "megatron_config",
         refused="megatron_config: it adapts layers of Megatron-LM, which no model of transformers has",
     ),
-    OptionTraits(setting="sample_at_inference", refused="sample_at_inference: every prediction would be drawn anew"),
+    OptionTraits("sample_at_inference", refused="sample_at_inference: every prediction would be drawn anew"),
     OptionTraits(
-        setting="use_qalora",
+        "use_qalora",
         refused="use_qalora: it is written for GPTQ layers, and elsewhere PEFT trains plain LoRA without a word",
     ),
     OptionTraits(
-        setting="shadow_model",
+        "shadow_model",
         off="mirror",  # what PEFT calls a shadow that it builds itself; anything else is the name of a model
         refused="shadow_model={value!r}: files would have it fetched anew",
     ),
-    OptionTraits(setting="bias", off="none", not_mixed="it changes biases of the base"),
-    OptionTraits(setting="use_dora", reads_base=True, not_mixed="PEFT mixes no DoRA in one batch"),
-    OptionTraits(setting="modules_to_save", not_mixed="it replaces modules of the base"),
-    OptionTraits(setting="trainable_token_indices", derived_from_base=True, not_mixed="it replaces rows of the base"),
-    OptionTraits(setting="target_parameters", not_mixed="it adapts bare parameters"),
-    OptionTraits(setting="kasa_config", rewrites_base=True, decomposes_base=True),
-    OptionTraits(setting="monteclora_config", keeps_graph=True, ahead="MontecloraSampler"),
+    OptionTraits("bias", off="none", not_mixed="it changes biases of the base"),
+    OptionTraits("use_dora", reads_base=True, not_mixed="PEFT mixes no DoRA in one batch"),
+    OptionTraits("modules_to_save", not_mixed="it replaces modules of the base"),
+    OptionTraits("trainable_token_indices", derived_from_base=True, not_mixed="it replaces rows of the base"),
+    OptionTraits("target_parameters", not_mixed="it adapts bare parameters"),
+    OptionTraits("kasa_config", rewrites_base=True, decomposes_base=True),
+    OptionTraits("monteclora_config", keeps_graph=True, ahead="MontecloraSampler"),
     OptionTraits(
-        setting="layer_replication",
+        "layer_replication",
         rewrites_base=True,
         ties_layers=True,
         not_transferred="it replicates layers of its base. Which tensors belong to which copy cannot be proven from "
@@ -425,38 +413,36 @@ _WANTS_DATA = (
 )
 
 INITS: Mapping[object, OptionTraits] = {
-    True: OptionTraits(setting=_INIT),
-    False: OptionTraits(setting=_INIT),
-    "gaussian": OptionTraits(setting=_INIT),
-    "orthogonal": OptionTraits(setting=_INIT),
+    True: OptionTraits(_INIT),
+    False: OptionTraits(_INIT),
+    "gaussian": OptionTraits(_INIT),
+    "orthogonal": OptionTraits(_INIT),
     # Its data is seen after the adapter was added, and decides lora_A and the ranks alone.
-    "eva": OptionTraits(setting=_INIT),
-    "mica": OptionTraits(setting=_INIT, reads_base=True, never_trained=("lora_B", "lora_embedding_B")),
-    "pissa": OptionTraits(setting=_INIT, rewrites_base=True),
+    "eva": OptionTraits(_INIT),
+    "mica": OptionTraits(_INIT, reads_base=True, never_trained=("lora_B", "lora_embedding_B")),
+    "pissa": OptionTraits(_INIT, rewrites_base=True),
     "pissa_niter": OptionTraits(
-        setting=_INIT,
+        _INIT,
         rewrites_base=True,
         not_transferred="its init_lora_weights={value!r} takes from the base what a random decomposition gave, which "
         "is another one each time, and the file does not hold it. Save the adapter with PEFT's "
         "path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
     ),
-    "olora": OptionTraits(setting=_INIT, rewrites_base=True),
-    "corda": OptionTraits(setting=_INIT, rewrites_base=True, refused=_WANTS_DATA),
-    "lora_ga": OptionTraits(setting=_INIT, rewrites_base=True, refused=_WANTS_DATA),
+    "olora": OptionTraits(_INIT, rewrites_base=True),
+    "corda": OptionTraits(_INIT, rewrites_base=True, refused=_WANTS_DATA),
+    "lora_ga": OptionTraits(_INIT, rewrites_base=True, refused=_WANTS_DATA),
     "loftq": OptionTraits(
-        setting=_INIT,
-        rewrites_base=True,
-        needs_gpu="init_lora_weights='loftq' quantises the base on a GPU, and there is none",
+        _INIT, rewrites_base=True, needs_gpu="init_lora_weights='loftq' quantises the base on a GPU, and there is none"
     ),
 }
 """Value of ``init_lora_weights``, without the number of iterations → what is true of it."""
 
-_UNKNOWN_INIT = OptionTraits(setting=_INIT, rewrites_base=True)
+_UNKNOWN_INIT = OptionTraits(_INIT, rewrites_base=True)
 
 
 def of_method(name: str | None) -> MethodTraits:
     """Return what is true of a method, by PEFT's name of it."""
-    return METHODS.get(name or "", MethodTraits())
+    return METHODS.get(name or "") or MethodTraits(name or "", "PeftConfig")
 
 
 def of_init(value: object) -> OptionTraits:
@@ -464,7 +450,7 @@ def of_init(value: object) -> OptionTraits:
     if isinstance(value, str):
         name, niter, _ = value.lower().partition("_niter")
         value = name + niter
-    return INITS.get(value, _UNKNOWN_INIT)
+    return INITS.get(value, _UNKNOWN_INIT) if isinstance(value, (bool, str)) else _UNKNOWN_INIT
 
 
 def of_options(setting: Callable[[str], Any]) -> list[tuple[OptionTraits, Any]]:
@@ -474,13 +460,13 @@ def of_options(setting: Callable[[str], Any]) -> list[tuple[OptionTraits, Any]]:
         setting: name → value in the config, or None.
     """
     chosen = [(option, setting(option.setting)) for option in OPTIONS]
-    chosen = [(option, value) for option, value in chosen if value and value != option.off]
+    chosen = [(option, value) for option, value in chosen if option.is_on(value)]
     init = setting(_INIT)
     return chosen if init is None else [*chosen, (of_init(init), init)]
 
 
-# Containers of parameters that any method's adapter can have, one entry for each adapter.
-_IN_ANY_ADAPTER = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original")
+# Containers of parameters that adapters of several methods can have, one entry for each adapter.
+_OF_SEVERAL_METHODS = ("modules_to_save", "prompt_encoder", "trainable_tokens_delta", "trainable_tokens_original")
 
 NESTED_CONTAINERS = frozenset(name for traits in METHODS.values() for name in traits.nested_containers)
 
@@ -490,7 +476,7 @@ def is_container(segment: str) -> bool:
     """Whether a part of a tensor's name is that of a container in which a method keeps parameters."""
     every = METHODS.values()
     return (
-        segment in _IN_ANY_ADAPTER
+        segment in _OF_SEVERAL_METHODS
         or any(segment in traits.containers for traits in every)
         or any(segment.startswith(traits.prefixes) for traits in every)
     )
@@ -504,5 +490,5 @@ def add_unlisted_(prefixes: Mapping[str, str], config_classes: Mapping[str, str]
         config_classes: method → name of the class of its configs.
     """
     for name in prefixes.keys() - METHODS.keys():
-        METHODS[name] = MethodTraits(config_class=config_classes[name], prefixes=(prefixes[name],))
+        METHODS[name] = MethodTraits(name, config_classes[name], prefix=prefixes[name])
     is_container.cache_clear()

@@ -35,8 +35,21 @@ def fill_(embeddings: Any, plan: Plan, *, allow_untrained: bool) -> None:
         _fill_matrix_(embeddings, plan)
     if plan.ranks:
         model.peft_config[methods.ADAPTER_NAME].rank_pattern = dict(plan.ranks)
-    own = _stored_state(model)
-    match = keys.match_keys(plan.tensors, own)
+    expected = _stored_state(model)
+    fitted = _fit(_tensors_by_model_key(plan, model, expected), expected, plan)
+    _refuse_untrained(plan, model, fitted, allow_untrained=allow_untrained)
+    _set_(model, fitted, plan.ranks)
+    after = _stored_state(model)
+    lost = [key for key, tensor in fitted.items() if not torch.equal(after[key].cpu(), tensor.to(after[key].dtype))]
+    if lost:
+        raise _misfit(plan, {"not taken over by PEFT": lost})
+    injection.repair_(model)
+    _report(plan)
+
+
+def _tensors_by_model_key(plan: Plan, model: PeftModel, expected: Tensors) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors under the keys that PEFT has for them in this model, if each has exactly one."""
+    match = keys.match_keys(plan.tensors, expected)
     missing = [key for key in match.missing if not keys.is_unread(keys.plain_key(key)) or keys.has_container(key)]
     if older_peft.is_lost_bias(plan.config, missing):
         raise AdapterMismatchError(
@@ -47,15 +60,7 @@ def fill_(embeddings: Any, plan: Plan, *, allow_untrained: bool) -> None:
     unexpected -= injection.derived_again(model, {key: plan.tensors[key] for key in unexpected})
     if missing or unexpected or match.ambiguous:
         raise _misfit(plan, {"missing": missing, "left over": unexpected, "ambiguous": match.ambiguous})
-    fitted = _fit({key: plan.tensors[theirs] for key, theirs in match.renamed.items()}, own, plan)
-    _refuse_untrained(plan, model, fitted, allow_untrained=allow_untrained)
-    _set_(model, fitted, plan.ranks)
-    after = _stored_state(model)
-    lost = [key for key, tensor in fitted.items() if not torch.equal(after[key].cpu(), tensor.to(after[key].dtype))]
-    if lost:
-        raise _misfit(plan, {"not taken over by PEFT": lost})
-    injection.repair_(model)
-    _report(plan)
+    return {key: plan.tensors[theirs] for key, theirs in match.renamed.items()}
 
 
 def _report(plan: Plan) -> None:
@@ -106,19 +111,21 @@ def _base_matrix(model: PreTrainedModel) -> torch.nn.Parameter:
     return module.weight
 
 
-def _fit(tensors: Tensors, own: Tensors, plan: Plan) -> dict[str, torch.Tensor]:
+def _fit(tensors: Tensors, expected: Tensors, plan: Plan) -> dict[str, torch.Tensor]:
     """Return the tensors in the shapes of the model, which differ by rows that Flair adds to the vocabulary."""
     sliced = frozenset(methods.method_traits(plan.config).sliced)
-    cut = {key: _cut(tensor, own[key]) if sliced & {*key.split(".")} else tensor for key, tensor in tensors.items()}
-    fitted = {key: _grown(tensor, own[key], plan.rows) for key, tensor in cut.items()}
+    cut = {
+        key: _cut(tensor, expected[key]) if sliced & {*key.split(".")} else tensor for key, tensor in tensors.items()
+    }
+    fitted = {key: _grown(tensor, expected[key], plan.rows) for key, tensor in cut.items()}
     method = methods.method_traits(plan.config)
     is_of_method = method.prefixes[0] if method.is_sized_together else None
-    if is_of_method and any(is_of_method in key and fitted[key].shape != own[key].shape for key in fitted):
+    if is_of_method and any(is_of_method in key and fitted[key].shape != expected[key].shape for key in fitted):
         raise translate_config.drawn_together(methods.method_name(plan.config), ())
     wrong = [
-        f"{key} ({tuple(tensors[key].shape)} instead of {tuple(own[key].shape)})"
+        f"{key} ({tuple(tensors[key].shape)} instead of {tuple(expected[key].shape)})"
         for key, tensor in fitted.items()
-        if tensor.shape != own[key].shape
+        if tensor.shape != expected[key].shape
     ]
     if wrong:
         raise BaseMismatchError(
@@ -189,17 +196,17 @@ def _set_(model: PeftModel, tensors: Tensors, ranks: Mapping[str, list[bool]] | 
         config.rank_pattern = dict(ranks)
 
 
-def _at_full_rank(tensors: Tensors, own: Tensors, pattern: Mapping[str, list[bool]]) -> dict[str, torch.Tensor]:
-    full = dict(tensors)
+def _at_full_rank(tensors: Tensors, expected: Tensors, pattern: Mapping[str, list[bool]]) -> dict[str, torch.Tensor]:
+    at_full_rank = dict(tensors)
     for name, ranks in pattern.items():
         chosen = torch.tensor(ranks, dtype=torch.bool).flatten()
         module = WRAPPER + name.rpartition(".lora_E")[0]
         for part in ("lora_A", "lora_B", "lora_E"):
             key = f"{module}.{part}"
-            spread = torch.zeros(own[key].shape, dtype=own[key].dtype)
+            spread = torch.zeros(expected[key].shape, dtype=expected[key].dtype)
             spread[(slice(None), chosen) if part == "lora_B" else chosen] = tensors[key].to(spread.dtype)
-            full[key] = spread
-    return full
+            at_full_rank[key] = spread
+    return at_full_rank
 
 
 def _misfit(plan: Plan, problems: Mapping[str, Collection[str]]) -> AdapterMismatchError:

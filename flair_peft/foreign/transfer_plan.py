@@ -121,10 +121,9 @@ def plan(
     revision = base_revision or (files.settings.get("revision") if base_model in (None, base_named(files)) else None)
     access = {**options.arguments(), **({} if revision is None else {"revision": revision})}
     trusted = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+    config_kwargs = {**(kwargs.get("transformers_config_kwargs") or {}), **access, **trusted}
     try:
-        base_config = transformer.find_config(
-            base, {**(kwargs.get("transformers_config_kwargs") or {}), **access, **trusted}
-        )
+        base_config = transformer.find_config(base, config_kwargs)
     except BaseModelNotFoundError as error:
         # A base that is there, or that needs code, did not move.
         is_here = base_model is not None or Path(base).is_dir() or "trust_remote_code=True" in str(error)
@@ -152,7 +151,8 @@ def _plan(
     source_classes.refuse_other_inputs(source_classes.source_class(base_config, files.settings))
     tensors, outside = files.tensors, dict[str, torch.Tensor]()
     if config.is_prompt_learning:
-        config, tensors, outside = translate_config.own_prompt(config, tensors)
+        config, tensors, outside = translate_config.trainable_prompt(config, tensors)
+    # What belongs to the transformer, and what to a head or a decoder.
     saved = getattr(config, "modules_to_save", None) or ()
     every_name = frozenset(name for name, _ in model.named_modules(remove_duplicate=False) if name)
     rules = source_classes.prefixes(base_config, model)
@@ -160,8 +160,10 @@ def _plan(
     configs.refuse_endless_patterns(config.to_dict(), named, source=files.source)
     landing = source_classes.locate(tensors, every_name, rules, source_classes.part_of_a_class(base_config, saved))
     outside.update(_single(landing.outside, tensors))
+    # The input embeddings, which PEFT stores beside the adapter where it has reason to think that they were changed.
     placed, matrix, is_copy = _take_matrix(_single(landing.inside, tensors), _matrix_names(model), config)
     rows = _check_matrix(matrix, model.get_input_embeddings().weight, files.source)
+    # The config in the names of the bare model, unless these cannot say the same.
     translate_config.refuse_drawn_together(config, base_config, files.settings, every_name, tensors)
     adapted = {landing.prefix + keys.carrier(name) for name in placed if keys.has_container(name)}
     older_peft.refuse_other_alpha(config, files.settings, sorted(adapted))

@@ -35,7 +35,9 @@ PROMPT = "prompt_embeddings"
 _PROMPT_SIZES = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
 
 
-def own_prompt(config: Any, tensors: Tensors) -> tuple[PeftConfig, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def trainable_prompt(
+    config: Any, tensors: Tensors
+) -> tuple[PeftConfig, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return config and virtual tokens in the form that can be trained on, and what belongs to a decoder.
 
     PEFT stores what a prompt encoder gave, not the encoder. The same rows as plain parameters compute the same.

@@ -24,6 +24,7 @@ from peft import (
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
+    OSFConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -330,6 +331,14 @@ METHODS: dict[str, tuple[str, str, Callable[[], PeftConfig]]] = {
         "llama",
         "causal-lm",
         lambda: VBLoRAConfig(r=4, num_vectors=8, vector_length=8, topk=2, target_modules=["q_proj"]),
+    ),
+    "mica": ("bert", "tokens", lambda: lora(target_modules=["query"], init_lora_weights="mica")),
+    "osf with a pattern": (
+        "bert",
+        "tokens",
+        lambda: OSFConfig(
+            effective_rank=8, rank_pattern={r"layer\.0": 4}, target_modules=["query", "value"], init_weights=False
+        ),
     ),
     "ln tuning": ("llama", "sequence", lambda: LNTuningConfig(target_modules=["input_layernorm", "norm"])),
     "adaption prompt": ("llama", "causal-lm", lambda: AdaptionPromptConfig(adapter_len=3, adapter_layers=1)),
