@@ -19,7 +19,7 @@ from flair_peft.base.placement import is_dispatched
 from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.primitives import fingerprint, mapped_memory, progress
 from flair_peft.primitives.base_record import BaseRecord, StoredBase
-from flair_peft.primitives.fingerprint import are_same_bits
+from flair_peft.primitives.fingerprint import are_same_bits, comparer
 
 
 @dataclass
@@ -66,7 +66,7 @@ def compare(
         is_tied: tensors in one storage will be so after loading, too.
     """
     own, matrices = base.own_weights(), base.names_of_input_embeddings()
-    left_out, added_rows = set(), None
+    left_out, added_rows, are_same = set(), None, comparer()
     for key, tensor in state.items():
         name = keys.base_key(key)
         if name is None or key in trained:
@@ -76,10 +76,10 @@ def compare(
             if keys.is_unread(name):
                 left_out.add(key)
         elif weight is not None and name in matrices and len(tensor) > len(weight):
-            if are_same_bits(tensor[: len(weight)], weight):
+            if are_same(tensor[: len(weight)], weight):
                 left_out.add(key)
                 added_rows = tensor[len(weight) :]
-        elif weight is not None and are_same_bits(tensor, weight):
+        elif weight is not None and are_same(tensor, weight):
             left_out.add(key)
         progress.advance(tensor.nbytes)
         for read in (tensor, weight):

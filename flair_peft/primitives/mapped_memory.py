@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ def lent(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_mapped(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is that of a file, which the system can drop and read again; known on Linux only."""
-    return tensor.device.type == "cpu" and _mapping_of(tensor, _mappings()) is not None
+    return tensor.device.type == "cpu" and _mapping_of(tensor, mappings()) is not None
 
 
 def map_again(tensors: Sequence[torch.Tensor], *, more_rows: int = 0) -> list[torch.Tensor | None]:
@@ -95,11 +95,11 @@ def map_again(tensors: Sequence[torch.Tensor], *, more_rows: int = 0) -> list[to
         more_rows: that the new ones have behind those of the old; what follows in the file shows there until they are
             written, and where the file ends too early there is no mapping.
     """
-    known = _mappings()
+    known = mappings()
     found = [_mapping_of(tensor, known) for tensor in tensors]
     # One for each old one: of two mappings of a file, one can show in a place what the other does not.
     anew = {each: _map(each.path) for each in set(found) if each is not None}
-    files = {each.first: each.file for each in _mappings()} if anew else {}
+    files = {each.first: each.file for each in mappings()} if anew else {}
     # Another file can have the name now.
     same = {old: new for old, new in anew.items() if new is not None and files.get(new.data_ptr()) == old.file}
     # The limits of what is built from a file look at each call of torch, and nothing is made here.
@@ -110,7 +110,37 @@ def map_again(tensors: Sequence[torch.Tensor], *, more_rows: int = 0) -> list[to
         ]
 
 
-def _mappings() -> list[_Mapping]:
+def is_same_part(first: torch.Tensor, second: torch.Tensor, known: Sequence[_Mapping]) -> bool | None:
+    """Whether two tensors that show the same part of a file have the same bits; ``None`` if they do not show the same.
+
+    Nothing is read but the pages that were written to.
+
+    Args:
+        first: on any device, as the second.
+        second: may be mapped elsewhere.
+        known: the mappings of this process.
+    """
+    part = _part_of_file(first, known)
+    if part is None or part != _part_of_file(second, known):
+        return None
+    with _page_table() as table:
+        written = (_written(first, table), _written(second, table))
+    if written[0] is None or written[1] is None:
+        return None
+    one, other = (tensor.view(-1).view(torch.uint8) for tensor in (first, second))
+    return all(torch.equal(one[start:end], other[start:end]) for start, end in {*written[0], *written[1]})
+
+
+def _part_of_file(tensor: torch.Tensor, known: Sequence[_Mapping]) -> Any:
+    """Return which file shows in a tensor, from where on and how; ``None`` for memory of its own."""
+    mapping = _mapping_of(tensor, known)
+    if mapping is None or not tensor.is_contiguous():
+        return None
+    return mapping.file, address(tensor) - mapping.first + mapping.offset, tensor.dtype, tensor.shape
+
+
+def mappings() -> list[_Mapping]:
+    """Return the parts of this process's memory that are parts of files; none elsewhere than on Linux."""
     if sys.platform != "linux":
         return []
     listed = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
@@ -186,7 +216,7 @@ def is_file_mapped(path: Path) -> bool:
         return True
     # Overlays show the number of another file, and some file systems another path.
     marks = {str(path.stat().st_ino), os.path.realpath(path)}
-    return any(not marks.isdisjoint((mapping.file[1], mapping.path)) for mapping in _mappings())
+    return any(not marks.isdisjoint((mapping.file[1], mapping.path)) for mapping in mappings())
 
 
 def give_back_freed() -> None:

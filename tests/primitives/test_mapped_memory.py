@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flair_peft.base import added_rows
-from flair_peft.primitives import mapped_memory
+from flair_peft.primitives import fingerprint, mapped_memory
 
 
 def resident() -> int:
@@ -95,6 +95,38 @@ def test_map_again_takes_no_other_file_of_that_name(tmp_path: Path) -> None:
     assert mapped_memory.map_again([first, torch.ones(10), torch.empty(0)]) == [None, None, None]
     file.unlink()
     assert mapped_memory.map_again([first]) == [None]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_comparer_tells_one_number_that_was_written_to_one_of_two_mappings(tmp_path: Path) -> None:
+    """What two tensors show of one file is the same unread; a page that was written to is read, and so is all else."""
+    save_file({"x": torch.arange(100_000.0), "y": torch.ones(3, 5)}, tmp_path / "one")
+    save_file({"x": torch.arange(100_000.0), "y": torch.zeros(3, 5)}, tmp_path / "two")
+    (first, second), other = (load_file(tmp_path / "one") for _ in "ab"), load_file(tmp_path / "two")
+    first["x"][7] = 7.0  # as it was
+    are_same = fingerprint.comparer()
+    assert are_same(first["x"], second["x"])
+    assert are_same(first["x"], other["x"])
+    assert not are_same(first["y"], other["y"])
+    assert not are_same(first["x"][1:], second["x"][:-1])
+    assert not are_same(first["x"], second["x"].view(torch.int32))
+    for changed in (first["x"], second["x"]):
+        changed[60_000] += 1
+        assert not are_same(first["x"], second["x"])
+        assert not are_same(second["x"], first["x"])
+        changed[60_000] -= 1
+    assert are_same(first["x"], second["x"])
+    assert are_same(first["x"].clone(), second["x"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_comparer_reads_nothing_of_what_two_mappings_show_of_a_file(tmp_path: Path) -> None:
+    """A model whose base is mapped is saved without reading the base."""
+    save_file({"x": torch.zeros(8_000_000)}, tmp_path / "large")
+    first, second = (load_file(tmp_path / "large")["x"] for _ in "ab")
+    before = resident()
+    assert fingerprint.comparer()(first, second)
+    assert resident() < before + first.nbytes / 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")

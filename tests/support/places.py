@@ -15,7 +15,7 @@ def places_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
     A private mapping shows the pages of its file, so that a place is one in the file, or else an address in memory.
     """
-    known = mapped_memory._mappings()
+    known = mapped_memory.mappings()
     return {name: _place(tensor, mapped_memory._mapping_of(tensor, known)) for name, tensor in tensors.items()}
 
 
