@@ -21,8 +21,8 @@ from flair_peft.models.stock import convert_legacy, load_legacy
 from flair_peft.patch import install, is_installed, uninstall
 from flair_peft.serving.shared_base import SharedBase
 from flair_peft.serving.stream import predict_stream
-from flair_peft.training.launch import join_processes
 from flair_peft.training.plugins import LoraPlusPlugin, RankAllocationPlugin
+from flair_peft.training.process_group import join_processes
 from flair_peft.training.resume import ResumePlugin
 
 __all__ = [

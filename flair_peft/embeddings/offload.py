@@ -1,4 +1,4 @@
-"""Adapters within a budget of memory: those that were not used for longest are left on disk until they are needed."""
+"""Offloading of adapters: beyond a budget of memory, the least recently used are left on disk until they are needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("flair_peft")
 
 @dataclass
 class _Place:
-    """Where a tensor of an adapter belongs when it is in use."""
+    """Device and dtype of a tensor of an adapter that is in use."""
 
     device: torch.device
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class AdapterMemory:
     """Keeps the adapters of many models within a number of bytes.
 
     An adapter that is left on disk has its tensors mapped from its file: whoever reads them gets the right values, and
-    the operating system reads them. What differs from the file, bit by bit, is never let go. Adapters in use or in
+    the operating system reads them. What differs from the file, bit by bit, is never offloaded. Adapters in use or in
     training stay, and so does the last one that was used, whatever the budget.
     """
 
@@ -90,11 +90,11 @@ class AdapterMemory:
             self._make_room()
 
     def forget(self, embeddings: torch.nn.Module) -> None:
-        """Bring the adapter back, and leave it in memory from now on."""
+        """Reload the adapter, and leave it in memory from now on."""
         with self._lock:
             adapter = self._adapters.pop(id(embeddings), None)
             if adapter is not None:
-                _bring_back_(adapter)
+                _reload_(adapter)
 
     @contextlib.contextmanager
     def using(self, embeddings: torch.nn.Module) -> Iterator[None]:
@@ -114,7 +114,7 @@ class AdapterMemory:
                 return None
             self._adapters.move_to_end(id(embeddings))
             adapter.users += 1
-            _bring_back_(adapter)
+            _reload_(adapter)
             self._make_room()
             return adapter
 
@@ -126,7 +126,7 @@ class AdapterMemory:
             is_busy = adapter.users or adapter.is_changed or embeddings is None or embeddings.training
             if excess > 0 and not adapter.places and not is_busy:
                 size = _size(adapter)
-                _leave_on_disk_(adapter)
+                _offload_(adapter)
                 excess -= size if adapter.places else 0
 
     def _alive(self) -> list[_Adapter]:
@@ -136,8 +136,8 @@ class AdapterMemory:
         return list(self._adapters.values())
 
 
-def _leave_on_disk_(adapter: _Adapter) -> None:
-    """Let every tensor that is as the file has it be the file's."""
+def _offload_(adapter: _Adapter) -> None:
+    """Replace every tensor that is as the file has it by that of the file, which takes no memory until it is read."""
     model = _model_of(adapter)
     exact = exact_values(model)
     for name, parameter in model.named_parameters():
@@ -154,8 +154,8 @@ def _leave_on_disk_(adapter: _Adapter) -> None:
         log.info("An adapter stays in memory: its tensors are not those of its file any more.")
 
 
-def _bring_back_(adapter: _Adapter) -> None:
-    """Let every tensor that was left on disk, and was not replaced since, be where and what it was."""
+def _reload_(adapter: _Adapter) -> None:
+    """Give every tensor that was offloaded, and was not replaced since, the device and the dtype that it had."""
     places, adapter.places = adapter.places, {}
     if places:
         parameters = dict(_model_of(adapter).named_parameters())

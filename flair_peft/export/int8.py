@@ -1,4 +1,4 @@
-"""Exported models whose transformers compute in int8 on a CPU, and what that costs in accuracy."""
+"""Quantising exported models to int8 for a CPU, and measuring what that costs in accuracy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with an adapter → plain Flair models, which load where neither flair_peft nor PEFT is installed."""
+"""Merging adapters: plain Flair models, which load where neither flair_peft nor PEFT is installed."""
 
 from __future__ import annotations
 

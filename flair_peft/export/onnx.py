@@ -1,4 +1,4 @@
-"""Models with an adapter → ONNX: the transformer runs in onnxruntime, the head stays Flair's."""
+"""Export to ONNX: the transformer, with its adapter merged, runs in onnxruntime; the head stays Flair's."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def _export(
     checkpoint_directory.write_file(
         path, lambda file: exported.append(_export_to(Path(file.name), embeddings, examples, opset_version))
     )
-    (found,) = exported
-    found.onnx_model = str(path)
-    return found
+    (on_file,) = exported
+    on_file.onnx_model = str(path)
+    return on_file
 
 
 def _export_to(path: Path, embeddings: TransformerEmbeddings, examples: Sequence[str], opset_version: int) -> Any:
@@ -127,11 +127,11 @@ def _providers() -> list[Any]:
     return [*([on_gpu] if flair.device.type == "cuda" else []), "CPUExecutionProvider"]
 
 
-def _check(embeddings: TransformerEmbeddings, found: Embeddings[Any]) -> None:
+def _check(embeddings: TransformerEmbeddings, exported: Embeddings[Any]) -> None:
     """Return if onnxruntime gives the vectors that torch gives."""
     for text in _CHECKED:
         expected = _vectors(embeddings, text)
-        apart = vector_probe.distance(_vectors(found, text), expected)
+        apart = vector_probe.distance(_vectors(exported, text), expected)
         if not apart <= _TOLERANCE:
             raise StateMismatchError(
                 f"Cannot export '{embeddings.name}': the vectors that onnxruntime computes for '{text}' are "

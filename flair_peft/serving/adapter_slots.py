@@ -1,4 +1,4 @@
-"""Where the tensors and settings of one adapter are in a PEFT model, and how another model computes with them."""
+"""Slots of a PEFT model, in which it computes with the tensors of adapters that other models have."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class SharedBase:
         return model
 
     def unload(self, model: Model) -> None:
-        """Let go of a model: what it holds is freed once nobody else refers to it.
+        """Unload a model: what it holds is freed once nobody else refers to it.
 
         Raises:
             AdapterConfigError: it was not loaded here, or was unloaded before.
@@ -242,13 +242,13 @@ def _waves(jobs: Sequence[_Job], *, limit: int, label_name: str | None) -> Itera
     """Yield jobs that can go on side by side: a model may read the labels that an earlier one gives."""
     wave, held = list[_Job](), list[set[int]]()
     for job in jobs:
-        own = set(job.held())
-        others = (other for other, theirs in zip(wave, held, strict=True) if not own.isdisjoint(theirs))
+        points = set(job.held())
+        others = (other for other, theirs in zip(wave, held, strict=True) if not points.isdisjoint(theirs))
         if len(wave) >= limit or not all(job.may_take_turns_with(other, label_name) for other in others):
             yield wave
             wave, held = [], []
         wave.append(job)
-        held.append(own)
+        held.append(points)
     if wave:
         yield wave
 

@@ -23,8 +23,8 @@ from flair.tokenization import Tokenizer
 from tqdm import tqdm
 
 from flair_peft.errors import PredictionSetupError, name_some
-from flair_peft.serving.attempts import Item, attempt, forget_frames_, prediction_error
-from flair_peft.serving.context_links import last_words, linked, readable
+from flair_peft.serving.failed_items import Item, attempt, forget_frames_, prediction_error
+from flair_peft.serving.sentence_context import last_words, linked, readable
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class _Stream:
     reach: int
 
     def run(self, source: _Items, *, errors: Errors, bar: dict[str, Any]) -> Iterator[Any]:
-        """Yield the data points of ``source``, predicted; each is let go of before the next."""
+        """Yield the data points of ``source``, predicted; none is held once the next is asked for."""
         items = iter(source)
         before: list[Sentence] = []
         ahead: deque[Item] = deque()

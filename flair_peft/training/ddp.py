@@ -1,4 +1,4 @@
-"""One training in several processes: what they must have in common, and what travels between them.
+"""Training in several processes by torch's DistributedDataParallel: what they check, and what is sent.
 
 Flair's trainer wraps the model in torch's DistributedDataParallel, takes the sum of all gradients for the gradient of
 the batch, and lets every process evaluate. Here the base stays where it is, each process having read it itself.
@@ -51,7 +51,7 @@ def is_parallel(settings: Mapping[str, Any]) -> bool:
 
 
 def prepare(model: Model, settings: Mapping[str, Any]) -> None:
-    """The processes of a training agree on what Flair takes for granted; does nothing in a training of one process.
+    """Make equal in all processes what Flair takes for equal; does nothing in a training of one process.
 
     Best models of earlier trainings are deleted by the main process alone. Python's random numbers are those of the
     main process, from which Flair draws the sentences by which it compares the corpora. The head has its fp32 values.

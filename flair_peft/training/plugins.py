@@ -1,4 +1,4 @@
-"""Flair trainer plugins: what some PEFT methods need while they train, and what every adapter should be told."""
+"""Plugins for Flair's trainer: rank allocation of AdaLoRA and AdaMSS, LoRA+, and checks of every training."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class LoraPlusPlugin(TrainerPlugin):
 
 
 class AdapterGuard(TrainerPlugin):
-    """Says at the start of a training what would otherwise show only at its end, or never."""
+    """Checks at the start of a training what would otherwise show only at its end: dtypes, rates, gradients."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,33 +23,20 @@ from flair.nn import Model
 from flair.samplers import FlairSampler
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins import AnnealingPlugin, LinearSchedulerPlugin
-from flair.trainers.plugins.base import BasePlugin, TrainerPlugin, TrainingInterrupt
+from flair.trainers.plugins.base import TrainerPlugin, TrainingInterrupt
 from flair.training_utils import store_embeddings
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from flair_peft.errors import FormatVersionError, TrainingSetupError, name_some
 from flair_peft.torchfile import unpickle
 from flair_peft.training import trainer_state
+from flair_peft.training.progress import BEST_MODEL, PLANNED, ProgressPlugin, find_progress, plugins_behind
 
 log = logging.getLogger("flair_peft")
 
 State = dict[str, Any]
 
 STATE_VERSION = 1
-BEST_MODEL = "best-model.pt"
-
-# Settings of the trainer that decide how the training goes on, beside those that the optimiser keeps.
-_PLANNED = (
-    "dataset_size",
-    "mini_batch_size",
-    "mini_batch_chunk_size",
-    "max_epochs",
-    "max_grad_norm",
-    "shuffle",
-    "train_with_dev",
-    "train_with_test",
-    "use_amp",
-)
 
 _FOLLOWS_NEW = "what it is now"
 
@@ -79,7 +66,7 @@ def training_state(trainer: ModelTrainer, model: Model) -> State:
         "version": STATE_VERSION,
         "progress": progress.state_dict(),
         "optimizer": trainer_state.optimizer_state(trainer.optimizer, model),
-        "plugins": trainer_state.plugin_states(_present_plugins(trainer)),
+        "plugins": trainer_state.plugin_states(plugins_behind(trainer)),
         "adapters": trainer_state.adapter_scores(model),
         "scaler": None if scaler is None else trainer_state.plain(scaler.state_dict(), "the gradient scaler"),
         "random": progress.random_at_pause or trainer_state.random_state(),
@@ -96,133 +83,14 @@ def prepare_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         TrainingSetupError: there are two such plugins, or ``epoch`` is not the one where the checkpoint stopped.
     """
     plugins = list(settings.get("plugins") or [])
-    own = [plugin for plugin in plugins if isinstance(plugin, ProgressPlugin)] or [ProgressPlugin()]
-    if len(own) > 1:
+    following = [plugin for plugin in plugins if isinstance(plugin, ProgressPlugin)] or [ProgressPlugin()]
+    if len(following) > 1:
         raise TrainingSetupError(
-            f"Cannot go on from {len(own)} checkpoints: the plugins hold as many of {name_some(map(str, own))}. A "
-            "training has one past. Pass one of them."
+            f"Cannot go on from {len(following)} checkpoints: the plugins hold as many of "
+            f"{name_some(map(str, following))}. A training has one past. Pass one of them."
         )
-    others = [plugin for plugin in plugins if plugin is not own[0]]
-    return {**settings, "plugins": [*own, *others], **own[0].starting_point(settings)}
-
-
-def may_replace(trainer: ModelTrainer, model_file: str | Path) -> bool:
-    """Whether the trainer may write this file: not a best model that is worse than the one before the checkpoint.
-
-    Flair's loop begins each training with a best score of 0, so its first epoch would always be the best.
-    """
-    progress, path = find_progress(trainer), Path(model_file)
-    return progress is None or path.name != BEST_MODEL or progress.is_best or not path.exists()
-
-
-def find_progress(trainer: ModelTrainer) -> ProgressPlugin | None:
-    """Return the plugin that follows this training; Flair leaves those of earlier ones attached, before it."""
-    return next((plugin for plugin in reversed(trainer.plugins) if isinstance(plugin, ProgressPlugin)), None)
-
-
-class ProgressPlugin(TrainerPlugin):
-    """Knows how far a training has come, which Flair's trainer keeps in local variables."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.epoch = 0
-        self.batches = 0  # of this epoch; of all that follow, those before it
-        self.is_complete = True  # all batches of the epoch are done
-        self.is_evaluated = True
-        self.steps = 0
-        self.evaluations = 0
-        self.scores: tuple[float, ...] = ()  # dev score and loss, or the loss of the training alone
-        self.is_best = False
-        self.best: tuple[float, ...] = ()
-        self.is_interrupted = False
-        self._train_loss: float | None = None
-        self._random_at_epoch: State | None = None
-        # Where the last event left off, if an interruption from here on would leave half drawn what comes next.
-        self.random_at_pause: State | None = None
-        self._settings: dict[str, Any] = {}
-
-    def starting_point(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what is to be changed in the settings of the trainer: nothing."""
-        return {}
-
-    def state_dict(self) -> State:
-        """Return where the training stands, as plain values."""
-        state = {
-            "epoch": self.epoch,
-            "batches": self.batches,
-            "is_complete": self.is_complete,
-            "is_evaluated": self.is_evaluated,
-            "steps": self.steps,
-            "evaluations": self.evaluations,
-            "scores": self.scores,
-            "is_best": self.is_best,
-            "best": self.best,
-            "is_interrupted": self.is_interrupted,
-            "train_loss": self._train_loss,
-            "random_at_epoch": None if self.is_complete else self._random_at_epoch,
-            "settings": {name: self._settings.get(name) for name in _PLANNED},
-        }
-        return trainer_state.plain(state, "the progress of the training")
-
-    @TrainerPlugin.hook("after_setup")
-    def take_settings(self, **settings: Any) -> None:
-        """Remember what the training was started with."""
-        self._settings = settings
-
-    @TrainerPlugin.hook("before_training_epoch")
-    def start_epoch(self, epoch: int, **_: Any) -> None:
-        """Begin to count the batches of an epoch."""
-        self.epoch, self.batches = epoch, 0
-        self.is_complete = self.is_evaluated = self.is_best = self.is_interrupted = False
-        self._train_loss = None
-        self._random_at_epoch = trainer_state.random_state()
-
-    @TrainerPlugin.hook("before_training_batch")
-    def start_batch(self, **_: Any) -> None:
-        """Remember the random generators for the case that the batch is interrupted and done again."""
-        self.random_at_pause = trainer_state.random_state()
-
-    @TrainerPlugin.hook("after_training_batch")
-    def count_batch(self, total_number_of_batches: int, optimizer_was_run: bool, **_: Any) -> None:
-        """Count a batch; an epoch that ends between its last batch and its end is complete too."""
-        self.random_at_pause = None
-        self.steps += bool(optimizer_was_run)
-        self.batches += 1
-        self.is_complete = self.batches == total_number_of_batches
-
-    @TrainerPlugin.hook("metric_recorded")
-    def take_loss(self, record: Any) -> None:
-        """Remember the loss by which Flair finds the best epoch if there is no dev split."""
-        if record.name == ("train", "loss"):
-            self._train_loss = float(record.value)
-
-    @TrainerPlugin.hook("after_training_epoch")
-    def end_epoch(self, **_: Any) -> None:
-        """Note that the epoch is trained, but not yet evaluated."""
-        self.is_complete = True
-        self.random_at_pause = trainer_state.random_state()
-
-    @TrainerPlugin.hook("after_evaluation")
-    def take_scores(self, current_model_is_best: bool, validation_scores: tuple[float, ...], **_: Any) -> None:
-        """Remember the scores of the epoch, and whether it is the best since the very first."""
-        self.random_at_pause = None
-        self.evaluations += 1
-        self.is_evaluated = True
-        self.scores = tuple(float(score) for score in validation_scores)
-        self.is_best = current_model_is_best and self._beats_best(self.scores)
-        if self.is_best:
-            self.best = self.scores
-
-    @TrainerPlugin.hook("training_interrupt")
-    def stop(self, **_: Any) -> None:
-        """Remember that what follows the last event did not happen."""
-        self.is_interrupted = True
-
-    def _beats_best(self, scores: tuple[float, ...]) -> bool:
-        """Whether the scores are better than the best; a single one is a loss, which is better if it is lower."""
-        if len(scores) == 1:
-            return scores[0] < (self.best[0] if len(self.best) == 1 else float("inf"))
-        return scores[0] > (self.best[0] if len(self.best) > 1 else 0.0)
+    others = [plugin for plugin in plugins if plugin is not following[0]]
+    return {**settings, "plugins": [*following, *others], **following[0].starting_point(settings)}
 
 
 def _read_training_state(path: Path) -> State | None:
@@ -326,7 +194,7 @@ class ResumePlugin(ProgressPlugin):
             # Flair stores the settings in every file, and a sampler holds the whole corpus.
             sampler = settings["sampler"].sampler
             self.model.model_card["training_parameters"]["sampler"] = sampler and trainer_state.class_name(sampler)
-        now = trainer_state.plain({name: settings.get(name) for name in _PLANNED}, "the settings")
+        now = trainer_state.plain({name: settings.get(name) for name in PLANNED}, "the settings")
         trainer_state.warn_of_changes(now, self._past["settings"], source=self.source, wins=_FOLLOWS_NEW)
 
     @TrainerPlugin.hook("before_training_epoch")
@@ -360,12 +228,9 @@ class ResumePlugin(ProgressPlugin):
             self._end_past_epoch()
 
     def _restore_state(self) -> None:
-        past = self._past
-        self.epoch, self.batches, self.is_complete = past["epoch"], past["batches"], past["is_complete"]
-        self.is_evaluated, self.evaluations, self.steps = past["is_evaluated"], past["evaluations"], past["steps"]
-        self.scores, self.best, self._train_loss = tuple(past["scores"]), tuple(past["best"]), past["train_loss"]
+        self.load_state_dict(self._past)
         trainer_state.restore_optimizer_(self.trainer.optimizer, self.model, self._state["optimizer"], self.source)
-        trainer_state.restore_plugins(_present_plugins(self.trainer), self._state["plugins"], self.source)
+        trainer_state.restore_plugins(plugins_behind(self.trainer), self._state["plugins"], self.source)
         trainer_state.restore_adapter_scores_(self.model, self._state["adapters"])
         scaler = trainer_state.find_scaler(self.trainer)
         if scaler is not None and self._state["scaler"]:
@@ -374,7 +239,7 @@ class ResumePlugin(ProgressPlugin):
 
     def _step_schedulers(self) -> None:
         """Do the step that a plugin kept from the schedulers behind it, by ending the training after a batch."""
-        for plugin in _present_plugins(self.trainer):
+        for plugin in plugins_behind(self.trainer):
             if isinstance(plugin, LinearSchedulerPlugin) and plugin.scheduler.last_epoch < self.steps:
                 plugin.after_training_batch(optimizer_was_run=True)
 
@@ -387,9 +252,9 @@ class ResumePlugin(ProgressPlugin):
         self.is_best = self._past["is_best"] and self._past["is_interrupted"]
         if not self.is_evaluated:
             scores = self._evaluate()
-            self.take_scores(self._beats_best(scores), scores)
+            self.take_scores(self.beats_best(scores), scores)
         best_model = Path(self._settings["base_path"]) / BEST_MODEL
-        for plugin in _present_plugins(self.trainer):
+        for plugin in plugins_behind(self.trainer):
             if isinstance(plugin, AnnealingPlugin) and plugin.scheduler.last_epoch < self.evaluations:
                 self._anneal(plugin, best_model)
         if self.is_best and not (self._settings["train_with_dev"] or self._settings["use_final_model_for_eval"]):
@@ -460,8 +325,3 @@ class RemainderSampler(FlairSampler):
 
     def __len__(self) -> int:
         return self.num_samples if self.sampler is None else len(self.sampler)
-
-
-def _present_plugins(trainer: ModelTrainer) -> list[BasePlugin]:
-    """Return the plugins behind the one that follows; Flair leaves those of earlier trainings attached, before it."""
-    return list(trainer.plugins[trainer.plugins.index(find_progress(trainer)) + 1 :])

@@ -1,4 +1,4 @@
-"""What a training in progress keeps outside the model: optimiser, schedulers, plugins, random numbers."""
+"""The state of a training outside the model, kept and restored: optimiser, schedulers, plugins, random numbers."""
 
 from __future__ import annotations
 
@@ -123,9 +123,9 @@ def _check_parameters(parameters: Mapping[str, torch.Tensor], groups: list[State
             if name in shapes and shapes[name] != stored[name]["shape"]
         ],
     }
-    found = "; ".join(f"{what}: {name_some(names)}" for what, names in problems.items() if names)
-    if found:
-        raise _unfit(source, f"the parameters differ. {found}", "the model from the same file")
+    differences = "; ".join(f"{what}: {name_some(names)}" for what, names in problems.items() if names)
+    if differences:
+        raise _unfit(source, f"the parameters differ. {differences}", "the model from the same file")
     if [set(group["parameters"]) for group in groups] != [set(group["parameters"]) for group in state["groups"]]:
         reason = f"its optimiser had {len(state['groups'])} groups of parameters, and this one has {len(groups)} others"
         raise _unfit(source, reason, "the same plugins (LoraPlusPlugin) and the same decoder_learning_rate")
@@ -207,15 +207,15 @@ def restore_plugins(present: Iterable[BasePlugin], states: list[State], source: 
 def adapter_scores(model: Model) -> dict[str, State]:
     """Return name of a module → the importance of its ranks, where a method keeps it outside any state dict."""
     return {
-        name: {key: plain(scores, key) for key, scores in found.items()}
-        for name, found in _score_holders(model).items()
+        name: {key: plain(scores, key) for key, scores in by_key.items()}
+        for name, by_key in _score_holders(model).items()
     }
 
 
 def restore_adapter_scores_(model: Model, states: Mapping[str, State]) -> None:
     """Put back, in place, what :func:`adapter_scores` returned."""
-    for name, found in _score_holders(model).items():
-        for key, scores in found.items():
+    for name, by_key in _score_holders(model).items():
+        for key, scores in by_key.items():
             scores.clear()
             scores.update(_on_device(states.get(name, {}).get(key, {}), model))
     drawing_ahead = {option.ahead for option in traits.OPTIONS if option.ahead}

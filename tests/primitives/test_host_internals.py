@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from onnxruntime.quantization import quantize_dynamic
 from torch.nn.parallel import DistributedDataParallel
 from transformers import logging as transformers_logging
 
+import flair_peft
+from flair_peft import PeftTransformerDocumentEmbeddings
 from flair_peft.primitives import host_internals
 
 FUNCTIONS = [
@@ -193,3 +196,22 @@ def test_export_of_flair_still_hands_no_exporter_on() -> None:
     function = TransformerOnnxEmbeddings.export_from_embedding
     assert "dynamo" not in inspect.getsource(function)
     assert not [each for each in inspect.signature(function).parameters.values() if each.kind is each.VAR_KEYWORD]
+
+
+def test_embeddings_leave_verbosity_and_environment_as_they_were(
+    base: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock Flair sets both for the whole process; here the one is back at once, the other with ``uninstall``."""
+    host_internals.tokenize_as_before()
+    monkeypatch.delenv(host_internals.PARALLELISM, raising=False)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_info()
+    try:
+        PeftTransformerDocumentEmbeddings(base("bert"))
+        assert transformers_logging.get_verbosity() == logging.INFO
+        assert os.environ[host_internals.PARALLELISM] == "false"
+        flair_peft.uninstall()
+        assert host_internals.PARALLELISM not in os.environ
+    finally:
+        transformers_logging.set_verbosity(before)
+        flair_peft.install()

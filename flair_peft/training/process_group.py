@@ -1,4 +1,4 @@
-"""Joining the processes that ``torchrun`` or ``accelerate launch`` started."""
+"""Processes that ``torchrun`` or ``accelerate launch`` started become one group for a training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data points that are predicted together, or else apart: one that cannot be predicted costs only itself."""
+"""Items of a stream that cannot be predicted: a batch that fails is halved until they alone are left out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from flair.data import Sentence
 
 from flair_peft.errors import PredictionError
-from flair_peft.serving.context_links import is_unicode
+from flair_peft.serving.sentence_context import is_unicode
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Item:
-    """What stands at one place of the stream, and why it could not be predicted, if so."""
+    """One data point of a stream, its number in it, and why it could not be predicted, if so."""
 
     index: int
     point: Any

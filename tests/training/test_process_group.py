@@ -22,8 +22,7 @@ from peft import LoraConfig
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings
 from flair_peft.errors import TrainingSetupError
-from flair_peft.training import ddp
-from flair_peft.training import launch as training_launch
+from flair_peft.training import ddp, process_group
 from tests.support import parallel_training
 from tests.support.parallel_training import TRAININGS, Result
 from tests.support.places import places_of
@@ -192,7 +191,7 @@ def test_one_process_where_accelerate_was_asked_for_several_is_reported(
 def test_processes_that_accelerate_set_up_to_work_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would train a model of its own and write it to the same file."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(training_launch, "PartialState", lambda **_: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(process_group, "PartialState", lambda **_: SimpleNamespace(device=torch.device("cpu")))
     with pytest.raises(TrainingSetupError, match="Cannot join the 2 processes"), flair_peft.join_processes():
         pass
 

@@ -1,4 +1,4 @@
-"""Sentences that are each other's context while a model reads them, as Flair makes those of one list.
+"""Which sentences are context of which: linked while a model reads them, and unlinked afterwards.
 
 Flair's ``predict`` links the sentences that it is given and leaves the links. In a stream these would be cut wherever a
 call of ``predict`` ends, and would keep all of it in memory.
