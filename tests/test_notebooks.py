@@ -21,6 +21,9 @@ LARGEST_PICTURE = 60_000  # bytes, before they are written in base64
 # The one message that belongs on a page: it tells of the head that came with an adapter.
 TOLD = re.compile(r"2 tensors of 'out/adapter' belong to no embeddings: [^\n]*\n")
 
+# These read the scores of their trainings from files behind whose end Flair writes: all cells are run twice.
+READ_BACK = {"1_text_classification", "2_ner_with_document_context"}
+
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
@@ -61,12 +64,13 @@ def test_notebook_shows_no_errors_no_warnings_and_no_paths_of_a_machine(page: Pa
 @each_page
 def test_notebook_prints_what_its_page_shows(page: Path) -> None:
     """Run anew, every cell prints the same but for figures that vary, and scores are near those of the page."""
-    found = notebooks.texts(notebooks.execute(page.with_suffix(".py")))
     expected = notebooks.texts(read(page))
-    assert list(map(notebooks.masked, found)) == list(map(notebooks.masked, expected))
-    assert [notebooks.scores(text) for text in found] == [
-        pytest.approx(notebooks.scores(text), abs=notebooks.SCORE_TOLERANCE) for text in expected
-    ]
+    for notebook in notebooks.execute_repeatedly(page.with_suffix(".py"), times=2 if page.stem in READ_BACK else 1):
+        found = notebooks.texts(notebook)
+        assert list(map(notebooks.masked, found)) == list(map(notebooks.masked, expected))
+        assert [notebooks.scores(text) for text in found] == [
+            pytest.approx(notebooks.scores(text), abs=notebooks.SCORE_TOLERANCE) for text in expected
+        ]
 
 
 def test_notebooks_are_compared_by_all_but_their_figures() -> None:
@@ -80,3 +84,4 @@ def test_notebooks_have_a_page_each() -> None:
     """No page lacks its source, and no source its page."""
     assert PAGES
     assert sorted(notebooks.FOLDER.glob("*.ipynb")) == PAGES
+    assert {page.stem for page in PAGES if "loss.tsv" in page.with_suffix(".py").read_text()} == READ_BACK

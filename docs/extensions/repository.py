@@ -76,8 +76,11 @@ def copy(name: str) -> str:
 
 
 def _write_copies(app: Sphinx) -> None:
-    for name in texts():
-        page, text = Path(app.srcdir) / COPIES / name, copy(name)
+    folder = Path(app.srcdir) / COPIES
+    copies = {folder / name: copy(name) for name in texts()}
+    for old in {path for path in folder.rglob("*") if path.is_file()} - set(copies):
+        old.unlink()
+    for page, text in copies.items():
         page.parent.mkdir(parents=True, exist_ok=True)
         if not page.exists() or page.read_text(encoding="utf-8") != text:  # what is as it was is not built again
             page.write_text(text, encoding="utf-8")

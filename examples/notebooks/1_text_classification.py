@@ -120,6 +120,7 @@ def train(method: str, seed: int) -> list[float]:
     folder = Path("out", method, str(seed))
     rate = LEARNING_RATES[method]
     options = {**settings, "max_epochs": 3, "save_final_model": False}
+    (folder / "loss.tsv").unlink(missing_ok=True)  # Flair writes behind what an earlier run left
     ModelTrainer(model, train_and_dev).fine_tune(folder, learning_rate=rate, **options)
     header, *rows = (line.split("\t") for line in (folder / "loss.tsv").read_text().splitlines())
     return [float(row[header.index("DEV_ACCURACY")]) for row in rows]

@@ -97,6 +97,7 @@ def train(use_context: bool) -> tuple[SequenceTagger, list[float], float]:
         embeddings, tag_dictionary=tags, tag_type="ner", use_rnn=False, use_crf=False, reproject_embeddings=False
     )
     folder = Path("out", "with context" if use_context else "without context")
+    (folder / "loss.tsv").unlink(missing_ok=True)  # Flair writes behind what an earlier run left
     result = ModelTrainer(tagger, corpus).fine_tune(
         folder, learning_rate=3e-3, decoder_learning_rate=1e-2, mini_batch_size=16, max_epochs=4, eval_batch_size=32
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -32,14 +33,15 @@ def storeys(floors: Sequence[Sequence[str]]) -> list[tuple[str, list[str]]]:
         if single:
             found.append(("", single))
         found.extend(
-            (f"{name}/   {_first_line(PACKAGE / name)}", _modules(PACKAGE / name)) for name in row if name not in single
+            (f"{name}/   {_subject(PACKAGE / name)}", _modules(PACKAGE / name)) for name in row if name not in single
         )
     return found
 
 
-def _first_line(folder: Path) -> str:
+def _subject(folder: Path) -> str:
+    """Return the beginning of a folder's docstring, as far as its first colon or full stop."""
     documentation = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
-    return documentation.partition("\n")[0].replace("`", "")
+    return re.split(r"[:.]\s|[:.]$", documentation)[0].replace("`", "")
 
 
 def _modules(folder: Path) -> list[str]:

@@ -42,7 +42,13 @@ _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def execute(source: Path) -> nbformat.NotebookNode:
-    """Return the notebook of a source with what it prints in a new kernel.
+    """Return the notebook of a source with what it prints in a new kernel."""
+    (notebook,) = execute_repeatedly(source, times=1)
+    return notebook
+
+
+def execute_repeatedly(source: Path, *, times: int) -> list[nbformat.NotebookNode]:
+    """Return the notebook of a source with what it prints when all its cells are run so many times in one new kernel.
 
     The kernel works in a folder that lies beside a link to ``resources`` as the notebooks do, and has no settings or
     history of the user's.
@@ -50,13 +56,9 @@ def execute(source: Path) -> nbformat.NotebookNode:
     Raises:
         nbclient.exceptions.CellExecutionError: a cell fails.
     """
-    notebook = jupytext.read(source)
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
-    for number, cell in enumerate(notebook.cells, start=1):
-        cell.id, cell.metadata = f"cell-{number}", {}
+    notebooks = [_unrun(source) for _ in range(times)]
+    everything = notebooks[0].copy()
+    everything.cells = [cell for notebook in notebooks for cell in notebook.cells]
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         folder = root / "examples" / "notebooks"
@@ -64,16 +66,27 @@ def execute(source: Path) -> nbformat.NotebookNode:
         (root / "home").mkdir()
         (root / "resources").symlink_to(ROOT / "resources", target_is_directory=True)
         client = NotebookClient(
-            notebook,
+            everything,
             timeout=SECONDS,
             kernel_name="python3",
             record_timing=False,
             resources={"metadata": {"path": str(folder)}},
         )
         client.execute(env=_environment(root / "home"))
-    for cell in notebook.cells:
+    for cell in everything.cells:
         if cell.cell_type == "code":
             cell.outputs = list(_quiet(cell.outputs, folder=temporary))
+    return notebooks
+
+
+def _unrun(source: Path) -> nbformat.NotebookNode:
+    notebook = jupytext.read(source)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for number, cell in enumerate(notebook.cells, start=1):
+        cell.id, cell.metadata = f"cell-{number}", {}
     return notebook
 
 
