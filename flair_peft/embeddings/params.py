@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager
+from io import BytesIO
 from types import NoneType
 from typing import Any
 
@@ -28,7 +30,7 @@ from flair_peft.base import (
     tokenizers,
     transformer,
 )
-from flair_peft.base.learned import Part, PlacedStart, planned
+from flair_peft.base.learned import PlacedStart
 from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_version
 from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.weights import StoredWeights
@@ -40,6 +42,34 @@ from flair_peft.primitives.fingerprint import are_same_bits
 log = logging.getLogger("flair_peft")
 
 _STATE_KEY = "flair_peft_params"
+
+
+# Whose parameters hold an archive of a tokenizer: it is made anew for each, and copies of the parameters hold it too.
+_described_by: weakref.WeakKeyDictionary[BytesIO, weakref.ref[Storable]] = weakref.WeakKeyDictionary()
+
+
+def embeddings_of(params: Mapping[str, Any]) -> Storable | None:
+    """Return the embeddings that returned these parameters, ``None`` for any other dictionary."""
+    archive = params.get("tokenizer_data")
+    found = _described_by.get(archive) if isinstance(archive, BytesIO) else None
+    return None if found is None else found()
+
+
+class _WithoutWeights:
+    """Stands among parameters for weights that are in no pickle: it cannot be pickled."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __reduce__(self) -> Any:
+        raise _without_weights(self._name)
+
+
+def _without_weights(name: str) -> AdapterConfigError:
+    return AdapterConfigError(
+        f"Cannot store all weights of '{name}': its base is quantised or spread over devices, and files and pickles "
+        "hold none of its weights. Leave out save_base=True, or save the model with model.save instead of pickling it."
+    )
 
 
 class Storable(StoredWeights):
@@ -89,16 +119,12 @@ class Storable(StoredWeights):
     def to_params(self) -> dict[str, Any]:
         """Return the constructor parameters as plain values, the PEFT config and the dtypes among them.
 
+        Those of embeddings whose weights no pickle holds refuse to be pickled; a save completes them.
+
         Raises:
-            AdapterConfigError: the base is quantised by what files cannot say, or the file is to hold all weights.
+            AdapterConfigError: the base is quantised by what files cannot say.
         """
         quantisation.check_storable(self.base_model, self.name)
-        if self.is_placed and self.is_stored_whole:
-            raise AdapterConfigError(
-                f"Cannot store all weights of '{self.name}': its base is quantised or spread over devices, and files "
-                "and pickles hold none of its weights. Leave out save_base=True, or save the model with model.save "
-                "instead of pickling it."
-            )
         tokenizers.forget_use_(self.tokenizer)
         params, config = super().to_params(), self.adapter_config
         shape = {name: value for name, value in params["config_state_dict"].items() if name != "quantization_config"}
@@ -118,19 +144,28 @@ class Storable(StoredWeights):
             "derived_state": injection.derived_state(self.model) if methods.is_derived_from_base(config) else {},
             # Versions that do not know it refuse it, and read all other files.
             **({"after_final_norm": True} if self.after_final_norm else {}),
+            **({"stored_base": _WithoutWeights(self.name)} if self.is_placed else {}),
         }
-        part = planned(self)
-        if part is None:
-            return params
-        part.is_described = True
-        return {**params, **self._proof_params(part)}
+        _described_by[params["tokenizer_data"]] = weakref.ref(self)
+        return params
 
-    def _proof_params(self, part: Part) -> dict[str, Any]:
-        """Return what a load needs to find the base and to prove itself."""
+    def proof_params(self, index: int, stored: StoredBase) -> dict[str, Any]:
+        """Return what a load needs to find the base and to prove itself, to be stored with the parameters.
+
+        Args:
+            index: number of the embeddings in the file.
+            stored: how the file stores their base.
+
+        Raises:
+            AdapterConfigError: the base is quantised by what files cannot say, or the file is to hold all weights.
+        """
+        quantisation.check_storable(self.base_model, self.name)
+        if self.is_placed and not stored.is_needed:
+            raise _without_weights(self.name)
         untrained = vector_probe.reachable(self, vector_probe.never_left(self.model, self._start))
         return {
-            "part": part.index,
-            "stored_base": part.stored.to_dict(),
+            "part": index,
+            "stored_base": stored.to_dict(),
             "probe": vector_probe.take_probe(self),
             "untrained": untrained,
             "trained_base": sorted(set(self._trained_base())),
@@ -141,12 +176,6 @@ class Storable(StoredWeights):
         for name in injection.trainable_parameters(self.model):
             if keys.base_key(name) is not None:
                 yield name
-
-    @property
-    def is_stored_whole(self) -> bool:
-        """Whether the file that is being written holds all weights of the base."""
-        part = planned(self)
-        return part is None or not part.stored.is_needed
 
     def compare_with_base(self, trained: Set[str] | None = None, *, is_tied: bool = True) -> StoredBase:
         """Return which of the weights are the base's own, bit by bit, and need not be stored.
@@ -323,6 +352,8 @@ class Storable(StoredWeights):
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.is_placed:
+            raise _without_weights(self.name)
         return {
             _STATE_KEY: self.to_params(),
             "state_dict": {name: mapped_memory.lent(tensor) for name, tensor in self.state_dict().items()},

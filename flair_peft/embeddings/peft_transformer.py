@@ -35,7 +35,8 @@ from flair_peft.errors import AdapterConfigError, ModelFileError
 from flair_peft.foreign import adapter_files, transfer_plan
 from flair_peft.foreign.transfer_plan import ForeignHead
 from flair_peft.primitives import dtypes
-from flair_peft.primitives.base_record import LoadOptions, StoredBase, load_options
+from flair_peft.primitives.base_record import StoredBase
+from flair_peft.primitives.load_context import LoadOptions, load_options
 
 log = logging.getLogger("flair_peft")
 

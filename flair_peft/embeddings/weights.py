@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -19,28 +17,12 @@ from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, keys, methods
 from flair_peft.base import learned, memory_check, quantisation
 from flair_peft.base.frozen import FrozenBase
-from flair_peft.base.learned import planned
 from flair_peft.embeddings import vector_probe
 from flair_peft.errors import StateMismatchError, name_some
-from flair_peft.primitives import fingerprint, mapped_memory
-from flair_peft.primitives.base_record import load_options
+from flair_peft.primitives import fingerprint, load_context, mapped_memory
 from flair_peft.primitives.fingerprint import are_same_bits
 
 log = logging.getLogger("flair_peft")
-
-
-# Of embeddings that code around them makes: module prefix in the model → parameters in the file that is being loaded.
-_inner: contextvars.ContextVar[dict[str, Mapping[str, Any]]] = contextvars.ContextVar("flair_peft_inner")
-
-
-@contextmanager
-def expecting(inner: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """State dicts loaded inside into embeddings with these module prefixes lack what the parameters say."""
-    token = _inner.set(dict(inner))
-    try:
-        yield
-    finally:
-        _inner.reset(token)
 
 
 def _taken_from(inner: dict[str, Mapping[str, Any]], prefix: str) -> Mapping[str, Any] | None:
@@ -138,14 +120,6 @@ class StoredWeights(TransformerBaseEmbeddings):
         """Digest of a sample of the base's weights, if these are as the source has them."""
         return None if self._frozen is None else self._frozen.fingerprint
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return the weights; while a file is being written, without those that it leaves out."""
-        whole = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        part = planned(self)
-        for key in part.stored.left_out if part is not None else ():
-            whole.pop(f"{prefix}model.{key}", None)
-        return whole
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as torch does; nothing is changed if they do not fit.
 
@@ -175,7 +149,7 @@ class StoredWeights(TransformerBaseEmbeddings):
             StateMismatchError: ``strict``, and a tensor is missing, left over, ambiguous or of another shape.
         """
         state_dict.pop(f"{prefix}model.embeddings.position_ids", None)  # written by transformers before 4.31
-        inner = _taken_from(_inner.get({}), prefix)
+        inner = _taken_from(load_context.current().inner, prefix)
         if inner is not None and not self._awaits_weights:
             self._take_over(inner)
         mine = f"{prefix}model."
@@ -231,7 +205,7 @@ class StoredWeights(TransformerBaseEmbeddings):
         What is equal to a shared weight already leaves it alone, so that it stays shared. A file that is being loaded
         is nobody else's, so that its tensors can be taken as they are.
         """
-        settled, is_ours = set(), load_options().owns_state and not self._frozen
+        settled, is_ours = set(), load_context.load_options().owns_state and not self._frozen
         of_base = {key: tensor for key, tensor in tensors.items() if keys.base_key(key) is not None}
         for key, parameter in self.model.named_parameters(remove_duplicate=False) if of_base else ():
             tensor = of_base.get(key)
@@ -272,7 +246,7 @@ class StoredWeights(TransformerBaseEmbeddings):
             return
         self._train_base_again()
         probe, self._pending_probe = self._pending_probe, None
-        if probe is not None and load_options().verify:
+        if probe is not None and load_context.load_options().verify:
             vector_probe.replay_probe(self, probe)
         elif probe is not None:
             log.warning("Not checked for '%s': whether it gives the vectors that it gave when it was saved.", self.name)

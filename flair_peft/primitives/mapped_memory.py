@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import bisect
-import contextvars
 import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+
+from flair_peft.primitives.load_context import load_options
 
 # Of Linux 5.4 and later: reclaims pages without changing what is in them.
 _MADV_PAGEOUT = 21
@@ -22,25 +22,13 @@ _MADV_PAGEOUT = 21
 # Of an entry in Linux's list of pages: the page is in memory or swapped out, and it is the file's own.
 _PAGE_EXISTS, _PAGE_IS_OF_FILE = np.uint64(3 << 62), np.uint64(1 << 61)
 
-_is_sparing: contextvars.ContextVar[bool] = contextvars.ContextVar("flair_peft_is_sparing", default=False)
-
-
-@contextmanager
-def sparing() -> Iterator[None]:
-    """Inside, :func:`let_go` lets go: for work that reads gigabytes once, tensor by tensor."""
-    token = _is_sparing.set(True)
-    try:
-        yield
-    finally:
-        _is_sparing.reset(token)
-
 
 def let_go(tensor: torch.Tensor) -> None:
     """Give the memory back that reading a mapped tensor took, where that is asked for; its values stay.
 
     They are read from the file again when they are needed. Elsewhere than on Linux nothing happens.
     """
-    if _is_sparing.get():
+    if load_options().is_sparing:
         page_out(tensor)
 
 

@@ -35,7 +35,7 @@ from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmb
 from flair_peft.base import frozen, tokenizers
 from flair_peft.codec import state_json
 from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
-from flair_peft.models import files as models_files
+from flair_peft.models import save_plan
 from flair_peft.torchfile import unpickle
 from tests.adapter.test_methods import KINDS, make, one_kind_each
 from tests.support import tiny
@@ -178,7 +178,7 @@ def test_file_is_read_by_torch_with_one_name_allowed_and_by_none_without(base: B
     assert [argument for opcode, argument, _ in opcodes if opcode.name == "PROTO"] == [2]
     named = {argument for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"}
     assert {name for name in named if "torch" not in name} == {
-        "flair_peft.codec.state_json restore_state",
+        "flair_peft.codec restore_state",
         "collections OrderedDict",
     }
 
@@ -429,7 +429,7 @@ def test_save_that_fails_midway_leaves_the_earlier_file(
     if where == "writing":
         monkeypatch.setattr(torch, "save", fail_while_writing)
     else:
-        monkeypatch.setattr(models_files.codec, "encode", fail_before)
+        monkeypatch.setattr(save_plan.state_json, "encode", fail_before)
     with pytest.raises((SaveError, RuntimeError)):
         model.save(path)
     monkeypatch.undo()
