@@ -15,9 +15,10 @@ from flair_peft.errors import FlairPeftError
 from flair_peft.export.int8 import quantize_onnx
 from flair_peft.export.merge import merge
 from flair_peft.export.onnx import export_onnx
-from flair_peft.models.files import from_pretrained, push_to_hub, save_pretrained, verify
+from flair_peft.models.convert import convert_legacy
 from flair_peft.models.foreign_head import take_over_head
-from flair_peft.models.stock import convert_legacy, load_legacy
+from flair_peft.models.load import from_pretrained, load_legacy, verify
+from flair_peft.models.save import push_to_hub, save_pretrained
 from flair_peft.patch import install, is_installed, uninstall
 from flair_peft.serving.shared_base import SharedBase
 from flair_peft.serving.stream import predict_stream

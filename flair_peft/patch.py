@@ -21,8 +21,6 @@ These attributes of Flair are replaced, each by a function that calls the origin
 
 from __future__ import annotations
 
-import contextvars
-import dataclasses
 import errno
 import functools
 import inspect
@@ -51,11 +49,12 @@ from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, ad
 from flair_peft.embeddings.word_and_document import counterpart
 from flair_peft.errors import ModelFileError, SaveError
 from flair_peft.export import merge
-from flair_peft.models import build, files, inputs, stock
+from flair_peft.models import inputs
+from flair_peft.models import load as loading
+from flair_peft.models import save as saving
+from flair_peft.models.model_class import subclasses
 from flair_peft.primitives import host_internals, mapped_memory
-from flair_peft.primitives.base_record import loading_with
 from flair_peft.storage import checkpoint_directory as checkpoint_files
-from flair_peft.storage import hub
 from flair_peft.torchfile import unpickle
 from flair_peft.training import ddp, plugins, progress, resume
 
@@ -68,7 +67,6 @@ _IRREPLACEABLE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.ERO
 _lock = threading.RLock()
 _trainers: weakref.WeakKeyDictionary[Model, ModelTrainer] = weakref.WeakKeyDictionary()
 _installed: list[_Replacement] = []
-_left_to_flair: contextvars.ContextVar[str | None] = contextvars.ContextVar("flair_peft_left_to_flair", default=None)
 
 
 class _Replacement:
@@ -126,16 +124,16 @@ def is_installed() -> bool:
 
 
 def _load_replacements() -> Iterator[_Replacement]:
-    for model_class in [Model, *build.subclasses(Model)]:
+    for model_class in [Model, *subclasses(Model)]:
         if "load" in vars(model_class):
             yield _Replacement(model_class, "load", _loading_with_adapters(vars(model_class)["load"]))
 
 
 def _other_replacements() -> Iterator[_Replacement]:
-    for model_class in [Model, *(c for c in build.subclasses(Model) if "train" in vars(c))]:
+    for model_class in [Model, *(c for c in subclasses(Model) if "train" in vars(c))]:
         original = vars(model_class).get("train", torch.nn.Module.train)
         yield _Replacement(model_class, "train", _training_in_fp32(original))
-    for model_class in [Model, *build.subclasses(Model)]:
+    for model_class in [Model, *subclasses(Model)]:
         if inspect.isfunction(vars(model_class).get("predict")):
             yield _Replacement(model_class, "predict", _predicting_what_it_can(vars(model_class)["predict"]))
     yield _Replacement(Model, "save", _saving_what_was_learned(vars(Model)["save"]))
@@ -162,43 +160,12 @@ def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[
     @functools.wraps(original.__func__)
     def load(cls: type[Model], model_path: Any, *, peft_config: PeftConfig | None = None, **options: Any) -> Model:
         stock_load = original.__get__(None, cls)
-        if not _installed or build.is_going_on() or _left_to_flair.get() == str(model_path):
+        if not _installed or loading.is_flairs_own(model_path):
             given = {} if peft_config is None else {"peft_config": peft_config}
             return stock_load(model_path, **given, **options)
-        revision = options.pop("revision", None)
-        chosen = files.choose(**options)
-        options = {**options, **({} if peft_config is None else {"peft_config": peft_config})}
-        if isinstance(model_path, dict):
-            return stock.load_state(cls, model_path, options, source="the given state", chosen=chosen, load=stock_load)
-        directory = hub.find_for_flair(str(model_path), revision=revision, options=chosen)
-        if directory is not None:
-            stock.refuse_useless(options, ("peft_config",), str(model_path), "it is a checkpoint that holds its config")
-            return files.load_checkpoint(cls, directory, chosen)
-        path = Path(model_path)
-        if path.exists() and not path.is_file():
-            raise ModelFileError(
-                f"Cannot load '{path}': it is a pipe or a device. Reading it may never end. Pass a regular file."
-            )
-        if not path.is_file():
-            stock.refuse_useless(
-                options, options, str(path), "there is no such file, and no such checkpoint on the Hub"
-            )
-            return _leave_to_flair(stock_load, model_path if revision is None else f"{model_path}@{revision}")
-        chosen = dataclasses.replace(chosen, directory=path.parent, owns_state=True)
-        with loading_with(chosen):
-            state = unpickle.read_sound_state(path, expects_adapters=False)
-        return stock.load_state(cls, state, options, source=str(path), chosen=chosen, load=stock_load)
+        return loading.load_for_flair(cls, model_path, stock_load, peft_config=peft_config, **options)
 
     return classmethod(load)
-
-
-def _leave_to_flair(stock_load: Callable[[Any], Model], name: Any) -> Model:
-    # Flair's own classes call one another's load with the same name: it is looked up once.
-    token = _left_to_flair.set(str(name))
-    try:
-        return stock_load(name)
-    finally:
-        _left_to_flair.reset(token)
 
 
 def _training_in_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -328,7 +295,7 @@ def _saving_what_was_learned(original: Callable[..., None]) -> Callable[..., Non
             return original(self, model_file, checkpoint)
         trainer = _trainers.get(self) if checkpoint else None
         state = None if trainer is None else resume.training_state(trainer, self)
-        files.save_file(self, Path(model_file), save_base=save_base, training_state=state)
+        saving.save_file(self, Path(model_file), save_base=save_base, training_state=state)
         return None
 
     return save
@@ -366,7 +333,7 @@ def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:
     def _load_model(self: ModelTrainer, model_file: Any) -> None:
         if not _installed or not adapted_embeddings(self.model):
             return original(self, model_file)
-        files.reload_(self.model, Path(model_file))
+        loading.reload_(self.model, Path(model_file))
         return None
 
     return _load_model

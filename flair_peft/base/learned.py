@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,38 +18,6 @@ from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.primitives import fingerprint, mapped_memory, progress
 from flair_peft.primitives.base_record import BaseRecord, StoredBase
 from flair_peft.primitives.fingerprint import are_same_bits, comparer
-
-
-@dataclass
-class Part:
-    """How the file that is being written stores one embeddings module, and which number it has there.
-
-    ``is_described`` says whether the module was asked for its parameters: code around it may make it of its own.
-    """
-
-    index: int
-    stored: StoredBase
-    is_described: bool = False
-
-
-Plan = Mapping[int, Part]
-
-_plan: contextvars.ContextVar[Plan] = contextvars.ContextVar("flair_peft_plan")
-
-
-@contextmanager
-def storing(plan: Plan) -> Iterator[None]:
-    """State dicts and parameters made inside are those of a file; ``plan`` maps ``id(embeddings)`` to how."""
-    token = _plan.set(plan)
-    try:
-        yield
-    finally:
-        _plan.reset(token)
-
-
-def planned(embeddings: object) -> Part | None:
-    """Return how the file that is being written stores these embeddings; ``None`` if none is."""
-    return _plan.get({}).get(id(embeddings))
 
 
 def compare(

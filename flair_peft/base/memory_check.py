@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from flair_peft.adapter import traits
 from flair_peft.base import weight_files
 from flair_peft.base.transformer import ENCODER_OF_T5
 from flair_peft.errors import InsufficientMemoryError, ModelFileError
+from flair_peft.primitives import load_context
 from flair_peft.primitives.dtypes import DtypeLike, parse_dtype
 
 # What reading the files of a base raises where these are damaged, or cannot be reached.
@@ -218,9 +218,6 @@ class Bounds(TorchFunctionMode):
         )
 
 
-_bounds: contextvars.ContextVar[Bounds | None] = contextvars.ContextVar("flair_peft_bounds", default=None)
-
-
 @contextlib.contextmanager
 def bounded(source: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[Bounds]:
     """Inside, this thread builds nothing that the tensors of a file, and the files of its bases, could not fill.
@@ -228,21 +225,18 @@ def bounded(source: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[Bounds
     Raises:
         ModelFileError: it would.
     """
-    outer = _bounds.get()
+    outer = bounds()
     if outer is not None:
         yield outer
         return
-    with Bounds(source, tensors) as bounds:
-        token = _bounds.set(bounds)
-        try:
-            yield bounds
-        finally:
-            _bounds.reset(token)
+    with Bounds(source, tensors) as inside, load_context.within_load(bounds=inside):
+        yield inside
 
 
 def bounds() -> Bounds | None:
     """Return the bounds of what is being built from a file, if anything is."""
-    return _bounds.get()
+    found: Bounds | None = load_context.current().bounds
+    return found
 
 
 # What PEFT calls the ranks and counts that are sizes of tensors in the file, with most methods.

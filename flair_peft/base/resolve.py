@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextvars
 import copy
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,28 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flair_peft.base import base_cache, check_base, memory_check, quantisation, transformer
 from flair_peft.base.frozen import FrozenBase
+from flair_peft.base.tokenizers import KnownTokenizers
 from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFileError
-from flair_peft.primitives.base_record import BaseRecord, StoredBase, kept_arguments, load_options
+from flair_peft.primitives.base_record import BaseRecord, StoredBase, kept_arguments
 from flair_peft.primitives.dtypes import DtypeLike, dtype_name, parse_dtype
+from flair_peft.primitives.load_context import load_options
 
 
 @dataclasses.dataclass(frozen=True)
 class Offer:
-    """A base that is there already, for loads to put their models on.
+    """A base that is there already, for loads to put their models on if it is theirs.
 
     Attributes:
         base: as its source has it.
         is_converted: whether the user chose its dtype, so that models of another dtype go on it all the same.
         proven: what files said of their base, of those whose base was compared with the source in another dtype.
+        tokenizers: of the models that were loaded, by the content of their files.
     """
 
     base: FrozenBase
     is_converted: bool = False
     proven: set[tuple[str | None, ...]] = dataclasses.field(default_factory=set)
+    tokenizers: KnownTokenizers = dataclasses.field(default_factory=dict)
 
     def is_meant(self, record: BaseRecord) -> bool:
         """Whether a file that says this of its base may mean this one."""
@@ -66,19 +68,6 @@ class Offer:
             self.proven.add(said)
         base = self.base if stored.added_rows is None else self.base.with_rows(stored.added_rows)
         return base.variant(config)
-
-
-_offer: contextvars.ContextVar[Offer | None] = contextvars.ContextVar("flair_peft_offer", default=None)
-
-
-@contextmanager
-def offering(offer: Offer) -> Iterator[None]:
-    """Loads inside put embeddings on the base that is offered, if it is theirs."""
-    token = _offer.set(offer)
-    try:
-        yield
-    finally:
-        _offer.reset(token)
 
 
 def find_new(
@@ -126,7 +115,8 @@ def find_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLik
         ModelFileError: it needs code of its own, and the user has not said that it may run.
     """
     assert stored.record is not None
-    options, record, offer = load_options(), stored.record, _offer.get()
+    options, record = load_options(), stored.record
+    offer: Offer | None = options.offer
     _check_rows(stored, config, name)
     if offer is not None and offer.is_meant(record):
         return offer.take(stored, config, dtype=dtype, name=name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import copy
 import hashlib
 import inspect
@@ -35,6 +34,7 @@ from flair_peft.base.transformer import with_answer
 from flair_peft.base.unusable import first_line, not_found
 from flair_peft.base.weight_files import find_file
 from flair_peft.errors import BaseModelNotFoundError, ModelFileError
+from flair_peft.primitives.load_context import load_options
 
 KeywordArguments = Mapping[str, Any]
 KnownTokenizers = MutableMapping[tuple[Any, ...], PreTrainedTokenizerFast]
@@ -45,7 +45,6 @@ KnownTokenizers = MutableMapping[tuple[Any, ...], PreTrainedTokenizerFast]
 _locks: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, contextlib.AbstractContextManager[Any]] = (
     weakref.WeakKeyDictionary()
 )
-_known: contextvars.ContextVar[KnownTokenizers | None] = contextvars.ContextVar("flair_peft_tokenizers", default=None)
 
 _FILES_OF_TOKENIZERS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
@@ -148,19 +147,6 @@ def _unreadable(source: str, error: Exception) -> BaseModelNotFoundError:
 
 
 @contextlib.contextmanager
-def sharing_with(known: KnownTokenizers) -> Iterator[None]:
-    """Inside, a fast tokenizer that is unpacked twice is read once: its copies differ in settings, not in vocabulary.
-
-    Tokens that are added to one of them afterwards are added to all.
-    """
-    token = _known.set(known)
-    try:
-        yield
-    finally:
-        _known.reset(token)
-
-
-@contextlib.contextmanager
 def exclusively(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Inside, no other thread uses the vocabulary of the tokenizer.
 
@@ -204,11 +190,15 @@ def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTok
     Nothing in the file makes code run: neither a setting of the tokenizer nor, in ``kwargs``, one of the embeddings. A
     user who trusts a base trusts its code, not that of whoever wrote the file.
 
+    For models on a shared base, a fast tokenizer that is unpacked twice is read once: its copies differ in settings,
+    not in vocabulary. Tokens that are added to one of them afterwards are added to all.
+
     Raises:
         ModelFileError: the files are damaged, or need code of their own.
     """
     settings = {"use_fast": kwargs["use_fast"]} if isinstance(kwargs.get("use_fast"), bool) else {}
-    known = _known.get()
+    offer = load_options().offer
+    known: KnownTokenizers | None = None if offer is None else offer.tokenizers
     try:
         key = () if known is None else (_digest(stored), *settings.items())
         first = None if known is None else known.get(key)

@@ -43,7 +43,9 @@ _STORED_DTYPES = frozenset(
 """What safetensors holds in every version; complex tensors are stored as pairs of real numbers."""
 
 
-def encode(value: Any, *, where: str = "") -> tuple[Any, Tensors]:
+def encode(
+    value: Any, *, where: str = "", complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> tuple[Any, Tensors]:
     """Return ``value`` as plain JSON values, and the tensors that it holds by name.
 
     The tensors share memory with those of ``value``, detached. Bytes become uint8 tensors, equal ones a single one.
@@ -53,11 +55,13 @@ def encode(value: Any, *, where: str = "") -> tuple[Any, Tensors]:
     Args:
         value: what ``_get_state_dict()`` of a Flair model or ``state_dict()`` of an optimiser returns; not modified.
         where: names the value in errors, and is the first part of the names of its tensors.
+        complete: returns what is stored in the place of a dictionary with names for keys, also of one that an object
+            gives of itself.
 
     Raises:
         UnsupportedStateError: ``value`` holds something of another type, or itself.
     """
-    encoder = _Encoder()
+    encoder = _Encoder(complete or (lambda settings: settings))
     try:
         return encoder.encode(value, (where,) if where else ()), encoder.tensors
     except RecursionError as error:
@@ -109,8 +113,9 @@ def restore_state(text: str, tensors: Tensors) -> Any:
 class _Encoder:
     """Collects the tensors of one value while it is encoded."""
 
-    def __init__(self) -> None:
+    def __init__(self, complete: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.tensors: Tensors = {}
+        self._complete = complete
         self._open: set[int] = set()
         self._blobs: dict[bytes, str] = {}
         self._parameters: set[int] = set()
@@ -137,6 +142,7 @@ class _Encoder:
         if cls in (dict, OrderedDict) and _is_group(value):
             return self._encode_group(value, place)
         if cls is dict and all(type(key) is str and not key.startswith("$") for key in value):
+            value = self._complete(value)
             self._check_settings(value, place)
             return {key: self.encode(item, (*place, key)) for key, item in value.items()}
         if cls in _STAND_INS:

@@ -20,7 +20,6 @@ from typing_extensions import Self
 from flair_peft.adapter import injection, keys, methods, refusals
 from flair_peft.base import placement, quantisation, tokenizers, transformer
 from flair_peft.base.frozen import FrozenBase
-from flair_peft.base.learned import planned
 from flair_peft.embeddings import batching, exact_values
 from flair_peft.embeddings.base_source import BaseSource
 from flair_peft.embeddings.offload import AdapterMemory
@@ -118,12 +117,6 @@ class AdaptedEmbeddings(TransformerEmbeddings):
     def base_revision(self) -> str | None:
         """Commit of the base model on the Hub; ``None`` if it comes from a directory."""
         return None if self.base_record is None else self.base_record.revision
-
-    @property
-    def is_stored_whole(self) -> bool:
-        """Whether the file that is being written holds all weights of the base."""
-        part = planned(self)
-        return part is None or not part.stored.is_needed
 
     def compare_with_base(self, trained: Set[str] | None = None, *, is_tied: bool = True) -> StoredBase:
         """Return which of the weights are the base's own and need not be stored; see :meth:`BaseSource.compare`."""

@@ -27,7 +27,8 @@ from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.base_source import BaseSource
 from flair_peft.embeddings.pending_load import PendingLoad, canonical
 from flair_peft.primitives import dtypes
-from flair_peft.primitives.base_record import StoredBase, load_options
+from flair_peft.primitives.base_record import StoredBase
+from flair_peft.primitives.load_context import load_options
 
 log = logging.getLogger("flair_peft")
 

@@ -18,14 +18,14 @@ from typing_extensions import Self
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, methods
 from flair_peft.base import memory_check, quantisation, tokenizers, transformer
-from flair_peft.base.learned import planned
 from flair_peft.embeddings import construction, stored_params, vector_probe, weights
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.pending_load import PendingLoad
 from flair_peft.foreign import adapter_files, fill_embeddings, transfer_plan
 from flair_peft.foreign.transfer_plan import ForeignHead
 from flair_peft.primitives import dtypes, host_internals, mapped_memory
-from flair_peft.primitives.base_record import LoadOptions, StoredBase
+from flair_peft.primitives.base_record import StoredBase
+from flair_peft.primitives.load_context import LoadOptions
 
 log = logging.getLogger("flair_peft")
 
@@ -248,14 +248,6 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
         """
         return stored_params.rebuild(cls, params)
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return the weights; while a file is being written, without those that it leaves out."""
-        whole = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        part = planned(self)
-        for key in part.stored.left_out if part is not None else ():
-            whole.pop(f"{prefix}model.{key}", None)
-        return whole
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as torch does; nothing is changed if they do not fit.
 
@@ -302,6 +294,8 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.is_placed:
+            raise stored_params.without_weights(self.name)
         return {
             _PARAMS_IN_PICKLE: self.to_params(),
             "state_dict": {name: mapped_memory.lent(tensor) for name, tensor in self.state_dict().items()},

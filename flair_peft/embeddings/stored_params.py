@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
 from types import NoneType
 from typing import Any
 
@@ -21,7 +23,6 @@ from flair_peft.base import (
     tokenizers,
     transformer,
 )
-from flair_peft.base.learned import Part, planned
 from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_version
 from flair_peft.embeddings import untrained, vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
@@ -44,34 +45,52 @@ _DERIVED = frozenset({"truncate", "stride", "embedding_length", "use_lang_emb"})
 def describe(embeddings: AdaptedEmbeddings, stock: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the constructor parameters of embeddings as plain values, the PEFT config and the dtypes among them.
 
+    Those of embeddings whose weights no pickle holds refuse to be pickled; a save completes them.
+
     Args:
         embeddings: with their adapter.
         stock: returns the parameters that Flair stores.
 
     Raises:
-        AdapterConfigError: the base is quantised by what files cannot say, or the file is to hold all weights.
+        AdapterConfigError: the base is quantised by what files cannot say.
     """
-    part = planned(embeddings)
-    _refuse_unstorable(embeddings)
+    quantisation.check_storable(embeddings.base_model, embeddings.name)
     tokenizers.forget_use_(embeddings.tokenizer)
     params = {**stock(), **_own_params(embeddings)}
     shape = params["config_state_dict"].items()
     params["config_state_dict"] = {name: value for name, value in shape if name != "quantization_config"}
     params["tokenizer_data"] = tokenizers.portable_tokenizer_files(params["tokenizer_data"], embeddings.tokenizer)
-    if part is None:
-        return params
-    part.is_described = True
-    return {**params, **_params_in_file(embeddings, part)}
+    _described_by[params["tokenizer_data"]] = weakref.ref(embeddings)
+    return params
 
 
-def _refuse_unstorable(embeddings: AdaptedEmbeddings) -> None:
-    quantisation.check_storable(embeddings.base_model, embeddings.name)
-    if embeddings.is_placed and embeddings.is_stored_whole:
-        raise AdapterConfigError(
-            f"Cannot store all weights of '{embeddings.name}': its base is quantised or spread over devices, and files "
-            "and pickles hold none of its weights. Leave out save_base=True, or save the model with model.save "
-            "instead of pickling it."
-        )
+# Whose parameters hold an archive of a tokenizer: it is made anew for each, and copies of the parameters hold it too.
+_described_by: weakref.WeakKeyDictionary[BytesIO, weakref.ref[AdaptedEmbeddings]] = weakref.WeakKeyDictionary()
+
+
+def embeddings_of(params: Params) -> AdaptedEmbeddings | None:
+    """Return the embeddings that returned these parameters, ``None`` for any other dictionary."""
+    archive = params.get("tokenizer_data")
+    reference = _described_by.get(archive) if isinstance(archive, BytesIO) else None
+    return None if reference is None else reference()
+
+
+class _WithoutWeights:
+    """Stands among parameters for weights that are in no pickle: it cannot be pickled."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __reduce__(self) -> Any:
+        raise without_weights(self._name)
+
+
+def without_weights(name: str) -> AdapterConfigError:
+    """Return the error of whatever would store the weights of a base that is quantised or spread over devices."""
+    return AdapterConfigError(
+        f"Cannot store all weights of '{name}': its base is quantised or spread over devices, and files and pickles "
+        "hold none of its weights. Leave out save_base=True, or save the model with model.save instead of pickling it."
+    )
 
 
 def _own_params(embeddings: AdaptedEmbeddings) -> dict[str, Any]:
@@ -90,15 +109,28 @@ def _own_params(embeddings: AdaptedEmbeddings) -> dict[str, Any]:
         "derived_state": injection.derived_state(embeddings.model) if methods.is_derived_from_base(config) else {},
         # Versions that do not know it refuse it, and read all other files.
         **({"after_final_norm": True} if embeddings.after_final_norm else {}),
+        **({"stored_base": _WithoutWeights(embeddings.name)} if embeddings.is_placed else {}),
     }
 
 
-def _params_in_file(embeddings: AdaptedEmbeddings, part: Part) -> dict[str, Any]:
-    """Return what a load needs to find the base and to verify the result."""
+def proof_params(embeddings: AdaptedEmbeddings, index: int, stored: StoredBase) -> dict[str, Any]:
+    """Return what a load needs to find the base and to verify the result, to be stored with the parameters.
+
+    Args:
+        embeddings: with their adapter.
+        index: number of the embeddings in the file.
+        stored: how the file stores their base.
+
+    Raises:
+        AdapterConfigError: the base is quantised by what files cannot say, or the file is to hold all weights.
+    """
+    quantisation.check_storable(embeddings.base_model, embeddings.name)
+    if embeddings.is_placed and not stored.is_needed:
+        raise without_weights(embeddings.name)
     unchanged = untrained.never_updated(embeddings.model, embeddings._start)
     return {
-        "part": part.index,
-        "stored_base": part.stored.to_dict(),
+        "part": index,
+        "stored_base": stored.to_dict(),
         "probe": vector_probe.take_probe(embeddings),
         "untrained": untrained.reached_by_gradients(embeddings, unchanged),
         "trained_base": sorted(set(_trained_base(embeddings.model))),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -18,31 +16,17 @@ from flair_peft.embeddings import untrained, vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.pending_load import PendingLoad
 from flair_peft.errors import StateMismatchError, name_some
-from flair_peft.primitives import fingerprint
-from flair_peft.primitives.base_record import load_options
+from flair_peft.primitives import fingerprint, load_context
 from flair_peft.primitives.fingerprint import are_same_bits
 
 log = logging.getLogger("flair_peft")
 
 Tensors = Mapping[str, torch.Tensor]
 
-# Of embeddings that code around them makes: module prefix in the model → parameters in the file that is being loaded.
-_inner: contextvars.ContextVar[dict[str, Mapping[str, Any]]] = contextvars.ContextVar("flair_peft_inner")
-
-
-@contextmanager
-def expecting(inner: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """State dicts loaded inside into embeddings with these module prefixes lack what the parameters say."""
-    token = _inner.set(dict(inner))
-    try:
-        yield
-    finally:
-        _inner.reset(token)
-
 
 def take_inner(prefix: str) -> Mapping[str, Any] | None:
     """Return, once, the parameters expected for a prefix; models inside a model load their parts one by one."""
-    inner = _inner.get({})
+    inner = load_context.current().inner
     ending = (path for path in inner if prefix and f".{path}".endswith(f".{prefix}"))
     path = prefix if prefix in inner else next(ending, None)
     return None if path is None else inner.pop(path)
@@ -99,7 +83,7 @@ def finish_(embeddings: AdaptedEmbeddings, pending: PendingLoad) -> dict[str, st
     parameters = dict(embeddings.model.named_parameters())
     for parameter in (parameters[name] for name in pending.trained_base if name in parameters):
         parameter.requires_grad_(parameter.is_floating_point())
-    if pending.probe is not None and load_options().verify:
+    if pending.probe is not None and load_context.load_options().verify:
         vector_probe.replay_probe(embeddings, pending.probe)
     elif pending.probe is not None:
         log.warning(
@@ -135,7 +119,7 @@ def _put_base_in_place_(model: torch.nn.Module, tensors: Tensors, shared: Frozen
     What is equal to a shared weight already leaves it alone, so that it stays shared. A file that is being loaded
     is nobody else's, so that its tensors can be taken as they are.
     """
-    in_place, is_ours = set(), load_options().owns_state and not shared
+    in_place, is_ours = set(), load_context.load_options().owns_state and not shared
     of_base = {key: tensor for key, tensor in tensors.items() if keys.base_key(key) is not None}
     for key, parameter in model.named_parameters(remove_duplicate=False) if of_base else ():
         tensor = of_base.get(key)

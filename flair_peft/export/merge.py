@@ -17,7 +17,8 @@ from flair_peft.codec import state_json
 from flair_peft.embeddings import head_dtype, vector_probe
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError, name_some
-from flair_peft.models import build, files
+from flair_peft.models import build, save_plan
+from flair_peft.models.stored import Stored
 from flair_peft.primitives import dtypes, mapped_memory
 
 # Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
@@ -93,10 +94,10 @@ def _merge_(model: Model, dtype: torch.dtype) -> None:
 
 def _copy(model: Model) -> Model:
     """Return the model as a load gives it: Flair's document RNNs cannot be copied otherwise."""
-    with files.describing(model, save_base=True) as (description, _):
-        tensors = {name: mapped_memory.lent(tensor) for name, tensor in description.tensors.items()}
-        state = state_json.decode(description.document, tensors)
-    copied = build.assemble(type(model).load, state, source=type(model).__name__)
+    description = save_plan.encode(save_plan.plan_save(model, save_base=True))
+    tensors = {name: mapped_memory.lent(tensor) for name, tensor in description.tensors.items()}
+    state = state_json.decode(description.document, tensors)
+    copied = build.build(Stored("state", state, type(model).__name__), type(model).load)
     head_dtype.restore_head_(copied)
     return copied
 

@@ -16,9 +16,9 @@ from flair_peft.adapter import config as configs
 from flair_peft.base import memory_check
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
 from flair_peft.foreign import older_peft
-from flair_peft.primitives.base_record import LoadOptions
 from flair_peft.primitives.fingerprint import not_finite
 from flair_peft.primitives.held_file import AnyFile, HeldFile
+from flair_peft.primitives.load_context import LoadOptions
 from flair_peft.storage import checkpoint_directory, hub
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -26,7 +26,7 @@ from flair_peft.errors import (
 )
 from flair_peft.foreign import older_peft, source_classes, translate_config
 from flair_peft.foreign.adapter_files import CONFIG, AdapterFiles
-from flair_peft.primitives.base_record import LoadOptions
+from flair_peft.primitives.load_context import LoadOptions
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from flair_peft.adapter import implied, keys, methods
 from flair_peft.inspection import file_contents
 from flair_peft.inspection.file_contents import ADAPTER, CHECKPOINT, STOCK, Contents, StoredTensor
-from flair_peft.models import stored_state
+from flair_peft.models import stored
 from flair_peft.storage import file_names
 from flair_peft.torchfile import inert
 
@@ -498,7 +498,7 @@ def _find_labels(state: Mapping[Any, Any], task: str = "") -> Iterator[tuple[str
     for name, value in state.items():
         items = _items_of(value) if isinstance(name, str) and name.endswith("dictionary") else None
         if items is not None:
-            marks = stored_state.MARKS if name == "tag_dictionary" else ()
+            marks = stored.MARKS if name == "tag_dictionary" else ()
             yield f"{task}{name}", Labels(kind, tuple(item for item in items if item not in marks))
     tasks = state.get("model_states")
     for name, part in tasks.items() if isinstance(tasks, dict) and not task else ():

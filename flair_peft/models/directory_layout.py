@@ -6,7 +6,6 @@ import json
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from flair_peft.codec import state_json
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import FlairPeftError, ModelFileError, name_some
 from flair_peft.foreign import translate_config
-from flair_peft.primitives import fingerprint, mapped_memory
+from flair_peft.models.save_plan import Description, Part, SavePlan
+from flair_peft.primitives import fingerprint
 from flair_peft.primitives.fingerprint import are_same_bits
 from flair_peft.storage import file_names
 
@@ -30,36 +30,30 @@ Tensors = dict[str, torch.Tensor]
 Files = dict[str, bytes | Tensors]
 
 
-@dataclass(frozen=True)
-class Description:
-    """A Flair model as JSON and tensors by name, see :mod:`flair_peft.codec.state_json`."""
-
-    document: Any
-    tensors: Mapping[str, torch.Tensor]
-
-
-def to_files(description: Description, embedded: list[PeftTransformerEmbeddings]) -> tuple[dict[str, Any], Files]:
+def to_files(description: Description, plan: SavePlan) -> tuple[dict[str, Any], Files]:
     """Return the document of a checkpoint directory and the files beside it.
 
     Args:
-        description: of the model, made while its embeddings were planned in this order.
-        embedded: each embeddings module of the model once.
+        description: of the model, encoded by the plan.
+        plan: of the save.
     """
     tensors, files, parts = dict(description.tensors), dict[str, Any](), []
     document = json.loads(json.dumps(description.document))
     archives = {
         params[name]["tensor"] for params in _params_of(document) for name in file_names.ARCHIVES if params.get(name)
     }
-    for index, embeddings in enumerate(embedded):
-        folder = file_names.folder_of(index)
-        for params in _params_of(document, index):
+    for part in plan.parts:
+        folder = file_names.folder_of(part.index)
+        for params in _params_of(document, part.index):
             for name, content in _take_archives(params, tensors):
                 files.setdefault(folder + name, content)
             params.pop("peft_config")
-        prefixes, own = _take_weights(embeddings, tensors)
-        files[folder + file_names.ADAPTER_CONFIG] = _adapter_config(embeddings)
-        files[folder + file_names.ADAPTER_WEIGHTS], only_for_peft, rest = _split(embeddings, own)
-        base = {name for name in rest if keys.base_key(name) is not None} if embeddings.is_stored_whole else set()
+        prefixes = list(part.prefixes_in(tensors))
+        for name in [prefix + key for prefix in prefixes for key in part.weights]:
+            tensors.pop(name)
+        files[folder + file_names.ADAPTER_CONFIG] = _adapter_config(part.embeddings)
+        files[folder + file_names.ADAPTER_WEIGHTS], only_for_peft, rest = _split(part)
+        base = set() if part.stored.is_needed else {name for name in rest if keys.base_key(name) is not None}
         files.setdefault(file_names.BASE, {}).update({prefixes[0] + name: rest.pop(name) for name in base})
         same_as = _held_elsewhere(rest, files[folder + file_names.ADAPTER_WEIGHTS])
         tensors.update({prefixes[0] + name: tensor for name, tensor in rest.items() if name not in same_as})
@@ -139,38 +133,12 @@ def _give_archives(params: dict[str, Any], folder: str, files: Mapping[str, byte
         tensors.update(held)
 
 
-def _take_weights(embeddings: PeftTransformerEmbeddings, tensors: Tensors) -> tuple[list[str], Tensors]:
-    """Take the weights of an embeddings module out of ``tensors``, under each name that they have there.
-
-    Returns:
-        The prefixes of these names, and key in the module's transformer → tensor.
-    """
-    own = {key.removeprefix("model."): value for key, value in embeddings.state_dict().items()}
-    prefixes = []
-    anchor = next(key for key, value in own.items() if value.numel())
-    for name in list(tensors):
-        prefix = name.removesuffix(anchor)
-        if prefix != name and prefix.endswith("model.") and _holds(tensors, prefix, own):
-            prefixes.append(prefix)
-            for key in own:
-                tensors.pop(prefix + key)
-    return prefixes, own
-
-
-def _holds(tensors: Tensors, prefix: str, own: Tensors) -> bool:
-    """Whether the tensors under a prefix are these: other embeddings on the same base share some of them."""
-    return all(prefix + key in tensors and _is_same(tensors[prefix + key], value) for key, value in own.items())
-
-
-def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return mapped_memory.address(first) == mapped_memory.address(second) and first.shape == second.shape
-
-
-def _split(embeddings: PeftTransformerEmbeddings, own: Tensors) -> tuple[Tensors, list[str], Tensors]:
+def _split(part: Part) -> tuple[Tensors, list[str], Tensors]:
     """Return PEFT's own file, the keys in it that only PEFT reads, and the weights that it does not hold exactly."""
-    theirs = get_peft_model_state_dict(embeddings.model, adapter_name=methods.ADAPTER_NAME, save_embedding_layers=False)
-    match, rest = keys.match_keys(theirs, own), dict(own)
-    exact = {key: name for key, name in match.renamed.items() if are_same_bits(theirs[name], own[key])}
+    model, ours = part.embeddings.model, part.weights
+    theirs = get_peft_model_state_dict(model, adapter_name=methods.ADAPTER_NAME, save_embedding_layers=False)
+    match, rest = keys.match_keys(theirs, ours), dict(ours)
+    exact = {key: name for key, name in match.renamed.items() if are_same_bits(theirs[name], ours[key])}
     for key in exact:
         rest.pop(key)
     return dict(theirs), sorted(set(theirs) - set(exact.values())), rest

@@ -26,8 +26,8 @@ from flair_peft.base import tokenizers
 from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import ModelFileError, StateMismatchError, name_some
-from flair_peft.primitives.base_record import load_options
 from flair_peft.primitives.dtypes import dtype_name
+from flair_peft.primitives.load_context import load_options
 from flair_peft.torchfile import state_tree
 
 log = logging.getLogger("flair_peft")
@@ -86,19 +86,20 @@ def take(model: Model, state: Mapping[str, Any]) -> dict[str, Any]:
     return {"settings": _digest(state), "outputs": outputs, "dtype": _coarsest(model)}
 
 
-def check_settings(state: Mapping[str, Any], *, source: str) -> None:
+def check_settings(state: Mapping[str, Any], *, source: str, verify: bool) -> None:
     """Return if settings and labels of a model are those that it was saved with, as far as its state tells.
 
     Args:
         state: of the model, before it is loaded.
         source: named in errors.
+        verify: whether that is asked for.
 
     Raises:
         StateMismatchError: they are others.
         ModelFileError: what is to be compared is damaged.
     """
     stored = state.get(KEY)
-    if stored is None or not load_options().verify:
+    if stored is None or not verify:
         return
     outputs = stored.get("outputs") if isinstance(stored, Mapping) else None
     if not isinstance(outputs, Mapping) or not all(map(_is_output, outputs.values())):

@@ -1,19 +1,15 @@
-"""Where a base model comes from: what files say of it, and what the user who loads them says."""
+"""Where a base model comes from, as files say it."""
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from flair_peft.errors import AdapterConfigError, ModelFileError
+from flair_peft.errors import ModelFileError
 
 # What transformers needs again to find the same weights. Files name no other argument of from_pretrained: these are
 # the ones that neither run code nor reach for anything but weights.
@@ -105,6 +101,8 @@ class StoredBase:
             ModelFileError: it is damaged.
         """
         stored = {} if stored is None else stored
+        if not isinstance(stored, Mapping):
+            raise _damaged(stored)
         record, left_out, rows = (stored.get(name) for name in ("record", "left_out", "added_rows"))
         read = stored.get("read") or {}
         is_sound = isinstance(left_out, list | None) and all(isinstance(key, str) for key in left_out or ())
@@ -114,76 +112,6 @@ class StoredBase:
             raise _damaged(stored)
         known = None if record is None else BaseRecord.from_dict({**record, **read})
         return cls(known, frozenset(left_out or ()), rows)
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """What the user says when loading; see :func:`flair_peft.from_pretrained`.
-
-    ``placement`` holds the arguments of transformers and accelerate that spread a base over devices. ``owns_state``
-    says that the state dict was read for this load and belongs to nobody else, ``trust_file`` that the user knows who
-    wrote the file and lets it do what it likes.
-    """
-
-    base_model: str | Mapping[str, str] | None = None
-    verify: bool | Literal["full"] = True
-    trust_remote_code: bool = False
-    token: str | bool | None = None
-    cache_dir: str | None = None
-    local_files_only: bool = False
-    placement: Mapping[str, Any] = field(default_factory=dict)
-    directory: Path | None = None
-    owns_state: bool = False
-    trust_file: bool = False
-
-    def source_of(self, record: BaseRecord) -> tuple[str, str | None]:
-        """Return name and revision of the base model to load: the one asked for, else the one recorded.
-
-        Raises:
-            AdapterConfigError: several bases are given and none is meant for this one.
-        """
-        given = self.base_model
-        if isinstance(given, Mapping):
-            if record.name not in given:
-                raise AdapterConfigError(
-                    f"Cannot tell which base model stands for '{record.name}': base_model names {sorted(given)}. Files "
-                    "with several bases take a dictionary from each recorded name to a directory or Hub id. Add it."
-                )
-            given = given[record.name]
-        if given is not None:
-            return os.fspath(given), record.revision if given == record.name else None
-        beside = self.directory / record.name if self.directory is not None else None
-        if beside is not None and not Path(record.name).is_dir() and beside.is_dir():
-            return str(beside), None
-        return record.name, record.revision
-
-    def arguments(self) -> dict[str, Any]:
-        """Return arguments for ``from_pretrained`` of transformers."""
-        asked = {
-            "cache_dir": self.cache_dir,
-            "local_files_only": self.local_files_only,
-            "trust_remote_code": self.trust_remote_code,
-        }
-        given = {name: value for name, value in asked.items() if value not in (None, False)}
-        return given if self.token is None else {**given, "token": self.token}  # False: send none, though there is one
-
-
-_options: contextvars.ContextVar[LoadOptions] = contextvars.ContextVar("flair_peft_load_options")
-
-
-def load_options() -> LoadOptions:
-    """Return what the user of the load that is going on said."""
-    return _options.get(LoadOptions())
-
-
-@contextmanager
-def loading_with(options: LoadOptions) -> Iterator[None]:
-    """Loads inside follow these options."""
-    token = _options.set(options)
-    try:
-        yield
-    finally:
-        _options.reset(token)
 
 
 def kept_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ What is known of mappings is known on Linux; elsewhere no tensor counts as mappe
 from __future__ import annotations
 
 import bisect
-import contextvars
 import ctypes
 import math
 import mmap
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from flair_peft.primitives import host_internals
+from flair_peft.primitives.load_context import load_options
 
 # Of Linux 5.4 and later: reclaims pages without changing what is in them.
 _MADV_PAGEOUT = 21
@@ -32,25 +32,13 @@ _PAGE_EXISTS, _PAGE_IS_OF_FILE = np.uint64(3 << 62), np.uint64(1 << 61)
 # A line of Linux's list of mappings that is of a file.
 _LISTED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+) ([1-9][0-9]*) +(.+)$", re.MULTILINE)
 
-_is_sparing: contextvars.ContextVar[bool] = contextvars.ContextVar("flair_peft_is_sparing", default=False)
-
-
-@contextmanager
-def sparing() -> Iterator[None]:
-    """Inside, :func:`let_go` lets go: for work that reads gigabytes once, tensor by tensor."""
-    token = _is_sparing.set(True)
-    try:
-        yield
-    finally:
-        _is_sparing.reset(token)
-
 
 def let_go(tensor: torch.Tensor) -> None:
     """Give the memory back that reading a mapped tensor took, where that is asked for; its values stay.
 
     They are read from the file again when they are needed. Elsewhere than on Linux nothing happens.
     """
-    if _is_sparing.get():
+    if load_options().is_sparing:
         page_out(tensor)
 
 

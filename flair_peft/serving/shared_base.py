@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import weakref
@@ -16,12 +17,12 @@ from flair.nn import Model
 from peft import PeftConfig
 from tqdm import tqdm
 
-from flair_peft.base import resolve, tokenizers
+from flair_peft.base import resolve
 from flair_peft.embeddings import batching
 from flair_peft.embeddings.offload import AdapterMemory
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError
-from flair_peft.models import files, inputs, stock
+from flair_peft.models import inputs, load
 from flair_peft.primitives import dtypes
 from flair_peft.primitives.dtypes import DtypeLike
 from flair_peft.serving.mixed_batches import MixedBatches
@@ -83,7 +84,6 @@ class SharedBase:
         base.weights.hold_in_memory()
         self._base = base
         self._offer = resolve.Offer(base, is_converted=asked is not None)
-        self._tokenizers: dict[tuple[Any, ...], Any] = {}
         self._models: weakref.WeakSet[Model] = weakref.WeakSet()
         self._mixed_batches = MixedBatches()
         self._memory = None if adapter_memory is None else AdapterMemory(_bytes(adapter_memory))
@@ -114,8 +114,7 @@ class SharedBase:
             BaseMismatchError: the model was trained on another base, or in another dtype, and none was asked for.
             FlairPeftError: as for :func:`flair_peft.from_pretrained`.
         """
-        with resolve.offering(self._offer), tokenizers.sharing_with(self._tokenizers):
-            model, directory = _load(source, peft_config, **options)
+        model, directory = self._load(source, peft_config, **options)
         embedded = adapted_embeddings(model)
         are_shared = [embeddings.share_with(self._base) for embeddings in embedded]
         if not any(are_shared):
@@ -133,6 +132,18 @@ class SharedBase:
                 self._memory.admit(embeddings, directory / folder / file_names.ADAPTER_WEIGHTS)
         self._models.add(model)
         return model
+
+    def _load(
+        self, source: str | Path, peft_config: PeftConfig | None, *, revision: str | None = None, **options: Any
+    ) -> tuple[Model, Path | None]:
+        """Return the model, and the directory of its checkpoint if it comes from one."""
+        is_trusted = peft_config is not None and bool(options.pop("trust_pickle", False))
+        chosen = dataclasses.replace(load.choose(**options), offer=self._offer, trust_file=is_trusted)
+        if peft_config is not None:
+            hub.refuse_revision(str(source), revision)
+            return load.load_any_file(Path(source), chosen, peft_config), None
+        place = load.locate(source, revision=revision, options=chosen)
+        return load.load_stored(load.open_stored(place, chosen)), None if place.is_file() else place
 
     def unload(self, model: Model) -> None:
         """Unload a model: what it holds is freed once nobody else refers to it.
@@ -251,20 +262,6 @@ def _waves(jobs: Sequence[_Job], *, limit: int, label_name: str | None) -> Itera
         held.append(points)
     if wave:
         yield wave
-
-
-def _load(
-    source: str | Path, peft_config: PeftConfig | None, *, revision: str | None = None, **options: Any
-) -> tuple[Model, Path | None]:
-    """Return the model, and the directory of its checkpoint if it comes from one."""
-    if Path(source).is_file() or peft_config is not None:
-        hub.refuse_revision(str(source), revision)
-        if peft_config is None:
-            return files.load_file(Model, Path(source), files.choose(**options)), None
-        return stock.load_legacy(source, peft_config=peft_config, **options), None
-    chosen = files.choose(**options)
-    directory = hub.find_checkpoint(str(source), revision=revision, options=chosen)
-    return files.load_checkpoint(Model, directory, chosen), directory
 
 
 def _bytes(limit: int | str) -> int:

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from flair_peft.errors import ModelFileError, SaveError
-from flair_peft.primitives.base_record import LoadOptions
+from flair_peft.primitives.load_context import LoadOptions
 from flair_peft.storage import checkpoint_directory, manifest
 
 log = logging.getLogger("flair_peft")

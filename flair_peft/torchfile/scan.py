@@ -67,6 +67,8 @@ _EXTENSIONS = _codes("EXT1", "EXT2", "EXT4")
 _GETS = _codes("GET", "BINGET", "LONG_BINGET")
 _PUTS = _codes("PUT", "BINPUT", "LONG_BINPUT")
 _WITHOUT_EFFECT_ON_THE_STACK = _PUTS | _codes("PROTO", "FRAME")
+_TELLING = _MARKING | _GETS | _WITHOUT_EFFECT_ON_THE_STACK | _EXTENSIONS | {_STACK_GLOBAL}
+_UNKNOWN: tuple[str | None, str | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class PickleContents:
 
     Attributes:
         globals: "module.qualname" of all that they can get hold of, as written; ``UNRESOLVED`` where that is unknown.
-        marks: the strings that only files with adapters hold: keys of adapter tensors and "peft_config".
+        marks: the strings that files with adapters hold: keys of adapter tensors, "peft_config", and names of this
+            package. These are words, and a model without an adapter can hold them too: as a label, or in the path of
+            its training.
         protocol: the highest that is declared; 0 where none is.
         is_whole: whether every pickle was read to its end. A damaged one is listed up to the damage.
     """
@@ -88,6 +92,8 @@ class PickleContents:
 
 def read_contents(path: AnyFile) -> PickleContents | None:
     """Return what the pickles of a torch file, zipped or old-style, name and hold; ``None`` if there are none.
+
+    This takes no memory beyond that of the pickle, and no longer than Python needs to unpickle it.
 
     Raises:
         ModelFileError: the file is a zip file that cannot be read.
@@ -102,26 +108,6 @@ def read_contents(path: AnyFile) -> PickleContents | None:
         protocol=max(contents.protocol for contents in found),
         is_whole=all(contents.is_whole for contents in found),
     )
-
-
-def holds_adapters(path: AnyFile) -> bool:
-    """Whether a pickle of the file holds the key of an adapter tensor or of a PEFT config, or names this package.
-
-    These are words, and a model without an adapter can hold them too: as a label, or in the path of its training.
-
-    This takes no memory beyond that of the pickle, and no longer than Python needs to unpickle it.
-
-    Raises:
-        ModelFileError: the file is a zip file that cannot be read.
-    """
-    with _pickles_of(path) as buffers:
-        return any(
-            _is_mark(buffer[start:stop], code)
-            for buffer in buffers
-            for operations in _pickles_in(buffer)
-            for code, start, stop in operations
-            if code in _MARKING and stop - start <= _LONGEST_NAME
-        )
 
 
 def is_zip(path: AnyFile) -> bool:
@@ -167,16 +153,24 @@ def unreadable(path: AnyFile, reason: str) -> ModelFileError:
 
 def _read_pickles(buffer: Buffer) -> Iterator[PickleContents]:
     for operations in _pickles_in(buffer):
-        names, marks, protocol, code = _Names(), set(), 0, None
-        for count, (code, start, stop) in enumerate(operations):
-            names.follow(code, buffer, start, stop)
-            if code == _PROTO:
-                protocol = max(protocol, buffer[start])
-            elif code in _STRINGS and stop - start <= _LONGEST_NAME and _is_mark(buffer[start:stop], code):
-                marks.add(_text(buffer[start:stop], code))
-            if count >= _MOST_OPCODES or len(names.found) > _MOST_NAMES:
-                break
-        yield PickleContents(frozenset(names.found), frozenset(marks), protocol, is_whole=code == _STOP)
+        names, marks, protocol, code = _Names(), set[str](), 0, None
+        remember, left = names.remember_top, _MOST_OPCODES
+        for code, start, stop in operations:
+            left -= 1
+            # Of the million words of a vocabulary, nearly all are one of the first two.
+            if code == _MEMOIZE:
+                remember()
+            elif code not in _TELLING:
+                names.top = _UNKNOWN
+            else:
+                if left > 0 and len(names.found) <= _MOST_NAMES:
+                    names.follow(code, buffer, start, stop)
+                if code == _PROTO:
+                    protocol = max(protocol, buffer[start])
+                elif code in _MARKING and stop - start <= _LONGEST_NAME and _is_mark(buffer[start:stop], code):
+                    marks.update([_text(buffer[start:stop], code)] if len(marks) < _MOST_NAMES else [])
+        is_whole = code == _STOP and left > 0 and len(names.found) <= _MOST_NAMES
+        yield PickleContents(frozenset(names.found), frozenset(marks), protocol, is_whole)
 
 
 def _pickles_in(buffer: Buffer) -> Iterator[Iterator[tuple[int, int, int]]]:
@@ -250,7 +244,7 @@ class _Names:
 
     def __init__(self) -> None:
         self.found: set[str] = set()
-        self._top: tuple[str | None, str | None] = (None, None)
+        self.top = _UNKNOWN
         self._memo: list[str | None] = []
         self._is_numbered_by_hand = False
 
@@ -258,11 +252,9 @@ class _Names:
         """Take note of one operation."""
         is_long = stop - start > _LONGEST_NAME
         if code in _UNICODE:
-            self._top = (self._top[1], None if is_long else buffer[start:stop].decode("utf-8", "replace"))
-        elif code == _MEMOIZE:
-            self._memo.append(self._top[1])
+            self.top = (self.top[1], None if is_long else buffer[start:stop].decode("utf-8", "replace"))
         elif code in _GETS:
-            self._top = (self._top[1], self._remembered(code, buffer[start:stop]))
+            self.top = (self.top[1], self._remembered(code, buffer[start:stop]))
         elif code in _WITHOUT_EFFECT_ON_THE_STACK:
             # No pickler numbers entries itself and has them numbered too; where both happen, numbers tell nothing.
             self._is_numbered_by_hand |= code in _PUTS
@@ -272,8 +264,12 @@ class _Names:
             elif code in _NAMES_IN_PLACE:
                 self.found.add(_joined(*buffer[start : stop - 1].decode("utf-8", "replace").split("\n")))
             elif code == _STACK_GLOBAL:
-                self.found.add(_joined(*self._top))
-            self._top = (None, None)
+                self.found.add(_joined(*self.top))
+            self.top = _UNKNOWN
+
+    def remember_top(self) -> None:
+        """Take note that the uppermost entry was put into the memo."""
+        self._memo.append(self.top[1])
 
     def _remembered(self, code: int, argument: bytes) -> str | None:
         if self._is_numbered_by_hand or code == _CODES["GET"]:

@@ -8,10 +8,8 @@ import io
 import os
 import pickle
 import re
-import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,39 +23,28 @@ from flair_peft.errors import (
     UnsafeFileError,
     name_some,
 )
-from flair_peft.primitives import progress
 from flair_peft.primitives.held_file import AnyFile, HeldFile, reading
-from flair_peft.torchfile import inert, scan, state_tree
+from flair_peft.torchfile import checksums, inert, scan, state_tree
+from flair_peft.torchfile.allowed_names import (
+    BUILTINS,
+    CONSTANTS,
+    FUNCTIONS,
+    KEPT_ALIVE,
+    MODULES,
+    READ_AT_ONCE,
+    RECORDS,
+    WITHHELD,
+)
 
 State = dict[str, Any]
-
-
-_MOST_THREADS = 8
-_CHUNK = 1 << 18  # fits into the cache of a core
-
-
-def read_sound_state(path: Path, *, expects_adapters: bool = True, trust_pickle: bool = False) -> State:
-    """Return the state of a Flair model, as :func:`read_state`; if it has adapters, its checksums are right.
-
-    Raises:
-        ModelFileError: also if a checksum is wrong.
-        UnsafeFileError: see :func:`read_state`.
-    """
-
-    def read(file: AnyFile) -> State:
-        state = read_state(file, expects_adapters=expects_adapters, trust_pickle=trust_pickle)
-        if state_tree.has_adapters(state):
-            check_sums(file)
-        return state
-
-    return reading(path, read)
 
 
 def read_state(path: AnyFile, *, expects_adapters: bool = True, trust_pickle: bool = False) -> State:
     """Return the state of a Flair model; no code of the file is run, unless that is asked for.
 
-    Every name in its pickles has to be one that Flair writes of its models with adapters before anything is unpickled;
-    tensors may be views of the file, so it should not be written into as long as the state is held.
+    Every name in its pickles has to be one that Flair writes of its models with adapters before anything is unpickled,
+    and the checksums of a model with adapters are right. Tensors may be views of the file, so it should not be written
+    into as long as the state is held.
 
     Args:
         path: of the file.
@@ -66,16 +53,22 @@ def read_state(path: AnyFile, *, expects_adapters: bool = True, trust_pickle: bo
         trust_pickle: read every file as Flair does: it can run any code.
 
     Raises:
-        ModelFileError: the file is truncated, empty, or not a Flair model.
+        ModelFileError: the file is truncated, empty, or not a Flair model, or a checksum is wrong.
         UnsafeFileError: it names what no Flair model with an adapter needs; nothing of it was run.
     """
-    state = reading(path, lambda file: _read(file, expects_adapters=expects_adapters, trust_pickle=trust_pickle))
-    if not isinstance(state, dict) or not _holds_tensors(state):
-        raise ModelFileError(
-            f"Cannot load '{path}': it holds a {type(state).__name__} without a 'state_dict'. A Flair model file has "
-            "one beside its settings. Pass a file that model.save() or Flair's trainer wrote."
-        )
-    return state
+
+    def read(file: HeldFile) -> State:
+        state = _read(file, expects_adapters=expects_adapters, trust_pickle=trust_pickle)
+        if not isinstance(state, dict) or not _holds_tensors(state):
+            raise ModelFileError(
+                f"Cannot load '{path}': it holds a {type(state).__name__} without a 'state_dict'. A Flair model file "
+                "has one beside its settings. Pass a file that model.save() or Flair's trainer wrote."
+            )
+        if state_tree.has_adapters(state):
+            checksums.check_sums(file)
+        return state
+
+    return reading(path, read)
 
 
 def holds_adapters(path: AnyFile) -> bool:
@@ -86,10 +79,13 @@ def holds_adapters(path: AnyFile) -> bool:
     Raises:
         ModelFileError: the file is a zip file that cannot be read.
     """
-    if not scan.holds_adapters(path):
+    return _holds_adapters(path, scan.read_contents(path))
+
+
+def _holds_adapters(path: AnyFile, contents: scan.PickleContents | None) -> bool:
+    if contents is None or not contents.marks:
         return False
-    contents = scan.read_contents(path)
-    if contents is None or not contents.is_whole or any(map(_tells_of_adapters, contents.globals)):
+    if not contents.is_whole or any(map(_tells_of_adapters, contents.globals)):
         return True
     try:
         state = inert.read_outline(path).value
@@ -103,9 +99,10 @@ def _tells_of_adapters(name: str) -> bool:
 
 
 def _read(path: HeldFile, *, expects_adapters: bool, trust_pickle: bool) -> Any:
-    is_checked = not trust_pickle and (expects_adapters or holds_adapters(path))
     try:
-        return _read_allowed(path) if is_checked else load_torch_state(os.fspath(path))
+        contents = None if trust_pickle else scan.read_contents(path)
+        is_checked = not trust_pickle and (expects_adapters or _holds_adapters(path, contents))
+        return _read_allowed(path, contents) if is_checked else load_torch_state(os.fspath(path))
     except FlairPeftError:
         raise
     except Exception as error:  # a damaged pickle can call anything with anything
@@ -115,8 +112,7 @@ def _read(path: HeldFile, *, expects_adapters: bool, trust_pickle: bool) -> Any:
         ) from error
 
 
-def _read_allowed(path: AnyFile) -> Any:
-    contents = scan.read_contents(path)
+def _read_allowed(path: AnyFile, contents: scan.PickleContents | None) -> Any:
     names = frozenset[str]() if contents is None else contents.globals
     refused = {name for name in names if not _is_allowed(name)}
     if refused:
@@ -129,12 +125,12 @@ def _read_allowed(path: AnyFile) -> Any:
         raise pickle.UnpicklingError("the pickle in it has no end")
     load = functools.partial(torch.load, map_location="cpu", pickle_module=_AllowedPickle, weights_only=False)
     if not scan.is_zip(path):
-        if not names.isdisjoint(_READ_AT_ONCE):
+        if not names.isdisjoint(READ_AT_ONCE):
             raise pickle.UnpicklingError("its objects stand in front of the tensors that they are made of")
         return load(load_big_file(os.fspath(path)))
     _refuse_scripts(path)
     # A module that is pickled whole becomes part of the model, and would break when the file is written again.
-    return load(path, mmap=names.isdisjoint(_KEPT_ALIVE))
+    return load(path, mmap=names.isdisjoint(KEPT_ALIVE))
 
 
 def _refuse_scripts(path: AnyFile) -> None:
@@ -145,77 +141,6 @@ def _refuse_scripts(path: AnyFile) -> None:
             "a model has to; nothing of it was run. Pass a file that model.save() or Flair's trainer wrote."
         )
 
-
-# What a file with adapters may name: what Flair 0.14 to 0.15.1 writes of its models on transformer embeddings, and no
-# more. Whoever writes a pickle chooses what is called with which arguments, so each of these must be harmless with any.
-
-_BUILTINS = ("__builtin__", "builtins")  # as protocol 2 calls it, and as protocol 4 does
-_ENCODINGS = ("EntityMask", "EntityMarker", "EntityMarkerPunct")
-_LAYERS = (
-    *(f"activation.{name}" for name in ("GELU", "ReLU", "Tanh")),
-    *(f"container.{name}" for name in ("ModuleList", "Sequential")),
-    *("dropout.Dropout", "linear.Identity", "linear.Linear", "normalization.LayerNorm"),
-)
-_DISTANCES = (
-    *(f"cosine.{name}" for name in ("CosineDistance", "LogitCosineDistance", "NegativeScaledDotProduct")),
-    *("euclidean.EuclideanDistance", "hyperbolic.HyperbolicDistance"),
-)
-
-# Modules are pickled whole where a classifier got a decoder of its own; the label verbalizer's has embeddings inside.
-# They are rebuilt without a constructor: ``__setstate__`` of torch's modules sets attributes, that of our embeddings
-# takes the values that any file holds of them.
-_MODULES = frozenset(
-    {
-        *(f"torch.nn.modules.{name}" for name in _LAYERS),
-        *(f"flair.nn.distance.{name}" for name in _DISTANCES),
-        *(f"flair.nn.decoder.{name}Decoder" for name in ("DeepNCM", "LabelVerbalizer", "Prototypical")),
-        *(f"flair_peft.embeddings.PeftTransformer{kind}Embeddings" for kind in ("", "Word", "Document")),
-    }
-)
-
-# Rebuilt without a constructor too. These hold labels, characters, words and numbers; only Flair's Dictionary has a
-# ``__setstate__``, which sets attributes.
-_RECORDS = frozenset(
-    {
-        "_io.BytesIO",  # tokenizer files
-        "flair.data.Dictionary",
-        "flair.data.Sentence",  # verbalised labels
-        "flair.data.Token",
-        "flair.models.entity_linker_model.CandidateGenerator",
-        "flair.models.prefixed_tagger.EntityTypeTaskPromptAugmentationStrategy",
-        *(f"flair.models.relation_classifier_model.{typed}{name}" for typed in ("", "Typed") for name in _ENCODINGS),
-        "flair_peft.compat.FormatVersion",
-        "torch.torch_version.TorchVersion",  # in the model card
-    }
-)
-
-# Called. The first two make tensors of storages that torch has read from the same file, the others containers.
-_FUNCTIONS = frozenset(
-    {
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_parameter",
-        "collections.OrderedDict",
-        *(f"{module}.{kind}" for module in _BUILTINS for kind in ("set", "frozenset")),
-        # What flair_peft writes in place of a pickled object: it checks plain values by the rules of its own format.
-        "flair_peft.codec.restore_state",
-    }
-)
-
-# Constants: they are named and nothing can be called. torch itself takes care of the storages, which only name a dtype.
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-_STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_CONSTANTS = frozenset({*(f"torch.{name}" for name in _DTYPES), *(f"torch.{name}Storage" for name in _STORAGES)})
-
-# The model card holds what the trainer was given. No model needs it to predict, so it is not rebuilt: what was an
-# object becomes the name of its class, which is how Flair itself stores classes there.
-_WITHHELD = ("torch.optim.", "flair.optim.", "flair.samplers.", "flair.trainers.")
-
-# What copies tensors while it is rebuilt. In old-style files these have no content yet at that moment.
-_READ_AT_ONCE = {"flair_peft.codec.restore_state", *(name for name in _MODULES if name.startswith("flair_peft."))}
-
-# What becomes part of the live model, and with it the memory of its tensors. The weights of a base that a file holds do
-# so too, on purpose: they stay in the file, which this package replaces and never writes to.
-_KEPT_ALIVE = _MODULES
 
 _EMBEDDINGS_STATE = "flair_peft_params"
 
@@ -304,14 +229,14 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "peft.tuners.p_tuning.config.PromptEncoderReparameterizationType": _member,
     "peft.tuners.prompt_tuning.config.PromptTuningInit": _member,
 }
-_FACTORIES = {f"{module}.{kind.__name__}": kind for module in _BUILTINS for kind in (int, float, list, dict)}
+_FACTORIES = {f"{module}.{kind.__name__}": kind for module in BUILTINS for kind in (int, float, list, dict)}
 _FACTORIES["__builtin__.long"] = int
 
-_ALLOWED = _FUNCTIONS | _RECORDS | _MODULES | _CONSTANTS | _REPLACED.keys() | _FACTORIES.keys()
+_ALLOWED = FUNCTIONS | RECORDS | MODULES | CONSTANTS | _REPLACED.keys() | _FACTORIES.keys()
 
 
 def _is_allowed(name: str) -> bool:
-    return name in _ALLOWED or name.startswith(_WITHHELD) or _is_config(name)
+    return name in _ALLOWED or name.startswith(WITHHELD) or _is_config(name)
 
 
 class _Name(str):
@@ -324,7 +249,7 @@ class _Name(str):
     def look_up(self) -> Any:
         """Import and return what has this name."""
         module, _, name = self.rpartition(".")
-        return getattr(importlib.import_module("builtins" if module in _BUILTINS else module), name)
+        return getattr(importlib.import_module("builtins" if module in BUILTINS else module), name)
 
 
 class _AllowedUnpickler(pickle._Unpickler):
@@ -346,15 +271,15 @@ class _AllowedUnpickler(pickle._Unpickler):
         found = _Name(f"{module}.{name}")
         if not _is_allowed(found):
             raise pickle.UnpicklingError(f"it names '{found}'")
-        if found.startswith(_WITHHELD):
+        if found.startswith(WITHHELD):
             stand_in = str(found)
             return self._withheld.setdefault(id(stand_in), stand_in)
-        return found.look_up() if found in _CONSTANTS else found
+        return found.look_up() if found in CONSTANTS else found
 
     def _call(self) -> None:
         arguments, name = self.stack.pop(), self.stack[-1]
         if not self._is_withheld(name):
-            function = _REPLACED.get(_expect(name, _FUNCTIONS | _REPLACED.keys())) or name.look_up()
+            function = _REPLACED.get(_expect(name, FUNCTIONS | _REPLACED.keys())) or name.look_up()
             self.stack[-1] = function(*arguments)
 
     def _create(self) -> None:
@@ -362,7 +287,7 @@ class _AllowedUnpickler(pickle._Unpickler):
         if type(name) is _Name and _is_config(name) and arguments == ():
             self.stack[-1] = _StoredConfig()
         elif not self._is_withheld(name):
-            created = _expect(name, _RECORDS | _MODULES).look_up()
+            created = _expect(name, RECORDS | MODULES).look_up()
             self.stack[-1] = created.__new__(created, *arguments)
 
     def _set_state(self) -> None:
@@ -376,7 +301,7 @@ class _AllowedUnpickler(pickle._Unpickler):
         if kind == "module":
             # Old-style files hold the source code of modules beside their names. torch would compare it with that of
             # the installed ones, and may write a patch.
-            self.stack[-1] = _expect(reference[1], _MODULES)
+            self.stack[-1] = _expect(reference[1], MODULES)
         elif kind == "storage":
             self.stack[-1] = self.persistent_load(reference)
         else:
@@ -418,7 +343,7 @@ def _set_state_(target: Any, state: Any) -> None:
     else:
         # Without their own key, embeddings would read a state of Flair's, and with it any model of the Hub.
         is_usual = type(state) is dict and ("Embeddings" not in name or _EMBEDDINGS_STATE in state)
-        is_usual = is_usual and name in _RECORDS | _MODULES
+        is_usual = is_usual and name in RECORDS | MODULES
     if not is_usual:
         raise pickle.UnpicklingError(f"it sets attributes of an object of type {name} in an unusual way")
     # Asked of the class: an attribute of that name, set before, is data.
@@ -437,45 +362,6 @@ class _AllowedPickle:
     def load(file: Any, **options: Any) -> Any:
         """Return the object in the next pickle of an old-style file."""
         return _AllowedUnpickler(file, **options).load()
-
-
-def check_sums(path: AnyFile) -> None:
-    """Return if the checksums in a file are right: torch writes them and reads over them.
-
-    Members are summed side by side, in pieces that stay in a core's cache.
-
-    Raises:
-        ModelFileError: one is wrong, and a flipped bit would change predictions silently; or torch may read other
-            bytes than those that were summed.
-    """
-    if not scan.is_zip(path):
-        return
-    members = sorted(scan.stored_members(path), key=lambda member: member.start - member.stop)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as threads:
-        sums = threads.map(lambda member: _checksum(path, member), members)
-        damaged = []
-        for member, found in zip(members, sums, strict=True):
-            progress.advance(member.stop - member.start)
-            damaged.extend([member.name] if found != member.checksum else [])
-    if damaged:
-        raise ModelFileError(
-            f"Cannot load '{path}': the checksum of {name_some(damaged)} in it is wrong. The file was damaged after it "
-            "was written, and would predict something else. Copy or save it again."
-        )
-
-
-def _checksum(path: AnyFile, member: scan.Member) -> int:
-    """Return the checksum of the bytes of a member; both reading and summing let other threads run."""
-    checksum, rest = 0, member.stop - member.start
-    view = memoryview(bytearray(min(rest, _CHUNK)))
-    with path.open("rb", buffering=0) as file:
-        file.seek(member.start)
-        while rest > 0:
-            size = file.readinto(view[:rest])
-            if not size:
-                break
-            checksum, rest = zlib.crc32(view[:size], checksum), rest - size
-    return checksum
 
 
 def _holds_tensors(state: State) -> bool:

@@ -21,7 +21,7 @@ from flair_peft.base import quantisation
 from flair_peft.embeddings import head_dtype, untrained
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import TrainingSetupError, name_some
-from flair_peft.models import files
+from flair_peft.models import save
 
 log = logging.getLogger("flair_peft")
 
@@ -190,7 +190,7 @@ class AdapterGuard(TrainerPlugin):
     @TrainerPlugin.hook("after_setup")
     def check_storable(self, **_: Any) -> None:
         """Raise if the model holds what no file can hold: not after the last epoch."""
-        files.check_storable(self.model)
+        save.check_storable(self.model)
 
     @TrainerPlugin.hook("after_setup")
     def check_effect(self, **_: Any) -> None:

@@ -37,7 +37,7 @@ from flair_peft.errors import (
     StateMismatchError,
     UnsupportedMethodError,
 )
-from flair_peft.models import build as models_build
+from flair_peft.primitives import load_context
 from tests.support.configs import lora
 from tests.support.methods import METHODS
 from tests.support.zoo import ZOO
@@ -71,7 +71,7 @@ def _unharmed(good: Path, expected: list[Any]) -> Iterator[None]:
     yield
     assert flair_peft.is_installed()
     assert all(vars(r.owner)[r.name] is r.replacement for r in patch._installed)
-    assert not models_build.is_going_on()
+    assert load_context.current() == load_context.LoadContext()
     assert ENTRY.predict(Model.load(good), ENTRY.corpus()) == expected
 
 

@@ -43,7 +43,7 @@ from flair.nn import Model
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
 from flair_peft.errors import FlairPeftError
-from flair_peft.models import files as models_files
+from flair_peft.models import save_plan
 from flair_peft.storage import manifest
 from tests.support.configs import lora
 from tests.support.files import DOCUMENT, resign, write_text
@@ -141,9 +141,9 @@ def make(name: str, layout: str, base: str, root: Path) -> Good:
             flair_peft.save_pretrained(model, path, save_base=is_whole)
             unjudged = Good(entry, path, "")
         else:
-            with models_files.describing(model, save_base=is_whole) as (description, _):
-                text = json.dumps(description.document)
-                tensors = {key: tensor.clone() for key, tensor in description.tensors.items()}
+            description = save_plan.encode(save_plan.plan_save(model, save_base=is_whole))
+            text = json.dumps(description.document)
+            tensors = {key: tensor.clone() for key, tensor in description.tensors.items()}
             model.save(path, save_base=is_whole)
             unjudged = Good(entry, path, "", text, tensors)
     expected = judge(entry, load(unjudged, path))

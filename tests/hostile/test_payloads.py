@@ -29,7 +29,7 @@ import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings
 from flair_peft.base import tokenizers
 from flair_peft.errors import FlairPeftError, ModelFileError
-from flair_peft.models import files
+from flair_peft.models import save_plan
 from flair_peft.storage import manifest
 from tests.support.configs import lora
 from tests.support.files import Payload, resign, write_text
@@ -569,8 +569,8 @@ TYPES = (
 @pytest.fixture
 def text_and_tensors(base: Base) -> tuple[str, dict[str, torch.Tensor]]:
     """Return what a file of a good model holds."""
-    with files.describing(build(base)) as (description, _):
-        return json.dumps(description.document), {n: t.clone() for n, t in description.tensors.items()}
+    description = save_plan.encode(save_plan.plan_save(build(base)))
+    return json.dumps(description.document), {n: t.clone() for n, t in description.tensors.items()}
 
 
 @pytest.mark.parametrize("name", TYPES)

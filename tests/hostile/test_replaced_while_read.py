@@ -244,7 +244,7 @@ def test_replacement_of_a_stock_file_gives_the_old_or_the_new(
     save_stock(make(CLASSIFIER, base("bert"), None, is_stock=True), tmp_path / "model.pt.B")
 
     def read(path: Path) -> str:
-        state = unpickle.read_sound_state(path, expects_adapters=False)
+        state = unpickle.read_state(path, expects_adapters=False)
         return "A" if any("lora_" in name for name in state["state_dict"]) else "B"
 
     assert_never_both(tmp_path / "model.pt", swap, read)

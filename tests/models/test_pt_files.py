@@ -35,7 +35,7 @@ from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmb
 from flair_peft.base import base_cache, tokenizers
 from flair_peft.codec import state_json
 from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
-from flair_peft.models import files as models_files
+from flair_peft.models import save_plan
 from flair_peft.torchfile import unpickle
 from tests.support import tiny
 from tests.support.configs import lora
@@ -425,7 +425,7 @@ def test_save_that_fails_midway_leaves_the_earlier_file(
     if where == "writing":
         monkeypatch.setattr(torch, "save", fail_while_writing)
     else:
-        monkeypatch.setattr(models_files.state_json, "encode", fail_before)
+        monkeypatch.setattr(save_plan.state_json, "encode", fail_before)
     with pytest.raises((SaveError, RuntimeError)):
         model.save(path)
     monkeypatch.undo()

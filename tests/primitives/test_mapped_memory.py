@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from flair_peft.base import added_rows
 from flair_peft.primitives import fingerprint, mapped_memory
+from flair_peft.primitives.load_context import LoadOptions, within_load
 
 
 def resident() -> int:
@@ -21,19 +22,19 @@ def resident() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 def test_let_go_gives_memory_back_and_keeps_the_values(tmp_path: Path) -> None:
-    """Outside of ``sparing`` it does nothing; what was written to a private mapping is kept, too."""
+    """Outside of a load that is sparing it does nothing; what was written to a private mapping is kept, too."""
     save_file({"weight": torch.arange(8_000_000, dtype=torch.float64)}, tmp_path / "large.safetensors")
     weight = load_file(tmp_path / "large.safetensors")["weight"]
     expected = float(weight.sum())
     read = resident()
     mapped_memory.let_go(weight)
     assert resident() > read - weight.nbytes / 4
-    with mapped_memory.sparing():
+    with within_load(options=LoadOptions(is_sparing=True)):
         mapped_memory.let_go(weight)
         assert resident() < read - weight.nbytes / 2
     assert float(weight.sum()) == expected
     own = torch.ones(1_000_000)
-    with mapped_memory.sparing():
+    with within_load(options=LoadOptions(is_sparing=True)):
         mapped_memory.let_go(own)
         mapped_memory.let_go(own[::2])
         mapped_memory.let_go(torch.empty(0))

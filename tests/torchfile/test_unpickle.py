@@ -13,13 +13,19 @@ from peft import IA3Config, TaskType
 
 from flair_peft import PeftTransformerWordEmbeddings
 from flair_peft.errors import MissingConfigError, ModelFileError
-from flair_peft.models.stored_state import with_config
+from flair_peft.models.stored import Stored, complete
+from flair_peft.primitives.load_context import LoadOptions
 from flair_peft.torchfile.state_tree import has_adapters
 from flair_peft.torchfile.unpickle import read_state
 from tests.support.configs import lora
 
 A = "base_model.model.encoder.layer.0.attention.self.query.lora_A.default.weight"
 WORD, DOCUMENT = "TransformerWordEmbeddings", "TransformerDocumentEmbeddings"
+
+
+def completed(state: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return a state with a config; that these are no states of whole models is nothing to look at here."""
+    return complete(Stored("state", state, "x.pt", LoadOptions(trust_file=True)), config).state
 
 
 def params(name: str = WORD, **more: Any) -> dict[str, Any]:
@@ -73,20 +79,20 @@ def _count_configs(value: Any) -> int:
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_with_config_gives_it_to_the_embeddings_that_have_adapter_tensors(name: str) -> None:
+def test_complete_gives_it_to_the_embeddings_that_have_adapter_tensors(name: str) -> None:
     """Wherever Flair stores the parameters of embeddings, those with an adapter get the config and no others do."""
     state, places = STORED[name]
-    completed = with_config(state, lora(target_modules=["query"]), source="x.pt")
+    found = completed(state, lora(target_modules=["query"]))
     for place in places:
-        assert place(completed)["peft_config"].lora_alpha == 12
-    assert _count_configs(completed) == len(places)
+        assert place(found)["peft_config"].lora_alpha == 12
+    assert _count_configs(found) == len(places)
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_with_config_without_one_asks_for_it(name: str) -> None:
+def test_complete_without_one_asks_for_it(name: str) -> None:
     """The error holds the rank, the targets and the call to make."""
     with pytest.raises(MissingConfigError) as error:
-        with_config(STORED[name][0], None, source="x.pt")
+        completed(STORED[name][0], None)
     message = str(error.value)
     assert "rank 4" in message
     assert "lora_alpha" in message
@@ -94,41 +100,41 @@ def test_with_config_without_one_asks_for_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_with_config_leaves_state_and_config_as_they_were(name: str) -> None:
+def test_complete_leaves_state_and_config_as_they_were(name: str) -> None:
     """The state and the config given are read only; tensors are not copied."""
     state, config = STORED[name][0], lora(target_modules=["query"], task_type=TaskType.SEQ_CLS)
     before = copy.deepcopy(state)
-    completed = with_config(state, config, source="x.pt")
+    found = completed(state, config)
     assert _count_configs(state) == 0
     assert str(state) == str(before)
     assert config.task_type == TaskType.SEQ_CLS
     if "state_dict" in state:
-        assert all(completed["state_dict"][key] is tensor for key, tensor in state["state_dict"].items())
+        assert all(found["state_dict"][key] is tensor for key, tensor in state["state_dict"].items())
 
 
-def test_with_config_keeps_the_one_that_a_file_holds() -> None:
+def test_complete_keeps_the_one_that_a_file_holds() -> None:
     """Embeddings that know their config need none."""
     state = state_of("embeddings", params(peft_config={"peft_type": "LORA"}), "embeddings.")
-    assert with_config(state, None, source="x.pt")["embeddings"]["peft_config"] == {"peft_type": "LORA"}
+    assert completed(state, None)["embeddings"]["peft_config"] == {"peft_type": "LORA"}
 
 
-def test_with_config_of_another_method_names_what_the_file_holds() -> None:
+def test_complete_of_another_method_names_what_the_file_holds() -> None:
     """The error names the config class of the method in the file, and does not invent a LoraConfig."""
     state = state_of("embeddings", params(), "embeddings.")
     state["state_dict"] = {"embeddings.model.encoder.query.ia3_l.default": torch.ones(32, 1)}
     with pytest.raises(MissingConfigError) as error:
-        with_config(state, None, source="x.pt")
+        completed(state, None)
     assert "peft_config=IA3Config(feedforward_modules=[], target_modules=['query']))" in str(error.value)
     assert "LoraConfig" not in str(error.value)
-    assert with_config(state, IA3Config(), source="x.pt")["embeddings"]["peft_config"].peft_type == "IA3"
+    assert completed(state, IA3Config())["embeddings"]["peft_config"].peft_type == "IA3"
 
 
-def test_with_config_of_several_ranks_names_them_all() -> None:
+def test_complete_of_several_ranks_names_them_all() -> None:
     """A rank pattern shows in the shapes, so every rank is named."""
     state = state_of("embeddings", params(), "embeddings.")
     state["state_dict"][f"embeddings.model.{A}".replace("layer.0", "layer.1")] = torch.zeros(2, 32)
     with pytest.raises(MissingConfigError, match="rank 2, 4"):
-        with_config(state, None, source="x.pt")
+        completed(state, None)
 
 
 @pytest.mark.parametrize(

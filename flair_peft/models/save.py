@@ -1,0 +1,172 @@
+"""Every way of saving a Flair model: plan what is left out, encode the rest, write it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from flair.nn import Model
+
+from flair_peft.base import weight_files
+from flair_peft.codec import state_json
+from flair_peft.embeddings.peft_transformer import adapted_embeddings
+from flair_peft.errors import SaveError
+from flair_peft.models import card, directory_layout
+from flair_peft.models.save_plan import Description, encode, plan_save
+from flair_peft.models.stored import report_not_finite
+from flair_peft.primitives import mapped_memory
+from flair_peft.storage import checkpoint_directory, hub
+
+# Flair's trainer writes these at protocol 4, whose frames torch's restricted unpickler does not read.
+_PICKLE_PROTOCOL = 2
+
+
+class _StoredState:
+    """The state of a model as it is pickled: one call of one function with a text and tensors."""
+
+    def __init__(self, description: Description) -> None:
+        self.description = description
+
+    def __reduce__(self) -> Any:
+        return state_json.restore_state, (json.dumps(self.description.document), dict(self.description.tensors))
+
+
+def save_pretrained(model: Model, directory: str | Path, *, save_base: bool | None = None) -> None:
+    """The directory holds the model: what was learned, as JSON and safetensors, and nothing that runs code.
+
+    ``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's own: PEFT alone can load them onto the base. An
+    earlier checkpoint in the directory is replaced as a whole; other files in it stay.
+
+    Args:
+        model: a Flair model whose embeddings have an adapter.
+        directory: is made where it is missing.
+        save_base: write the base model's weights too; None means what the embeddings were made with.
+
+    Raises:
+        UnsupportedStateError: the model holds an object that files cannot hold; named by field and type.
+        AdapterConfigError: the model has no adapter.
+        SaveError: the directory could not be written; what was there is as it was.
+    """
+    write_directory(model, Path(directory), save_base=save_base)
+
+
+def write_directory(model: Model, directory: Path, **how: Any) -> None:
+    """The directory holds the model, as :func:`flair_peft.models.save_plan.plan_save` plans it if it is told how."""
+    _refuse_base_directory(directory)
+    with checkpoint_directory.explained(directory):
+        plan = plan_save(model, **how)
+        description = encode(plan)
+        _report_not_finite(description, directory)
+        document, files = directory_layout.to_files(description, plan)
+        size = sum(t.nbytes for content in files.values() if isinstance(content, dict) for t in content.values())
+        text = card.write_card(model, [part.embeddings for part in plan.parts], size=size)
+        name = f"{type(model).__module__}.{type(model).__qualname__}"
+        checkpoint_directory.write(directory, {"class": name, **document}, files, text)
+
+
+def push_to_hub(
+    model: Model,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    save_base: bool | None = None,
+    endpoint: str | None = None,
+) -> str:
+    """Return the address of the commit by which the Hub holds the model; see :func:`save_pretrained`.
+
+    Args:
+        model: a Flair model whose embeddings have an adapter.
+        repo_id: ``user/name``; the repository is made where it is missing.
+        token: of a user who may write there.
+        private: for a new repository.
+        revision: branch; it is made where it is missing.
+        commit_message: of the commit.
+        create_pr: open a pull request.
+        save_base: as for :func:`save_pretrained`.
+        endpoint: of a Hub other than the public one.
+
+    Raises:
+        SaveError: the Hub refused it or could not be reached.
+        UnsupportedStateError: the model holds an object that files cannot hold.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, Path(folder, "model"), save_base=save_base)
+        for embeddings in adapted_embeddings(model):
+            if embeddings.base_record is None or Path(embeddings.base_record.name).is_dir():
+                hub.report_local_base(embeddings.base_model_name)
+        return hub.upload(
+            Path(folder, "model"),
+            repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message or f"Upload {type(model).__name__}",
+            create_pr=create_pr,
+            endpoint=endpoint,
+        )
+
+
+def save_file(
+    model: Model, path: Path, *, save_base: bool | None = None, training_state: Mapping[str, Any] | None = None
+) -> None:
+    """The file holds the model in the form of Flair's ``.pt`` files, whole, or it holds what it held before.
+
+    ``torch.load(path, weights_only=True)`` reads it if :func:`flair_peft.codec.restore_state` is allowed.
+
+    Args:
+        model: a Flair model whose embeddings have an adapter.
+        path: of the file.
+        save_base: as for :func:`save_pretrained`.
+        training_state: of the trainer, to go on with.
+
+    Raises:
+        UnsupportedStateError: the model holds an object that files cannot hold.
+        SaveError: the file could not be written.
+    """
+    extra = {} if training_state is None else {"training_state": dict(training_state)}
+    with checkpoint_directory.explained(path):
+        description = encode(plan_save(model, save_base=save_base), **extra)
+        _report_not_finite(description, path)
+        tensors = {name: _alone(tensor) for name, tensor in description.tensors.items()}
+        stored = _StoredState(Description(description.document, tensors))
+        checkpoint_directory.write_file(path, lambda file: torch.save(stored, file, pickle_protocol=_PICKLE_PROTOCOL))
+
+
+def check_storable(model: Model) -> None:
+    """Return if files can hold the model; nothing is written and no base is read.
+
+    Raises:
+        UnsupportedStateError: the model holds an object that they cannot hold.
+    """
+    encode(plan_save(model, stored_base=lambda embeddings: embeddings.without_frozen_weights()))
+
+
+def _report_not_finite(description: Description, path: Path) -> None:
+    """Say that the model diverged, which is saved all the same."""
+    named = (name.rpartition("state_dict/") for name in description.tensors)
+    learned = {name: description.tensors[before + mark + name] for before, mark, name in named if mark}
+    report_not_finite(learned, f"The model that is saved as '{path}'")
+
+
+def _refuse_base_directory(directory: Path) -> None:
+    """Return unless a transformers model lies there: it would load the adapter of the checkpoint as its own."""
+    if (directory / "config.json").exists() and any((directory / name).exists() for name in weight_files.NAMES):
+        raise SaveError(
+            f"Cannot save to '{directory}': a transformers model is there. It would load the adapter beside it as its "
+            "own from then on. Choose another directory."
+        )
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in a storage of just its size: torch writes whole storages, and maps them in whole."""
+    is_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    is_alone = is_alone and not mapped_memory.is_copied_on_write(tensor)
+    return tensor if is_alone else tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,206 @@
+"""What a save stores of a model: what it leaves out, how the base is found again, what a probe sentence gives."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from flair.nn import Model
+
+from flair_peft.adapter import refusals
+from flair_peft.codec import state_json
+from flair_peft.compat import versions
+from flair_peft.embeddings import stored_params
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
+from flair_peft.errors import AdapterConfigError
+from flair_peft.models import card, head_probe
+from flair_peft.primitives import mapped_memory
+from flair_peft.primitives.base_record import StoredBase
+from flair_peft.torchfile import state_tree
+
+Tensors = dict[str, torch.Tensor]
+
+# A probe switches dropout off for a moment, which no other save may see.
+_one_save = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Description:
+    """A Flair model as JSON and tensors by name, see :mod:`flair_peft.codec.state_json`."""
+
+    document: Any
+    tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a save stores one embeddings module.
+
+    Attributes:
+        index: its number in the file.
+        embeddings: the module.
+        stored: which of its weights are the base's own and left out, and how the base is found again.
+        proof: what its parameters hold in a file alone: number, base, and what a load must give again.
+    """
+
+    index: int
+    embeddings: PeftTransformerEmbeddings
+    stored: StoredBase
+    proof: Mapping[str, Any]
+
+    @cached_property
+    def weights(self) -> Tensors:
+        """Key in the transformer → each tensor that the file holds."""
+        whole = {key.removeprefix("model."): tensor for key, tensor in self.embeddings.state_dict().items()}
+        return {key: tensor for key, tensor in whole.items() if key not in self.stored.left_out}
+
+    def prefixes_in(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+        """Yield in front of which names the very weights of the module lie; others on its base share some of them."""
+        anchor = next((key for key, tensor in self.weights.items() if tensor.numel()), "")
+        for name in tensors:
+            prefix = name.removesuffix(anchor)
+            if prefix != name and prefix.endswith("model.") and self._lies_at(prefix, tensors):
+                yield prefix
+
+    def _lies_at(self, prefix: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+        return all(_is_same(tensors.get(prefix + key), tensor) for key, tensor in self.weights.items())
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """What is stored of a model; see :func:`plan_save`."""
+
+    model: Model
+    parts: tuple[Part, ...]
+
+    def part_of(self, module: object) -> Part | None:
+        """Return how an embeddings module is stored."""
+        return next((part for part in self.parts if part.embeddings is module), None)
+
+
+def plan_save(
+    model: Model,
+    *,
+    save_base: bool | None = None,
+    stored_base: Callable[[PeftTransformerEmbeddings], StoredBase] | None = None,
+) -> SavePlan:
+    """Return what a save stores of a model, which stays as it is.
+
+    Args:
+        model: whose embeddings are compared with their base models, bit by bit.
+        save_base: store the bases' weights too; None means what the embeddings were made with.
+        stored_base: says it instead, for each of the embeddings.
+
+    Raises:
+        AdapterConfigError: none of the embeddings has an adapter, or they cannot be stored in this way.
+        UnsupportedMethodError: files cannot hold the adapter.
+    """
+    embedded = adapted_embeddings(model)
+    if not embedded:
+        raise AdapterConfigError(
+            f"Cannot save this {type(model).__name__} as a checkpoint: none of its embeddings has an adapter. The "
+            "format holds what was learned on top of a base model. Use model.save(path)."
+        )
+    for embeddings in embedded:
+        refusals.refuse_unstorable(embeddings.model)
+    with _one_save:
+        bases = [_stored_base(each, save_base) if stored_base is None else stored_base(each) for each in embedded]
+        return SavePlan(
+            model,
+            tuple(
+                Part(index, embeddings, stored, stored_params.proof_params(embeddings, index, stored))
+                for index, (embeddings, stored) in enumerate(zip(embedded, bases, strict=True))
+            ),
+        )
+
+
+def encode(plan: SavePlan, **extra: Any) -> Description:
+    """Return the model as JSON and tensors, without what is left out.
+
+    Args:
+        plan: of the save.
+        **extra: stored beside the model.
+
+    Raises:
+        UnsupportedStateError: the model holds an object that files cannot hold.
+    """
+    model, described = plan.model, set[int]()
+
+    def complete(params: dict[str, Any]) -> dict[str, Any]:
+        part = plan.part_of(stored_params.embeddings_of(params))
+        if part is None:
+            return params
+        described.add(part.index)
+        return {**params, **part.proof}
+
+    with _one_save:
+        state: dict[str, Any] = _to_store(model._get_state_dict(), plan, model, complete)
+        state = {**state, head_probe.KEY: head_probe.take(model, state), "versions": versions(), **extra}
+        if model.model_card is not None:
+            state["model_card"] = card.plain(model.model_card)
+        document, tensors = state_json.encode(state, complete=complete)
+        if len(described) < len(plan.parts):
+            inner = _inner_embeddings(plan, described)
+            document, tensors = state_json.encode({**state, state_tree.INNER: inner}, complete=complete)
+    return Description(document, tensors)
+
+
+def _stored_base(embeddings: PeftTransformerEmbeddings, save_base: bool | None) -> StoredBase:
+    is_whole = embeddings.save_base if save_base is None else save_base
+    return StoredBase(embeddings.base_record) if is_whole else embeddings.compare_with_base()
+
+
+def _to_store(
+    value: Any, plan: SavePlan, module: torch.nn.Module | None, complete: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Any:
+    """Return a copy of a state that is complete in its parameters, and without the weights that are left out.
+
+    Args:
+        value: the state of the model, or a part of that.
+        plan: of the save.
+        module: the model, or its task, whose state this is.
+        complete: returns parameters of embeddings as files hold them.
+    """
+    if isinstance(value, dict) and value and all(isinstance(item, torch.Tensor) for item in value.values()):
+        return _without_left_out(value, plan, None)
+    if type(value) is list:
+        return [_to_store(item, plan, None, complete) for item in value]
+    if type(value) is not dict:
+        return value
+    stored, tasks = dict[str, Any](), getattr(module, "tasks", None)
+    for name, item in complete(value).items():
+        if module is not None and name == "state_dict":
+            stored[name] = _without_left_out(item, plan, module)
+        elif tasks and name == "model_states":
+            stored[name] = {task: _to_store(each, plan, tasks[task], complete) for task, each in item.items()}
+        else:
+            stored[name] = _to_store(item, plan, None, complete)
+    return stored
+
+
+def _without_left_out(
+    tensors: dict[str, torch.Tensor], plan: SavePlan, module: torch.nn.Module | None
+) -> dict[str, torch.Tensor]:
+    """Return a state dict without the weights that are left out: those of modules, wherever their weights lie."""
+    named = () if module is None else module.named_modules(remove_duplicate=False)
+    parts = ((f"{name}.model." if name else "model.", plan.part_of(module)) for name, module in named)
+    found = [(prefix, part) for prefix, part in parts if part is not None]
+    found += [(prefix, part) for part in plan.parts for prefix in part.prefixes_in(tensors)]
+    left_out = {prefix + key for prefix, part in found for key in part.stored.left_out}
+    return {name: tensor for name, tensor in tensors.items() if name not in left_out}
+
+
+def _inner_embeddings(plan: SavePlan, described: set[int]) -> dict[str, dict[str, Any]]:
+    """Return module prefix → parameters of embeddings that the state lacks: code around them makes them of its own."""
+    parts = ((name, plan.part_of(module)) for name, module in plan.model.named_modules(remove_duplicate=False))
+    lacking = ((name, part) for name, part in parts if part is not None and part.index not in described)
+    return {f"{name}.": part.embeddings.save_embeddings(use_state_dict=False) for name, part in lacking}
+
+
+def _is_same(first: Any, second: torch.Tensor) -> bool:
+    is_tensor = isinstance(first, torch.Tensor) and first.shape == second.shape
+    return is_tensor and mapped_memory.address(first) == mapped_memory.address(second)
