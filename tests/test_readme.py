@@ -195,7 +195,7 @@ def _interrupted(world: World) -> None:
 READERS: dict[str, Callable[[World], None]] = {
     "my-corpus": _own_corpus,
     '"tagger", learning_rate': _nothing,
-    "# for TransformerDocumentEmbeddings": _nothing,
+    "# instead of TransformerDocumentEmbeddings": _nothing,
     "path/of/the/same/base": _best_model,
     "push_to_hub(model": _tagger,
     "trainer.fine_tune": _trainer,
