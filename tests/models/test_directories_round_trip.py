@@ -29,15 +29,7 @@ from flair_peft.adapter import keys
 from flair_peft.adapter.injection import trainable_parameters
 from flair_peft.base import check_base, frozen
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
-from flair_peft.errors import (
-    AdapterConfigError,
-    FlairPeftError,
-    ModelFileError,
-    SaveError,
-    UnsupportedMethodError,
-    UnsupportedStateError,
-    spell_out,
-)
+from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedMethodError, UnsupportedStateError, spell_out
 from flair_peft.inspection import compare, report
 from flair_peft.models import card
 from flair_peft.storage import manifest
@@ -964,11 +956,11 @@ def test_directory_is_not_put_beside_the_weights_of_a_base(base: Base, tmp_path:
     """transformers would load the adapter as part of the base from then on."""
     folder = Path(shutil.copytree(base("bert"), tmp_path / "base"))
     model = classifier(str(folder))
-    with pytest.raises(SaveError, match="Choose another directory"):
+    with pytest.raises(flair_peft.errors.SaveError, match="Choose another directory"):
         flair_peft.save_pretrained(model, folder)
     assert not (folder / "adapter_config.json").exists()
     flair_peft.save_pretrained(model, tmp_path / "checkpoint")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "checkpoint" / name, folder)
-    with pytest.raises(AdapterConfigError, match="Pass the base model alone"):
+    with pytest.raises(flair_peft.errors.AdapterConfigError, match="Pass the base model alone"):
         classifier(str(folder))
