@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -11,20 +12,32 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import flair
 import pytest
-import torch
 
-import flair_peft
-from tests.support import tiny
+# Nothing here imports Flair on its own: it takes ten seconds, and the process that hands tests out runs none.
 
-torch.set_num_threads(1)
-flair.device = torch.device("cpu")
+
+def pytest_collection_finish() -> None:
+    """Let garbage collections pass over what is there before the first test: all of torch, transformers and pytest."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_on_the_cpu() -> None:
+    """Compute as all machines can."""
+    import flair
+    import torch
+
+    torch.set_num_threads(1)
+    flair.device = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """Return a function from an architecture to the directory of its tiny base model."""
+    from tests.support import tiny
+
     built: dict[str, str] = {}
     root = tmp_path_factory.mktemp("bases")
 
@@ -49,6 +62,11 @@ def _quiet_flair() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """Seed torch, and leave Flair's device and the hook as they were found."""
+    import flair
+    import torch
+
+    import flair_peft
+
     torch.manual_seed(0)
     device, was_installed = flair.device, flair_peft.is_installed()
     yield

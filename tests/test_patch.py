@@ -50,6 +50,7 @@ from flair_peft.errors import (
 from flair_peft.torchfile import scan, unpickle
 from tests.support.configs import lora
 from tests.support.models import CLASSIFIER, TAGGER, make
+from tests.support.selection import ONE_OF_A_KIND, few
 from tests.support.zoo import ZOO, Entry
 
 Base = Callable[[str], str]
@@ -406,7 +407,7 @@ def test_stock_embeddings_in_bfloat16_save_load_and_predict_with_the_hook(
     assert entry.predict(loaded, corpus) == expected_labels
 
 
-@pytest.mark.parametrize("name", READABLE)
+@pytest.mark.parametrize("name", few(READABLE, ONE_OF_A_KIND & {*READABLE}))
 def test_stock_file_without_a_config_is_refused_for_every_model_class(name: str, base: Base, tmp_path: Path) -> None:
     """A lost config is asked for, in words that hold the rank, the targets and the call to make."""
     entry = ZOO[name]
@@ -419,7 +420,7 @@ def test_stock_file_without_a_config_is_refused_for_every_model_class(name: str,
     assert f"load('{path}', peft_config=LoraConfig(r=4, lora_alpha=…, target_modules=['query', 'value']))" in message
 
 
-@pytest.mark.parametrize("name", READABLE)
+@pytest.mark.parametrize("name", few(READABLE, ONE_OF_A_KIND & {*READABLE}))
 def test_stock_file_with_its_config_predicts_like_the_live_model(name: str, base: Base, tmp_path: Path) -> None:
     """With the config it was trained with, a file of stock Flair gives the model that was saved, of any class."""
     entry = ZOO[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -10,24 +11,32 @@ import torch
 from peft import IA3Config, PeftConfig
 from transformers import AutoModel
 
+from flair_peft import PeftTransformerDocumentEmbeddings
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import implied, injection, methods
 from tests.support.configs import lora
-from tests.support.method_cases import make_embeddings, one_kind_each
+from tests.support.method_cases import ALL, make_embeddings, one_kind_each
 from tests.support.methods import METHODS, Method
 
 Base = Callable[[str], str]
 Shapes = dict[str, tuple[int, ...]]
+Make = Callable[[str, str], PeftTransformerDocumentEmbeddings]
 
 
 def shapes_of(model: torch.nn.Module, prefix: str = "") -> Shapes:
     return {prefix + key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
+@pytest.fixture(scope="module")
+def made(base: Base) -> Make:
+    """Return a function from a method and a kind of base to embeddings, which nobody changes."""
+    return functools.cache(lambda name, kind: make_embeddings(ALL[name], kind, base, torch.float32))
+
+
 @pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
-def test_method_is_read_from_the_tensors_of_every_method(method: Method, kind: str, base: Base) -> None:
+def test_method_is_read_from_the_tensors_of_every_method(method: Method, kind: str, made: Make) -> None:
     """Names of tensors are enough to tell every method that can be trained."""
-    embeddings = make_embeddings(method, kind, base, torch.float32)
+    embeddings = made(method.name, kind)
     found = implied.read_config(shapes_of(embeddings.model, "embeddings.model."))
     assert found is not None
     assert found.method == methods.method_name(embeddings.adapter_config)
@@ -107,9 +116,11 @@ SPEAKING = {"BEFT", "IA3", "LN_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUN
 
 
 @pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
-def test_methods_whose_tensors_do_not_say_everything_have_open_settings(method: Method, kind: str, base: Base) -> None:
+def test_methods_whose_tensors_do_not_say_everything_have_open_settings(
+    method: Method, kind: str, base: Base, made: Make
+) -> None:
     """A scale or a seed that no tensor shows is asked for, whatever the method; no module is named after a wrapper."""
-    embeddings = make_embeddings(method, kind, base, torch.float32)
+    embeddings = made(method.name, kind)
     found = implied.read_config(shapes_of(embeddings.model, "embeddings.model."))
     assert found is not None
     says_everything = found.method in SPEAKING and method.name != "vera_without_projection"

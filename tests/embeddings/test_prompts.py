@@ -29,6 +29,7 @@ from flair_peft import (
 )
 from flair_peft.errors import UnsupportedMethodError
 from tests.support import tiny
+from tests.support.selection import few
 from tests.support.vectors import is_close, is_same
 
 Base = Callable[[str], str]
@@ -54,6 +55,8 @@ PREPENDING = ("PROMPT_TUNING", "P_TUNING-mlp", "P_TUNING-lstm")
 PREFIXING = ("PREFIX_TUNING", "PREFIX_TUNING-projection", "CARTRIDGE")
 
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
+PLAIN = ("PROMPT_TUNING", "P_TUNING-mlp", "PREFIX_TUNING", "CARTRIDGE")
+SOME_METHODS = pytest.mark.parametrize("method", few(METHODS, PLAIN))
 ENCODER_AND_DECODERS = pytest.mark.parametrize(
     "architecture", ["bert", "llama", pytest.param("gpt2", marks=pytest.mark.matrix)]
 )
@@ -128,7 +131,7 @@ def test_words_read_the_rows_of_their_own_subtokens(base: Base, architecture: st
 
 
 @pytest.mark.parametrize("pooling", ["last", "first_last", "mean"])
-@EVERY_METHOD
+@SOME_METHODS
 def test_words_of_several_subtokens_pool_their_own_rows(base: Base, method: str, pooling: str) -> None:
     """Every subtoken pooling sees the rows of the word's own subtokens."""
     embeddings = make(base, method, subtoken_pooling=pooling)
@@ -143,7 +146,7 @@ def test_words_of_several_subtokens_pool_their_own_rows(base: Base, method: str,
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
 @ENCODER_AND_DECODERS
-@EVERY_METHOD
+@SOME_METHODS
 def test_documents_pool_the_rows_of_real_tokens_only(base: Base, architecture: str, method: str, pooling: str) -> None:
     """A document's vector is pooled from its own rows, in a padded batch too, and never from virtual tokens."""
     embeddings = make(base, method, architecture, ours=PeftTransformerDocumentEmbeddings, cls_pooling=pooling)
@@ -156,7 +159,7 @@ def test_documents_pool_the_rows_of_real_tokens_only(base: Base, architecture: s
 
 
 @pytest.mark.parametrize("layers", ["0,1", "all"])
-@EVERY_METHOD
+@SOME_METHODS
 def test_rows_are_stripped_from_every_layer(base: Base, method: str, layers: str) -> None:
     """Each layer that is returned has one row per subtoken, none per virtual token."""
     embeddings = make(base, method, layers=layers, layer_mean=False)
@@ -166,7 +169,7 @@ def test_rows_are_stripped_from_every_layer(base: Base, method: str, layers: str
 
 
 @pytest.mark.parametrize("use_context_separator", [True, False])
-@EVERY_METHOD
+@SOME_METHODS
 def test_words_with_context_read_the_rows_of_their_own_subtokens(
     base: Base, method: str, use_context_separator: bool
 ) -> None:
@@ -199,7 +202,7 @@ def test_rows_kept_for_stock_models_are_those_that_stock_reads(base: Base, metho
 
 
 @ENCODER_AND_DECODERS
-@EVERY_METHOD
+@SOME_METHODS
 def test_attention_mask_covers_virtual_tokens_and_hides_padding(base: Base, architecture: str, method: str) -> None:
     """The base sees a mask over virtual and real tokens: ones for both, zeros for the padding behind them."""
     embeddings = make(base, method, architecture)
@@ -216,7 +219,7 @@ def test_attention_mask_covers_virtual_tokens_and_hides_padding(base: Base, arch
 
 
 @ENCODER_AND_DECODERS
-@EVERY_METHOD
+@SOME_METHODS
 def test_batch_gives_each_sentence_what_it_gets_alone(base: Base, architecture: str, method: str) -> None:
     """Padding between sentences and virtual tokens changes no vector."""
     embeddings = make(base, method, architecture)
@@ -226,7 +229,7 @@ def test_batch_gives_each_sentence_what_it_gets_alone(base: Base, architecture: 
 
 @pytest.mark.parametrize("ours", [PeftTransformerWordEmbeddings, PeftTransformerDocumentEmbeddings])
 @ENCODER_AND_DECODERS
-@EVERY_METHOD
+@SOME_METHODS
 def test_padding_side_of_the_tokenizer_changes_nothing(
     base: Base, architecture: str, method: str, ours: type[PeftTransformerEmbeddings]
 ) -> None:
@@ -237,7 +240,7 @@ def test_padding_side_of_the_tokenizer_changes_nothing(
     assert is_same(embed(embeddings), expected)
 
 
-@EVERY_METHOD
+@SOME_METHODS
 def test_batches_padded_to_the_maximal_length_leave_room_for_virtual_tokens(base: Base, method: str) -> None:
     """force_max_length fills the positions that virtual tokens leave."""
     plain, forced = make(base, method), make(base, method, force_max_length=True)
@@ -250,7 +253,7 @@ def test_batches_padded_to_the_maximal_length_leave_room_for_virtual_tokens(base
 
 @pytest.mark.parametrize("allow_long_sentences", [True, False])
 @pytest.mark.parametrize("architecture", ["bert", pytest.param("roberta", marks=pytest.mark.matrix), "gpt2"])
-@EVERY_METHOD
+@SOME_METHODS
 def test_sentences_around_the_last_position_do_not_overflow(
     base: Base, architecture: str, method: str, allow_long_sentences: bool
 ) -> None:
@@ -269,7 +272,7 @@ def test_sentences_around_the_last_position_do_not_overflow(
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
-@EVERY_METHOD
+@SOME_METHODS
 def test_sentence_that_is_cut_reads_as_many_rows_as_fit(base: Base, architecture: str, method: str) -> None:
     """Without allow_long_sentences a sentence is cut where the positions end, and its words read their own rows."""
     embeddings = make(base, method, architecture, allow_long_sentences=False)
@@ -282,7 +285,7 @@ def test_sentence_that_is_cut_reads_as_many_rows_as_fit(base: Base, architecture
     assert all(vector.abs().max() == 0 for vector in found[len(inside) :])
 
 
-@EVERY_METHOD
+@SOME_METHODS
 def test_sentence_that_is_split_reads_the_rows_of_its_first_window(base: Base, method: str) -> None:
     """With allow_long_sentences the words at the start read the rows of the first window."""
     embeddings = make(base, method)
@@ -294,7 +297,7 @@ def test_sentence_that_is_split_reads_the_rows_of_its_first_window(base: Base, m
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
-@EVERY_METHOD
+@SOME_METHODS
 def test_long_documents_embed(base: Base, method: str, pooling: str) -> None:
     """Documents beyond the model's length embed, in windows or cut, alone as in a batch."""
     long_text = " ".join("abcdefgh" * 30)
@@ -314,7 +317,7 @@ def test_long_documents_embed(base: Base, method: str, pooling: str) -> None:
 
 
 @ENCODER_AND_DECODERS
-@EVERY_METHOD
+@SOME_METHODS
 def test_embeddings_with_prompts_off_equal_stock(base: Base, architecture: str, method: str) -> None:
     """With the adapter switched off, prompts leave no trace; switched on again they do."""
     for ours, theirs in (
@@ -333,7 +336,7 @@ def test_embeddings_with_prompts_off_equal_stock(base: Base, architecture: str, 
 
 
 @ENCODER_AND_DECODERS
-@EVERY_METHOD
+@SOME_METHODS
 def test_gradients_reach_every_trained_parameter_and_nothing_else_is_trained(
     base: Base, architecture: str, method: str
 ) -> None:
@@ -356,7 +359,7 @@ def test_base_with_parameters_of_its_own_is_frozen_whole(base: Base) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
-@EVERY_METHOD
+@SOME_METHODS
 def test_gradient_checkpointing_keeps_the_prompt_or_is_refused(base: Base, architecture: str, method: str) -> None:
     """transformers drops past key values while it checkpoints; a prefix must not be lost without an error."""
     embeddings = make(base, method, architecture)
@@ -379,7 +382,7 @@ def test_gradient_checkpointing_keeps_the_prompt_or_is_refused(base: Base, archi
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
-@EVERY_METHOD
+@SOME_METHODS
 def test_conversion_of_the_module_converts_the_prompt_too(
     base: Base, architecture: str, method: str, dtype: torch.dtype
 ) -> None:
@@ -393,7 +396,7 @@ def test_conversion_of_the_module_converts_the_prompt_too(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@EVERY_METHOD
+@SOME_METHODS
 def test_prompts_on_a_base_in_half_precision_survive_a_round_trip(base: Base, method: str, dtype: str) -> None:
     """A base in 16 bits with a prompt embeds, and gives the same bits when it is loaded."""
     embeddings = make(base, method, dtype=dtype)
@@ -414,7 +417,7 @@ def pickled(embeddings: PeftTransformerEmbeddings) -> PeftTransformerEmbeddings:
     "copied", [flair_saved, *(pytest.param(c, marks=pytest.mark.matrix) for c in (pickled, copy.deepcopy))]
 )
 @ENCODER_AND_DECODERS
-@EVERY_METHOD
+@SOME_METHODS
 def test_round_trips_give_bit_equal_vectors_and_the_same_length(
     base: Base, architecture: str, method: str, copied: Callable[..., PeftTransformerEmbeddings]
 ) -> None:

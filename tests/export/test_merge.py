@@ -31,10 +31,12 @@ from tests.support.models import CLASSIFIER, classifier, make
 from tests.support.predictions import TEXTS
 from tests.support.quantised import quantised_classifier
 from tests.support.round_trip import ROUNDING, largest_difference
-from tests.support.selection import few
+from tests.support.selection import OF_THEIR_OWN_KIND, ONE_OF_A_KIND, few
 from tests.support.zoo import ZOO
 
 Base = Callable[[str], str]
+READABLE = [name for name, entry in ZOO.items() if entry.loads_in_stock is True]
+WITHOUT_LAYOUT = [name for name in tiny.ARCHITECTURES if name not in tiny.LAYOUT]
 
 
 # Without the packages, and without a hook that importing them would put in.
@@ -63,7 +65,7 @@ def predictions(model: Any, texts: list[str]) -> list[list[tuple[str, str, float
     return [[(label.data_point.text, label.value, label.score) for label in s.get_labels()] for s in sentences]
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.loads_in_stock is True])
+@pytest.mark.parametrize("name", few(READABLE, ONE_OF_A_KIND & {*READABLE}))
 def test_merged_model_of_every_class_is_flairs_own_and_predicts_the_same(name: str, base: Base, tmp_path: Path) -> None:
     """It is saved and loaded by stock Flair, and the original keeps its adapter and its bits."""
     entry = ZOO[name]
@@ -106,7 +108,7 @@ def test_merged_model_loads_where_neither_package_is_installed(name: str, base: 
         assert all(abs(a[2] - b[2]) < 1e-5 for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize(("method", "kind"), one_kind_each())
+@pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
 def test_method_merges_or_is_refused_by_name(method: Method, kind: str, base: Base) -> None:
     """What PEFT can merge gives the vectors of the unmerged model; all else says why not."""
     embeddings = make_embeddings(method, kind, base, torch.float32)
@@ -137,7 +139,7 @@ def embed(embeddings: TransformerEmbeddings) -> torch.Tensor:
     return torch.stack([sentence.get_embedding() for sentence in sentences]).detach()
 
 
-@pytest.mark.parametrize("architecture", [a for a in tiny.ARCHITECTURES if a not in tiny.LAYOUT])
+@pytest.mark.parametrize("architecture", few(WITHOUT_LAYOUT, OF_THEIR_OWN_KIND & {*WITHOUT_LAYOUT}))
 def test_merged_model_on_every_architecture_predicts_the_same(architecture: str, base: Base) -> None:
     targets = tiny.ATTENTION_TARGETS[architecture]
     live = classifier(base(architecture), lora(target_modules=targets, fan_in_fan_out=architecture == "gpt2"))

@@ -36,7 +36,7 @@ from tests.support.methods import METHODS, Method, perturb_
 from tests.support.places import places_of
 from tests.support.predictions import TEXTS
 from tests.support.round_trip import Factories, largest_difference
-from tests.support.selection import ONE_OF_A_KIND, few
+from tests.support.selection import OF_THEIR_OWN_KIND, ONE_OF_A_KIND, few
 from tests.support.zoo import ZOO
 
 Base = Callable[[str], str]
@@ -284,7 +284,7 @@ def test_directory_of_any_method_in_half_precision_gives_its_vectors(
 
 
 @quiet
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", few(tiny.ARCHITECTURES, OF_THEIR_OWN_KIND))
 def test_directory_of_any_architecture_gives_its_vectors_and_leaves_the_base_out(
     architecture: str, base: Base, tmp_path: Path, load: Load
 ) -> None:
@@ -860,3 +860,17 @@ def test_loaded_model_saved_again_writes_the_same_tensors(base: Base, tmp_path: 
     # The first tokenizer was made of the base's files, whose spelling of added tokens is another.
     names = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
     assert [str(n) for n in names if (tmp_path / "1" / n).read_bytes() != (source / n).read_bytes()] == []
+
+
+def test_directory_is_not_put_beside_the_weights_of_a_base(base: Base, tmp_path: Path) -> None:
+    """transformers would load the adapter as part of the base from then on."""
+    folder = Path(shutil.copytree(base("bert"), tmp_path / "base"))
+    model = classifier(str(folder))
+    with pytest.raises(flair_peft.errors.SaveError, match="Choose another directory"):
+        flair_peft.save_pretrained(model, folder)
+    assert not (folder / "adapter_config.json").exists()
+    flair_peft.save_pretrained(model, tmp_path / "checkpoint")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "checkpoint" / name, folder)
+    with pytest.raises(flair_peft.errors.AdapterConfigError, match="Pass the base model alone"):
+        classifier(str(folder))

@@ -116,7 +116,7 @@ def test_loaded_model_converted_as_a_whole_keeps_predicting(
 
 
 # Flair's DocumentRNNEmbeddings reads constructor parameters in __setstate__, so it cannot be copied.
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "text-classifier-rnn"])
+@pytest.mark.parametrize("name", few([name for name in ZOO if name != "text-classifier-rnn"], ONE_OF_A_KIND))
 def test_deep_copy_of_model_predicts_the_same_and_is_independent(name: str, trained: Callable[..., Any]) -> None:
     """A copy gives the numbers of the original, and changing it leaves the original as it was."""
     model, corpus, entry, _ = trained(name)

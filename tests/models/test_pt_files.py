@@ -602,20 +602,6 @@ def test_saving_under_autocast_gives_a_file_that_loads(base: Callable[[str], str
     Model.load(tmp_path / "model.pt")
 
 
-def test_checkpoint_is_not_put_beside_the_weights_of_a_base(base: Callable[[str], str], tmp_path: Path) -> None:
-    """transformers would load the adapter as part of the base from then on."""
-    folder = Path(shutil.copytree(base("bert"), tmp_path / "base"))
-    model = query_classifier(str(folder))
-    with pytest.raises(SaveError, match="Choose another directory"):
-        flair_peft.save_pretrained(model, folder)
-    assert not (folder / "adapter_config.json").exists()
-    flair_peft.save_pretrained(model, tmp_path / "checkpoint")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(tmp_path / "checkpoint" / name, folder)
-    with pytest.raises(AdapterConfigError, match="Pass the base model alone"):
-        query_classifier(str(folder))
-
-
 def test_unfrozen_weights_of_the_base_are_trained_on_after_loading(base: Callable[[str], str], tmp_path: Path) -> None:
     """What the user chose to train goes on being trained."""
     model = query_classifier(base("bert"))

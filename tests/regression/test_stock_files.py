@@ -20,6 +20,7 @@ import flair_peft
 from flair_peft.errors import MissingConfigError, UnsafeFileError
 from tests.regression.make_stock import FOLDER, VERSIONS
 from tests.regression.stock_process import METHODS, MORE, MORE_OF
+from tests.support.selection import ONE_OF_A_KIND
 from tests.support.zoo import ZOO
 
 TOLERANCE = 1e-4
@@ -56,11 +57,11 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 
 
 def cases() -> list[Any]:
-    """Return each file; beside one model class and one method, they belong to the whole matrix."""
+    """Return each file; by default one model with each method, and the models that differ with LoRA."""
     found = []
     for version in VERSIONS:
         for name, model in record(version)["models"].items():
-            is_common = model["model"] == MORE_OF or name.endswith(".lora.pt")
+            is_common = model["model"] == MORE_OF or (name.endswith(".lora.pt") and model["model"] in ONE_OF_A_KIND)
             marks = [] if is_common else [pytest.mark.matrix]
             if model["model"] not in UNREADABLE:
                 found.append(pytest.param(version, name, id=f"{version}-{name}", marks=marks))

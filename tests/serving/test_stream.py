@@ -85,15 +85,6 @@ def _value(label: Any) -> str | float:
         return label.value
 
 
-@pytest.fixture
-def young_heap() -> Iterator[None]:
-    """Let garbage collections pass over what was there before: all of torch and transformers."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def all_labels(points: Any) -> list[Any]:
     return [labels(point) for point in points]
 
@@ -223,7 +214,6 @@ def test_stream_reads_no_further_than_it_must(tagger: Model) -> None:
 
 
 @pytest.mark.parametrize("name", ["tagger", pytest.param("reader_of_context", marks=pytest.mark.matrix)])
-@pytest.mark.usefixtures("young_heap")
 def test_stream_keeps_no_more_than_two_windows_alive(name: str, request: pytest.FixtureRequest) -> None:
     """What the caller let go of is collected; links between neighbours do not keep the stream in memory."""
     alive: weakref.WeakSet[Sentence] = weakref.WeakSet()
@@ -481,7 +471,6 @@ def test_stream_predicts_in_parts_what_fails_together(tagger: Model, monkeypatch
     assert largest_difference(all_labels(found), all_labels(expected)) < ROUNDING
 
 
-@pytest.mark.usefixtures("young_heap")
 def test_stream_lets_go_of_the_tensors_of_what_failed(tagger: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors that wait for their place in the stream hold no tensors: they would fill a GPU."""
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()

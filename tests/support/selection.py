@@ -29,6 +29,11 @@ ONE_OF_A_KIND = frozenset(
 )
 """Models of the zoo that differ in how they read, decode or hold their parts."""
 
+OF_THEIR_OWN_KIND = frozenset(
+    {"bert", "bert-slow", "deberta-v2", "modernbert", "xlnet", "t5", "layoutlmv3", "gpt2", "llama"}
+)
+"""Architectures that differ in how they tokenize, pad, count positions, mask, or name and build their layers."""
+
 
 def few(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
     """Return the values as parameters: those of ``always`` as they are, the others for the matrix."""
