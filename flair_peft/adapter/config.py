@@ -1,4 +1,4 @@
-"""PeftConfig ⇄ plain JSON: nothing that is stored needs a class to be unpickled."""
+"""Write PEFT configs as plain JSON and read them back, and refuse those that cannot be what was meant."""
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ def without_rivals(pattern: Mapping[str, Any], names: Collection[str]) -> dict[s
     """Return a pattern that gives these modules the same values in any order of its keys."""
     if not rivals(pattern, names):
         return dict(pattern)
-    found = {name: _matching(pattern, name) for name in names}
-    return {f"^{re.escape(name)}": values[0] for name, values in found.items() if values}
+    meant = {name: _matching(pattern, name) for name in names}
+    return {f"^{re.escape(name)}": values[0] for name, values in meant.items() if values}
 
 
 def _matching(pattern: Mapping[str, Any], name: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""PEFT adapters that were trained on other classes: their files, their config in our names, what goes where.
+"""PEFT adapters that were trained on other classes: their files, their config and tensors in the names of embeddings.
 
 May import ``base``, ``storage``, ``adapter`` and ``primitives``.
 """

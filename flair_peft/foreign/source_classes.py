@@ -1,4 +1,4 @@
-"""Where an adapter was trained: the classes of transformers around a base model, and what they call its modules.
+"""On which class of transformers an adapter was trained, and what that class calls the modules of the base model.
 
 An adapter of ``BertForTokenClassification`` names ``bert.encoder…`` what the bare model calls ``encoder…``. Which
 prefix an adapter has is read off its tensors: of all prefixes that the classes of this architecture have, exactly one
@@ -120,16 +120,16 @@ def refuse_other_inputs(cls: type[PreTrainedModel] | None) -> None:
 
 def possible_classes(config: PretrainedConfig, settings: Mapping[str, Any]) -> list[type[PreTrainedModel]]:
     """Return the class that an adapter was trained on, all that it can have been, or none if it is not known here."""
-    found, mapping = source_class(config, settings), settings.get("auto_mapping")
-    if found is not None:
-        return [found]
+    named, mapping = source_class(config, settings), settings.get("auto_mapping")
+    if named is not None:
+        return [named]
     return [] if isinstance(mapping, Mapping) and mapping.get("base_model_class") else source_classes(config)
 
 
 def bare_name(name: str, rules: Iterable[str], modules: Collection[str]) -> str | None:
     """Return what the bare model calls a module of a source class; ``None`` if it has none such."""
-    found = (name.removeprefix(rule) for rule in rules if name.startswith(rule))
-    return next((bare for bare in found if bare in modules), None)
+    candidates = (name.removeprefix(rule) for rule in rules if name.startswith(rule))
+    return next((bare for bare in candidates if bare in modules), None)
 
 
 def build_source(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
@@ -164,7 +164,7 @@ def reading_of_head(cls: type[PreTrainedModel], config: PretrainedConfig) -> str
     heads = {name: part for name, part in with_weights.items() if not isinstance(part, PreTrainedModel)}
     if len(heads) != 1 or len(with_weights) != 2 or not all(type(part) is torch.nn.Linear for part in heads.values()):
         return None
-    tasks = {task for task, found in _classes_by_task(config) if found is cls}
+    tasks = {task for task, trained_for_it in _classes_by_task(config) if trained_for_it is cls}
     if "TOKEN_CLS" in tasks:
         return "tokens"
     return "last token" if "SEQ_CLS" in tasks and "score" in heads else None
@@ -188,7 +188,7 @@ def locate(
     source_names = {key: keys.strip_wrappers(key) for key in file_keys}
     bound = {key: name for key, name in source_names.items() if keys.carrier(key)}
     by_rule = {rule: {k: n for k, n in bound.items() if _leads_to(n, rule, modules)} for rule in rules}
-    fitting = [rule for rule, found in by_rule.items() if found]
+    fitting = [rule for rule, led_to_modules in by_rule.items() if led_to_modules]
     if len(fitting) > 1:
         raise AdapterMismatchError(
             f"Cannot tell where the adapter belongs: its names fit the model both behind {name_some(fitting)}. Which "
@@ -225,8 +225,8 @@ def _module_names(config: PretrainedConfig) -> Iterator[str]:
 
 def _classes_by_task(config: PretrainedConfig) -> Iterator[tuple[str | None, type[PreTrainedModel]]]:
     for task, mapping in _TASKS:
-        found = mapping.get(type(config), None)
-        for cls in found if isinstance(found, tuple) else (found,):
+        of_task = mapping.get(type(config), None)
+        for cls in of_task if isinstance(of_task, tuple) else (of_task,):
             if cls is not None:
                 yield task, cls
 
