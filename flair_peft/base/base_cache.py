@@ -46,9 +46,6 @@ def read_again(
     Raises:
         BaseModelNotFoundError: there is none.
     """
-    alive = _cache.get(_identity(record, _shape_of(record, config, kwargs), dtype, kwargs, "cpu") or ())
-    if alive is not None:
-        return alive
     if record.fingerprint is not None:
         mapped = ConvertedBase(find_source(record, config, kwargs), dtype)
         if mapped.is_as(record):
@@ -159,19 +156,13 @@ def find_again(
         BaseModelNotFoundError: there is none, or none of this shape.
         InsufficientMemoryError: it does not fit.
     """
-    shape = _shape_of(record, config, kwargs)
-    return find(record, shape, dtype=dtype, kwargs=kwargs, device=device, is_held=is_held)
-
-
-def _shape_of(record: BaseRecord, config: PretrainedConfig, kwargs: Mapping[str, Any]) -> PretrainedConfig:
-    """Return the config of the source of a trained model."""
     size = record.vocabulary_size
     if size is None:
         size = transformer.text_config(transformer.find_config(record.name, kwargs)).vocab_size
     shape = copy.deepcopy(config)
     transformer.text_config(shape).vocab_size = size
     shape.output_hidden_states = True
-    return shape
+    return find(record, shape, dtype=dtype, kwargs=kwargs, device=device, is_held=is_held)
 
 
 def _load(
