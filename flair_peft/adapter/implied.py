@@ -5,16 +5,16 @@ Rank, targets, method and the like show; what only scales or trains (alpha, rsLo
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from typing import TYPE_CHECKING, Any
 
 from flair_peft.adapter import keys
+from flair_peft.adapter.peft_methods import peft_methods
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -63,6 +63,8 @@ class ImpliedConfig:
 
     def to_config(self, **given: Any) -> PeftConfig:
         """Return the config, with the given arguments for what the tensors cannot say."""
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
         return PEFT_TYPE_TO_CONFIG_MAPPING[self.method](**{**self.settings, **given})
 
 
@@ -140,10 +142,10 @@ _OPTIONAL_SETTINGS: Mapping[str, tuple[str, ...]] = {
     "LOKR": ("alpha_pattern",),
 }
 
-# Settings that say where an adapter is, or how it trains or is saved, and those that PEFT reads off the model.
+# Settings that say where an adapter is, or how it trains or is saved, and those that PEFT reads off the model; beside
+# those of every method's config.
 _CHANGE_NOTHING = frozenset(
     {
-        *(field.name for field in dataclasses.fields(PeftConfig)),
         *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
         *("bias", "fan_in_fan_out", "progressbar", "runtime_offload_base_weight"),
         *("save_projection", "save_indices", "save_precomputed_indices"),
@@ -165,8 +167,9 @@ def _open_settings(method: str, settings: Mapping[str, Any], tensors: Iterable[A
         return () if has_projection else ("projection_prng_key",)
     if method in _OPEN_SETTINGS:
         return _OPEN_SETTINGS[method]
-    fields = (field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[method]))
-    return tuple(name for name in fields if name not in {*_CHANGE_NOTHING, *settings} and not _is_for_training(name))
+    known = {*_CHANGE_NOTHING, *peft_methods().shared_settings, *settings}
+    fields = peft_methods().by_name[method].defaults
+    return tuple(name for name in fields if name not in known and not _is_for_training(name))
 
 
 def _is_for_training(setting: str) -> bool:
@@ -180,10 +183,9 @@ def _method_of(tensors: list[AdapterTensor], shapes: Shapes) -> str | None:
             return method
     if "prompt_encoder" in containers:
         return _prompt_method(tensors, shapes)
-    prefixes = {getattr(name, "value", str(name)): prefix for name, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
-    for method, prefix in sorted(prefixes.items()):
-        if any(container.startswith(prefix) for container in containers):
-            return method
+    for name, found in sorted(peft_methods().by_name.items()):
+        if found.prefix and any(container.startswith(found.prefix) for container in containers):
+            return name
     return "LN_TUNING" if containers & {"modules_to_save"} else None
 
 
@@ -327,8 +329,8 @@ def _most_common(ranks: Mapping[str, int]) -> int:
 
 def _call(method: str, arguments: Mapping[str, Any]) -> str:
     shown = (f"{name}={value if value == _OPEN else repr(value)}" for name, value in arguments.items())
-    found = PEFT_TYPE_TO_CONFIG_MAPPING.get(method)
-    return f"{'PeftConfig' if found is None else found.__name__}({', '.join(shown)})"
+    found = peft_methods().by_name.get(method)
+    return f"{'PeftConfig' if found is None else found.config_class}({', '.join(shown)})"
 
 
 def _name(config: PeftConfig) -> str:

@@ -6,12 +6,13 @@ a file went through PEFT's own save. Two spellings mean the same tensor if their
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from flair_peft.adapter.peft_methods import peft_methods
 
 # Segments in front of every key that say only who wrapped the model; one of each, outermost first.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "base_model.")
@@ -40,7 +41,7 @@ _NAMED_CONTAINERS = frozenset({"frod_V", "frod_s_indices", "frod_s_size"})
 
 # VeRA and PVeRA register only the prefix of their trainable vectors; their projections are called vera_A and vera_B.
 # AdaLoRA's rank counts are a container under no prefix.
-_METHOD_PREFIXES = tuple(sorted({*PEFT_TYPE_TO_PREFIX_MAPPING.values(), "vera_", "pvera_"}))
+_PREFIXES_BESIDE = frozenset({"vera_", "pvera_"})
 _PARAMETER_NAMES = frozenset({"weight", "bias"})
 
 # Flair's transformer embeddings keep their transformer in an attribute called ``model``.
@@ -160,7 +161,12 @@ def find_adapter_prefixes(keys: Iterable[str]) -> list[str]:
 
 
 def _is_container(segment: str) -> bool:
-    return segment in _AUXILIARY_CONTAINERS or segment.startswith(_METHOD_PREFIXES)
+    return segment in _AUXILIARY_CONTAINERS or segment.startswith(_method_prefixes())
+
+
+@functools.cache
+def _method_prefixes() -> tuple[str, ...]:
+    return tuple({*(method.prefix for method in peft_methods().by_name.values()), *_PREFIXES_BESIDE} - {""})
 
 
 def strip_wrappers(key: str) -> str:

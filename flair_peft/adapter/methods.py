@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import TYPE_CHECKING
 
-from peft import PeftConfig, PeftType
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 ADAPTER_NAME = "default"
 
@@ -85,7 +87,7 @@ def preparation(config: PeftConfig | None) -> dict[str, bool]:
 def needs_step_hook(config: PeftConfig) -> bool:
     """Whether the method must be told after each optimiser step, so that it can move its rank budget."""
     uses_asa = method_name(config) == "ADAMSS" and bool(getattr(config, "use_asa", False))
-    return config.peft_type == PeftType.ADALORA or uses_asa
+    return method_name(config) == "ADALORA" or uses_asa
 
 
 def rate_to_try(config: PeftConfig, rate: float) -> float | None:
@@ -129,7 +131,7 @@ def without_costly_init(config: PeftConfig) -> PeftConfig:
     skeleton.base_model_name_or_path = None  # PEFT warns of a base under another name; loads compare its weights
     if isinstance(getattr(config, "init_lora_weights", None), str):
         skeleton.init_lora_weights = True
-    if config.peft_type == PeftType.ADALORA:
+    if method_name(config) == "ADALORA":
         skeleton.rank_pattern = None  # says which ranks are masked, not how many there are
     if "prompt_tuning_init" in fields:
         from peft.tuners.prompt_tuning import PromptTuningInit

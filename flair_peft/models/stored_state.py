@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from flair.embeddings.base import EMBEDDING_CLASSES
-from flair.models.sequence_tagger_utils.crf import START_TAG, STOP_TAG
 from peft import PeftConfig
 
 from flair_peft.adapter import config as configs
@@ -29,10 +28,6 @@ from flair_peft.torchfile import state_tree
 from flair_peft.torchfile.state_tree import State
 
 log = logging.getLogger("flair_peft")
-
-
-# What a CRF puts before and behind a sentence; Flair keeps them among the labels of a tagger.
-MARKS = frozenset({START_TAG, STOP_TAG})
 
 
 def with_config(state: State, peft_config: PeftConfig | None, *, source: str) -> State:

@@ -27,7 +27,7 @@ from flair_peft.errors import (
 )
 from flair_peft.primitives import progress
 from flair_peft.primitives.held_file import AnyFile, HeldFile, reading
-from flair_peft.torchfile import inert, scan, state_tree
+from flair_peft.torchfile import outline, scan, state_tree
 
 State = dict[str, Any]
 
@@ -92,7 +92,7 @@ def holds_adapters(path: AnyFile) -> bool:
     if contents is None or not contents.is_whole or any(map(_tells_of_adapters, contents.globals)):
         return True
     try:
-        state = inert.read_outline(path).value
+        state = outline.read_outline(path).value
     except ModelFileError:
         return True
     return not isinstance(state, dict) or not _holds_tensors(state) or state_tree.has_adapters(state)
