@@ -5,12 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import flair
-import peft
-import torch
-import transformers
-from flair.nn import Model
-from flair.trainers import ModelTrainer
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
@@ -24,11 +18,11 @@ _INSTALL_A_RELEASE = f"install a release: pip install --force-reinstall --no-dep
 FORMAT_VERSION = 2
 
 _EXPECTED_PARAMETERS = {
-    (Model, "load"): ["model_path"],
-    (Model, "save"): ["self", "model_file", "checkpoint"],
-    (Model, "_get_state_dict"): ["self"],
-    (ModelTrainer, "_save_model"): ["self", "model_file", "checkpoint"],
-    (ModelTrainer, "_load_model"): ["self", "model_file"],
+    ("Model", "load"): ["model_path"],
+    ("Model", "save"): ["self", "model_file", "checkpoint"],
+    ("Model", "_get_state_dict"): ["self"],
+    ("ModelTrainer", "_save_model"): ["self", "model_file", "checkpoint"],
+    ("ModelTrainer", "_load_model"): ["self", "model_file"],
 }
 
 # What models have in Flair's development version, which calls itself 0.15.1 and whose files hold more.
@@ -64,6 +58,10 @@ def check_host() -> None:
     Raises:
         UnsupportedHostError: it has not; nothing has been changed.
     """
+    import flair
+    from flair.nn import Model
+    from flair.trainers import ModelTrainer
+
     if Version(flair.__version__) not in FLAIR_VERSIONS:
         raise UnsupportedHostError(
             f"flair_peft cannot hook into Flair {flair.__version__}. Its hook was written for Flair {FLAIR_VERSIONS}. "
@@ -76,7 +74,9 @@ def check_host() -> None:
             f"{name_some(later)}, as those of no release. It is a development version, which trains and saves in "
             f"another way. Uninstall it, and {_INSTALL_A_RELEASE}."
         )
-    for (owner, name), expected in _EXPECTED_PARAMETERS.items():
+    owners = {"Model": Model, "ModelTrainer": ModelTrainer}
+    for (owner_name, name), expected in _EXPECTED_PARAMETERS.items():
+        owner = owners[owner_name]
         found = list(inspect.signature(getattr(owner, name)).parameters)
         if found != expected:
             raise UnsupportedHostError(
@@ -88,6 +88,11 @@ def check_host() -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries whose behaviour a checkpoint depends on."""
+    import flair
+    import peft
+    import torch
+    import transformers
+
     return {
         "flair_peft": __version__,
         "flair": flair.__version__,

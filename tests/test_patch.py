@@ -990,6 +990,7 @@ import logging, sys
 logging.basicConfig(level=logging.WARNING)
 before = [*logging.getLogger().handlers], [*logging.getLogger().filters], logging.getLogger().level
 import flair_peft
+import peft
 assert before == (logging.getLogger().handlers, logging.getLogger().filters, logging.getLogger().level)
 ours = logging.getLogger("bitsandbytes.backends.cpu.ops")
 assert not ours.filters and ours.isEnabledFor(logging.WARNING)

@@ -6,7 +6,6 @@ module imports no other library.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flair_peft.adapter import keys, traits
 from flair_peft.adapter.methods import method_name
+from flair_peft.adapter.peft_methods import peft_methods
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -135,13 +135,9 @@ def _open_settings(method: str, settings: Mapping[str, Any], tensors: Iterable[A
     if unsaid is not None:
         is_drawn = any(tensor.container == what_is_true.drawn for tensor in tensors)
         return tuple(name for name in unsaid if not (is_drawn and name in what_is_true.from_tensors.unless_drawn))
-    from peft import PeftConfig
-
-    of_any = {field.name for field in dataclasses.fields(PeftConfig)}
-    names = (field.name for field in dataclasses.fields(_config_class(method)))
-    return tuple(
-        name for name in names if name not in {*of_any, *_CHANGE_NOTHING, *settings} and not _is_for_training(name)
-    )
+    known = {*_CHANGE_NOTHING, *peft_methods().shared_settings, *settings}
+    names = peft_methods().by_name[method].defaults
+    return tuple(name for name in names if name not in known and not _is_for_training(name))
 
 
 def _is_for_training(setting: str) -> bool:

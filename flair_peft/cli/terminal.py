@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flair_peft.errors import spell_out
-from flair_peft.primitives import progress
 
 
 def printable(value: object) -> str:
@@ -55,6 +54,8 @@ def _without_infinity(value: Any) -> Any:
 @contextlib.contextmanager
 def showing(text: str, total: int | None = None) -> Iterator[None]:
     """Show on a terminal how many bytes were read."""
+    from flair_peft.primitives import progress
+
     with progress.shown(text, total=total, leave=False, file=sys.stderr):
         yield
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flair_peft.cli.terminal import echo, printable, size, some
-from flair_peft.inspection.compare import Comparison
-from flair_peft.inspection.report import Adapter, Inspection
+
+if TYPE_CHECKING:
+    from flair_peft.inspection.adapters import Adapter
+    from flair_peft.inspection.compare import Comparison
+    from flair_peft.inspection.report import Inspection
 
 _SHOWN_LABELS = 20
 _SHOWN_CHANGES = 20

@@ -3,6 +3,8 @@
 May import ``base``, ``adapter`` and ``primitives``.
 """
 
+import flair  # noqa: F401, first: when it is imported, the hook imports what is here
+
 from flair_peft.codec.state_json import restore_state
 
 # Files name the function so, and go on doing it.

@@ -3,6 +3,8 @@
 May import ``codec``, ``foreign`` and what lies below them.
 """
 
+import flair  # noqa: F401, first: when it is imported, the hook imports what is here
+
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.embeddings.word_and_document import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
 

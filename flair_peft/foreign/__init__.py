@@ -2,3 +2,5 @@
 
 May import ``base``, ``storage``, ``adapter`` and ``primitives``.
 """
+
+import flair  # noqa: F401, first: when it is imported, the hook imports what is here

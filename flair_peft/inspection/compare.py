@@ -16,12 +16,14 @@ import torch
 
 from flair_peft.adapter import keys
 from flair_peft.errors import ModelFileError
-from flair_peft.inspection import file_contents, report
+from flair_peft.inspection import file_contents
 from flair_peft.inspection.file_contents import StoredTensor
-from flair_peft.inspection.report import Inspection, params_in
+from flair_peft.inspection.labels import dictionary_in
+from flair_peft.inspection.report import Inspection
 from flair_peft.primitives import progress
 from flair_peft.storage import file_names
-from flair_peft.torchfile import inert
+from flair_peft.torchfile.stand_ins import Blob, Made, Name
+from flair_peft.torchfile.state_tree import embeddings_in
 
 _PIECE = 1 << 22
 _MOST_SETTINGS = 1_000_000
@@ -224,11 +226,11 @@ def _flat(found: Inspection) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"Cannot compare '{found.contents.path}': it has more than {_MOST_SETTINGS} settings, or longer names "
                 "of them, than any model of Flair. Pass a file that model.save() or Flair's trainer wrote."
             )
-        if isinstance(value, (dict, list, tuple, inert.Made)):
+        if isinstance(value, (dict, list, tuple, Made)):
             if id(value) in seen:
                 continue
             seen.add(id(value))
-            dictionary = report.dictionary_in(value)
+            dictionary = dictionary_in(value)
             if dictionary is not None:
                 around = place.removeprefix("model_states.")
                 items.update({f"{around} {index}": item for index, item in enumerate(dictionary.items)})
@@ -246,9 +248,9 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, bytes):
         return _mark(value)
-    if isinstance(value, inert.Blob):
+    if isinstance(value, Blob):
         return f"{value.length} bytes, {value.checksum:08x}"
-    if isinstance(value, inert.Name):
+    if isinstance(value, Name):
         return value.text
     return value if isinstance(value, (str, int, float, bool)) else None
 
@@ -258,9 +260,9 @@ def _skipped_names(state: Mapping[Any, Any]) -> dict[int, frozenset[str]]:
     skipped = {id(state): _OF_MODELS}
     tasks = state.get("model_states")
     skipped |= {id(task): _OF_MODELS for task in (tasks.values() if isinstance(tasks, dict) else ())}
-    for _, params in params_in(state):
-        skipped[id(params)] = _OF_EMBEDDINGS
-        pending = [params.get("config_state_dict")]
+    for embeddings in embeddings_in(state):
+        skipped[id(embeddings.params)] = _OF_EMBEDDINGS
+        pending = [embeddings.params.get("config_state_dict")]
         while pending:
             config = pending.pop()
             if isinstance(config, dict) and id(config) not in skipped:
@@ -272,7 +274,7 @@ def _skipped_names(state: Mapping[Any, Any]) -> dict[int, frozenset[str]]:
 def _inside(place: str, value: Any, skipped: frozenset[str]) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value.get("$type") in ("tensor", "tensors"):
         return
-    if isinstance(value, inert.Made):
+    if isinstance(value, Made):
         named = _parts_of(value)
     elif isinstance(value, dict):
         named = ((_name_of(key, index), item) for index, (key, item) in enumerate(value.items()))
@@ -283,7 +285,7 @@ def _inside(place: str, value: Any, skipped: frozenset[str]) -> Iterator[tuple[s
             yield f"{place}.{name}".lstrip("."), item
 
 
-def _parts_of(made: inert.Made) -> Iterator[tuple[str, Any]]:
+def _parts_of(made: Made) -> Iterator[tuple[str, Any]]:
     """Yield all that a pickle says of an object, but for the order of sets and for where a model lay."""
     yield "class", made.name
     if made.name == _DEVICE:
@@ -316,17 +318,17 @@ def _tokenizer_files(found: Inspection) -> dict[str, str]:
         names = (name for name in found.contents.held if "tokenizer/" in name or "image_processor/" in name)
         return {name: _mark(Path(found.contents.held[name]).read_bytes()) for name in sorted(names)}
     files: dict[str, str] = {}
-    for index, (place, params) in enumerate(params_in(found.contents.state)):
-        number = params.get("part")
+    for index, embeddings in enumerate(embeddings_in(found.contents.state)):
+        number = embeddings.params.get("part")
         folder = file_names.folder_of(number if isinstance(number, int) else index)
         for name, subfolder in file_names.ARCHIVES.items():
-            stored = params.get(name)
+            stored = embeddings.params.get(name)
             held = stored.get("tensor") if isinstance(stored, dict) else None
             if isinstance(held, str) and held in found.contents.tensors:
                 archived = _archived(found.contents.tensors[held], found)
                 files.update({f"{folder}{subfolder}/{file}": mark for file, mark in archived.items()})
             elif stored is not None:
-                files[f"{place}.{name}"] = _plain(found.content_of(stored))
+                files[f"{embeddings.place}.{name}"] = _plain(found.content_of(stored))
     return files
 
 

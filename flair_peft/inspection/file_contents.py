@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
-import torch
 
 from flair_peft.adapter import keys
 from flair_peft.errors import ModelFileError
 from flair_peft.primitives.held_file import AnyFile, HeldFile, held
-from flair_peft.storage import checkpoint_directory, file_names
-from flair_peft.torchfile import inert
+from flair_peft.storage import file_names, held_directory
+from flair_peft.torchfile.outline import Outline, read_outline, tensors_in
+from flair_peft.torchfile.stand_ins import ITEM_BYTES, Made, Tensor
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKPOINT, FILE, STOCK, ADAPTER = "checkpoint", "file", "stock", "adapter"
 
@@ -103,7 +107,7 @@ def read_contents(path: Path) -> Contents:
     """
     if path.is_file():
         return _read_file(path)
-    if checkpoint_directory.is_checkpoint(path):
+    if held_directory.is_checkpoint(path):
         return _read_checkpoint(path)
     if path.is_dir() and (path / file_names.ADAPTER_CONFIG).is_file():
         return _read_adapter(path)
@@ -118,9 +122,9 @@ def read_contents(path: Path) -> Contents:
 
 
 def _read_file(path: Path) -> Contents:
-    found = inert.read_outline(path)
+    found = read_outline(path)
     files = {path.name: found.path.stat().st_size}
-    if isinstance(found.value, inert.Made) and found.value.name == _RESTORE:
+    if isinstance(found.value, Made) and found.value.name == _RESTORE:
         text, tensors = found.value.arguments
         state = _parse(text, path)
         kind, named = FILE, _tensors_of(found, tensors, path)
@@ -139,22 +143,23 @@ def _read_file(path: Path) -> Contents:
     return Contents(path, kind, model_class, state, named, files, prefixes=prefixes)
 
 
-def _tensors_of(found: inert.Outline, value: Any, path: AnyFile) -> dict[str, StoredTensor]:
+def _tensors_of(found: Outline, value: Any, path: AnyFile) -> dict[str, StoredTensor]:
     try:
-        tensors = inert.tensors_in(value)
+        tensors = tensors_in(value)
     except ModelFileError as error:
         raise ModelFileError(f"Cannot read '{path}': {error}. It was never written by Flair.") from error
 
-    def stored(tensor: inert.Tensor) -> StoredTensor:
-        dtype = str(tensor.dtype).removeprefix("torch.")
+    def stored(tensor: Tensor) -> StoredTensor:
         part = (tensor.offset, tensor.strides)
-        return StoredTensor(dtype, tensor.shape, tensor.bytes, tensor.storage.key, lambda: found.read(tensor), part)
+        return StoredTensor(
+            tensor.dtype, tensor.shape, tensor.bytes, tensor.storage.key, lambda: found.read(tensor), part
+        )
 
     return {name: stored(tensor) for name, tensor in tensors.items()}
 
 
 def _read_checkpoint(path: Path) -> Contents:
-    document, opened = checkpoint_directory.hold(path)
+    document, opened = held_directory.hold(path)
     parts, state = document.body.get("parts"), document.body.get("model")
     if not isinstance(state, dict) or not isinstance(parts, list) or not all(map(file_names.is_part, parts)):
         raise _odd(path, "what it says of its model does not make sense")
@@ -203,7 +208,7 @@ def _compare_sizes(listed: Mapping[str, int], found: Mapping[str, int]) -> Itera
 
 
 def _read_adapter(path: Path) -> Contents:
-    opened = checkpoint_directory.hold_files(path, (file_names.ADAPTER_CONFIG, *_ADAPTER_FILES))
+    opened = held_directory.hold_files(path, (file_names.ADAPTER_CONFIG, *_ADAPTER_FILES))
     if file_names.ADAPTER_CONFIG not in opened:
         raise _odd(path, f"its {file_names.ADAPTER_CONFIG} cannot be opened")
     config = _read_json(opened[file_names.ADAPTER_CONFIG])
@@ -231,7 +236,7 @@ def read_pickled(path: AnyFile) -> dict[str, StoredTensor]:
     Raises:
         ModelFileError: it cannot be read.
     """
-    found = inert.read_outline(path)
+    found = read_outline(path)
     return _tensors_of(found, found.value, path)
 
 
@@ -258,9 +263,7 @@ def read_safetensors(path: AnyFile) -> dict[str, StoredTensor]:
 
 def _stored(part: Any, storage: Hashable, read: Callable[[], torch.Tensor]) -> StoredTensor:
     dtype, shape = _DTYPES.get(part.get_dtype(), part.get_dtype().lower()), tuple(part.get_shape())
-    kind = getattr(torch, dtype, None)
-    size = kind.itemsize if isinstance(kind, torch.dtype) else 1
-    return StoredTensor(dtype, shape, torch.Size(shape).numel() * size, storage, read)
+    return StoredTensor(dtype, shape, math.prod(shape) * ITEM_BYTES.get(dtype, 1), storage, read)
 
 
 def _read_json(path: HeldFile) -> dict[str, Any]:

@@ -33,8 +33,9 @@ from flair_peft.errors import (
     name_some,
 )
 from flair_peft.inspection import file_contents
+from flair_peft.inspection.adapters import Adapter, module_of
 from flair_peft.inspection.file_contents import StoredTensor
-from flair_peft.inspection.report import Adapter, Inspection, module_of
+from flair_peft.inspection.report import Inspection
 from flair_peft.primitives import progress
 from flair_peft.storage import checkpoint_directory
 

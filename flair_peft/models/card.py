@@ -15,7 +15,7 @@ from flair_peft.adapter import injection, methods
 from flair_peft.compat import versions
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import spell_out
-from flair_peft.models import stored
+from flair_peft.torchfile import state_tree
 
 _SHOWN_LABELS = 50
 
@@ -138,7 +138,7 @@ def _labels(model: Model) -> Iterator[str]:
     for task, part in tasks.items():
         dictionary = getattr(part, "label_dictionary", None)
         if isinstance(dictionary, Dictionary):
-            marks = stored.MARKS if isinstance(part, SequenceTagger) else ()
+            marks = state_tree.MARKS if isinstance(part, SequenceTagger) else ()
             items = [item for item in dictionary.get_items() if item not in marks]
             shown = ", ".join(_code(item) for item in items[:_SHOWN_LABELS])
             more = f" and {len(items) - _SHOWN_LABELS} more" if len(items) > _SHOWN_LABELS else ""

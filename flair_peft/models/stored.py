@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from flair.embeddings.base import EMBEDDING_CLASSES
-from flair.models.sequence_tagger_utils.crf import START_TAG, STOP_TAG
+from flair.embeddings.transformer import TransformerEmbeddings
 from peft import PeftConfig
 
 from flair_peft.adapter import config as configs
@@ -37,10 +37,6 @@ from flair_peft.torchfile import state_tree
 from flair_peft.torchfile.state_tree import State, StoredEmbeddings
 
 log = logging.getLogger("flair_peft")
-
-
-# What a CRF puts before and behind a sentence; Flair keeps them among the labels of a tagger.
-MARKS = frozenset({START_TAG, STOP_TAG})
 
 
 @dataclass(frozen=True)
@@ -168,8 +164,9 @@ def _refuse_unsafe(state: State, source: str) -> None:
 
 def _take_over_(params: dict[str, Any]) -> None:
     """Let the embeddings of a stock class be built as those of its counterpart with an adapter, in place."""
-    stock_class = EMBEDDING_CLASSES[params["__cls__"]]
-    if not issubclass(stock_class, PeftTransformerEmbeddings):
+    stock_class = EMBEDDING_CLASSES.get(params["__cls__"])
+    is_of_flair = isinstance(stock_class, type) and issubclass(stock_class, TransformerEmbeddings)
+    if is_of_flair and not issubclass(stock_class, PeftTransformerEmbeddings):
         params["__cls__"] = counterpart(stock_class).__name__
         params["keep_virtual_rows"] = True  # stock Flair trained the words of prompt methods on the rows that it reads
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import flair
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
     """Inside, Flair computes on this device."""
+    import flair
+
     found, flair.device = flair.device, device
     try:
         yield

@@ -13,21 +13,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import stat
 import sys
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 
-from flair_peft.errors import ModelFileError, name_some
+from flair_peft.errors import name_some
 from flair_peft.primitives import mapped_memory, progress
-from flair_peft.primitives.held_file import HeldFile
-from flair_peft.storage.atomic import explained, find_directory, replace_directory, write_file, write_flushed
+from flair_peft.storage.atomic import explained, replace_directory, write_file, write_flushed
+from flair_peft.storage.held_directory import (
+    Folder,
+    hold,
+    hold_files,
+    is_checkpoint,
+    names_of,
+    of_one_folder,
+    readable,
+)
 from flair_peft.storage.manifest import (
     CARD,
     DOCUMENT,
@@ -39,7 +45,6 @@ from flair_peft.storage.manifest import (
     damaged,
     entry_of,
     is_name,
-    parse,
     unsupported,
 )
 
@@ -60,11 +65,9 @@ __all__ = [
 
 Tensors = dict[str, torch.Tensor]
 Content = bytes | Mapping[str, torch.Tensor]
-_Found = TypeVar("_Found")
 
 _MAPPED_FROM = 64 << 20
 """Bytes from which on a file of tensors is mapped into memory instead of read."""
-_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def write(directory: Path, document: Mapping[str, Any], files: Mapping[str, Cont
         write_flushed(folder / CARD, text)
         write_flushed(folder / DOCUMENT, compose(Document(dict(document), manifest, entry_of(text).sha256)))
 
-    replace_directory(directory, fill, names_of=_names_of, gives_way=(CARD,))
+    replace_directory(directory, fill, names_of=names_of, gives_way=(CARD,))
 
 
 def read(directory: Path) -> Checkpoint:
@@ -122,32 +125,7 @@ def read(directory: Path) -> Checkpoint:
         FormatVersionError: it was written by a newer flair_peft.
         ModelFileError: there is none, or it is not as it was written.
     """
-    return _of_one_folder(directory, lambda folder: _read(folder, directory))
-
-
-def hold(directory: Path) -> tuple[Document, dict[str, HeldFile]]:
-    """Return what a checkpoint says of itself, and its files: all of one checkpoint, and none of these verified.
-
-    Raises:
-        FormatVersionError: it was written by a newer flair_peft.
-        ModelFileError: there is none, or its document is not as it was written.
-    """
-
-    def open_all(folder: _Folder) -> tuple[Document, dict[str, HeldFile]]:
-        document = folder.document()
-        return document, folder.hold([DOCUMENT, CARD, *document.files])
-
-    return _of_one_folder(directory, open_all, is_whole=lambda found: len(found[1]) == len(found[0].files) + 2)
-
-
-def hold_files(directory: Path, names: Collection[str]) -> dict[str, HeldFile]:
-    """Return those files of any directory that are there: all of one, even if a checkpoint is written there."""
-    return _of_one_folder(directory, lambda folder: folder.hold(names), is_whole=lambda found: len(found) == len(names))
-
-
-def is_checkpoint(directory: Path) -> bool:
-    """Return whether there is a checkpoint, whole or not; one that an interrupted save left aside counts."""
-    return _has_document(find_directory(directory, names_of=_names_of))
+    return of_one_folder(directory, lambda folder: _read(folder, directory))
 
 
 def _check_content(directory: Path, document: Mapping[str, Any], files: Mapping[str, Content]) -> None:
@@ -189,59 +167,7 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return unshared
 
 
-def _names_of(directory: Path) -> list[str]:
-    """Return which files in a directory are a checkpoint's, the document first; none if there is no document."""
-    if not _has_document(directory):
-        return []
-    names = [DOCUMENT]
-    # What cannot be known to be the checkpoint's stays, as other people's files do.
-    with contextlib.suppress(ModelFileError), _Folder(directory) as folder:
-        document = folder.document()
-        names.extend(document.files)
-        if entry_of(folder.content(CARD)).sha256 == document.card:
-            names.append(CARD)
-    return names
-
-
-def _has_document(directory: Path) -> bool:
-    return os.path.isfile(directory / DOCUMENT)  # noqa: PTH113 - Path raises where a folder may not be entered
-
-
-def _identity(place: Path) -> tuple[int, ...] | None:
-    try:
-        status = place.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_mtime_ns
-
-
-def _of_one_folder(
-    directory: Path, read: Callable[[_Folder], _Found], *, is_whole: Callable[[_Found], bool] = lambda _: True
-) -> _Found:
-    """Return what is read of the directory as it was or as it is; what is not whole is read anew where it changed."""
-    tries_left = _TRIES
-    while True:
-        place = find_directory(directory, names_of=_names_of)
-        before = _identity(place)
-        tries_left -= 1
-        try:
-            with _Folder(place) as folder:
-                found = read(folder)
-            if is_whole(found) or not tries_left or not _was_replaced(place, before, directory):
-                return found
-        except ModelFileError:
-            if not tries_left or not _was_replaced(place, before, directory):
-                raise
-        time.sleep(0.005)
-
-
-def _was_replaced(place: Path, before: tuple[int, ...] | None, directory: Path) -> bool:
-    """Return whether what could not be read was put away by a writer meanwhile."""
-    after = _identity(place)
-    return after != before or (after is None and is_checkpoint(directory))
-
-
-def _read(folder: _Folder, directory: Path) -> Checkpoint:
+def _read(folder: Folder, directory: Path) -> Checkpoint:
     document = folder.document()
     files: dict[str, bytes] = {}
     tensors: dict[str, Tensors] = {}
@@ -256,7 +182,7 @@ def _read(folder: _Folder, directory: Path) -> Checkpoint:
         for name, entry in document.files.items():
             _check_hash(folder.path / name, large.get(name) or small[name], entry)
             if name in large:
-                tensors[name] = folder.mapped(name, large[name])
+                tensors[name] = _mapped(folder.path / name, large[name])
             elif name.endswith(".safetensors"):
                 tensors[name] = _tensors(folder.path / name, small[name])
             else:
@@ -273,7 +199,7 @@ def _check_hash(path: Path, content: bytes | BinaryIO, entry: Entry) -> None:
     if isinstance(content, bytes):
         digest.update(content)
     else:
-        with _readable(path):
+        with readable(path):
             while chunk := content.read(1 << 20):
                 digest.update(chunk)
                 progress.advance(len(chunk))
@@ -292,85 +218,13 @@ def _tensors(path: Path, content: bytes | str) -> Tensors:
         raise damaged(path, f"it holds no tensors in safetensors' format ({error})") from error
 
 
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into one that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise damaged(path, f"it cannot be read ({error.strerror or error})") from error
-
-
-class _Folder:
-    """One directory: the same one still when another has taken its name."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor: int | None = None
-        if os.open in os.supports_dir_fd:
-            with _readable(path):
-                self._descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
-
-    def __enter__(self) -> _Folder:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-
-    def document(self) -> Document:
-        """Return what flair_peft.json says, verified by its own hash."""
-        try:
-            return parse(self.content(DOCUMENT), self.path / DOCUMENT)
-        except ModelFileError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            raise ModelFileError(
-                f"Cannot read '{self.path}': there is no {DOCUMENT} in it. It is no checkpoint of flair_peft, or was "
-                "copied only in part. Check the path, or copy it again."
-            ) from error
-
-    def content(self, name: str, size: int | None = None) -> bytes:
-        """Return the bytes of a file, read as a whole; ``size`` is how many there must be."""
-        with self.open(name, size) as file, _readable(self.path / name):
-            found = os.fstat(file.fileno()).st_size
-            if found > LARGEST:
-                raise damaged(self.path / name, f"it has {found} bytes, more than {LARGEST}")
-            return file.read(found)
-
-    def open(self, name: str, size: int | None = None) -> BinaryIO:
-        """Return a regular file, open for reading; a pipe or device is not even opened."""
-        path = self.path / name if self._descriptor is None else Path(name)
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        with contextlib.ExitStack() as unless_right, _readable(self.path / name):
-            self._check(name, os.stat(path, dir_fd=self._descriptor), size)
-            file = unless_right.enter_context(os.fdopen(os.open(path, flags, dir_fd=self._descriptor), "rb"))
-            self._check(name, os.fstat(file.fileno()), size)
-            unless_right.pop_all()
-            return file
-
-    def hold(self, names: Iterable[str]) -> dict[str, HeldFile]:
-        """Return those files that are there; devices and the like are not."""
-        found = {}
-        for name in names:
-            with contextlib.suppress(ModelFileError), self.open(name) as file:
-                found[name] = HeldFile(self.path / name, os.dup(file.fileno()))
-        return found
-
-    def _check(self, name: str, status: os.stat_result, size: int | None) -> None:
-        if not stat.S_ISREG(status.st_mode):
-            raise damaged(self.path / name, "it is not a regular file")
-        if size is not None and status.st_size != size:
-            raise damaged(self.path / name, f"it has {status.st_size} bytes, not {size} as when it was saved")
-
-    def mapped(self, name: str, file: BinaryIO) -> Tensors:
-        """Return the tensors of an open file, in memory that is mapped to it."""
-        path = self.path / name
-        if sys.platform == "linux":
-            # The very file that was hashed, even if its name is gone.
-            return _tensors(path, f"/proc/self/fd/{file.fileno()}")
-        tensors = _tensors(path, str(path))
-        with _readable(path):
-            if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                raise damaged(path, "another file took its place while it was read")
-        return tensors
+def _mapped(path: Path, file: BinaryIO) -> Tensors:
+    """Return the tensors of an open file, in memory that is mapped to it."""
+    if sys.platform == "linux":
+        # The very file that was hashed, even if its name is gone.
+        return _tensors(path, f"/proc/self/fd/{file.fileno()}")
+    tensors = _tensors(path, str(path))
+    with readable(path):
+        if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            raise damaged(path, "another file took its place while it was read")
+    return tensors

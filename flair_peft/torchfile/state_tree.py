@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from flair.embeddings.base import EMBEDDING_CLASSES
-from flair.embeddings.transformer import TransformerEmbeddings
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from flair_peft.adapter import implied, keys
 from flair_peft.adapter.implied import ImpliedConfig
 from flair_peft.errors import ModelFileError
+
+if TYPE_CHECKING:
+    import torch
 
 State = dict[str, Any]
 
@@ -20,35 +20,53 @@ State = dict[str, Any]
 # Where the state of a model holds embeddings that code around them makes: module prefix → parameters.
 INNER = "inner_embeddings"
 
+# What a CRF puts before and behind a sentence; Flair keeps them among the labels of a tagger.
+MARKS = frozenset({"<START>", "<STOP>"})
+
+_DEEPEST = 100  # deeper than embeddings stand in any model
+
 
 @dataclass(frozen=True)
 class StoredEmbeddings:
     """Transformer embeddings as the state of a model holds them.
 
+    Flair stores parameters under other names than the modules have ("document_embeddings" for ``embeddings``), but a
+    Flair model has one tree of embeddings, and the positions in its stacks are the same in both.
+
     Attributes:
-        prefix: of their names, as the state counts them; the modules may be called otherwise.
+        place: keys and indices on the way to their parameters, in the state of the model or of its task.
         params: their parameters, the very dictionary of the state.
         tensors: of the model, or of that task of it, which the embeddings belong to.
-        adapter_prefixes: of those tensors that are their adapter's.
         task: prefix of the names of a multitask model's task.
     """
 
-    prefix: str
+    place: tuple[str | int, ...]
     params: dict[str, Any]
     tensors: Mapping[str, Any]
-    adapter_prefixes: tuple[str, ...]
     task: str
+
+    @property
+    def prefix(self) -> str:
+        """What stands in front of the names of their tensors, but for a first name that differs from file to file."""
+        first, *rest = self.place[1:] if self.place[0] == INNER else (f"{self.place[0]}.", *self.place[1:])
+        return str(first) + "".join(f"list_embedding_{key}." for key in rest if isinstance(key, int))
+
+    @cached_property
+    def adapter_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of those tensors that are of their adapter."""
+        stored, mine = keys.find_adapter_prefixes(self.tensors), positions(self.prefix)
+        return tuple(prefix for prefix in stored if positions(prefix) == mine)
 
     @property
     def lacks_config(self) -> bool:
         """Whether they have adapter tensors and no PEFT config."""
-        return bool(self.adapter_prefixes) and self.params.get("peft_config") is None
+        return self.params.get("peft_config") is None and bool(self.adapter_prefixes)
 
     def implied_config(self) -> ImpliedConfig | None:
         """Return what their tensors say of their PEFT config."""
         mine = tuple(f"{prefix}model." for prefix in self.adapter_prefixes)
-        tensors = ((key, tensor) for key, tensor in self.tensors.items() if isinstance(tensor, torch.Tensor))
-        return implied.read_config({k: tuple(t.shape) for k, t in tensors if k.startswith(mine)}) if mine else None
+        shapes = ((key, getattr(tensor, "shape", None)) for key, tensor in self.tensors.items() if key.startswith(mine))
+        return implied.read_config({key: tuple(s) for key, s in shapes if s is not None}) if mine else None
 
 
 def tasks_of(state: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -60,29 +78,26 @@ def tasks_of(state: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any
             yield from tasks_of(task_state, f"{name}{task}.")
 
 
-def embeddings_in(state: Any) -> list[StoredEmbeddings]:
-    """Return all transformer embeddings in the state of a model, those of its tasks included.
-
-    Flair stores parameters under other names than the modules have ("document_embeddings" for ``embeddings``), but a
-    Flair model has one tree of embeddings, and the positions in its stacks are the same in both.
-    """
-    found = []
+def embeddings_in(state: Any) -> Iterator[StoredEmbeddings]:
+    """Yield all transformer embeddings in the state of a model, those of its tasks included."""
     for task, part in tasks_of(state):
-        tensors = part.get("state_dict", {})
-        prefixes = keys.find_adapter_prefixes(tensors)
-        for prefix, params in _embedding_params(part):
-            mine = tuple(each for each in prefixes if _positions(each) == _positions(prefix))
-            found.append(StoredEmbeddings(prefix, params, tensors, mine, task))
-    return found
+        for place, value in _roots(part):
+            for at, params in _walk(place, value):
+                yield StoredEmbeddings(at, params, part.get("state_dict", {}), task)
 
 
 def has_adapters(state: Any) -> bool:
-    """Whether any part of a Flair model's state holds PEFT tensors or a PEFT config."""
+    """Whether any part of a Flair model's state holds PEFT tensors or a PEFT config.
+
+    Raises:
+        ModelFileError: what it says of embeddings that other code makes is damaged.
+    """
     tensors = (part.get("state_dict", ()) for _, part in tasks_of(state))
     if any(keys.is_embedded_adapter_key(key) for names in tensors for key in names):
         return True
-    parts = (part for _, part in tasks_of(state))
-    return any(params.get("peft_config") is not None for part in parts for _, params in _embedding_params(part))
+    for _, part in tasks_of(state):
+        inner_embeddings(part)
+    return any(embeddings.params.get("peft_config") is not None for embeddings in embeddings_in(state))
 
 
 def tensors_of(state: State) -> dict[str, torch.Tensor]:
@@ -97,41 +112,57 @@ def inner_embeddings(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Raises:
         ModelFileError: they are damaged.
     """
-    found = state.get(INNER, {})
-    if not isinstance(found, dict) or not all(
+    inner = state.get(INNER, {})
+    if not isinstance(inner, dict) or not all(
         isinstance(prefix, str) and isinstance(params, dict) and type(params.get("part")) is int
-        for prefix, params in found.items()
+        for prefix, params in inner.items()
     ):
         raise ModelFileError(
             "Cannot read what the file says of embeddings that are made by other code: it is damaged. A load would not "
             "know what they lack. Copy or save it again."
         )
-    return found
+    return inner
 
 
-def _embedding_params(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield module prefix and stored parameters of each transformer embedding, without those of tasks."""
-    for prefix, params in inner_embeddings(state).items():
-        yield from _walk_params(params, prefix)
-    for name, value in state.items():
-        if name != "state_dict":
-            yield from _walk_params(value, f"{name}.")
-
-
-def _walk_params(value: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not isinstance(value, dict) or not isinstance(value.get("__cls__"), str):
-        return
-    embedding_class = EMBEDDING_CLASSES.get(value["__cls__"])
-    if isinstance(embedding_class, type) and issubclass(embedding_class, TransformerEmbeddings):
-        yield prefix, value
-    for nested in value.values():
-        if isinstance(nested, list):
-            for index, params in enumerate(nested):
-                yield from _walk_params(params, f"{prefix}list_embedding_{index}.")
-        else:
-            yield from _walk_params(nested, prefix)
-
-
-def _positions(prefix: str) -> list[str]:
+def positions(prefix: str) -> list[str]:
     """Return where in stacks of embeddings a module prefix is; Flair numbers them alike in states and in modules."""
     return [segment for segment in prefix.split(".") if segment.startswith("list_embedding_")]
+
+
+def _roots(state: Mapping[Any, Any]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Yield place and value of what may be embeddings, those that other code makes first."""
+    inner = state.get(INNER)
+    for prefix, params in inner.items() if isinstance(inner, dict) else ():
+        yield (INNER, str(prefix)), params
+    for name, value in state.items():
+        if name not in (INNER, "state_dict"):
+            yield (str(name),), value
+
+
+def _walk(place: tuple[str | int, ...], value: Any) -> Iterator[tuple[tuple[str | int, ...], dict[str, Any]]]:
+    """Yield what is in embeddings within embeddings, each container once: a file can nest them without end."""
+    seen: set[int] = set()
+    pending = [(place, value)]
+    while pending:
+        place, value = pending.pop()
+        if not isinstance(value, dict) or not isinstance(value.get("__cls__"), str) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if _is_of_transformer(value):
+            yield place, value
+        if len(place) < _DEEPEST:
+            pending.extend(reversed([*_parts_of(place, value)]))
+
+
+def _is_of_transformer(params: Mapping[Any, Any]) -> bool:
+    """Whether parameters are those of transformer embeddings, whatever their class is called."""
+    has_transformer = "config_state_dict" in params or "peft_config" in params
+    return has_transformer or ("model" in params and "Transformer" in params["__cls__"])
+
+
+def _parts_of(place: tuple[str | int, ...], value: Mapping[Any, Any]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    for key, nested in value.items():
+        if isinstance(key, str) and isinstance(nested, (list, tuple)):
+            yield from (((*place, key, index), item) for index, item in enumerate(nested) if isinstance(item, dict))
+        elif isinstance(key, str):
+            yield (*place, key), nested

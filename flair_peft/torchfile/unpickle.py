@@ -24,7 +24,7 @@ from flair_peft.errors import (
     name_some,
 )
 from flair_peft.primitives.held_file import AnyFile, HeldFile, reading
-from flair_peft.torchfile import checksums, inert, scan, state_tree
+from flair_peft.torchfile import checksums, outline, scan, state_tree
 from flair_peft.torchfile.allowed_names import (
     BUILTINS,
     CONSTANTS,
@@ -88,7 +88,7 @@ def _holds_adapters(path: AnyFile, contents: scan.PickleContents | None) -> bool
     if not contents.is_whole or any(map(_tells_of_adapters, contents.globals)):
         return True
     try:
-        state = inert.read_outline(path).value
+        state = outline.read_outline(path).value
     except ModelFileError:
         return True
     return not isinstance(state, dict) or not _holds_tensors(state) or state_tree.has_adapters(state)

@@ -22,8 +22,9 @@ from flair.nn import Model
 from peft import GraloraConfig, HRAConfig, IA3Config, LoraConfig, PeftConfig, UniLoraConfig
 
 import flair_peft
-from flair_peft.cli import main
+from flair_peft.cli import command, main
 from flair_peft.embeddings import untrained
+from flair_peft.inspection import report
 from tests.support.configs import lora
 from tests.support.files import Payload, save_as, save_stock
 from tests.support.hub_stand_in import HubStandIn, online
@@ -572,7 +573,7 @@ def test_exit_codes_of_what_is_raised(
     def fail(_: Path) -> None:
         raise raised
 
-    monkeypatch.setattr(main.report, "inspect", fail)
+    monkeypatch.setattr(report, "inspect", fail)
     found, text, errors = run("inspect", "x")
     assert (found, text) == (code, "")
     assert errors == "" if code == 130 else is_paragraph(errors)
@@ -603,7 +604,7 @@ def test_output_that_nobody_reads_ends_the_command_quietly(
             raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stdout", Closed())
-    assert main.main(["inspect", str(file)]) == main.CLOSED
+    assert main.main(["inspect", str(file)]) == command.CLOSED
     assert capsys.readouterr().err == ""
 
 

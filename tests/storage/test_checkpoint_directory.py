@@ -21,7 +21,7 @@ import torch
 from packaging.version import Version
 
 from flair_peft.errors import FormatVersionError, ModelFileError, SaveError, UnsupportedStateError
-from flair_peft.storage import atomic, checkpoint_directory, manifest, temporaries
+from flair_peft.storage import atomic, checkpoint_directory, held_directory, manifest, temporaries
 from flair_peft.storage.checkpoint_directory import CARD, DOCUMENT, is_checkpoint, read, write, write_file
 
 DOC = {"class": "TextClassifier", "labels": ["ü", "\ud800", "\u2028", ""], "numbers": [1, 2.5, -0.0, 1e300, None, True]}
@@ -746,18 +746,18 @@ def test_checkpoint_error_says_what_happened_and_keeps_its_cause(place: Path) ->
 @both_means
 def test_checkpoint_replaced_while_it_is_read_is_read_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader whose files vanish under it starts again with those that took their place."""
-    open_file = checkpoint_directory._Folder.open
+    open_file = held_directory.Folder.open
     replaced: list[int] = []
 
     def open_late(folder: Any, name: str, size: int | None = None) -> BinaryIO:
         if name == ADAPTER and len(replaced) < 3:
             replaced.append(1)
-            monkeypatch.setattr(checkpoint_directory._Folder, "open", open_file)
+            monkeypatch.setattr(held_directory.Folder, "open", open_file)
             write(place, {"new": len(replaced)}, {"z": b"", ADAPTER: {"t": torch.ones(len(replaced))}}, "")
-            monkeypatch.setattr(checkpoint_directory._Folder, "open", open_late)
+            monkeypatch.setattr(held_directory.Folder, "open", open_late)
         return open_file(folder, name, size)
 
-    monkeypatch.setattr(checkpoint_directory._Folder, "open", open_late)
+    monkeypatch.setattr(held_directory.Folder, "open", open_late)
     found = read(place)
     assert found.document == {"new": 3}
     assert torch.equal(found.tensors[ADAPTER]["t"], torch.ones(3))

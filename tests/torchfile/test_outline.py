@@ -16,8 +16,9 @@ import torch
 from flair.data import Dictionary
 
 from flair_peft.errors import ModelFileError
-from flair_peft.torchfile import inert
-from flair_peft.torchfile.inert import Blob, Made, read_outline, tensors_in
+from flair_peft.torchfile import stand_ins
+from flair_peft.torchfile.outline import read_outline, tensors_in
+from flair_peft.torchfile.stand_ins import Blob, Made
 from tests.support import sparse
 from tests.support.files import Payload
 from tests.support.selection import few
@@ -76,7 +77,7 @@ def test_outline_of_a_file_holds_what_torch_loads(protocol: int, is_zip: bool, t
     assert list(tensors) == [f"state_dict/{name}" for name in loaded["state_dict"]]
     for name, tensor in loaded["state_dict"].items():
         ours = tensors[f"state_dict/{name}"]
-        assert (ours.shape, ours.dtype, ours.bytes) == (tensor.shape, tensor.dtype, tensor.nbytes)
+        assert (ours.shape, f"torch.{ours.dtype}", ours.bytes) == (tensor.shape, str(tensor.dtype), tensor.nbytes)
         assert torch.equal(found.read(ours), tensor.data)
     items = found.value["labels"].state["idx2item"]
     assert [item.decode() for item in items] == loaded["labels"].get_items()
@@ -94,7 +95,7 @@ def test_outline_of_a_tensor_of_a_dtype_without_a_storage_class_is_right(tmp_pat
     value = {"a": torch.arange(4).to(torch.float8_e4m3fn), "b": torch.arange(4).to(torch.uint16)}
     found = read_outline(save(tmp_path / "x.pt", value, 2))
     for name, tensor in tensors_in(found.value).items():
-        assert tensor.dtype == value[name].dtype
+        assert f"torch.{tensor.dtype}" == str(value[name].dtype)
         assert torch.equal(found.read(tensor).float(), value[name].float())
 
 
@@ -234,7 +235,7 @@ def test_outline_of_tensors_without_their_bytes_refuses_to_read_them(tmp_path: P
 
 def test_tensors_of_more_names_than_any_model_are_refused() -> None:
     """The same tensor under ever longer names does not fill the memory."""
-    tensor = inert.Tensor(inert.Storage("torch.FloatStorage", "0", 1), torch.float32, 0, (1,), (1,))
+    tensor = stand_ins.Tensor(stand_ins.Storage("torch.FloatStorage", "0", 1), "float32", 0, (1,), (1,))
     with pytest.raises(ModelFileError, match="more tensors"):
         tensors_in([tensor] * 200_000)
     with pytest.raises(ModelFileError, match="longer than any"):
@@ -245,3 +246,9 @@ def test_outline_of_a_plain_pickle_is_its_value(tmp_path: Path) -> None:
     """A pickle that torch did not write is followed too."""
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": [1, "b"]}))
     assert read_outline(tmp_path / "x.pkl").value == {"a": [1, "b"]}
+
+
+def test_dtypes_by_name_have_the_sizes_of_torch() -> None:
+    """The table says of each dtype of this torch what torch says."""
+    dtypes = {str(value): value.itemsize for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    assert dtypes == {f"torch.{name}": size for name, size in stand_ins.ITEM_BYTES.items() if f"torch.{name}" in dtypes}

@@ -1,31 +1,24 @@
-"""What a torch file would become if it were loaded, as plain containers and inert stand-ins.
+"""A pickle's opcodes, followed one by one to stand-ins for what they would make.
 
-The opcodes of its pickle are followed one by one, but nothing that they name is imported or called: a tensor is its
-dtype, its shape and the place of its bytes, and any other object is its class's name and what it was given.
+Nothing that they name is imported or called.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import mmap
 import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from flair_peft.errors import ModelFileError
-from flair_peft.primitives.held_file import AnyFile, HeldFile, held
 from flair_peft.torchfile import scan
+from flair_peft.torchfile.stand_ins import ITEM_BYTES, Blob, Made, MalformedPickleError, Name, Storage, Tensor
 
 # A vocabulary of a million words takes three million operations; each takes at most a few hundred bytes here.
 _MOST_OPERATIONS = 4_000_000
-_LARGEST_PICKLE = 256 << 20
 
 # Longer texts and bytes are tokenizers and the like, of which the length says enough; the text of a model's state is
 # wanted as it is.
@@ -33,252 +26,31 @@ _LONGEST_BYTES = 10_000
 LONGEST_TEXT = 64 << 20
 _LONGEST_NUMBER = 16
 _MOST_DIMENSIONS = 64
-_MOST_TENSORS = 100_000
-_LONGEST_PLACE = 1_000
-_END = object()
 _ZIP = b"PK\x03\x04"
 
-_OLD_MAGIC = 0x1950A86A20F9469CFC6C
-_PICKLES_OF_OLD_FILES = 5
-
-_STORAGES = {
-    "Double": torch.float64,
-    "Float": torch.float32,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Long": torch.int64,
-    "Int": torch.int32,
-    "Short": torch.int16,
-    "Char": torch.int8,
-    "Byte": torch.uint8,
-    "Bool": torch.bool,
-    "ComplexFloat": torch.complex64,
-    "ComplexDouble": torch.complex128,
-}
-_DTYPES = {f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()}
-_DTYPES_BY_NAME = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-
+_DTYPES = {f"torch.{dtype}": dtype for dtype in ITEM_BYTES}
 _DICTIONARIES = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter"})
 _TENSORS = frozenset({"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"})
 
 
-@dataclass(frozen=True, eq=False)
-class Name:
-    """The name of a function or class."""
-
-    text: str
-
-
-@dataclass(frozen=True, eq=False)
-class Blob:
-    """Bytes or text too long to be read, of this length and checksum; that of an archive is of its files."""
-
-    length: int
-    checksum: int = 0
-
-
-@dataclass(eq=False)
-class Made:
-    """An object that a pickle would make: by whom, of what, and what it would be given afterwards."""
-
-    name: str
-    arguments: tuple[Any, ...] = ()
-    state: Any = None
-    items: list[Any] = field(default_factory=list)
-    entries: dict[Any, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Storage:
-    """The bytes of tensors in the file: kind, key and number of elements."""
-
-    kind: str
-    key: str
-    count: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its elements; bytes where the storage does not say."""
-        return _DTYPES.get(self.kind, torch.uint8)
-
-
-@dataclass(frozen=True, eq=False)
-class Tensor:
-    """A tensor in the file, of which no element was read."""
-
-    storage: Storage
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Size of its elements."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Outline:
-    """A torch file.
-
-    Attributes:
-        path: of the file, held open for what is read of it later.
-        value: what it would become.
-        places: key of a storage → where its bytes start and stop in the file.
-    """
-
-    path: HeldFile
-    value: Any
-    places: Mapping[str, tuple[int, int]]
-
-    def read(self, tensor: Tensor) -> torch.Tensor:
-        """Return the elements of a tensor, copied out of the file.
-
-        Raises:
-            ModelFileError: the file does not hold them.
-        """
-        size = tensor.dtype.itemsize
-        last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True))
-        count = 0 if 0 in tensor.shape else last + 1
-        start, stop = self.places.get(tensor.storage.key, (0, 0))
-        begin = start + tensor.offset * size
-        if begin + count * size > stop:
-            raise _damaged(self.path, f"the bytes of the tensor '{tensor.storage.key}' are not all there")
-        if not count:
-            return torch.empty(tensor.shape, dtype=tensor.dtype)
-        with self.path.open("rb") as file:
-            file.seek(begin)
-            content = bytearray(file.read(count * size))
-        if len(content) != count * size:
-            raise _damaged(self.path, "it was cut off while it was read")
-        return torch.frombuffer(content, dtype=tensor.dtype).as_strided(tensor.shape, tensor.strides)
-
-
-def read_outline(path: AnyFile) -> Outline:
-    """Return what a torch file, zipped or old-style, would become; the bytes of its tensors are not read.
+def follow(operations: scan.Operations, buffer: scan.Buffer) -> Any:
+    """Return what one pickle would make; the operations are consumed to their end.
 
     Raises:
-        ModelFileError: it is no torch file, is damaged, or is larger than any model.
+        MalformedPickleError: it has no end, is longer than that of any model, or does what torch's do not.
     """
-    path = held(path)
-    try:
-        return _read_zipped(path) if scan.is_zip(path) else _read_old(path)
-    except _Odd as error:
-        raise _damaged(path, str(error)) from error
-    except ModelFileError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, struct.error) as error:
-        raise _damaged(path, f"its pickle does not make sense ({type(error).__name__}: {str(error)[:80]})") from error
-
-
-class _Odd(ModelFileError):
-    """What is wrong with a pickle; whoever knows the file names it."""
-
-
-def _read_zipped(path: HeldFile) -> Outline:
-    members = {member.name.partition("/")[2]: member for member in scan.stored_members(path)}
-    pickled = members.get("data.pkl")
-    if pickled is None or pickled.stop - pickled.start > _LARGEST_PICKLE:
-        raise _damaged(path, "there is no pickle of a model in it")
-    _check_order(path, members.get("byteorder"))
-    with path.open("rb") as file:
-        file.seek(pickled.start)
-        buffer = file.read(pickled.stop - pickled.start)
-    places = {name[5:]: (member.start, member.stop) for name, member in members.items() if name.startswith("data/")}
-    return Outline(path, _follow(scan.Operations(buffer, 0), buffer, path), places)
-
-
-def _check_order(path: AnyFile, member: scan.Member | None) -> None:
-    if member is not None:
-        with path.open("rb") as file:
-            file.seek(member.start)
-            if file.read(min(member.stop - member.start, 10)) != b"little":
-                raise _damaged(path, "its numbers are in another byte order than this machine's")
-
-
-def _read_old(path: HeldFile) -> Outline:
-    if path.stat().st_size == 0:
-        raise _damaged(path, "it is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        found, end = [], 0
-        for _ in range(_PICKLES_OF_OLD_FILES):
-            operations = scan.Operations(mapped, end)
-            found.append(_follow(operations, mapped, path))
-            end = operations.end
-            if found[0] != _OLD_MAGIC:  # one pickle alone
-                return Outline(path, found[0], {})
-        value, keys = found[3:]
-        return Outline(path, value, _places_in_row(mapped, end, keys, _storages_in(value)))
-
-
-def _places_in_row(mapped: mmap.mmap, end: int, keys: Any, known: Mapping[str, Storage]) -> dict[str, tuple[int, int]]:
-    """Return where the storages of an old-style file lie: each is its number of elements and then these."""
-    places = {}
-    for key in keys:
-        (count,) = struct.unpack_from("<q", mapped, end)
-        start = end + 8
-        end = start + count * known[key].dtype.itemsize
-        if count < 0 or end > len(mapped):
-            raise _Odd("the file ends before its tensors do")
-        places[key] = (start, end)
-    return places
-
-
-def _storages_in(value: Any) -> dict[str, Storage]:
-    return {tensor.storage.key: tensor.storage for tensor in tensors_in(value).values()}
-
-
-def tensors_in(value: Any) -> dict[str, Tensor]:
-    """Return the tensors in nested containers, each under the names on the way to it, joined by ``/``.
-
-    A container that is in several places is entered in the first of them.
-
-    Raises:
-        ModelFileError: there are more of them, or they have longer names, than in any model.
-    """
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    pending = [_parts_of(value, "")]
-    while pending:
-        place, item = next(pending[-1], ("", _END))
-        if item is _END:
-            pending.pop()
-        elif len(place) > _LONGEST_PLACE or len(found) > _MOST_TENSORS:
-            raise _Odd("it has more tensors, or more levels, than any model of Flair")
-        elif isinstance(item, Tensor):
-            found[place] = item
-        elif id(item) not in seen:
-            seen.add(id(item))
-            pending.append(_parts_of(item, place))
-    return found
-
-
-def _parts_of(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Yield what is in a container and may hold tensors; one at a time, for a file can say the same thing often."""
-    around = f"{place}/" if place else ""
-    if isinstance(value, Made):
-        yield from ((f"{around}{part}", getattr(value, part)) for part in ("arguments", "state", "items", "entries"))
-    elif isinstance(value, (dict, list, tuple)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            if isinstance(item, (dict, list, tuple, Made, Tensor)) and isinstance(key, (str, int)):
-                if isinstance(key, str) and len(key) > _LONGEST_PLACE:
-                    raise _Odd("the name of a tensor in it is longer than any")
-                yield f"{around}{key}", item
-
-
-def _follow(operations: scan.Operations, buffer: scan.Buffer, path: AnyFile) -> Any:
-    """Return what one pickle would make; the operations are consumed to their end."""
     machine = _Machine(buffer)
     for count, (code, start, stop) in enumerate(operations):
         if count > _MOST_OPERATIONS:
-            raise _damaged(path, f"its pickle has more than {_MOST_OPERATIONS} operations, as no model of Flair has")
+            raise MalformedPickleError(
+                f"its pickle has more than {_MOST_OPERATIONS} operations, as no model of Flair has"
+            )
         handle = _HANDLERS.get(code)
         if handle is None:
-            raise _damaged(path, "it holds an opcode that torch does not write")
+            raise MalformedPickleError("it holds an opcode that torch does not write")
         handle(machine, start, stop)
     if not operations.is_whole:
-        raise _damaged(path, "its pickle has no end")
+        raise MalformedPickleError("its pickle has no end")
     return machine.stack[-1]
 
 
@@ -298,7 +70,7 @@ class _Machine:
     def take(self, count: int) -> tuple[Any, ...]:
         """Return so many values from the top of the stack, the lowest first."""
         if count > len(self.stack):
-            raise _Odd("it takes more than there is")
+            raise MalformedPickleError("it takes more than there is")
         taken = tuple(self.stack[len(self.stack) - count :])
         del self.stack[len(self.stack) - count :]
         return taken
@@ -328,7 +100,7 @@ def _call(function: Any, arguments: Any) -> Any:
     if isinstance(function, Made) and isinstance(arguments, tuple):  # a partial function, for example
         return Made(function.name, arguments)
     if not isinstance(function, Name) or not isinstance(arguments, tuple):
-        raise _Odd("something is called that is no function")
+        raise MalformedPickleError("something is called that is no function")
     name = function.text
     if name in _TENSORS:
         return _tensor(*arguments)
@@ -362,14 +134,14 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> 
     """Return the tensor that torch would make of a storage."""
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, Storage) or len(shape) != len(strides) or len(shape) > _MOST_DIMENSIONS:
-        raise _Odd("a tensor does not say how it lies in its storage")
+        raise MalformedPickleError("a tensor does not say how it lies in its storage")
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
-        raise _Odd("a tensor has a size that none has")
-    dtype = _DTYPES_BY_NAME[more[2].text] if len(more) > 2 else storage.dtype
+        raise MalformedPickleError("a tensor has a size that none has")
+    dtype = _DTYPES[more[2].text] if len(more) > 2 else storage.dtype
     last = sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-    held = storage.count * storage.dtype.itemsize
-    if 0 not in shape and (offset + last + 1) * dtype.itemsize > held:
-        raise _Odd("a tensor is larger than its storage")
+    held = storage.count * ITEM_BYTES[storage.dtype]
+    if 0 not in shape and (offset + last + 1) * ITEM_BYTES[dtype] > held:
+        raise MalformedPickleError("a tensor is larger than its storage")
     return Tensor(storage, dtype, offset, shape, strides)
 
 
@@ -380,7 +152,7 @@ def _refer(machine: _Machine, *_: int) -> None:
         return
     kind, storage, key, _, count = reference[:5]
     if kind != "storage" or not isinstance(storage, Name) or not isinstance(key, str) or type(count) is not int:
-        raise _Odd("it refers to something that is not a tensor's storage")
+        raise MalformedPickleError("it refers to something that is not a tensor's storage")
     machine.push(Storage(storage.text, key, count))
 
 
@@ -391,7 +163,7 @@ def _reduce(machine: _Machine, *_: int) -> None:
 def _create(machine: _Machine, *_: int) -> None:
     cls, arguments = machine.take(2)
     if not isinstance(cls, Name) or not isinstance(arguments, tuple):
-        raise _Odd("something is made of what is no class")
+        raise MalformedPickleError("something is made of what is no class")
     machine.push(Made(cls.text, arguments))
 
 
@@ -406,7 +178,7 @@ def _build(machine: _Machine, *_: int) -> None:
     if isinstance(machine.stack[-1], Made):
         machine.stack[-1].state = state
     elif not isinstance(machine.stack[-1], dict):  # dictionaries of tensors have metadata, which nobody needs
-        raise _Odd("something is given a state that has none")
+        raise MalformedPickleError("something is given a state that has none")
 
 
 def _append(machine: _Machine, items: list[Any]) -> None:
@@ -459,7 +231,7 @@ def _name_of_stack(machine: _Machine, *_: int) -> None:
 
 def _line(machine: _Machine, start: int, stop: int) -> str:
     if stop - start > 1_000:
-        raise _Odd("a number or text in it has no end")
+        raise MalformedPickleError("a number or text in it has no end")
     return machine.buffer[start : stop - 1].decode("latin-1")
 
 
@@ -574,7 +346,3 @@ _BY_OPCODE: dict[str, _Handler] = {
 """Opcode → what it does; torch and Flair write no others."""
 
 _HANDLERS = {ord(opcode.code): _BY_OPCODE[opcode.name] for opcode in pickletools.opcodes if opcode.name in _BY_OPCODE}
-
-
-def _damaged(path: AnyFile, reason: str) -> ModelFileError:
-    return scan.unreadable(path, reason)

@@ -1,0 +1,139 @@
+"""``push``, ``merge`` and ``export``: a model on the Hub, as a file of stock Flair, as ONNX."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import flair_peft
+from flair_peft.cli.command import OK, add_command, add_load, load_model
+from flair_peft.cli.terminal import echo, printable, showing, size
+from flair_peft.errors import ModelFileError, SaveError
+
+if TYPE_CHECKING:
+    from flair.data import Sentence
+
+
+def add_push(commands: Any, name: str) -> None:
+    """Add the command ``push``."""
+    text = "put a model on the Hub: a checkpoint as it lies there, or a .pt file as a checkpoint"
+    parser = add_command(commands, name, _push, text, "flair-peft push my-tagger me/my-tagger --private")
+    parser.add_argument("source", type=Path, help="directory or .pt file")
+    parser.add_argument("repository", help="user/name; it is made where it is missing")
+    parser.add_argument("--private", action="store_true", default=None, help="for a new repository")
+    parser.add_argument("--revision", help="branch; it is made where it is missing")
+    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
+    add_load(parser)
+
+
+def _push(chosen: argparse.Namespace) -> int:
+    from flair_peft.inspection import report
+    from flair_peft.storage import hub
+
+    options: dict[str, Any] = {
+        "private": chosen.private,
+        "revision": chosen.revision,
+        "commit_message": chosen.message,
+        "create_pr": chosen.create_pr,
+    }
+    if chosen.source.is_file():
+        address = flair_peft.push_to_hub(load_model(chosen.source, chosen), chosen.repository, **options)
+    elif chosen.base_model is not None or chosen.trust_remote_code:
+        raise SaveError(
+            f"Cannot push '{chosen.source}' with --base-model or --trust-remote-code: a directory is uploaded as it "
+            "lies there, and its base is not loaded. Leave them out, or use verify with them first."
+        )
+    else:
+        with showing("verifying"):
+            address = hub.push_directory(chosen.source, chosen.repository, **options)
+        for adapter in report.inspect(chosen.source).adapters:
+            if adapter.base["name"] and Path(adapter.base["name"]).is_absolute():
+                hub.report_local_base(adapter.base["name"])
+    echo(address)
+    return OK
+
+
+def add_merge(commands: Any, name: str) -> None:
+    """Add the command ``merge``."""
+    text = "write a .pt file that stock Flair loads: the adapter is merged into the base"
+    parser = add_command(commands, name, _merge, text, "flair-peft merge my-tagger merged.pt")
+    parser.add_argument("source", type=Path, help="directory or .pt file")
+    parser.add_argument("target", type=Path, help="the .pt file to write")
+    add_load(parser)
+
+
+def _merge(chosen: argparse.Namespace) -> int:
+    if chosen.target.is_dir() or not chosen.target.absolute().parent.is_dir():
+        raise SaveError(
+            f"Cannot write '{chosen.target}': it is a directory, or would be in one that is missing. The command "
+            "writes one file. Choose another name."
+        )
+    _refuse_overwriting(chosen.source, chosen.target)
+    flair_peft.merge(load_model(chosen.source, chosen)).save(chosen.target)
+    echo(f"{printable(chosen.target)} holds the merged model, {size(chosen.target.stat().st_size)}.")
+    return OK
+
+
+def _refuse_overwriting(source: Path, *targets: Path) -> None:
+    """Return if no file to be written is the one that is read, or part of it: it holds the adapter."""
+    for target in targets:
+        if target.exists() and any(target.samefile(place) for place in (source, *source.rglob("*")) if place.exists()):
+            raise SaveError(
+                f"Cannot write '{target}': it is the model that is read, or part of it. What is written there does not "
+                "hold the adapter any more, and there may be no other copy. Choose another name."
+            )
+
+
+def add_export(commands: Any, name: str) -> None:
+    """Add the command ``export``."""
+    text = "write an ONNX file of the transformer with its adapter, and the .pt file of the model that runs it"
+    parser = add_command(commands, name, _export, text, "flair-peft export my-tagger encoder.onnx tagger.pt")
+    parser.add_argument("source", type=Path, help="directory or .pt file")
+    parser.add_argument("onnx", type=Path, help="the ONNX file to write; the .pt file names its path")
+    parser.add_argument("target", type=Path, help="the .pt file to write, which stock Flair loads")
+    text = "compute in int8, and print what that costs on the sentences of this file, one a line"
+    parser.add_argument("--int8", type=Path, metavar="TEXTS", help=text)
+    add_load(parser)
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    if chosen.onnx.absolute() == chosen.target.absolute():
+        raise SaveError(
+            f"Cannot write '{chosen.target}' twice: one file is the transformer, and the other the model that runs it. "
+            "Choose two names."
+        )
+    for path in (chosen.onnx, chosen.target):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise SaveError(
+                f"Cannot write '{path}': it is a directory, or would be in one that is missing. The command writes two "
+                "files. Choose another name."
+            )
+    sentences = [] if chosen.int8 is None else _sentences(chosen.int8)
+    _refuse_overwriting(chosen.source, chosen.onnx, chosen.target)
+    model = flair_peft.export_onnx(load_model(chosen.source, chosen), chosen.onnx.absolute())
+    if sentences:
+        echo(f"int8: {flair_peft.quantize_onnx(model, sentences)}.")
+    model.save(chosen.target)
+    echo(f"{printable(chosen.target)} holds the model, and {printable(chosen.onnx)} its transformer.")
+    return OK
+
+
+def _sentences(path: Path) -> list[Sentence]:
+    """Return the sentences of a text file; an empty one is refused before anything is exported."""
+    from flair.data import Sentence
+
+    try:
+        found = [Sentence(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFileError(
+            f"Cannot read the sentences in '{path}': {error}. They are text in UTF-8, one sentence a line. Pass such a "
+            "file."
+        ) from error
+    if not found:
+        raise ModelFileError(
+            f"Cannot measure int8 on '{path}': it holds no sentence. What int8 costs shows on text like that for "
+            "which the model is meant. Pass a file with some, one a line."
+        )
+    return found

@@ -1,0 +1,38 @@
+"""Write ``flair_peft/adapter/peft_methods.json``: the methods, settings and prefixes of the installed PEFT.
+
+    python resources/list_peft_methods.py
+
+Where the file already says the same of other versions, the installed one is added to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+
+from flair_peft.adapter import peft_methods
+
+TABLE = Path(peft_methods.__file__).with_suffix(".json")
+
+
+def describe() -> dict[str, Any]:
+    """What the installed PEFT says, as the file has it."""
+    found = peft_methods.ask_peft()
+    methods = {name: dataclasses.asdict(method) for name, method in sorted(found.by_name.items())}
+    return {"shared_settings": sorted(found.shared_settings), "methods": methods}
+
+
+def main() -> None:
+    found = json.loads(json.dumps(describe()))
+    earlier = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"versions": []}
+    versions = earlier.pop("versions") if {**earlier, "versions": 0} == {**found, "versions": 0} else []
+    table = {"versions": sorted({*versions, peft.__version__}), **found}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
