@@ -15,7 +15,9 @@ import pytest
 import torch
 
 import flair_peft
-from tests.inspection.test_report import build, lora, save_as
+from tests.support.configs import lora
+from tests.support.files import save_as
+from tests.support.models import CLASSIFIER, make
 
 LARGE = {
     "torch",
@@ -55,7 +57,7 @@ def run(code: str, *arguments: str, timeout: float = 900) -> str:
 
 def test_headers_are_read_without_any_of_the_large_libraries(base: Callable[[str], str], tmp_path: Path) -> None:
     """The command line starts at once: neither it nor what it looks into imports what takes seconds."""
-    model = build("text-classifier", base("bert"), lora())
+    model = make(CLASSIFIER, base("bert"), lora())
     directory, file = save_as("directory", model, tmp_path), save_as("file", model, tmp_path)
     stock = tmp_path / "stock.pt"
     torch.save({"__cls__": "TextClassifier", "state_dict": model.state_dict()}, stock)

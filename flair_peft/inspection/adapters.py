@@ -86,10 +86,10 @@ def find_adapters(found: Contents) -> Iterator[Adapter]:
         config = config or _plain_config(embeddings.params.get("peft_config"))
         if config is not None or prefixes:
             seen.update({number} if isinstance(number, int) else ())
-            yield _describe(found, _place_of(embeddings), embeddings.params, config, prefixes)
+            yield _describe(found, place_of(embeddings), embeddings.params, config, prefixes)
 
 
-def _place_of(embeddings: StoredEmbeddings) -> str:
+def place_of(embeddings: StoredEmbeddings) -> str:
     """Return keys and indices on the way to the parameters of embeddings in the state of a model, joined by dots."""
     around = ("model_states", embeddings.task.removesuffix(".")) if embeddings.task else ()
     return ".".join(map(str, (*around, *embeddings.place)))

@@ -16,7 +16,7 @@ import torch
 
 from flair_peft.adapter import keys
 from flair_peft.errors import ModelFileError
-from flair_peft.inspection import file_contents
+from flair_peft.inspection import adapters, file_contents
 from flair_peft.inspection.file_contents import StoredTensor
 from flair_peft.inspection.labels import dictionary_in
 from flair_peft.inspection.report import Inspection
@@ -328,7 +328,7 @@ def _tokenizer_files(found: Inspection) -> dict[str, str]:
                 archived = _archived(found.contents.tensors[held], found)
                 files.update({f"{folder}{subfolder}/{file}": mark for file, mark in archived.items()})
             elif stored is not None:
-                files[f"{embeddings.place}.{name}"] = _plain(found.content_of(stored))
+                files[f"{adapters.place_of(embeddings)}.{name}"] = _plain(found.content_of(stored))
     return files
 
 
