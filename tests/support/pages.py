@@ -53,8 +53,8 @@ def constant(path: str, name: str) -> Any:
 
 
 def works(method: Method) -> frozenset[str]:
-    """Return the kinds of models that the method works on here, as ``tests/adapter/test_methods.py`` tests it."""
-    if method.name in constant("tests/adapter/test_methods.py", "WORKS_HERE"):
+    """Return the kinds of models that the method works on here, as ``tests/support/method_cases.py`` has them."""
+    if method.name in constant("tests/support/method_cases.py", "WORKS_HERE"):
         return frozenset(KINDS)
     is_refused = method.name in refusals.REFUSED_METHODS or method.before is not None
     return frozenset() if is_refused else method.works
