@@ -56,7 +56,7 @@ from flair_peft.models.model_class import subclasses
 from flair_peft.primitives import host_internals, mapped_memory
 from flair_peft.storage import checkpoint_directory as checkpoint_files
 from flair_peft.torchfile import unpickle
-from flair_peft.training import ddp, plugins, progress, resume
+from flair_peft.training import ddp, plugins, position, resume
 
 log = logging.getLogger("flair_peft")
 
@@ -277,7 +277,7 @@ def _keeping_the_best(original: Callable[..., None]) -> Callable[..., None]:
     def _save_model(self: ModelTrainer, model_file: Any, checkpoint: bool = False) -> None:
         # Flair counts the best score from zero in each training, one that goes on included.
         has_adapter = _installed and bool(adapted_embeddings(self.model))
-        if not has_adapter or ddp.agree(progress.may_replace(self, model_file)):
+        if not has_adapter or ddp.agree(position.may_replace(self, model_file)):
             original(self, model_file, checkpoint)
 
     return _save_model

@@ -1,4 +1,4 @@
-"""Write ``flair_peft/adapter/peft_methods.json``: the methods, settings and prefixes of the installed PEFT.
+"""Write ``flair_peft/adapter/peft_registry.json``: the methods, settings and prefixes of the installed PEFT.
 
     python resources/list_peft_methods.py
 
@@ -14,14 +14,14 @@ from typing import Any
 
 import peft
 
-from flair_peft.adapter import peft_methods
+from flair_peft.adapter import peft_registry
 
-TABLE = Path(peft_methods.__file__).with_suffix(".json")
+TABLE = Path(peft_registry.__file__).with_suffix(".json")
 
 
 def describe() -> dict[str, Any]:
     """What the installed PEFT says, as the file has it."""
-    found = peft_methods.ask_peft()
+    found = peft_registry.ask_peft()
     methods = {name: dataclasses.asdict(method) for name, method in sorted(found.by_name.items())}
     return {"shared_settings": sorted(found.shared_settings), "methods": methods}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flair_peft.adapter import keys, traits
 from flair_peft.adapter.methods import method_name
-from flair_peft.adapter.peft_methods import peft_methods
+from flair_peft.adapter.peft_registry import peft_methods
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -80,7 +80,7 @@ class FromTensors:
 
 @dataclass(frozen=True)
 class MethodTraits(Traits):
-    """What is true of a method.
+    """What is true of one method of PEFT, for all that treats methods differently to ask.
 
     Attributes:
         name: PEFT's, such as "LORA".

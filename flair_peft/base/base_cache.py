@@ -16,8 +16,8 @@ from transformers import PretrainedConfig
 
 from flair_peft.adapter import injection
 from flair_peft.base import memory_check, transformer
-from flair_peft.base.converted import ConvertedBase
-from flair_peft.base.frozen import FrozenBase, PlacedBase, described, state_of_source
+from flair_peft.base.frozen_base import FrozenBase, PlacedBase, described, state_of_source
+from flair_peft.base.other_dtype import ConvertedBase
 from flair_peft.base.placement import PLACING, QUANTISING, is_placed
 from flair_peft.primitives import mapped_memory
 from flair_peft.primitives.base_record import BaseRecord

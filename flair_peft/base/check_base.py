@@ -8,7 +8,7 @@ from typing import Any
 
 from flair_peft.adapter import keys
 from flair_peft.base import transformer, weight_files
-from flair_peft.base.frozen import FrozenBase
+from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFileError, name_some
 from flair_peft.primitives.base_record import BaseRecord
 from flair_peft.primitives.load_context import load_options

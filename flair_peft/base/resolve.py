@@ -1,4 +1,4 @@
-"""The base model of new embeddings, and of stored ones."""
+"""Finds the base model of new embeddings, and of stored ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flair_peft.base import base_cache, check_base, memory_check, quantisation, transformer
-from flair_peft.base.frozen import FrozenBase
+from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.base.tokenizers import KnownTokenizers
 from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFileError
 from flair_peft.primitives.base_record import BaseRecord, StoredBase, kept_arguments

@@ -21,9 +21,9 @@ from flair.models.relation_classifier_model import (
 from flair.nn import DeepNCMDecoder, LabelVerbalizerDecoder, PrototypicalDecoder
 from torch import nn
 
-from flair_peft.codec import checks
-from flair_peft.codec.checks import Check
+from flair_peft.codec import setting_checks
 from flair_peft.codec.objects import Fields, Kind, area, dtype_of, plain_kind, read_attributes
+from flair_peft.codec.setting_checks import Check
 
 
 def _read_dictionary(dictionary: Dictionary) -> Fields:
@@ -69,12 +69,12 @@ def _build_task_prompt(entity_types: list[str], task_prompt: list[str]) -> Entit
 
 
 _PROTOTYPES: dict[str, Check] = {
-    "num_prototypes": checks.is_size,
-    "prototype_size": checks.is_size,
-    "min_radius": checks.is_number,
-    "unlabeled_distance": checks.optional(checks.is_number),
-    "unlabeled_idx": checks.optional(checks.is_size),
-    "learning_mode": checks.optional(checks.is_text),
+    "num_prototypes": setting_checks.is_size,
+    "prototype_size": setting_checks.is_size,
+    "min_radius": setting_checks.is_number,
+    "unlabeled_distance": setting_checks.optional(setting_checks.is_number),
+    "unlabeled_idx": setting_checks.optional(setting_checks.is_size),
+    "learning_mode": setting_checks.optional(setting_checks.is_text),
 }
 
 
@@ -100,12 +100,12 @@ def _size_prototypes(fields: Fields) -> int:
 
 
 _MEANS: dict[str, Check] = {
-    "label_dictionary": checks.is_dictionary,
-    "use_encoder": checks.is_flag,
-    "encoding_dim": checks.is_size,
-    "alpha": checks.is_number,
-    "mean_update_method": checks.is_text,
-    "multi_label": checks.is_flag,
+    "label_dictionary": setting_checks.is_dictionary,
+    "use_encoder": setting_checks.is_flag,
+    "encoding_dim": setting_checks.is_size,
+    "alpha": setting_checks.is_number,
+    "mean_update_method": setting_checks.is_text,
+    "multi_label": setting_checks.is_flag,
 }
 
 
@@ -182,27 +182,27 @@ KINDS: tuple[Kind, ...] = (
         name="dictionary",
         cls=Dictionary,
         fields={
-            "items": checks.is_names,
-            "indices": checks.optional(checks.is_index),
-            "add_unk": checks.is_flag,
-            "multi_label": checks.is_flag,
-            "span_labels": checks.is_flag,
+            "items": setting_checks.is_names,
+            "indices": setting_checks.optional(setting_checks.is_index),
+            "add_unk": setting_checks.is_flag,
+            "multi_label": setting_checks.is_flag,
+            "span_labels": setting_checks.is_flag,
         },
         read=_read_dictionary,
         build=_build_dictionary,
     ),
-    *(plain_kind(name, cls, add_special_tokens=checks.is_flag) for name, cls in _STRATEGIES.items()),
+    *(plain_kind(name, cls, add_special_tokens=setting_checks.is_flag) for name, cls in _STRATEGIES.items()),
     Kind(
         name="task_prompt",
         cls=EntityTypeTaskPromptAugmentationStrategy,
-        fields={"entity_types": checks.is_words, "task_prompt": checks.is_names},
+        fields={"entity_types": setting_checks.is_words, "task_prompt": setting_checks.is_names},
         read=partial(read_attributes, names=("entity_types", "task_prompt")),
         build=_build_task_prompt,
     ),
     Kind(
         name="candidates",
         cls=CandidateGenerator,
-        fields={"mention_to_candidates_map": partial(checks.is_a, dict), "backoff": checks.is_flag},
+        fields={"mention_to_candidates_map": partial(setting_checks.is_a, dict), "backoff": setting_checks.is_flag},
         read=partial(read_attributes, names=("mention_to_candidates_map", "backoff")),
         build=_build_candidates,
     ),
@@ -211,10 +211,10 @@ KINDS: tuple[Kind, ...] = (
         cls=PrototypicalDecoder,
         fields={
             **_PROTOTYPES,
-            "embeddings_size": checks.is_size,
-            "distance_function": checks.is_text,
-            "use_radius": checks.is_flag,
-            "dtype": checks.is_dtype,
+            "embeddings_size": setting_checks.is_size,
+            "distance_function": setting_checks.is_text,
+            "use_radius": setting_checks.is_flag,
+            "dtype": setting_checks.is_dtype,
         },
         read=_read_prototypes,
         build=_build_prototypes,
@@ -223,7 +223,12 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         name="class_means",
         cls=DeepNCMDecoder,
-        fields={**_MEANS, "embeddings_size": checks.is_size, "dtype": checks.is_dtype, "pending": _is_pending},
+        fields={
+            **_MEANS,
+            "embeddings_size": setting_checks.is_size,
+            "dtype": setting_checks.is_dtype,
+            "pending": _is_pending,
+        },
         read=_read_means,
         build=_build_means,
         size=_size_means,
@@ -232,9 +237,9 @@ KINDS: tuple[Kind, ...] = (
         name="label_verbalizer",
         cls=LabelVerbalizerDecoder,
         fields={
-            "label_embedding": partial(checks.is_a, dict),
-            "embeds_in_training": checks.is_flag,
-            "labels": checks.is_names,
+            "label_embedding": partial(setting_checks.is_a, dict),
+            "embeds_in_training": setting_checks.is_flag,
+            "labels": setting_checks.is_names,
         },
         read=_read_verbalizer,
         build=_build_verbalizer,

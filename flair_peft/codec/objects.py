@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from flair_peft.adapter import injection
-from flair_peft.codec import checks
-from flair_peft.codec.checks import Check
+from flair_peft.codec import setting_checks
+from flair_peft.codec.setting_checks import Check
 from flair_peft.errors import ModelFileError, UnsupportedStateError, name_some
 
 Fields = dict[str, Any]
@@ -92,7 +92,7 @@ def build_object(kind: Kind, fields: Fields, *, room: int) -> tuple[Any, int]:
     Raises:
         ModelFileError: the settings are not those of the class, or would take more memory than ``room``.
     """
-    expected = {**kind.fields, **dict.fromkeys(_MODES if kind.is_module else (), checks.is_names)}
+    expected = {**kind.fields, **dict.fromkeys(_MODES if kind.is_module else (), setting_checks.is_names)}
     odd = expected.keys() ^ fields.keys() or {name for name, check in expected.items() if not check(fields[name])}
     if odd:
         raise ModelFileError(

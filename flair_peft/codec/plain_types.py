@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from flair_peft.codec import places
-from flair_peft.codec.places import Place
+from flair_peft.codec import state_positions
+from flair_peft.codec.state_positions import Place
 from flair_peft.compat import FormatVersion
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -71,7 +71,7 @@ def _type_of_text(name: str, cls: type, write: Callable[[Any], str], read: Calla
 
     def decode_text(_: Decoder, place: Place, *, value: str) -> Any:
         if type(value) is not str:
-            raise places.damage(place, f"there is no text but {value!r:.40}")
+            raise state_positions.damage(place, f"there is no text but {value!r:.40}")
         return read(value)
 
     return PlainType(name, cls, lambda _, value, __: {"value": write(value)}, decode_text)
@@ -84,7 +84,7 @@ def _type_of_items(name: str, cls: type, order: Callable[[Any], Iterable[Any]] =
         decoded = decoder.decode_items(items, place)
         value = cls(decoded)
         if len(value) != len(decoded):
-            raise places.damage(place, "an item is there twice")
+            raise state_positions.damage(place, "an item is there twice")
         return value
 
     return PlainType(
@@ -110,7 +110,7 @@ def _in_order(items: Iterable[Any]) -> list[Any]:
 def _encode_default_dict(encoder: Encoder, value: defaultdict[Any, Any], place: Place) -> dict[str, Any]:
     factory = next((name for name, known in _FACTORIES.items() if known is value.default_factory), None)
     if factory is None:
-        raise places.refusal(place, f"is a defaultdict of {value.default_factory!r:.80}")
+        raise state_positions.refusal(place, f"is a defaultdict of {value.default_factory!r:.80}")
     return {"factory": factory, "items": encoder.encode_pairs(value, place)}
 
 
@@ -153,7 +153,7 @@ def _encode_array(encoder: Encoder, value: Any, place: Place) -> dict[str, Any]:
     try:
         tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     except TypeError as error:
-        raise places.refusal(place, f"is a numpy array of {array.dtype}") from error
+        raise state_positions.refusal(place, f"is a numpy array of {array.dtype}") from error
     return _encode_tensor(encoder, tensor, place)
 
 
@@ -167,7 +167,7 @@ def _decode_scalar(decoder: Decoder, place: Place, **fields: Any) -> Any:
 
 def _decode_version(_: Decoder, place: Place, *, value: Any) -> FormatVersion:
     if type(value) is not int:
-        raise places.damage(place, f"there is no version but {value!r:.40}")
+        raise state_positions.damage(place, f"there is no version but {value!r:.40}")
     return FormatVersion(value)
 
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch.torch_version import TorchVersion
 
-from flair_peft.codec import flair_objects, objects, places, torch_modules, trust
-from flair_peft.codec.places import Place
+from flair_peft.codec import flair_objects, objects, state_positions, torch_modules, trust
 from flair_peft.codec.plain_types import BY_CLASS, BY_NAME, SCALAR
+from flair_peft.codec.state_positions import Place
 from flair_peft.errors import FlairPeftError, name_some
 
 Tensors = dict[str, torch.Tensor]
@@ -65,7 +65,7 @@ def encode(
     try:
         return encoder.encode(value, (where,) if where else ()), encoder.tensors
     except RecursionError as error:
-        raise places.refusal((where,), "has too many levels") from error
+        raise state_positions.refusal((where,), "has too many levels") from error
 
 
 def decode(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -86,10 +86,10 @@ def decode(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         decoder = _Decoder(tensors)
         value = decoder.decode(document, ())
     except RecursionError as error:
-        raise places.damage((), "it has too many levels") from error
+        raise state_positions.damage((), "it has too many levels") from error
     unused = tensors.keys() - decoder.used
     if unused:
-        raise places.damage((), f"nothing uses the tensors {name_some(unused)}")
+        raise state_positions.damage((), f"nothing uses the tensors {name_some(unused)}")
     return value
 
 
@@ -106,7 +106,7 @@ def restore_state(text: str, tensors: Tensors) -> Any:
     except FlairPeftError:
         raise
     except (ValueError, TypeError, RecursionError) as error:
-        raise places.damage((), f"it is not JSON ({type(error).__name__}: {str(error)[:80]})") from error
+        raise state_positions.damage((), f"it is not JSON ({type(error).__name__}: {str(error)[:80]})") from error
     return decode(document, tensors)
 
 
@@ -124,9 +124,9 @@ class _Encoder:
         if value is None or type(value) is bool or type(value) is str:
             return value
         if len(place) > MAX_DEPTH:
-            raise places.refusal(place, f"has more than {MAX_DEPTH} levels")
+            raise state_positions.refusal(place, f"has more than {MAX_DEPTH} levels")
         if id(value) in self._open:
-            raise places.refusal(place, f"is a {places.class_name(value)} that holds itself")
+            raise state_positions.refusal(place, f"is a {state_positions.class_name(value)} that holds itself")
         self._open.add(id(value))
         try:
             return self._encode_open(value, place)
@@ -152,8 +152,8 @@ class _Encoder:
         if cls in BY_CLASS or isinstance(value, np.generic):
             entry = BY_CLASS.get(cls, SCALAR)
             return {_TAG: entry.name, **entry.encode(self, value, place)}
-        raise places.refusal(
-            place, f"is a {places.class_name(value)}" if cls is not int else "is a number of too many digits"
+        raise state_positions.refusal(
+            place, f"is a {state_positions.class_name(value)}" if cls is not int else "is a number of too many digits"
         )
 
     def encode_items(self, items: Iterable[Any], place: Place) -> list[Any]:
@@ -189,19 +189,19 @@ class _Encoder:
     def _encode_object(self, kind: objects.Kind, value: Any, place: Place) -> dict[str, Any]:
         if kind.is_module:
             self._check_shared(kind, value, place)
-        fields = objects.read_fields(kind, value, places.show(place))
+        fields = objects.read_fields(kind, value, state_positions.show(place))
         return {_TAG: kind.name, **{name: self.encode(item, (*place, name)) for name, item in fields.items()}}
 
     def _check_shared(self, kind: objects.Kind, module: torch.nn.Module, place: Place) -> None:
         for name, parameter in objects.own_parameters(kind, module):
             if id(parameter) in self._parameters:
-                raise places.refusal((*place, name), "is a weight of two modules at once")
+                raise state_positions.refusal((*place, name), "is a weight of two modules at once")
             self._parameters.add(id(parameter))
 
     def _check_settings(self, settings: Mapping[Any, Any], place: Place) -> None:
         danger = trust.unsafe_part(settings)
         if danger:
-            raise places.refusal(place, f"is embeddings that need {danger}")
+            raise state_positions.refusal(place, f"is embeddings that need {danger}")
 
 
 class _Decoder:
@@ -218,11 +218,11 @@ class _Decoder:
         if document is None or cls in (bool, int, str) or (cls is float and math.isfinite(document)):
             return document
         if len(place) > MAX_DEPTH:
-            raise places.damage(place[:5], f"it has more than {MAX_DEPTH} levels")
+            raise state_positions.damage(place[:5], f"it has more than {MAX_DEPTH} levels")
         if cls is list:
             return self.decode_items(document, place)
         if cls is not dict:
-            raise places.damage(place, f"there is a {cls.__name__}: {document!r:.40}")
+            raise state_positions.damage(place, f"there is a {cls.__name__}: {document!r:.40}")
         if _TAG in document:
             return self._decode_tagged(document, place)
         return self._decode_plain(document, place)
@@ -236,14 +236,14 @@ class _Decoder:
             key, item = _list(pair, place)
             decoded[self.decode(key, (*place, f"{index}:key"))] = self.decode(item, (*place, str(index)))
         if len(decoded) != len(pairs):
-            raise places.damage(place, "a key is there twice")
+            raise state_positions.damage(place, "a key is there twice")
         self._check_settings(decoded, place)
         return decoded
 
     def take(self, name: Any, place: Place) -> torch.Tensor:
         """Return a tensor that only one value uses."""
         if type(name) is not str or name not in self.tensors or name in self.used:
-            raise places.damage(place, f"the tensor {name!r:.80} is missing or used twice")
+            raise state_positions.damage(place, f"the tensor {name!r:.80} is missing or used twice")
         self.used.add(name)
         return self.tensors[name]
 
@@ -253,13 +253,13 @@ class _Decoder:
             return self._blobs[name]
         tensor = self.take(name, place)
         if tensor.dtype is not torch.uint8 or tensor.dim() != 1:
-            raise places.damage(place, f"the tensor '{name}' does not hold bytes")
+            raise state_positions.damage(place, f"the tensor '{name}' does not hold bytes")
         return self._blobs.setdefault(name, tensor.cpu().numpy().tobytes())
 
     def _decode_plain(self, document: dict[Any, Any], place: Place) -> dict[str, Any]:
         odd = [key for key in document if type(key) is not str or key.startswith("$")]
         if odd:
-            raise places.damage(place, f"there is the key {odd[0]!r:.40}")
+            raise state_positions.damage(place, f"there is the key {odd[0]!r:.40}")
         decoded = {key: self.decode(item, (*place, key)) for key, item in document.items()}
         self._check_settings(decoded, place)
         return decoded
@@ -267,7 +267,7 @@ class _Decoder:
     def _check_settings(self, settings: Mapping[Any, Any], place: Place) -> None:
         danger = trust.unsafe_part(settings)
         if danger:
-            raise places.damage(place, f"there are embeddings that need {danger}")
+            raise state_positions.damage(place, f"there are embeddings that need {danger}")
 
     def _decode_tagged(self, document: dict[Any, Any], place: Place) -> Any:
         fields = {key: item for key, item in document.items() if key != _TAG}
@@ -282,15 +282,15 @@ class _Decoder:
         except (FlairPeftError, RecursionError):
             raise
         except Exception as error:  # constructors raise what they like when a file gives them nonsense
-            raise places.damage(place, f"{type(error).__name__}: {str(error)[:200]}") from error
-        raise places.damage(place, f"there is an object of the unknown type {name!r:.40}")
+            raise state_positions.damage(place, f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise state_positions.damage(place, f"there is an object of the unknown type {name!r:.40}")
 
     def _decode_group(self, place: Place, *, prefix: str, count: int) -> Tensors:
         names = [name for name in self.tensors if name.startswith(prefix)]
         # Whoever loads weights into a model compares every name, and can say which is missing or left over.
         is_counted = len(names) == count or place[-1:] == ("state_dict",)
         if not prefix.endswith("/") or not is_counted or not names:
-            raise places.damage(place, f"{len(names)} tensors are named '{prefix:.80}…' instead of {count}")
+            raise state_positions.damage(place, f"{len(names)} tensors are named '{prefix:.80}…' instead of {count}")
         return {name.removeprefix(prefix): self.take(name, place) for name in names}
 
     def _decode_object(self, kind: objects.Kind, document: dict[str, Any], place: Place) -> Any:
@@ -312,7 +312,7 @@ _STAND_INS: dict[type, Callable[[Any], Any]] = {TorchVersion: str.__str__, np.st
 
 def _list(items: Any, place: Place) -> list[Any]:
     if type(items) is not list:
-        raise places.damage(place, f"there is no list but a {type(items).__name__}")
+        raise state_positions.damage(place, f"there is no list but a {type(items).__name__}")
     return items
 
 
@@ -327,7 +327,7 @@ def _is_group(value: Mapping[Any, Any]) -> bool:
 def _plain_tensor(tensor: torch.Tensor, place: Place) -> torch.Tensor:
     """Return the tensor without its graph; its memory holds all of its elements."""
     if tensor.dtype not in _STORED_DTYPES or tensor.is_meta or not _is_dense(tensor):
-        raise places.refusal(place, f"is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}")
+        raise state_positions.refusal(place, f"is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}")
     plain = tensor.detach().resolve_neg()
     return plain if _is_held(plain) else plain.contiguous()
 
@@ -343,13 +343,13 @@ def _is_held(tensor: torch.Tensor) -> bool:
 def _bytes_held(tensors: Any) -> int:
     """Return how much memory the tensors take, which bounds what can be asked for with them."""
     if not isinstance(tensors, Mapping):
-        raise places.damage((), f"there are no named tensors but a {places.class_name(tensors)}")
+        raise state_positions.damage((), f"there are no named tensors but a {state_positions.class_name(tensors)}")
     sizes: dict[int, int] = {}
     for name, tensor in tensors.items():
         if type(name) is not str or not isinstance(tensor, torch.Tensor):
-            raise places.damage((), f"{name!r:.80} is no tensor")
+            raise state_positions.damage((), f"{name!r:.80} is no tensor")
         if not _is_dense(tensor) or not _is_held(tensor):
-            raise places.damage((), f"the tensor '{name}' is larger than the memory that it was stored with")
+            raise state_positions.damage((), f"the tensor '{name}' is larger than the memory that it was stored with")
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
@@ -363,9 +363,9 @@ def _tensor_name(place: Place) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        raise places.damage((), f"a key is there twice among {name_some(document)}")
+        raise state_positions.damage((), f"a key is there twice among {name_some(document)}")
     return document
 
 
 def _refuse_constant(name: str) -> Any:
-    raise places.damage((), f"{name} is no JSON")
+    raise state_positions.damage((), f"{name} is no JSON")

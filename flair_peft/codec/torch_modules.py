@@ -6,9 +6,9 @@ from collections import OrderedDict
 
 from torch import nn
 
-from flair_peft.codec import checks
-from flair_peft.codec.checks import Check
+from flair_peft.codec import setting_checks
 from flair_peft.codec.objects import Fields, Kind, area, dtype_of, plain_kind, read_attributes
+from flair_peft.codec.setting_checks import Check
 
 
 def _read_linear(layer: nn.Linear) -> Fields:
@@ -17,9 +17,9 @@ def _read_linear(layer: nn.Linear) -> Fields:
 
 
 _LAYER_NORM: dict[str, Check] = {
-    "normalized_shape": checks.is_sizes,
-    "eps": checks.is_number,
-    "elementwise_affine": checks.is_flag,
+    "normalized_shape": setting_checks.is_sizes,
+    "eps": setting_checks.is_number,
+    "elementwise_affine": setting_checks.is_flag,
 }
 
 
@@ -29,13 +29,13 @@ def _read_layer_norm(layer: nn.LayerNorm) -> Fields:
 
 
 _EMBEDDING: dict[str, Check] = {
-    "num_embeddings": checks.is_size,
-    "embedding_dim": checks.is_size,
-    "padding_idx": checks.optional(checks.is_size),
-    "max_norm": checks.optional(checks.is_number),
-    "norm_type": checks.is_number,
-    "scale_grad_by_freq": checks.is_flag,
-    "sparse": checks.is_flag,
+    "num_embeddings": setting_checks.is_size,
+    "embedding_dim": setting_checks.is_size,
+    "padding_idx": setting_checks.optional(setting_checks.is_size),
+    "max_norm": setting_checks.optional(setting_checks.is_number),
+    "norm_type": setting_checks.is_number,
+    "scale_grad_by_freq": setting_checks.is_flag,
+    "sparse": setting_checks.is_flag,
 }
 
 
@@ -57,10 +57,10 @@ KINDS: tuple[Kind, ...] = (
         name="linear",
         cls=nn.Linear,
         fields={
-            "in_features": checks.is_size,
-            "out_features": checks.is_size,
-            "bias": checks.is_flag,
-            "dtype": checks.is_dtype,
+            "in_features": setting_checks.is_size,
+            "out_features": setting_checks.is_size,
+            "bias": setting_checks.is_flag,
+            "dtype": setting_checks.is_dtype,
         },
         read=_read_linear,
         build=nn.Linear,
@@ -69,7 +69,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         name="layer_norm",
         cls=nn.LayerNorm,
-        fields={**_LAYER_NORM, "bias": checks.is_flag, "dtype": checks.is_dtype},
+        fields={**_LAYER_NORM, "bias": setting_checks.is_flag, "dtype": setting_checks.is_dtype},
         read=_read_layer_norm,
         build=nn.LayerNorm,
         size=lambda fields: area((1 + fields["bias"]) * fields["elementwise_affine"], *fields["normalized_shape"]),
@@ -77,23 +77,23 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         name="embedding",
         cls=nn.Embedding,
-        fields={**_EMBEDDING, "dtype": checks.is_dtype},
+        fields={**_EMBEDDING, "dtype": setting_checks.is_dtype},
         read=_read_embedding,
         build=nn.Embedding,
         size=lambda fields: area(fields["num_embeddings"], fields["embedding_dim"]),
     ),
     plain_kind("identity", nn.Identity),
-    plain_kind("dropout", nn.Dropout, p=checks.is_number, inplace=checks.is_flag),
-    plain_kind("relu", nn.ReLU, inplace=checks.is_flag),
-    plain_kind("gelu", nn.GELU, approximate=checks.is_text),
-    plain_kind("silu", nn.SiLU, inplace=checks.is_flag),
-    plain_kind("leaky_relu", nn.LeakyReLU, negative_slope=checks.is_number, inplace=checks.is_flag),
+    plain_kind("dropout", nn.Dropout, p=setting_checks.is_number, inplace=setting_checks.is_flag),
+    plain_kind("relu", nn.ReLU, inplace=setting_checks.is_flag),
+    plain_kind("gelu", nn.GELU, approximate=setting_checks.is_text),
+    plain_kind("silu", nn.SiLU, inplace=setting_checks.is_flag),
+    plain_kind("leaky_relu", nn.LeakyReLU, negative_slope=setting_checks.is_number, inplace=setting_checks.is_flag),
     plain_kind("tanh", nn.Tanh),
     plain_kind("sigmoid", nn.Sigmoid),
     Kind(
         name="sequential",
         cls=nn.Sequential,
-        fields={"modules": checks.is_named_modules},
+        fields={"modules": setting_checks.is_named_modules},
         read=_read_sequential,
         build=_build_sequential,
         holds_modules=True,
@@ -101,7 +101,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         name="module_list",
         cls=nn.ModuleList,
-        fields={"modules": checks.is_modules},
+        fields={"modules": setting_checks.is_modules},
         read=lambda module: {"modules": list(module)},
         build=nn.ModuleList,
         holds_modules=True,

@@ -19,8 +19,8 @@ from typing_extensions import Self
 
 from flair_peft.adapter import injection, keys, methods, refusals
 from flair_peft.base import placement, quantisation, tokenizers, transformer
-from flair_peft.base.frozen import FrozenBase
-from flair_peft.embeddings import batching, exact_values
+from flair_peft.base.frozen_base import FrozenBase
+from flair_peft.embeddings import cooperative_threads, exact_values
 from flair_peft.embeddings.base_source import BaseSource
 from flair_peft.embeddings.offload import AdapterMemory
 from flair_peft.embeddings.pending_load import PendingLoad, canonical
@@ -190,7 +190,7 @@ class AdaptedEmbeddings(TransformerEmbeddings):
         predict together tokenise a batch once if their settings are the same.
         """
         tokenizers.complete_padding_(self.tokenizer)
-        known = batching.known_in_this_round()
+        known = cooperative_threads.known_in_this_round()
         if known is None or self.training:
             return self._prepare(sentences, device)
         key = (*self._tokenising(), device, *map(id, sentences))
@@ -268,7 +268,7 @@ class AdaptedEmbeddings(TransformerEmbeddings):
         inputs = {"input_ids": input_ids.to(device), **inputs, "output_hidden_states": True, "return_dict": True}
         # Several models may predict together: then a forward pass is one for all of them.
         forward_pass = ForwardPass(self, inputs)
-        return batching.ask(forward_pass) if batching.is_going_on() else forward_pass.run()
+        return cooperative_threads.ask(forward_pass) if cooperative_threads.is_going_on() else forward_pass.run()
 
     def _everything_embedded(self, data_points: Sequence[Any]) -> bool:
         """Whether stored vectors can be reused: never while the weights that they depend on can change."""

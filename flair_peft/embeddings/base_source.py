@@ -11,9 +11,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from flair_peft.adapter import keys
-from flair_peft.base import learned, resolve
-from flair_peft.base.frozen import FrozenBase
-from flair_peft.base.learned import PlacedStart
+from flair_peft.base import left_out, resolve
+from flair_peft.base.frozen_base import FrozenBase
+from flair_peft.base.left_out import PlacedStart
 from flair_peft.primitives.base_record import BaseRecord, StoredBase
 from flair_peft.primitives.fingerprint import are_same_bits
 
@@ -67,7 +67,7 @@ class BaseSource:
         if trained is None:
             named = model.named_parameters(remove_duplicate=False)
             trained = {name for name, parameter in named if parameter.requires_grad}
-        return learned.compare(model.state_dict(), trained, source, is_tied=is_tied)
+        return left_out.compare(model.state_dict(), trained, source, is_tied=is_tied)
 
     def find_record_(self, base: PreTrainedModel) -> bool:
         """Take note of the base model that weights may come from, if there is one of their shape.
@@ -90,7 +90,7 @@ class BaseSource:
         """Give the weights that a file leaves out the values that they have in its base, in place."""
         source = None if stored.record is None or not stored.is_needed else self._read(stored.record, base)
         if source is not None:
-            learned.restore_(model, stored.left_out, source)
+            left_out.restore_(model, stored.left_out, source)
 
     def _read(self, record: BaseRecord, base: PreTrainedModel) -> FrozenBase | None:
         dtype = base.get_input_embeddings().weight.dtype

@@ -20,8 +20,8 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, methods, refusals
 from flair_peft.base import memory_check, placement, quantisation, resolve, tokenizers, transformer
-from flair_peft.base.frozen import FrozenBase
-from flair_peft.base.learned import PlacedStart
+from flair_peft.base.frozen_base import FrozenBase
+from flair_peft.base.left_out import PlacedStart
 from flair_peft.embeddings import untrained
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.base_source import BaseSource
@@ -133,7 +133,7 @@ class BaseRequest:
 
 @dataclass(frozen=True)
 class ResolvedBase:
-    """A transformer for an adapter.
+    """The transformer that embeddings stand on, with what their adapter needs to know of it.
 
     Attributes:
         model: the transformer, of the embeddings' own, prepared for training where it is quantised.

@@ -18,7 +18,7 @@ from typing_extensions import Self
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, methods
 from flair_peft.base import memory_check, quantisation, tokenizers, transformer
-from flair_peft.embeddings import construction, stored_params, vector_probe, weights
+from flair_peft.embeddings import construction, fill_weights, stored_params, vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.pending_load import PendingLoad
 from flair_peft.foreign import adapter_files, fill_embeddings, transfer_plan
@@ -263,11 +263,11 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Bring the keys of a file to those of this model, then load; see :func:`weights.fill_`."""
         state_dict.pop(f"{prefix}model.embeddings.position_ids", None)  # written by transformers before 4.31
-        inner = weights.take_inner(prefix)
+        inner = fill_weights.take_inner(prefix)
         if inner is not None and not (self._pending and self._pending.is_first):
             self._pending = stored_params.take_over_(self, inner)
         pending = self._pending or PendingLoad(is_first=False)
-        weights.fill_(self, state_dict, prefix, pending=pending, is_strict=self._is_strict)
+        fill_weights.fill_(self, state_dict, prefix, pending=pending, is_strict=self._is_strict)
         self._pending = pending
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
@@ -279,7 +279,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
         if pending.is_complete or not pending.is_first:
             self._pending = None
         if pending.is_complete:
-            self._start = weights.finish_(self, pending)
+            self._start = fill_weights.finish_(self, pending)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         clone = type(self).__new__(type(self))

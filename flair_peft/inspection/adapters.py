@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flair_peft.adapter import implied, keys
-from flair_peft.adapter.peft_methods import peft_methods
+from flair_peft.adapter.peft_registry import peft_methods
 from flair_peft.inspection.file_contents import ADAPTER, CHECKPOINT, Contents, StoredTensor
 from flair_peft.torchfile import state_tree
 from flair_peft.torchfile.stand_ins import Made

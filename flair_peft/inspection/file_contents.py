@@ -68,7 +68,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """What lies at a path.
+    """What a model file, a checkpoint directory or an adapter of PEFT holds: its state, and its tensors by name.
 
     Attributes:
         path: of the file or directory.
@@ -99,7 +99,7 @@ class Contents:
 
 
 def read_contents(path: Path) -> Contents:
-    """Return what lies at a path.
+    """Return what a model file, a checkpoint directory or an adapter of PEFT holds; no tensor is read.
 
     Raises:
         ModelFileError: nothing, nothing of these kinds, or something damaged.

@@ -2,7 +2,8 @@
 
 From the sentences of several models to their vectors:
 
-1. ``SharedBase.predict`` lets each model's own ``predict`` run in a cooperative thread (``embeddings/batching.py``).
+1. ``SharedBase.predict`` lets each model's own ``predict`` run in a thread of its own, see
+   :mod:`flair_peft.embeddings.cooperative_threads`.
    Where its embeddings need a forward pass, the thread asks for it and stops.
 2. When all threads ask, :class:`MixedBatches` gets their passes. It groups those whose adapters PEFT can mix, by base
    and method, and cuts the groups to the size of a mini-batch. Every other pass is run by its own model.
@@ -30,7 +31,7 @@ from peft import PeftModel
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, keys, methods, refusals
 from flair_peft.base import transformer
-from flair_peft.base.frozen import FrozenBase
+from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.adapted import ForwardPass
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings

@@ -18,7 +18,7 @@ from peft import PeftConfig
 from tqdm import tqdm
 
 from flair_peft.base import resolve
-from flair_peft.embeddings import batching
+from flair_peft.embeddings import cooperative_threads
 from flair_peft.embeddings.offload import AdapterMemory
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError
@@ -192,7 +192,9 @@ class SharedBase:
             for wave in _waves(jobs, limit=mini_batch_size, label_name=options.get("label_name")):
                 count = sum(len(job.data_points) for job in wave)
                 rounds = max(1, -(-count // mini_batch_size))
-                batching.run([functools.partial(job.run, rounds, bar.update, options) for job in wave], answer)
+                cooperative_threads.run(
+                    [functools.partial(job.run, rounds, bar.update, options) for job in wave], answer
+                )
 
     def _check(self, model: Any, points: Any) -> None:
         if not isinstance(model, Model):

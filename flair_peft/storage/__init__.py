@@ -1,4 +1,4 @@
-"""Checkpoints as files: directories put in place whole, manifests with checksums, the Hub. The only callers of the Hub.
+"""Checkpoints as files: directories put in place whole, manifests with checksums, checkpoints on the Hub.
 
-May import ``adapter`` and ``primitives``.
+Files of a base model are fetched in ``base``. May import ``adapter`` and ``primitives``.
 """

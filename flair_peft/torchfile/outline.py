@@ -28,7 +28,7 @@ _PICKLES_OF_OLD_FILES = 5
 
 @dataclass(frozen=True)
 class Outline:
-    """A torch file.
+    """What a torch file would become if it were loaded, with stand-ins for tensors and objects.
 
     Attributes:
         path: of the file, held open for what is read of it later.

@@ -30,7 +30,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from flair_peft.errors import FormatVersionError, TrainingSetupError, name_some
 from flair_peft.torchfile import unpickle
 from flair_peft.training import trainer_state
-from flair_peft.training.progress import BEST_MODEL, PLANNED, ProgressPlugin, find_progress, plugins_behind
+from flair_peft.training.position import BEST_MODEL, PLANNED, ProgressPlugin, find_progress, plugins_behind
 
 log = logging.getLogger("flair_peft")
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoModel
 
 import flair_peft
-from flair_peft.base import frozen
+from flair_peft.base import frozen_base
 from flair_peft.errors import (
     BaseMismatchError,
     BaseModelNotFoundError,
@@ -352,7 +352,7 @@ def test_conversion_shows_how_far_it_is(base: Base, tmp_path: Path, monkeypatch:
             moved.append(count)
 
     monkeypatch.setattr("flair_peft.primitives.progress.tqdm", Bar)
-    monkeypatch.setattr(frozen, "_full_fingerprints", {})  # what another test hashed would not be read again
+    monkeypatch.setattr(frozen_base, "_full_fingerprints", {})  # what another test hashed would not be read again
     stock_file(base("bert"), tmp_path / "old.pt")
     flair_peft.convert_legacy(tmp_path / "old.pt", tmp_path / "new", peft_config=lora())
     assert len(moved) > 10

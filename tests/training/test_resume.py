@@ -23,7 +23,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PrefixTuningConfig, Prom
 from flair_peft import LoraPlusPlugin, RankAllocationPlugin
 from flair_peft.errors import FormatVersionError, TrainingSetupError, UnsupportedStateError
 from flair_peft.torchfile import unpickle
-from flair_peft.training import progress, resume, trainer_state
+from flair_peft.training import position, resume, trainer_state
 from flair_peft.training.resume import ResumePlugin
 from tests.support.configs import lora
 from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS
@@ -634,7 +634,7 @@ def test_optimiser_whose_state_no_file_can_hold_is_refused(stopped: Journey) -> 
     """What cannot be kept is named."""
     model = stopped.build()
     trainer = ModelTrainer(model, stopped.entry.corpus())
-    progress.ProgressPlugin().attach_to(trainer)
+    position.ProgressPlugin().attach_to(trainer)
     trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     parameter = next(p for p in model.parameters() if p.requires_grad)
     trainer.optimizer.state[parameter] = {"closure": print}

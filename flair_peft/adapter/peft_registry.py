@@ -1,6 +1,6 @@
 """PEFT's methods, with their config classes, settings and prefixes: known without importing PEFT, which takes seconds.
 
-``peft_methods.json`` holds what the versions of PEFT say that it names, and ``python resources/list_peft_methods.py``
+``peft_registry.json`` holds what the versions of PEFT say that it names, and ``python resources/list_peft_methods.py``
 writes it. It is read where PEFT is not imported yet and is of such a version; else PEFT itself is asked.
 """
 

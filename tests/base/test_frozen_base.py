@@ -22,7 +22,7 @@ import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase
 from flair_peft.adapter.refusals import REFUSED_METHODS
 from flair_peft.base import base_cache
-from flair_peft.base.frozen import FrozenBase
+from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.primitives import fingerprint, mapped_memory
 from flair_peft.primitives.base_record import BaseRecord

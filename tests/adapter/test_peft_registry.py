@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from flair_peft.adapter import peft_methods
+from flair_peft.adapter import peft_registry
 
-TABLE = json.loads(Path(peft_methods.__file__).with_suffix(".json").read_text(encoding="utf-8"))
+TABLE = json.loads(Path(peft_registry.__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(autouse=True)
 def _read_anew() -> Iterator[None]:
-    peft_methods._read.cache_clear()
+    peft_registry._read.cache_clear()
     yield
-    peft_methods._read.cache_clear()
+    peft_registry._read.cache_clear()
 
 
 @pytest.mark.skipif(
@@ -26,13 +26,13 @@ def _read_anew() -> Iterator[None]:
 )
 def test_table_says_what_peft_says() -> None:
     """Whether PEFT is imported makes no difference to what is known of its methods."""
-    found, asked = peft_methods._read(is_imported=False), peft_methods.ask_peft()
+    found, asked = peft_registry._read(is_imported=False), peft_registry.ask_peft()
     assert found == asked
     assert [*found.by_name["LORA"].defaults] == [*asked.by_name["LORA"].defaults]
 
 
 def test_peft_of_another_version_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table is not taken for what a later PEFT says."""
-    monkeypatch.setattr(peft_methods.importlib.metadata, "version", lambda _: "99.0")
-    monkeypatch.setattr(peft_methods, "ask_peft", lambda: "asked")
-    assert peft_methods._read(is_imported=False) == "asked"
+    monkeypatch.setattr(peft_registry.importlib.metadata, "version", lambda _: "99.0")
+    monkeypatch.setattr(peft_registry, "ask_peft", lambda: "asked")
+    assert peft_registry._read(is_imported=False) == "asked"

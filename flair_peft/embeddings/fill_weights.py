@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from flair_peft.adapter import injection, keys, methods
-from flair_peft.base import learned, quantisation
-from flair_peft.base.frozen import FrozenBase
+from flair_peft.base import left_out as base_left_out
+from flair_peft.base import quantisation
+from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.embeddings import untrained, vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.pending_load import PendingLoad
@@ -109,7 +110,7 @@ def _without_left_out(
     left_out = {key for key in match.missing if keys.canonical_key(key) in pending.left_out}
     if pending.left_out and quantisation.engine(embeddings.base_model) is not None:
         # Engines keep other statistics beside the weights on other devices.
-        left_out |= learned.quantised_keys(embeddings.model).intersection(match.missing)
+        left_out |= base_left_out.quantised_keys(embeddings.model).intersection(match.missing)
     return dataclasses.replace(match, missing=[key for key in match.missing if key not in left_out]), left_out
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from flair_peft.base import transformer
-from flair_peft.base.frozen import FrozenBase
+from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.primitives import mapped_memory
 from flair_peft.primitives.base_record import BaseRecord
 from flair_peft.primitives.dtypes import dtype_name

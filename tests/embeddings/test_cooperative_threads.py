@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from flair_peft.embeddings import batching
+from flair_peft.embeddings import cooperative_threads
 
 
 def asking(found: list[Any], name: str, times: int) -> Callable[[], None]:
     def job() -> None:
         for number in range(times):
-            found.append((name, number, batching.ask(f"{name}{number}")))
+            found.append((name, number, cooperative_threads.ask(f"{name}{number}")))
 
     return job
 
@@ -31,7 +31,7 @@ def test_run_jobs_that_ask_are_answered_together_until_each_has_ended() -> None:
         asked.append(requests)
         return [request.upper() for request in requests]
 
-    batching.run([asking(found, "a", 1), asking(found, "b", 3), asking(found, "c", 0)], answer)
+    cooperative_threads.run([asking(found, "a", 1), asking(found, "b", 3), asking(found, "c", 0)], answer)
     assert asked == [["a0", "b0"], ["b1"], ["b2"]]
     assert found == [("a", 0, "A0"), ("b", 0, "B0"), ("b", 1, "B1"), ("b", 2, "B2")]
 
@@ -46,9 +46,9 @@ def test_run_never_lets_two_jobs_run_at_once() -> None:
             most[0] = max(most[0], running[0])
             torch.zeros(1000).sum()  # releases the interpreter
             running[0] -= 1
-            batching.ask(None)
+            cooperative_threads.ask(None)
 
-    batching.run([job] * 8, lambda requests: requests)
+    cooperative_threads.run([job] * 8, lambda requests: requests)
     assert most[0] == 1
 
 
@@ -59,7 +59,7 @@ def test_run_job_that_raises_ends_the_others_and_leaves_no_thread() -> None:
 
     def waiting() -> None:
         try:
-            batching.ask(None)
+            cooperative_threads.ask(None)
         except Exception:
             unwound.append("caught")
         finally:
@@ -69,7 +69,7 @@ def test_run_job_that_raises_ends_the_others_and_leaves_no_thread() -> None:
         raise LookupError("no")
 
     with pytest.raises(LookupError, match="no"):
-        batching.run([waiting, failing, waiting], lambda requests: requests)
+        cooperative_threads.run([waiting, failing, waiting], lambda requests: requests)
     assert unwound == ["left"]  # the third had not started
     assert threading.active_count() == before
 
@@ -82,9 +82,9 @@ def test_run_answer_that_raises_ends_all_jobs() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        batching.run([asking([], "a", 2), asking([], "b", 2)], answer)
+        cooperative_threads.run([asking([], "a", 2), asking([], "b", 2)], answer)
     assert threading.active_count() == before
-    assert not batching.is_going_on()
+    assert not cooperative_threads.is_going_on()
 
 
 def test_run_jobs_see_the_contexts_of_the_caller() -> None:
@@ -97,8 +97,8 @@ def test_run_jobs_see_the_contexts_of_the_caller() -> None:
 
     variable.set("set")
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
-        batching.run([job], lambda requests: requests)
-    batching.run([job], lambda requests: requests)
+        cooperative_threads.run([job], lambda requests: requests)
+    cooperative_threads.run([job], lambda requests: requests)
     assert found == [("set", True, True), ("set", False, False)]
 
 
@@ -108,12 +108,12 @@ def test_known_in_this_round_is_shared_and_empty_after_an_answer() -> None:
 
     def job(name: str) -> None:
         for _ in range(2):
-            known = batching.known_in_this_round()
+            known = cooperative_threads.known_in_this_round()
             assert known is not None
             found.append((name, sorted(known)))
             known[name] = True
-            batching.ask(None)
+            cooperative_threads.ask(None)
 
-    batching.run([partial(job, "a"), partial(job, "b")], lambda requests: requests)
+    cooperative_threads.run([partial(job, "a"), partial(job, "b")], lambda requests: requests)
     assert found == [("a", []), ("b", ["a"]), ("a", []), ("b", ["a"])]
-    assert batching.known_in_this_round() is None
+    assert cooperative_threads.known_in_this_round() is None

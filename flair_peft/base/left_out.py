@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from flair_peft.adapter import keys
 from flair_peft.base import quantisation
-from flair_peft.base.frozen import FrozenBase
+from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.base.placement import is_dispatched
 from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.primitives import fingerprint, mapped_memory, progress
