@@ -133,7 +133,7 @@ def _no_memory() -> None:
 
 @provokes("An adapter lies beside the base's weights")
 def _adapter_beside() -> None:
-    foreign_adapters.train(BASE, Path("merged-base"), "bare", foreign_adapters.lora(target_modules=["query"]))
+    foreign_adapters.train(BASE, Path("merged-base"), "bare", lora(target_modules=["query"]))
     shutil.copytree(BASE, "merged-base", dirs_exist_ok=True)
     embeddings(base="merged-base")
 
@@ -290,22 +290,23 @@ def _other_class() -> None:
 
 @provokes("Some of the adapter never learned")
 def _untrained() -> None:
-    flair_peft.save_pretrained(classifier(BASE, name="my-embeddings", peft_config=lora(init_lora_weights=True)), "new")
+    config = LoraConfig(r=4, lora_alpha=12)
+    flair_peft.save_pretrained(classifier(BASE, name="my-embeddings", peft_config=config), "new")
+        classifier(BASE, name="my-embeddings", peft_config=LoraConfig(r=4, lora_alpha=12)), "new"
+    )
     TextClassifier.load("new")
 
 
 @provokes("The adapter belongs to another architecture")
 def _other_architecture() -> None:
     tiny.build("llama", Path("llama"))
-    foreign_adapters.train(
-        "llama", Path("their-adapter"), "causal-lm", foreign_adapters.lora(target_modules=["q_proj"])
-    )
+    foreign_adapters.train("llama", Path("their-adapter"), "causal-lm", lora(target_modules=["q_proj"]))
     PeftTransformerDocumentEmbeddings.from_adapter("their-adapter", base_model=BASE)
 
 
 @provokes("The adapter changes nothing")
 def _untrained_adapter() -> None:
-    foreign_adapters.train(BASE, Path("their-adapter"), "bare", foreign_adapters.lora(target_modules=["query"]))
+    foreign_adapters.train(BASE, Path("their-adapter"), "bare", lora(target_modules=["query"]))
     path = "their-adapter/adapter_model.safetensors"
     weights = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
@@ -314,7 +315,7 @@ def _untrained_adapter() -> None:
 
 @provokes("Nothing names the labels of a head")
 def _no_labels() -> None:
-    config = foreign_adapters.lora(target_modules=["query"], modules_to_save=["classifier"])
+    config = lora(target_modules=["query"], modules_to_save=["classifier"])
     foreign_adapters.train(BASE, Path("their-adapter"), "tokens", config)
     from_adapter = flair_peft.PeftTransformerWordEmbeddings.from_adapter("their-adapter")
     dictionary = classifier(BASE).label_dictionary

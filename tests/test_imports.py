@@ -28,7 +28,6 @@ LARGE = {
     "accelerate",
     "bitsandbytes",
     "sklearn",
-    "asyncio.events",
 }
 
 LIGHT = """

@@ -676,9 +676,9 @@ def test_base_that_a_server_loads_first_serves_and_trains_everywhere(
     outside = load(tmp_path / "model.pt")
     outside.save(tmp_path / "again.pt")
     served.save(tmp_path / "again.pt")
-    for loaded in (served, outside, together[0]):
+    for number, loaded in enumerate((served, outside, together[0])):
         assert torch.equal(vector(loaded.embeddings), expected)
-        ModelTrainer(loaded, corpus).train(tmp_path / "training", max_epochs=1, learning_rate=0.1, mini_batch_size=4)
+        ModelTrainer(loaded, corpus).train(tmp_path / f"{number}", max_epochs=1, learning_rate=0.1, mini_batch_size=4)
         assert not torch.equal(vector(loaded.embeddings), expected)
     fresh.embed(Sentence("Berlin"))
 

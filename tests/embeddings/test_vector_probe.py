@@ -22,7 +22,7 @@ from flair.embeddings import TransformerDocumentEmbeddings
 from flair.embeddings.base import load_embeddings
 from flair.models import TextClassifier
 from huggingface_hub import CommitOperationAdd, HfApi
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig, AutoModel, AutoTokenizer, T5Model, dynamic_module_utils
 
 import flair_peft
@@ -440,13 +440,18 @@ def untrained(
     return save(model, directory)
 
 
+def fresh_lora(init: bool) -> LoraConfig:
+    """Return LoRA as PEFT starts it, a no-op, or with a random B."""
+    return LoraConfig(r=4, lora_alpha=12, target_modules=["query", "value"], init_lora_weights=init)
+
+
 @pytest.mark.parametrize("init", [True, False], ids=["no-op", "random"])
 @forms
 def test_adapter_that_was_never_trained_is_reported_at_load(
     form: str, init: bool, own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever it starts from, an adapter that nothing moved is said to be untrained, with a count; so are copies."""
-    place = untrained(own, lora(init_lora_weights=init), tmp_path / form)
+    place = untrained(own, fresh_lora(init), tmp_path / form)
     loaded = load(place)
     (message,) = never_updated(caplog)
     assert message.startswith("8 of 8 parameters of the adapter")
@@ -463,7 +468,7 @@ def test_adapter_that_was_trained_is_not_reported(
     trained = untrained(own, lora(), tmp_path / form, train=lambda model: perturb_(model, seed=1))
     load(trained)
     assert never_updated(caplog) == []
-    fresh = load(untrained(own, lora(init_lora_weights=True), tmp_path / f"fresh-{form}"))
+    fresh = load(untrained(own, fresh_lora(True), tmp_path / f"fresh-{form}"))
     assert len(never_updated(caplog)) == 1
     caplog.clear()
     CLASSIFIER.train(fresh, CLASSIFIER.corpus(), tmp_path / "training", learning_rate=0.01, max_epochs=2)

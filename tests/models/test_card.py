@@ -121,7 +121,7 @@ def test_card_names_its_base_as_a_value(name: str, base: Base, tmp_path: Path) -
     """The metadata are YAML that gives the name back, and nothing beside it."""
     live = classifier(base("bert"))
     live.embeddings.base_model_name = name
-    live.embeddings._record = dataclasses.replace(live.embeddings._record, revision="0" * 40)
+    live.embeddings.base_source.record = dataclasses.replace(live.embeddings.base_source.record, revision="0" * 40)
     _, metadata, _ = card.write_card(live, [live.embeddings], size=1).split("---\n", 2)
     assert yaml.safe_load(metadata) == {
         "library_name": "flair",

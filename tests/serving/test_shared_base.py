@@ -82,7 +82,8 @@ def test_predict_together_gives_the_labels_of_separate_predictions(
     shared = SharedBase(base("bert"))
     others = ["text-classifier", "sequence-tagger"]
     configs = [lora(r=2, lora_alpha=16, target_modules=t) for t in (["query"], ["dense"])]
-    models = [shared.load(save_random(name, base("bert"), tmp_path / "model")[0])]
+    # A random lemmatizer chooses between letters that are almost equally likely; with this seed, by more than rounding.
+    models = [shared.load(save_random(name, base("bert"), tmp_path / "model", seed=42)[0])]
     for number, (other, config) in enumerate(zip(others, configs, strict=True)):
         models.append(
             shared.load(save_random(other, base("bert"), tmp_path / other, config=config, seed=number + 1)[0])

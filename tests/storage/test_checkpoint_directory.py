@@ -765,7 +765,7 @@ def test_checkpoint_replaced_while_it_is_read_is_read_again(place: Path, monkeyp
 
 def test_checkpoint_replaced_at_every_try_is_an_error_in_the_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader does not try for ever."""
-    parse = checkpoint_directory.parse
+    parse = held_directory.parse
 
     def parse_late(text: bytes, path: Path) -> manifest.Document:
         shutil.copytree(place, place.with_name("next"))
@@ -773,7 +773,7 @@ def test_checkpoint_replaced_at_every_try_is_an_error_in_the_end(place: Path, mo
         place.with_name("next").rename(place)
         return parse(text, path)
 
-    monkeypatch.setattr(checkpoint_directory, "parse", parse_late)
+    monkeypatch.setattr(held_directory, "parse", parse_late)
     with pytest.raises(ModelFileError, match="No such file"):
         read(place)
 
