@@ -292,8 +292,6 @@ def _other_class() -> None:
 def _untrained() -> None:
     config = LoraConfig(r=4, lora_alpha=12)
     flair_peft.save_pretrained(classifier(BASE, name="my-embeddings", peft_config=config), "new")
-        classifier(BASE, name="my-embeddings", peft_config=LoraConfig(r=4, lora_alpha=12)), "new"
-    )
     TextClassifier.load("new")
 
 
