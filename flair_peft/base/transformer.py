@@ -22,6 +22,7 @@ from flair_peft.adapter import injection
 from flair_peft.base import config_safety, config_versions
 from flair_peft.base.unusable import UNUSABLE, not_found
 from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, FlairPeftError
+from flair_peft.primitives import host_internals
 from flair_peft.primitives.dtypes import DtypeLike
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -116,7 +117,8 @@ def find_model(
     if getattr(model_class, "base_model_prefix", None) == "" and not config.sub_configs:
         wanted["key_mapping"] = {r"^model\.": ""}  # Gemma 3 does not say what its weights are called below a head
     try:
-        with injection.building_anew():
+        # It would warn of weights that nobody reads; what is lacking is told apart below.
+        with injection.building_anew(), host_internals.errors_of_transformers_alone():
             model, found = model_class.from_pretrained(
                 source, config=config, output_loading_info=True, **wanted, **with_answer(kwargs)
             )
