@@ -18,7 +18,8 @@ from flair_peft.base import quantisation
 from flair_peft.errors import AdapterConfigError, ModelFileError
 from tests.support.methods import perturb_
 from tests.support.opinions import classifier, train
-from tests.support.quantised import METHODS, vectors
+from tests.support.quantised import METHODS
+from tests.support.quantised import vectors as vectors_for_the_head
 from tests.support.vectors import is_same
 
 Base = Callable[[str], str]
@@ -58,6 +59,11 @@ def _dynamic() -> Any:
 
 
 SETTINGS: dict[str, Callable[[], Any]] = {"int8": _int8, "float8": _float8, "int4": _int4}
+
+
+def vectors(model: TextClassifier) -> list[torch.Tensor]:
+    """Return vectors in fp32: a head that is loaded wants them in the base's dtype, and one that trains in fp32."""
+    return [vector.float() for vector in vectors_for_the_head(model)]
 
 
 def torchao_classifier(base: str, settings: Callable[[], Any], method: str = "lora", **options: Any) -> TextClassifier:
