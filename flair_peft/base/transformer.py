@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,12 +227,12 @@ def _leaves(tensors: Iterable[torch.Tensor]) -> set[int]:
     return {id(step.variable) for step in seen if hasattr(step, "variable")}
 
 
-def states_of(output: Mapping[str, Any]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def states_of(output: Mapping[str, Any]) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
     """Return all hidden states, and the one that the transformer, or its encoder, returns as its last."""
     states, last = output.get("hidden_states"), output.get("last_hidden_state")
     if states is None:
         states, last = output["encoder_hidden_states"], output.get("encoder_last_hidden_state")
-    return tuple(states), states[-1] if last is None else last
+    return states, states[-1] if last is None else last
 
 
 def has_unread_layers(model: PreTrainedModel) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,9 @@ from typing_extensions import Self
 from flair_peft.adapter import injection, keys, methods, refusals
 from flair_peft.base import placement, quantisation, tokenizers, transformer
 from flair_peft.base.frozen_base import FrozenBase
-from flair_peft.embeddings import cooperative_threads, exact_values
+from flair_peft.embeddings import cooperative_threads, exact_values, length_groups, padding_trial
 from flair_peft.embeddings.base_source import BaseSource
+from flair_peft.embeddings.length_groups import LengthGroups
 from flair_peft.embeddings.offload import AdapterMemory
 from flair_peft.embeddings.pending_load import PendingLoad, canonical
 from flair_peft.errors import AdapterConfigError, ModelFileError
@@ -46,6 +48,8 @@ class AdaptedEmbeddings(TransformerEmbeddings):
     keep_virtual_rows: bool
     after_final_norm: bool
     save_base: bool
+    # Read from the class where older pickles lack it.
+    length_grouping: bool = True
     base_source: BaseSource
     origin: tuple[int, StoredBase] | None = None
     adapter_memory: AdapterMemory | None = None
@@ -230,7 +234,8 @@ class AdaptedEmbeddings(TransformerEmbeddings):
     def hidden_states(self, input_ids: torch.Tensor, **tensors: Any) -> tuple[torch.Tensor, ...]:
         """Return the hidden states of the wanted layers, each (batch, subtokens, hidden), virtual tokens stripped.
 
-        They are asked for by name and without a cache: the last output of a decoder can be its cache.
+        They are asked for by name and without a cache: the last output of a decoder can be its cache. Where sentences
+        ran in groups of similar length, those beyond their group's length are zero.
         """
         states, last = transformer.states_of(self._output(input_ids, **tensors))
         beyond = [index for index in self.layer_indexes if not -len(states) <= index < len(states)]
@@ -239,10 +244,14 @@ class AdaptedEmbeddings(TransformerEmbeddings):
                 f"Cannot read layers {beyond} of {type(self.base_model).__name__}: it has {len(states)} hidden states, "
                 "counted from 0 for the embeddings. Flair's `layers` takes these numbers. Pass some of them, or 'all'."
             )
+        wanted = [states[index] for index in self.layer_indexes]
         if self.after_final_norm:
-            states = (*states[:-1], last)
+            wanted = [
+                last if index in (-1, len(states) - 1) else state
+                for index, state in zip(self.layer_indexes, wanted, strict=True)
+            ]
         first = injection.virtual_rows(self.model) if self.has_adapter and not self.keep_virtual_rows else 0
-        return tuple(states[index][:, first:] for index in self.layer_indexes)
+        return tuple(state[:, first:] for state in wanted)
 
     @property
     def reads_last_layer(self) -> bool:
@@ -285,10 +294,56 @@ class ForwardPass:
     inputs: dict[str, Any]
 
     def run(self) -> Any:
-        """Return the output, as :mod:`transformers` gives it."""
-        has_adapter = self.embeddings.has_adapter
+        """Return the output, as :mod:`transformers` gives it; of groups of rows, their hidden states alone."""
+        groups = self.groups
         with self.embeddings.in_use():
-            return injection.forward(self.embeddings.model if has_adapter else self.embeddings.base_model, self.inputs)
+            return length_groups.run_in_groups(self._forward, self.inputs, groups)
+
+    @functools.cached_property
+    def groups(self) -> LengthGroups | None:
+        """The groups of rows that run one after another, ``None`` for one pass: the same for the same inputs.
+
+        The model may be run, to see whether padding makes a difference.
+        """
+        if not may_be_grouped(self.embeddings):
+            return None
+        model = self._model
+        is_adapted = isinstance(model, PeftModel)
+        with self.embeddings.in_use():
+            return padding_trial.find_groups(
+                self._forward,
+                self.inputs,
+                model=model,
+                first=injection.virtual_rows(model) if is_adapted else 0,
+                before=methods.virtual_tokens(self.embeddings.adapter_config) if is_adapted else 0,
+            )
+
+    @property
+    def _model(self) -> PreTrainedModel | PeftModel:
+        return self.embeddings.model if self.embeddings.has_adapter else self.embeddings.base_model
+
+    def _forward(self, inputs: Mapping[str, Any], rows: Sequence[int]) -> Any:
+        return injection.forward(self._model, inputs)
+
+
+def may_be_grouped(embeddings: AdaptedEmbeddings) -> bool:
+    """Whether the forward pass may be several, whatever the inputs."""
+    model, base = embeddings.model, embeddings.base_model
+    is_whole = (
+        not embeddings.length_grouping
+        or embeddings.force_max_length
+        # A graph holds the groups of the batch that it was traced with, and each is compiled anew.
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch.compiler.is_compiling()
+        or any(getattr(each, "_compiled_call_impl", None) is not None for each in (model, base))
+        # Each pass reads what is offloaded.
+        or placement.is_dispatched(base)
+    )
+    if is_whole or (embeddings.has_adapter and methods.depends_on_batch(embeddings.adapter_config)):
+        return False
+    # Reentrant checkpoints of each group would give DistributedDataParallel a gradient of their own.
+    is_checkpointed = embeddings.training and getattr(base, "is_gradient_checkpointing", False)
+    return not (is_checkpointed and torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 class _PoolingView:

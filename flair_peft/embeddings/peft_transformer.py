@@ -80,6 +80,9 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
         save_base: write the base's weights into files too, so that these need no base model to load.
         stored_base: what a file says of its base model; given when loading.
         tokenizer: name or directory of the tokenizer, where that is not the base model's own.
+        length_grouping: run the sentences of a batch in groups of similar length, wherever that saves more than the
+            passes cost, instead of padding all to the longest. Results are those of one pass up to rounding; dropout
+            draws other random numbers. What depends on padding, and ``force_max_length``, has one pass in any case.
         **kwargs: for the tokenizer, the config and the model.
 
     Raises:
@@ -127,6 +130,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
         save_base: bool = False,
         stored_base: Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
+        length_grouping: bool = True,
         **kwargs: Any,
     ) -> None:
         """Load a transformer and add an adapter to it; the class says what the arguments mean."""
@@ -166,6 +170,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
 
         self.head_dtype = None if head_dtype is None else dtypes.parse_dtype(head_dtype)
         self.keep_virtual_rows, self.after_final_norm, self.save_base = keep_virtual_rows, after_final_norm, save_base
+        self.length_grouping = length_grouping
         self._preparing = quantisation.stored_preparation(peft_gradient_checkpointing_kwargs)
         self.register_load_state_dict_post_hook(PeftTransformerEmbeddings._after_loading)
         construction.attach_adapter_(self, base, is_new=saved_config is None)

@@ -107,8 +107,9 @@ def _own_params(embeddings: AdaptedEmbeddings) -> dict[str, Any]:
         # Without this, transformers makes a fast tokenizer of the files of a slow one.
         "transformers_tokenizer_kwargs": {} if embeddings.tokenizer.is_fast else {"use_fast": False},
         "derived_state": injection.derived_state(embeddings.model) if methods.is_derived_from_base(config) else {},
-        # Versions that do not know it refuse it, and read all other files.
+        # Versions that do not know these refuse them, and read all other files.
         **({"after_final_norm": True} if embeddings.after_final_norm else {}),
+        **({} if embeddings.length_grouping else {"length_grouping": False}),
         **({"stored_base": _WithoutWeights(embeddings.name)} if embeddings.is_placed else {}),
     }
 

@@ -172,4 +172,4 @@ def _hidden_states(transformer: torch.nn.Module, ids: list[int]) -> torch.Tensor
         output = transformer(
             input_ids=batch, attention_mask=torch.ones_like(batch), output_hidden_states=True, return_dict=True
         )
-    return torch.cat(base_transformer.states_of(output)[0]).cpu()
+    return torch.cat([*base_transformer.states_of(output)[0]]).cpu()

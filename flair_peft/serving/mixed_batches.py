@@ -32,8 +32,8 @@ from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, keys, methods, refusals
 from flair_peft.base import transformer
 from flair_peft.base.frozen_base import FrozenBase
-from flair_peft.embeddings import vector_probe
-from flair_peft.embeddings.adapted import ForwardPass
+from flair_peft.embeddings import length_groups, padding_trial, vector_probe
+from flair_peft.embeddings.adapted import ForwardPass, may_be_grouped
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError
 from flair_peft.serving.adapter_slots import AdapterSlot
@@ -180,7 +180,9 @@ class MixingModel:
                 slots[adapter] = self._slot(adapter, taken[adapter.kind])
                 taken[adapter.kind] += 1
                 slots[adapter].fill_(adapter)
-            return self._forward([each.inputs for each in passes], [slots[adapter].name for adapter in adapters])
+            names = [slots[adapter].name for adapter in adapters]
+            is_grouped = all(may_be_grouped(each.embeddings) for each in passes)
+            return self._forward([each.inputs for each in passes], names, is_grouped=is_grouped)
         except BaseException:
             # PEFT leaves its hooks in place when a pass fails (huggingface/peft#3475): the model is built anew.
             self._slots, self._model = {}, None
@@ -189,8 +191,9 @@ class MixingModel:
             for slot in slots.values():
                 slot.empty_()
 
-    def _forward(self, inputs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Output]:
+    def _forward(self, inputs: Sequence[Mapping[str, Any]], names: Sequence[str], *, is_grouped: bool) -> list[Output]:
         assert self._model is not None
+        model = self._model
         padding = getattr(self._model.get_base_model().config, "pad_token_id", None) or 0
         length = max(given["input_ids"].shape[1] for given in inputs)
         counts = [len(given["input_ids"]) for given in inputs]
@@ -198,7 +201,13 @@ class MixingModel:
         batch = {n: torch.cat([_padded(given[n], length, value) for given in inputs]) for n, value in fill.items()}
         settings = {name: value for name, value in inputs[0].items() if name in _SETTINGS}
         row_names = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
-        output = self._model(**batch, **settings, adapter_names=row_names)
+
+        def run(given: Mapping[str, Any], rows: Sequence[int]) -> Output:
+            return model(**given, adapter_names=[row_names[row] for row in rows])
+
+        batch.update(settings)
+        groups = padding_trial.find_groups(run, batch, model=model) if is_grouped else None
+        output = length_groups.run_in_groups(run, batch, groups)
         states, last = transformer.states_of(output)
         outputs, first = list[Output](), 0
         for given, count in zip(inputs, counts, strict=True):
@@ -240,7 +249,7 @@ class MixingModel:
         with embeddings.in_use():
             mixed = self.run(sentences, [adapter, adapter])
         for sentence, output in zip(sentences, mixed, strict=True):
-            expected = torch.stack(transformer.states_of(sentence.run())[0]).float()
+            expected = torch.stack([*transformer.states_of(sentence.run())[0]]).float()
             apart = vector_probe.distance(torch.stack(output["hidden_states"]).float(), expected)
             if not apart <= _TOLERANCE.get(embeddings.base_dtype, 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")

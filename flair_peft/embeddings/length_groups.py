@@ -1,0 +1,255 @@
+"""Groups of rows of similar length within a batch, each of which has a forward pass without the others' padding."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flair_peft.adapter import keys
+
+Inputs = Mapping[str, Any]
+Run = Callable[[Inputs, Sequence[int]], Mapping[str, Any]]
+"""Inputs and the numbers of their rows in the batch → output."""
+
+# Inputs of shape (batch, length, …), and those that a row has one of.
+_BY_POSITION = frozenset(
+    {"input_ids", "attention_mask", "token_type_ids", "position_ids", "bbox", "langs", "special_tokens_mask"}
+)
+_BY_ROW = frozenset({"pixel_values", "image"})
+
+_STATES = ("hidden_states", "encoder_hidden_states")
+_LAST = ("last_hidden_state", "encoder_last_hidden_state")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device can do, from which it follows how many tokens a forward pass of its own has to save.
+
+    Attributes:
+        module: seconds that a module with weights takes whatever its input, the adapter's on it included: Python, and
+            launches on a GPU.
+        operations: floating point operations a second, in full and in half precision.
+        bandwidth: bytes of weights that are read in a second, likewise; CPUs put those in half precision in order.
+    """
+
+    module: float
+    operations: tuple[float, float]
+    bandwidth: tuple[float, float]
+
+
+# Measured with LoRA on all linear layers, one thread, in the shapes of MiniLM and BERT-base: there a pass costs as much
+# as 40 tokens in fp32 and 60 to 180 in bf16, forward alone or with its backward.
+_CPU = Speed(module=80e-6, operations=(1.3e11, 2.6e11), bandwidth=(8e9, 4e9))
+
+# Not measured. On a GPU Python does not keep up with the launches: PEFT's LoRA takes about ten kernels a module, and
+# about 100 µs. A large GPU is assumed, since on a smaller one tokens cost more and a pass of its own pays sooner: for
+# BERT-base from about 2,000 tokens in fp32 and 13,000 in half precision.
+_ACCELERATOR = Speed(module=100e-6, operations=(5e13, 3e14), bandwidth=(2e12, 2e12))
+
+# Each pass writes dequantised weights and reads them again, where others are read once.
+_QUANTISED = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a forward pass costs, in tokens: as often as a token in all linear layers.
+
+    Attributes:
+        fixed: of any pass, however small.
+        attention: what a token costs more for each position of its row.
+    """
+
+    fixed: float
+    attention: float
+
+    def of(self, rows: int, length: int) -> float:
+        """Return the cost of rows that are padded to a length."""
+        return self.fixed + rows * length * (1 + self.attention * length)
+
+
+def compute_dtype(base: Any) -> torch.dtype:
+    """Return the dtype of the products of a base: that of its weights, or autocast's."""
+    weight: torch.Tensor = base.get_input_embeddings().weight
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def cost_of(base: torch.nn.Module, device: torch.device) -> Cost:
+    """Return what a forward pass of a base costs on a device; it depends on nothing that is measured while it runs.
+
+    An adapter counts as what LoRA costs.
+    """
+    modules, weights, stored = _sizes(base)
+    speed, threads = (_CPU, torch.get_num_threads()) if device.type == "cpu" else (_ACCELERATOR, 1)
+    is_half = compute_dtype(base).itemsize < torch.float32.itemsize
+    a_token = 2 * weights / (speed.operations[is_half] * threads)
+    fixed = modules * speed.module + stored / speed.bandwidth[is_half]
+    shape = getattr(base, "config", None)
+    layers, width = (getattr(shape, name, None) or 0 for name in ("num_hidden_layers", "hidden_size"))
+    factor = _QUANTISED if getattr(base, "quantization_method", None) else 1
+    return Cost(factor * fixed / a_token, attention=2 * layers * width / weights)
+
+
+_known_sizes: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, int, int]] = weakref.WeakKeyDictionary()
+
+
+def _sizes(base: torch.nn.Module) -> tuple[int, int, int]:
+    """Return how many modules have weights that each token is multiplied with, and their numbers and bytes."""
+    if base not in _known_sizes:
+        looked_up = {id(p) for m in base.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+        found = {
+            name: p
+            for name, p in base.named_parameters()
+            if p.dim() > 1 and id(p) not in looked_up and keys.base_key(f"base_model.model.{name}") is not None
+        }
+        held = sum(p.numel() * p.element_size() for p in found.values())
+        _known_sizes[base] = len(found), max(1, sum(p.numel() for p in found.values())), held
+    return _known_sizes[base]
+
+
+@dataclass(frozen=True)
+class LengthGroups:
+    """How a batch is divided.
+
+    Attributes:
+        rows: the numbers of the rows of each group, the longest rows first.
+        lengths: to which the rows of each group are padded.
+        width: to which the batch is padded.
+        first: how many rows of the outputs stand in front of the inputs'.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
+    width: int
+    first: int = 0
+
+
+def find(inputs: Inputs, cost: Callable[[], Cost], *, first: int = 0, before: int = 0) -> LengthGroups | None:
+    """Return the groups that cost least, ``None`` where that is the batch as it is, or where it cannot be divided.
+
+    Args:
+        inputs: of the transformer. Padding stands behind each row: tokenizers of embeddings put it there.
+        cost: of a forward pass; only asked for where there is anything to divide.
+        first: rows of the outputs that stand in front of the inputs'.
+        before: positions in front of each row that are no inputs, such as those of a prefix, with these rows.
+    """
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is None or len(ids) < 2 or not all(_can_be_cut(name, given, ids) for name, given in inputs.items()):
+        return None
+    price, width = cost(), ids.shape[1]
+    # A group saves less than the whole batch costs. Beneath that, lengths need not be fetched from a GPU.
+    if ids.numel() <= price.fixed or mask.shape != ids.shape:
+        return None
+    counts = mask.sum(dim=1)
+    if not torch.equal(mask, (torch.arange(width, device=mask.device) < counts[:, None]).to(mask.dtype)):
+        return None
+    lengths = [max(1, count) for count in counts.tolist()]
+    groups = divide([before + length for length in lengths], price)
+    if len(groups) == 1:
+        return None
+    return LengthGroups(tuple(map(tuple, groups)), tuple(lengths[rows[0]] for rows in groups), width, first)
+
+
+def _can_be_cut(name: str, given: Any, ids: torch.Tensor) -> bool:
+    if not isinstance(given, torch.Tensor):
+        return given is None or isinstance(given, bool)
+    shape = ids.shape if name in _BY_POSITION else ids.shape[:1]
+    return name in _BY_POSITION | _BY_ROW and given.shape[: len(shape)] == shape
+
+
+def divide(lengths: Sequence[int], cost: Cost) -> list[list[int]]:
+    """Return the numbers of the rows in the groups that cost least together, found by dynamic programming.
+
+    The longest rows come first, rows of one length in their order.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    ends = [end for end in range(1, len(order)) if lengths[order[end]] != lengths[order[end - 1]]] + [len(order)]
+    best = {0: (0.0, 0)}
+    for end in ends:
+        best[end] = min(
+            (known + cost.of(end - start, lengths[order[start]]), start) for start, (known, _) in best.items()
+        )
+    groups, end = list[list[int]](), len(order)
+    while end:
+        start = best[end][1]
+        groups.insert(0, order[start:end])
+        end = start
+    return groups
+
+
+def run_in_groups(run: Run, inputs: Inputs, groups: LengthGroups | None) -> Mapping[str, Any]:
+    """Return the output for the inputs, computed in these groups, or as it is without any."""
+    if groups is None:
+        return run(inputs, range(len(inputs["input_ids"])))
+    outputs = [run(cut(inputs, rows, length), rows) for rows, length in zip(groups.rows, groups.lengths, strict=True)]
+    return GroupedOutput(outputs, groups)
+
+
+def cut(inputs: Inputs, rows: Sequence[int], length: int) -> dict[str, Any]:
+    """Return the inputs of these rows, cut to a length; tensors are new ones."""
+    found = {}
+    for name, given in inputs.items():
+        if isinstance(given, torch.Tensor):
+            given = given[torch.tensor(rows, device=given.device)]
+            given = given[:, :length] if name in _BY_POSITION else given
+        found[name] = given
+    return found
+
+
+class GroupedOutput(Mapping[str, Any]):
+    """The hidden states of groups, as one pass for all would return them, with zeros for the padding.
+
+    They are put together when they are asked for: most layers never are.
+    """
+
+    def __init__(self, outputs: Sequence[Mapping[str, Any]], groups: LengthGroups) -> None:
+        self._groups = groups
+        names = [name for name in (*_STATES, *_LAST) if outputs[0].get(name) is not None]
+        self._parts = {name: [output[name] for output in outputs] for name in names}
+        self._places = torch.tensor(sorted(range(sum(map(len, groups.rows))), key=[*sum(groups.rows, ())].__getitem__))
+        self._joined: dict[int, torch.Tensor] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, name: str) -> Any:
+        parts = self._parts[name]
+        return _States(list(zip(*parts, strict=True)), self.join) if name in _STATES else self.join(parts)
+
+    def join(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return one tensor of shape (batch, width, hidden) from one of each group; the same for the same states."""
+        known = self._joined.get(id(states[0]))  # models return one tensor under several names
+        if known is None:
+            padded = torch.cat([self._pad(s, length) for s, length in zip(states, self._groups.lengths, strict=True)])
+            known = self._joined[id(states[0])] = padded.index_select(0, self._places.to(padded.device))
+        return known
+
+    def _pad(self, states: torch.Tensor, length: int) -> torch.Tensor:
+        groups = self._groups
+        gap = states.new_zeros(len(states), groups.width - length, *states.shape[2:])
+        at = groups.first + length
+        return torch.cat([states[:, :at], gap, states[:, at:]], dim=1)
+
+
+class _States(Sequence[torch.Tensor]):
+    """The hidden states of all layers, each put together when it is asked for."""
+
+    def __init__(
+        self, layers: Sequence[Sequence[torch.Tensor]], join: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    ) -> None:
+        self._layers, self._join = layers, join
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[each] for each in range(*index.indices(len(self))))
+        return self._join(self._layers[index])

@@ -1,0 +1,446 @@
+"""Sentences of a batch that run in groups of similar length: what they get is what one pass for all gives."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from flair.data import Sentence
+from flair.embeddings import TransformerDocumentEmbeddings
+from flair.nn import Model
+from peft import PromptTuningConfig
+from torch import nn
+
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings
+from flair_peft.embeddings import adapted, length_groups, padding_trial
+from flair_peft.embeddings.adapted import ForwardPass
+from flair_peft.embeddings.length_groups import Cost, LengthGroups
+from tests.support import tiny
+from tests.support.configs import lora
+from tests.support.method_cases import make_embeddings, one_kind_each
+from tests.support.methods import Method
+from tests.support.models import make
+from tests.support.selection import few
+from tests.support.vectors import is_close, is_same
+from tests.support.zoo import ZOO, copy_point
+
+Base = Callable[[str], str]
+
+TEXTS = (
+    "I love it",
+    "Berlin and Paris are large cities in Europe , and Bern is not .",
+    "Who ?",
+    "The founder of Apple , Steve Jobs , was born in San Francisco .",
+    "She sold the house in New York and bought a car .",
+    "It is great !",
+)
+
+TARGETS = {**tiny.ATTENTION_TARGETS, **tiny.MORE_TARGETS}
+NEVER_GROUPED = {"fnet"}  # takes no mask
+
+
+@pytest.fixture
+def divided(monkeypatch: pytest.MonkeyPatch) -> list[LengthGroups | None]:
+    """Let a pass cost as much as a token, forget all trials, and return how each batch of several rows is divided."""
+    found: list[LengthGroups | None] = []
+    find = padding_trial.find_groups
+
+    def spy(run: Any, inputs: Any, **kwargs: Any) -> LengthGroups | None:
+        groups = find(run, inputs, **kwargs)
+        if len(inputs["input_ids"]) > 1:  # what new embeddings try out is a word alone
+            found.append(groups)
+        return groups
+
+    monkeypatch.setattr(length_groups, "cost_of", lambda *_: Cost(1.0, 0.0))
+    monkeypatch.setattr(padding_trial, "find_groups", spy)
+    monkeypatch.setattr(padding_trial, "_verdicts", {})
+    return found
+
+
+def embed(embeddings: PeftTransformerEmbeddings, sentences: Sequence[Sentence], *, grouped: bool) -> list[torch.Tensor]:
+    embeddings.length_grouping = grouped
+    for sentence in sentences:
+        sentence.clear_embeddings()
+    embeddings.embed(list(sentences))
+    vectors = [sentence.embedding for sentence in sentences if embeddings.document_embedding]
+    return vectors + [t.embedding for s in sentences for t in s if embeddings.token_embedding]
+
+
+def are_alike(embeddings: PeftTransformerEmbeddings, sentences: Sequence[Sentence], *, tolerance: float = 1e-4) -> bool:
+    """Whether the sentences have the vectors that one pass gives them, up to rounding."""
+    grouped, whole = (embed(embeddings, sentences, grouped=each) for each in (True, False))
+    return is_close(grouped, whole, tolerance=tolerance)
+
+
+def cheapest(lengths: Sequence[int], cost: Cost) -> float:
+    """Return the cost of the best of all ways to cut the sorted lengths."""
+    ordered = sorted(lengths, reverse=True)
+    found = []
+    for cuts in itertools.product((False, True), repeat=len(ordered) - 1):
+        ends = [i + 1 for i, is_cut in enumerate(cuts) if is_cut] + [len(ordered)]
+        starts = [0, *ends[:-1]]
+        found.append(sum(cost.of(end - start, ordered[start]) for start, end in zip(starts, ends, strict=True)))
+    return min(found)
+
+
+@pytest.mark.parametrize("fixed", [1.0, 20.0, 60.0, 1000.0])
+def test_divide_finds_the_groups_that_cost_least(fixed: float) -> None:
+    """No other way to cut the rows, sorted by length, costs less; each row is in one group."""
+    generator, cost = random.Random(0), Cost(fixed, 0.003)
+    for _ in range(20):
+        lengths = [generator.randint(3, 60) for _ in range(9)]
+        groups = length_groups.divide(lengths, cost)
+        assert sorted(itertools.chain(*groups)) == list(range(9))
+        paid = sum(cost.of(len(rows), max(lengths[row] for row in rows)) for rows in groups)
+        assert paid == pytest.approx(cheapest(lengths, cost))
+
+
+def test_divide_keeps_a_batch_whole_where_passes_cost_more_than_padding() -> None:
+    """Where a group stops paying depends on the lengths and on what a pass costs, not on a number of groups."""
+    lengths = [10, 12, 30, 31]
+    assert length_groups.divide(lengths, Cost(35, 0)) == [[3, 2], [1, 0]]
+    assert length_groups.divide(lengths, Cost(39, 0)) == [[3, 2, 1, 0]]
+    assert length_groups.divide([7] * 50, Cost(0, 0)) == [list(range(50))]
+
+
+def test_cost_is_higher_on_a_gpu_in_half_precision_and_quantised(base: Base) -> None:
+    """A pass costs more tokens wherever tokens are computed faster, and the more the smaller the base is."""
+    model = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora()).base_model
+    on_cpu, on_gpu = (length_groups.cost_of(model, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert 1000 < on_cpu.fixed < on_gpu.fixed
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert length_groups.cost_of(model, torch.device("cpu")).fixed > on_cpu.fixed
+    model.quantization_method = "bitsandbytes"
+    assert length_groups.cost_of(model, torch.device("cpu")).fixed == pytest.approx(4 * on_cpu.fixed)
+
+
+@pytest.mark.parametrize("kind", [PeftTransformerWordEmbeddings, PeftTransformerDocumentEmbeddings])
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_architecture_has_the_vectors_of_one_pass(
+    architecture: str, kind: type[PeftTransformerEmbeddings], base: Base, divided: list[LengthGroups | None]
+) -> None:
+    """Images and boxes included; what depends on padding is found out and has one pass."""
+    targets = ["dense"] if architecture == "squeezebert" else TARGETS[architecture]
+    config = lora(target_modules=targets, fan_in_fan_out=architecture == "gpt2")
+    options = {"transformers_tokenizer_kwargs": {"use_fast": False}} if architecture == "bert-slow" else {}
+    embeddings = kind(base(architecture), peft_config=config, allow_long_sentences=False, **options)
+    assert are_alike(embeddings, tiny.make_sentences(architecture, TEXTS))
+    if architecture != "squeezebert":  # whichever it is, the trial found it
+        assert (divided[0] is None) == (architecture in NEVER_GROUPED)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subtoken_pooling": "last"},
+        {"subtoken_pooling": "first_last"},
+        {"subtoken_pooling": "mean"},
+        {"layers": "all"},
+        {"layers": "-1,0,1", "layer_mean": False},
+        {"after_final_norm": True, "layers": "-2,-1", "layer_mean": False},
+        {"use_context": 4},
+        {"is_document_embedding": True, "cls_pooling": "mean"},
+        {"is_document_embedding": True, "cls_pooling": "max", "layers": "all"},
+        {"dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+def test_settings_of_embeddings_give_the_vectors_of_one_pass(
+    architecture: str, options: dict[str, Any], base: Base, divided: list[LengthGroups | None]
+) -> None:
+    """All poolings, layers and contexts read the rows of the groups as they read those of one pass."""
+    config = lora(target_modules=TARGETS[architecture])
+    embeddings = PeftTransformerWordEmbeddings(base(architecture), peft_config=config, **options)
+    sentences = [Sentence(text) for text in TEXTS]
+    assert are_alike(embeddings, sentences, tolerance=0.1 if "dtype" in options else 1e-4)
+    assert divided[0] is not None
+
+
+def test_long_sentences_give_the_vectors_of_one_pass(base: Base, divided: list[LengthGroups | None]) -> None:
+    """Windows are rows of their own, and Flair puts them together afterwards."""
+    embeddings = PeftTransformerWordEmbeddings(
+        base("bert"), peft_config=lora(), is_document_embedding=True, cls_pooling="mean"
+    )
+    sentences = [Sentence(text) for text in (*TEXTS, " ".join([TEXTS[1]] * 25))]
+    assert are_alike(embeddings, sentences)
+    assert divided[0] is not None
+    assert sum(map(len, divided[0].rows)) > len(sentences)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("kind", [PeftTransformerWordEmbeddings, PeftTransformerDocumentEmbeddings])
+def test_virtual_rows_give_the_vectors_of_one_pass(
+    keep: bool, kind: type[PeftTransformerEmbeddings], base: Base, divided: list[LengthGroups | None]
+) -> None:
+    """The rows of a prompt stand in front of each group's, whether they are read or not."""
+    config = PromptTuningConfig(num_virtual_tokens=3)
+    embeddings = kind(base("bert"), peft_config=config, keep_virtual_rows=keep, cls_pooling="mean")
+    assert are_alike(embeddings, [Sentence(text) for text in TEXTS])
+    assert divided[0] is not None
+    assert divided[0].first == 3
+
+
+@pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
+def test_method_gives_the_vectors_of_one_pass(
+    method: Method, kind: str, base: Base, divided: list[LengthGroups | None]
+) -> None:
+    """Whatever a method adds to a model; those that look at the whole batch have one pass."""
+    embeddings = make_embeddings(method, kind, base, torch.float32)
+    assert are_alike(embeddings, [Sentence(text) for text in TEXTS])
+
+
+# Models that draw random numbers of their own, or that hold what is no loss of a batch, are like these.
+@pytest.mark.parametrize(
+    "name", few(ZOO, ("text-classifier", "sequence-tagger-crf", "relation-extractor", "tars-tagger"))
+)
+def test_model_has_the_loss_and_the_gradients_of_one_pass(
+    name: str, base: Base, divided: list[LengthGroups | None]
+) -> None:
+    """For every model class, in training mode and without dropout."""
+    entry = ZOO[name]
+    model = make(entry, base("bert"), lora(target_modules="all-linear"))
+    whole, grouped = (loss_and_gradients(entry, model, grouped=each) for each in (False, True))
+    assert any(groups is not None for groups in divided)
+    assert grouped.keys() == whole.keys()
+    for key, expected in whole.items():
+        torch.testing.assert_close(grouped[key], expected, atol=1e-4, rtol=1e-3, msg=key)
+
+
+def loss_and_gradients(entry: Any, model: Model, *, grouped: bool) -> dict[str, torch.Tensor]:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) or type(module).__name__ in ("WordDropout", "LockedDropout"):
+            module.p = module.dropout_rate = 0.0
+        if isinstance(module, PeftTransformerEmbeddings):
+            module.length_grouping = grouped
+    random.seed(0)
+    torch.manual_seed(0)
+    points = [copy_point(point) for point in entry.transform_corpus(model, entry.corpus()).train]
+    model.train()
+    model.zero_grad()
+    loss, _ = model.forward_loss(points)
+    loss.backward()
+    return {"": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_gradients_of_one_pass(
+    use_reentrant: bool, base: Base, divided: list[LengthGroups | None]
+) -> None:
+    """Layers that are computed again in the backward pass are those of each group."""
+    entry = ZOO["text-classifier"]
+    model = make(entry, base("bert"), lora(target_modules="all-linear"))
+    expected = loss_and_gradients(entry, model, grouped=False)
+    model.embeddings.base_model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    found = loss_and_gradients(entry, model, grouped=True)
+    assert divided[-1] is not None
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-3, msg=key)
+
+
+def test_trial_within_autocast_leaves_the_gradients(base: Base, divided: list[LengthGroups | None]) -> None:
+    """What autocast casts without a gradient during a trial is not what the training step computes with."""
+    entry = ZOO["text-classifier"]
+    model = make(entry, base("bert"), lora(target_modules="all-linear"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss_and_gradients(entry, model, grouped=True)
+    assert divided == [divided[0]]
+    assert divided[0] is not None
+    expected = loss_and_gradients(entry, model, grouped=False)
+    assert found.keys() == expected.keys()
+    for name in [name for name in expected if "lora_" in name]:
+        assert torch.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0) > 0.9, name
+
+
+def test_small_batch_is_computed_in_one_pass_as_stock_flair_does(base: Base) -> None:
+    """Where groups do not pay, the bits are those of the whole batch."""
+    stock = TransformerDocumentEmbeddings(base("bert"))
+    ours = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora())
+    sentences = [Sentence(text) for text in TEXTS]
+    stock.embed(sentences)
+    expected = [sentence.embedding for sentence in sentences]
+    with ours.model.disable_adapter():
+        assert is_same(embed(ours, sentences, grouped=True), expected)
+
+
+def test_switch_and_maximal_length_leave_one_pass(base: Base, divided: list[LengthGroups | None]) -> None:
+    """length_grouping=False gives the bits of stock Flair for any lengths; so does padding to the model's length."""
+    sentences = [Sentence(text) for text in TEXTS]
+    for options in ({"length_grouping": False}, {"force_max_length": True}):
+        embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora(), **options)
+        embeddings.embed(sentences)
+    assert not divided
+
+
+def test_switch_is_stored_only_where_it_is_off(base: Base) -> None:
+    """Files are what they were before it was there, and a model without groups has none after loading."""
+    on, off = (
+        PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora(), length_grouping=each)
+        for each in (True, False)
+    )
+    assert "length_grouping" not in on.to_params()
+    assert PeftTransformerDocumentEmbeddings.from_params(on.to_params()).length_grouping
+    assert not PeftTransformerDocumentEmbeddings.from_params(off.to_params()).length_grouping
+
+
+class PaddingShows(nn.Module):
+    """An output layer that adds the length of the batch beyond a number of tokens, and counts its passes."""
+
+    def __init__(self, layer: nn.Module, beyond: int) -> None:
+        super().__init__()
+        self.layer, self.beyond, self.passes = layer, beyond, 0
+        self.register_buffer("longest", torch.zeros(1))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.passes += 1
+        outputs = self.layer(*args, **kwargs)
+        states = outputs[0] if isinstance(outputs, tuple) else outputs
+        self.longest = torch.tensor([float(states.shape[1])])
+        changed = states + max(0, states.shape[1] - self.beyond) * 0.1
+        return (changed, *outputs[1:]) if isinstance(outputs, tuple) else changed
+
+
+def make_dependent(base: str, *, beyond: int) -> tuple[PeftTransformerWordEmbeddings, PaddingShows]:
+    embeddings = PeftTransformerWordEmbeddings(base, peft_config=lora())
+    layers = embeddings.base_model.encoder.layer
+    layers[1] = PaddingShows(layers[1], beyond).eval()
+    return embeddings, layers[1]
+
+
+def test_model_that_depends_on_padding_has_one_pass(base: Base, divided: list[LengthGroups | None]) -> None:
+    """It is tried out, once, and no table has to know it."""
+    embeddings, _ = make_dependent(base("bert"), beyond=0)
+    sentences = [Sentence(text) for text in TEXTS]
+    first, again = (embed(embeddings, sentences, grouped=True) for _ in range(2))
+    assert divided == [None, None]
+    assert is_same(first, embed(embeddings, sentences, grouped=False))
+    assert is_same(again, first)
+
+
+def test_longer_padding_is_tried_out_again(base: Base, divided: list[LengthGroups | None]) -> None:
+    """Some models go another way beyond a length; below it, what was found stays."""
+    embeddings, _ = make_dependent(base("bert"), beyond=40)
+    short, long = [Sentence(text) for text in TEXTS], [Sentence(text) for text in ("Who ?", " ".join([TEXTS[1]] * 5))]
+    for sentences in (short, long, short):
+        assert are_alike(embeddings, sentences)
+    assert [groups is None for groups in divided] == [False, True, False]
+
+
+def test_trial_leaves_the_model_and_random_numbers_as_they_were(base: Base, divided: list[LengthGroups | None]) -> None:
+    """Modes of single modules, what modules note of a pass, and the next random number."""
+    embeddings, layer = make_dependent(base("bert"), beyond=1000)
+    embeddings.train()
+    layer.layer.eval()
+    modes = {name: module.training for name, module in embeddings.named_modules()}
+    noted, drawn = layer.longest, torch.get_rng_state()
+    tensors = embeddings.prepare_tensors([Sentence(text) for text in TEXTS])
+    inputs = {"input_ids": tensors["input_ids"], "attention_mask": tensors["attention_mask"]}
+    given = {name: value.clone() for name, value in inputs.items()}
+    settings = {"output_hidden_states": True, "return_dict": True}
+    assert ForwardPass(embeddings, {**inputs, **settings}).groups is not None
+    assert modes == {name: module.training for name, module in embeddings.named_modules()}
+    assert (layer.longest is noted, layer.passes) == (True, 0)
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert all(torch.equal(inputs[name], value) for name, value in given.items())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("one row"), MemoryError()], ids=str)
+def test_trial_that_fails_leaves_one_pass(
+    error: Exception, base: Base, divided: list[LengthGroups | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prediction that worked without it works with it."""
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    sentences = [Sentence(text) for text in TEXTS]
+    expected = embed(embeddings, sentences, grouped=False)
+    forward = ForwardPass._forward
+
+    def fail(self: ForwardPass, inputs: dict[str, Any], rows: Sequence[int]) -> Any:
+        if len(rows) <= 2:
+            raise error
+        return forward(self, inputs, rows)
+
+    monkeypatch.setattr(ForwardPass, "_forward", fail)
+    assert is_same(embed(embeddings, sentences, grouped=True), expected)
+    assert divided == [None]
+
+
+def test_padding_is_never_computed_and_layers_only_put_together_where_read(
+    base: Base, divided: list[LengthGroups | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that the transformer sees are those of the groups, and hidden states beyond them are zero."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora(), layers="1")
+    seen, joined = list[tuple[int, ...]](), list[int]()
+    embeddings.base_model.embeddings.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[:2])))
+    join = length_groups.GroupedOutput.join
+    monkeypatch.setattr(length_groups.GroupedOutput, "join", lambda s, x: joined.append(1) or join(s, x))
+    tensors = embeddings.prepare_tensors([Sentence(text) for text in TEXTS])
+    ids, mask = tensors["input_ids"], tensors["attention_mask"]
+    embeddings.hidden_states(ids, attention_mask=mask)
+    seen.clear()
+    joined.clear()
+    (states,) = embeddings.hidden_states(ids, attention_mask=mask)
+    assert seen == [(len(rows), length) for rows, length in zip(divided[-1].rows, divided[-1].lengths, strict=True)]
+    assert sum(rows * length for rows, length in seen) < 0.7 * ids.numel()
+    assert len(joined) == 2  # the layer that is read, and the last
+    for rows, length in zip(divided[-1].rows, divided[-1].lengths, strict=True):
+        assert states[list(rows), length:].count_nonzero() == 0
+    assert states[mask == 1].count_nonzero(dim=-1).min() > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])},
+        {"attention_mask": torch.tensor([[1] * 6, [0, 0, 0, 0, 1, 1]])},
+        {"attention_mask": torch.ones(2, 1, 6, 6)},
+        {"attention_mask": None},
+        {"inputs_embeds": torch.zeros(2, 6, 4)},
+        {"token_type_ids": torch.zeros(2, 3)},
+        {"factor": 0.5},
+    ],
+    ids=["holes", "on the left", "4D", "no mask", "unknown", "another shape", "a number"],
+)
+def test_inputs_that_nobody_can_cut_have_one_pass(change: dict[str, Any]) -> None:
+    """A mask with holes, or an input whose shape is not known, is left as it is."""
+    mask = torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]])
+    inputs = {"input_ids": torch.ones(2, 6, dtype=torch.long), "attention_mask": mask}
+    free = Cost(0.5, 0)
+    assert length_groups.find(inputs, lambda: free) is not None
+    assert length_groups.find({**inputs, **change}, lambda: free) is None
+
+
+def test_graph_that_is_traced_has_one_pass(base: Base, divided: list[LengthGroups | None]) -> None:
+    """A graph for other batches may not hold the groups of this one."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora())
+    tensors = embeddings.prepare_tensors([Sentence(text) for text in TEXTS])
+    traced: list[bool] = []
+
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeddings = embeddings
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            traced.append(adapted.may_be_grouped(self.embeddings))
+            return ids + mask
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, in favour of torch.export
+        torch.jit.trace(Asking(), (tensors["input_ids"], tensors["attention_mask"]))
+    assert False in traced
+    assert adapted.may_be_grouped(embeddings)
+
+
+def test_checkpoints_within_a_process_group_have_one_pass(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reentrant checkpoints would tell DistributedDataParallel of a parameter once for each group."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora()).train()
+    embeddings.base_model.gradient_checkpointing_enable()
+    assert adapted.may_be_grouped(embeddings)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert not adapted.may_be_grouped(embeddings)
+    assert adapted.may_be_grouped(embeddings.eval())
