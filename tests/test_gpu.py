@@ -13,6 +13,7 @@ from peft import LoftQConfig, PrefixTuningConfig, PromptTuningConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings
+from flair_peft.embeddings import length_groups
 from tests.support import round_trip, tiny
 from tests.support.configs import lora
 from tests.support.places import addresses_of
@@ -98,6 +99,24 @@ def test_document_pooling_leaves_vectors_on_the_gpu(pooling: str, base: Callable
     sentence = Sentence("Berlin is large .")
     embeddings.embed(sentence)
     assert sentence.get_embedding().device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_of_similar_length_give_the_vectors_of_one_pass_on_a_gpu(
+    dtype: torch.dtype, base: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is put together again is on the GPU, in the order of the sentences."""
+    monkeypatch.setattr(length_groups, "cost_of", lambda *_: length_groups.Cost(1.0, 0.0))
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=LORA, dtype=dtype)
+    vectors = []
+    for is_grouped in (True, False):
+        embeddings.length_grouping = is_grouped
+        sentences = [Sentence(text) for text in ("Who ?", "I love this wonderful movie , it is great !", "Yes .")]
+        embeddings.embed(sentences)
+        vectors.append(torch.stack([sentence.embedding for sentence in sentences]))
+    assert vectors[0].device.type == "cuda"
+    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(*vectors, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name not in tiny.LAYOUT])

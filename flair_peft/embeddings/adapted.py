@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-import flair
 import torch
 from flair.data import Sentence
 from flair.embeddings import TransformerEmbeddings
@@ -21,7 +20,7 @@ from typing_extensions import Self
 from flair_peft.adapter import injection, keys, methods, refusals
 from flair_peft.base import placement, quantisation, tokenizers, transformer
 from flair_peft.base.frozen_base import FrozenBase
-from flair_peft.embeddings import cooperative_threads, exact_values, length_groups, padding_trial
+from flair_peft.embeddings import cooperative_threads, exact_values, flair_pooling, length_groups, padding_trial
 from flair_peft.embeddings.base_source import BaseSource
 from flair_peft.embeddings.length_groups import LengthGroups
 from flair_peft.embeddings.offload import AdapterMemory
@@ -227,7 +226,7 @@ class AdaptedEmbeddings(TransformerEmbeddings):
         Takes what :meth:`prepare_tensors` returns. Pooling is Flair's own, in fp32 or wider; vectors leave in
         :attr:`output_dtype`.
         """
-        pooled = TransformerEmbeddings.forward(_PoolingView(self), input_ids, **tensors)
+        pooled = flair_pooling.pool(self, input_ids, tensors)
         mark = self._output_mark
         return {name: vectors.to(device=mark.device, dtype=mark.dtype) for name, vectors in pooled.items()}
 
@@ -344,26 +343,6 @@ def may_be_grouped(embeddings: AdaptedEmbeddings) -> bool:
     # Reentrant checkpoints of each group would give DistributedDataParallel a gradient of their own.
     is_checkpointed = embeddings.training and getattr(base, "is_gradient_checkpointing", False)
     return not (is_checkpointed and torch.distributed.is_available() and torch.distributed.is_initialized())
-
-
-class _PoolingView:
-    """The embeddings as stock ``forward`` should see them: a model that returns the wanted layers and nothing else.
-
-    Flair's pooling reads ``self.model(...)[-1]``, stacks it and takes ``self.layer_indexes`` of the stack.
-    """
-
-    def __init__(self, embeddings: AdaptedEmbeddings) -> None:
-        self._embeddings = embeddings
-        self.layer_indexes = list(range(len(embeddings.layer_indexes)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._embeddings, name)
-
-    def model(self, input_ids: torch.Tensor, **tensors: Any) -> tuple[tuple[torch.Tensor, ...]]:
-        """Return hidden states where Flair expects them, wide enough for its pooling, which mixes fp32 into sums."""
-        states = self._embeddings.hidden_states(input_ids, **tensors)
-        wide = torch.promote_types(states[0].dtype, torch.float32)
-        return (tuple(state.to(device=flair.device, dtype=wide) for state in states),)
 
 
 def has_nothing_to_embed(embeddings: Embeddings[Any], data_points: Sequence[Any]) -> bool:

@@ -26,6 +26,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, from_pretrained
 from flair_peft.base import memory_check
+from flair_peft.embeddings import length_groups
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, PredictionSetupError
 from flair_peft.primitives import mapped_memory
@@ -96,6 +97,29 @@ def test_predict_together_gives_the_labels_of_separate_predictions(
     for found, expected in zip(together, separate, strict=True):
         assert largest_difference(labels_of(expected), labels_of(found)) < TOLERANCE
         assert not any(point._embeddings for point in found)
+
+
+def test_predict_together_divides_the_mixed_batch_by_length(
+    base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each group has the adapters of its own rows; a model without groups leaves the batch whole."""
+    shared = SharedBase(base("bert"))
+    models = [shared.load(save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(3)]
+    texts = ["Who ?", "Berlin is large .", "The founder of Apple , Steve Jobs , was born in San Francisco ."]
+    separate = {model: [Sentence(text) for text in texts[number:]] for number, model in enumerate(models)}
+    for model, points in separate.items():
+        model.predict(points)
+    monkeypatch.setattr(length_groups, "cost_of", lambda *_: length_groups.Cost(1.0, 0.0))
+    together = {model: [Sentence(point.text) for point in points] for model, points in separate.items()}
+    with counting_forward_passes() as passes:
+        shared.predict(together)
+    assert passes[-2:] == [3, 3]  # the longest, which all have, first
+    for model, points in together.items():
+        assert largest_difference(labels_of(separate[model]), labels_of(points)) < TOLERANCE
+    models[1].embeddings.length_grouping = False
+    with counting_forward_passes() as passes:
+        shared.predict(together)
+    assert passes == [6]
 
 
 def test_predict_together_runs_one_forward_pass_for_all(base: Callable[[str], str], tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from flair_peft import (
     RankAllocationPlugin,
     ResumePlugin,
 )
+from flair_peft.embeddings import length_groups
 from tests.support.configs import lora
 
 GLOBAL_BATCH = 8
@@ -195,6 +196,23 @@ def run(
     }
 
 
+def _in_groups(base: str, directory: Path) -> Result:
+    """Train with batches that are divided by length, in each process in another way."""
+    cost_of, run_in_groups, passes = length_groups.cost_of, length_groups.run_in_groups, list[int]()
+
+    def counted(run_group: Any, inputs: Any, groups: Any) -> Any:
+        passes.append(1 if groups is None else len(groups.rows))
+        return run_in_groups(run_group, inputs, groups)
+
+    length_groups.cost_of = lambda *_: length_groups.Cost(1.0, 0.0)
+    length_groups.run_in_groups = counted
+    try:
+        result = run(base, directory, optimizer=torch.optim.SGD, learning_rate=0.05, watches=True)
+    finally:
+        length_groups.cost_of, length_groups.run_in_groups = cost_of, run_in_groups
+    return {**result, "passes": passes}
+
+
 def _adalora(base: str) -> TextClassifier:
     config = AdaLoraConfig(
         init_r=6, target_r=3, tinit=1, tfinal=1, deltaT=1, total_step=6, target_modules=["query", "value"]
@@ -209,6 +227,7 @@ def _second_process_has_nothing(number: int) -> bool:
 TRAININGS: dict[str, Callable[[str, Path], Result]] = {
     "sgd": functools.partial(run, optimizer=torch.optim.SGD, learning_rate=0.05, watches=True),
     "adamw": run,
+    "in-groups": _in_groups,
     "annealed": functools.partial(run, start="train", learning_rate=0.05, patience=0, max_epochs=4),
     "crf": functools.partial(run, build=tagger),
     "chunks": functools.partial(run, mini_batch_chunk_size=3, watches=True),

@@ -33,7 +33,7 @@ SECONDS = 240  # far more than it takes; nothing here may wait for ever
 
 # The largest difference of a weight, beside the rounding of sums in another order: Adam divides gradients by their
 # own size, so that those which are zero but for rounding move weights too. bf16 has 8 bits.
-TOLERANCE = {"sgd": 2e-6, "annealed": 2e-6, "biases": 2e-6, "bf16": 4e-3}
+TOLERANCE = {"sgd": 2e-6, "in-groups": 2e-6, "annealed": 2e-6, "biases": 2e-6, "bf16": 4e-3}
 ADAM_TOLERANCE = 2e-4
 
 Base = Callable[[str], str]
@@ -129,7 +129,17 @@ def test_processes_end_with_the_same_weights(name: str, launched: Path) -> None:
     assert first["files"] == second["files"]
 
 
-@pytest.mark.parametrize("name", ["sgd", "chunks"])
+def test_groups_of_each_process_are_its_own(launched: Path, bases: Path, tmp_path: Path) -> None:
+    """Batches that are divided by length, in another number of passes in each process, teach what whole ones teach."""
+    whole = TRAININGS["sgd"](str(bases), tmp_path)
+    first, second = results(launched, "in-groups")
+    assert max(first["passes"]) > 1
+    assert first["passes"] != second["passes"]
+    for two in (first, second):
+        assert_same("in-groups", two, whole)
+
+
+@pytest.mark.parametrize("name", ["sgd", "chunks", "in-groups"])
 def test_step_sends_the_bytes_of_the_trained_gradients(name: str, launched: Path) -> None:
     """Once per step, however many chunks: gradients in one call, in another which parameters were used, no weights."""
     for result in results(launched, name):
