@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,63 +50,56 @@ class PlainLora:
 
     Attributes:
         matrices: path of the linear layer in the base → what is added to its output.
-        layers: PEFT's, around them.
         others: parameters that are not of the adapter.
     """
 
     matrices: dict[str, LowRank] = field(default_factory=dict)
-    layers: list[Linear] = field(default_factory=list)
     others: list[torch.nn.Parameter] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: PeftModel, name: str) -> PlainLora | None:
-        """Return the adapter of this name, or ``None`` if there is more to it than that."""
-        if not isinstance(model.base_model, LoraModel):
+        """Return the adapter of this name, or ``None`` if there is more to it than that, or it is not in effect alone.
+
+        It is looked up for each model in each prediction: ``named_modules`` would take as long as a small forward pass.
+        """
+        if not isinstance(model.base_model, LoraModel) or set(model.peft_config) != {name} or model._adapters_disabled:
             return None
-        found = cls()
-        for path, module in _walk(model.base_model.model):
-            if isinstance(module, BaseTunerLayer):
-                if not _is_plain(module, name):
-                    return None
-                scaling = float(module.scaling[name])
-                found.matrices[path] = LowRank(module.lora_A[name].weight, module.lora_B[name].weight, scaling)
-                found.layers.append(module)
-            elif isinstance(module, AuxiliaryTrainingWrapper):
+        found, seen, stack = cls(), set[int](), [("", model.base_model.model)]
+        while stack:
+            path, module = stack.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            if type(module) is Linear and (matrices := _matrices_of(module, name)) is not None:
+                found.matrices[path] = matrices
+                stack.append((path, module.base_layer))
+            elif _belongs_to_adapters(module.__class__):
                 return None
             else:
-                found.others.extend(p for p in module._parameters.values() if p is not None)
-        return found
+                found.others += [parameter for parameter in module._parameters.values() if parameter is not None]
+                prefix = path and f"{path}."
+                stack += [(prefix + key, child) for key, child in module._modules.items() if child is not None]
+        return found if found.matrices else None
 
     @property
     def kind(self) -> object:
         """What adapters have in common of which one pass shows whether the others can be gathered: layers, dtypes."""
-        return (*self.matrices, *sorted({str(matrix.a.dtype) for matrix in self.matrices.values()}))
+        return (frozenset(self.matrices), frozenset(matrix.a.dtype for matrix in self.matrices.values()))
 
 
-def _walk(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield path and module as ``named_modules`` does, of layers with adapters themselves and what is in their base."""
-    seen: set[int] = set()
-    stack = [("", module)]
-    while stack:
-        path, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield path, module
-        if isinstance(module, BaseTunerLayer):
-            stack.append((path, module.base_layer))
-        else:
-            prefix = f"{path}." if path else ""
-            children = reversed(module._modules.items())
-            stack.extend((prefix + name, child) for name, child in children if child is not None)
+@functools.cache
+def _belongs_to_adapters(kind: Any) -> bool:
+    return issubclass(kind, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
-def _is_plain(layer: BaseTunerLayer, name: str) -> bool:
-    """Whether a layer adds the products of two matrices of this adapter, and no more: no bias, no DoRA, no variant."""
-    if type(layer) is not Linear or name in layer.lora_variant or layer.active_adapters != [name]:
-        return False
-    matrices = [layer.lora_A._modules.get(name), layer.lora_B._modules.get(name)]
-    return all(type(each) is torch.nn.Linear and each.bias is None for each in matrices)
+def _matrices_of(layer: Linear, name: str) -> LowRank | None:
+    """Return the matrices of an adapter; ``None`` if the layer adds more than them or less: a bias, DoRA, a variant."""
+    is_in_effect = layer.active_adapters == [name] and not layer.merged_adapters and not layer.disable_adapters
+    a, b = (layer._modules[key]._modules.get(name) for key in ("lora_A", "lora_B"))
+    is_plain = type(a) is type(b) is torch.nn.Linear and a.bias is None and b.bias is None
+    if not is_in_effect or not is_plain or name in layer.lora_variant:
+        return None
+    return LowRank(a.weight, b.weight, float(layer.scaling[name]))
 
 
 class GatheredLora:

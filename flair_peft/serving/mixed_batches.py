@@ -120,9 +120,10 @@ class MixedBatches:
         if embeddings.training or not isinstance(embeddings.model, PeftModel):
             return None
         plain = PlainLora.of(embeddings.model, methods.ADAPTER_NAME)
-        adapter = AdapterSlot(embeddings.model, methods.ADAPTER_NAME) if plain is None else plain
+        adapter = plain or AdapterSlot(embeddings.model, methods.ADAPTER_NAME)
         try:
-            refusals.refuse_unstorable(embeddings.model, adapter.layers)
+            if isinstance(adapter, AdapterSlot):
+                refusals.refuse_unstorable(embeddings.model, adapter.layers)
         except AdapterConfigError:
             return None  # merged or switched off, which its own pass follows
         method, base = methods.method_name(embeddings.adapter_config), embeddings.base_source.frozen
@@ -208,8 +209,8 @@ class MixingModel:
         fill = {"input_ids": padding, "attention_mask": 0}
         batch = {n: torch.cat([_padded(given[n], length, value) for given in inputs]) for n, value in fill.items()}
         settings = {name: value for name, value in inputs[0].items() if name in _SETTINGS}
-        rows = [adapter for adapter, count in zip(adapters, counts, strict=True) for _ in range(count)]
-        output = self._call(rows, {**batch, **settings})
+        by_row = [adapter for adapter, count in zip(adapters, counts, strict=True) for _ in range(count)]
+        output = self._call(by_row, {**batch, **settings})
         states, last = transformer.states_of(output)
         outputs, first = list[Output](), 0
         for given, count in zip(inputs, counts, strict=True):
