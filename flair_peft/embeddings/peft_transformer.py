@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from typing import Any, Literal
 
@@ -326,7 +326,22 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
 
 def adapted_embeddings(model: torch.nn.Module) -> list[PeftTransformerEmbeddings]:
     """Return the embeddings with an adapter in a model, each once, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    return [module for module in modules_around(model) if isinstance(module, PeftTransformerEmbeddings)]
+
+
+def modules_around(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield what ``model.modules()`` does, without what is inside of embeddings with an adapter, which is most of it.
+
+    Each prediction asks for them: to walk through a transformer takes as long as Flair takes for a sentence.
+    """
+    seen, stack = set[int](), [model]
+    while stack:
+        module = stack.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            children = () if isinstance(module, PeftTransformerEmbeddings) else reversed(module._modules.values())
+            stack.extend(child for child in children if child is not None)
 
 
 def _report_final_norm(embeddings: PeftTransformerEmbeddings, source: str) -> None:

@@ -22,7 +22,7 @@ from flair.models import (
 from flair.nn import Model
 from torch.utils.data import Dataset
 
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, modules_around
 from flair_peft.errors import AdapterConfigError, PredictionSetupError
 
 _OF_WORDS = (RelationExtractor, SequenceTagger, SpanClassifier, TokenClassifier)
@@ -36,7 +36,7 @@ def check_embeddings(model: Model) -> None:
     Raises:
         AdapterConfigError: they do not, so that the vectors that the model reads are not there.
     """
-    for part in model.modules():
+    for part in modules_around(model):
         if not type(part).__module__.startswith("flair."):
             continue  # a class of a user's own may read vectors in a way of its own
         for embeddings in _direct(part):

@@ -1,16 +1,23 @@
-"""Mixed batches: one forward pass for the sentences of several models, by PEFT's ``adapter_names``.
+"""Mixed batches: one forward pass for the sentences of several models.
 
 From the sentences of several models to their vectors:
 
 1. ``SharedBase.predict`` lets each model's own ``predict`` run in a thread of its own, see
    :mod:`flair_peft.embeddings.cooperative_threads`.
    Where its embeddings need a forward pass, the thread asks for it and stops.
-2. When all threads ask, :class:`MixedBatches` gets their passes. It groups those whose adapters PEFT can mix, by base
+2. When all threads ask, :class:`MixedBatches` gets their passes. It groups those whose adapters can be mixed, by base
    and method, and cuts the groups to the size of a mini-batch. Every other pass is run by its own model.
-3. For each group, a :class:`MixingModel` pads the inputs to one length and puts the tensors of each model's adapter
-   into a slot (``adapter_slots.py``). Its forward pass tells PEFT, for each row, the slot whose adapter it takes.
-4. The hidden states are cut to the rows and the length of each pass, which is the reply to its thread, and the slots
-   are emptied. Training, moving or converting a model shows at once, and no model has an active adapter to switch.
+3. For each group, a :class:`MixingModel` pads the inputs to one length. There are two kinds:
+
+   - LoRA on linear layers, of any ranks, scales and layers: a :class:`GatheringModel` computes with the matrices of all
+     rows at once (``gathered_lora.py``). It takes hardly more time for 32 models than for one.
+   - What else PEFT can mix, such as LoRA on embeddings or with a bias: a :class:`MixingModel` itself puts the tensors
+     of each adapter into a slot (``adapter_slots.py``) and tells PEFT, for each row, the slot whose adapter it takes.
+     PEFT loops over the adapters.
+
+4. The hidden states are cut to the rows and the length of each pass, which is the reply to its thread. No tensor of an
+   adapter is kept between passes: training, moving or converting a model shows at once, and no model has an active
+   adapter to switch.
 """
 
 from __future__ import annotations
@@ -37,6 +44,7 @@ from flair_peft.embeddings.adapted import ForwardPass, may_be_grouped
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError
 from flair_peft.serving.adapter_slots import AdapterSlot
+from flair_peft.serving.gathered_lora import GatheredLora, PlainLora
 
 log = logging.getLogger("flair_peft")
 
@@ -51,19 +59,20 @@ _SETTINGS = frozenset({"output_hidden_states", "return_dict", "use_cache", "use_
 _TRIAL_ERRORS = (AdapterConfigError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, MemoryError)
 
 Output = Mapping[str, Any]
-Mixable = dict[int, "tuple[MixingModel, AdapterSlot] | None"]
+Adapter = AdapterSlot | PlainLora
+Mixable = dict[int, "tuple[MixingModel, Adapter] | None"]
 """Identity of embeddings → the model that can mix their adapter, and the adapter; ``None`` where none can."""
 
 
 class MixedBatches:
-    """Answers the forward passes of several models, with one pass for all where PEFT can mix their adapters.
+    """Answers the forward passes of several models, with one pass for all whose adapters can be mixed.
 
-    It has a :class:`MixingModel` for each method and base. A base with added rows goes with the last model that is on
-    it, and its mixing models go with it.
+    It has a :class:`MixingModel` of each kind for each method and base. A base with added rows goes with the last model
+    that is on it, and its mixing models go with it.
     """
 
     def __init__(self) -> None:
-        self._models: weakref.WeakKeyDictionary[FrozenBase, dict[str, MixingModel]] = weakref.WeakKeyDictionary()
+        self._models: weakref.WeakKeyDictionary[FrozenBase, dict[Any, MixingModel]] = weakref.WeakKeyDictionary()
         self._reported: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
@@ -106,13 +115,15 @@ class MixedBatches:
             chunks = [numbers] if mixing is None else _chunks(numbers, passes, rows)
             yield from ((mixing, chunk) for chunk in chunks)
 
-    def _find_mixing_model(self, embeddings: PeftTransformerEmbeddings) -> tuple[MixingModel, AdapterSlot] | None:
+    def _find_mixing_model(self, embeddings: PeftTransformerEmbeddings) -> tuple[MixingModel, Adapter] | None:
         """Return the model that can mix the adapter, and the adapter; ``None`` if it needs passes of its own."""
         if embeddings.training or not isinstance(embeddings.model, PeftModel):
             return None
-        adapter = AdapterSlot(embeddings.model, methods.ADAPTER_NAME)
+        plain = PlainLora.of(embeddings.model, methods.ADAPTER_NAME)
+        adapter = plain or AdapterSlot(embeddings.model, methods.ADAPTER_NAME)
         try:
-            refusals.refuse_unstorable(embeddings.model, adapter.layers)
+            if isinstance(adapter, AdapterSlot):
+                refusals.refuse_unstorable(embeddings.model, adapter.layers)
         except AdapterConfigError:
             return None  # merged or switched off, which its own pass follows
         method, base = methods.method_name(embeddings.adapter_config), embeddings.base_source.frozen
@@ -121,7 +132,8 @@ class MixedBatches:
             reason = "it has a base of its own"
         if reason is None and base is not None:
             with self._lock:
-                mixing = self._models.setdefault(base, {}).setdefault(method, MixingModel(base))
+                kind = MixingModel if plain is None else GatheringModel
+                mixing = self._models.setdefault(base, {}).setdefault((method, kind), kind(base))
                 reason = mixing.why_not(embeddings, adapter)
             if reason is None:
                 return mixing, adapter
@@ -130,9 +142,7 @@ class MixedBatches:
             log.info("%s adapters get forward passes of their own: %s. The results are the same.", method, reason)
         return None
 
-    def _mix(
-        self, mixing: MixingModel, passes: Sequence[ForwardPass], adapters: Sequence[AdapterSlot]
-    ) -> Sequence[Output]:
+    def _mix(self, mixing: MixingModel, passes: Sequence[ForwardPass], adapters: Sequence[Adapter]) -> Sequence[Output]:
         with self._lock, contextlib.ExitStack() as stack:
             for forward_pass in passes:
                 stack.enter_context(forward_pass.embeddings.in_use())
@@ -150,23 +160,26 @@ class MixingModel:
         self._base: FrozenBase = weakref.proxy(base)
         self._model: PeftModel | None = None
         self._slots: dict[str, list[AdapterSlot]] = {}
-        self._refused: dict[str, str] = {}
+        self._tried: set[object] = set()
+        self._refused: dict[object, str] = {}
 
-    def why_not(self, embeddings: PeftTransformerEmbeddings, adapter: AdapterSlot) -> str | None:
+    def why_not(self, embeddings: PeftTransformerEmbeddings, adapter: Any) -> str | None:
         """Return why the adapter cannot be mixed, or ``None`` if it can; tried once for adapters that are alike."""
         if not self._base.weights.have_memory_of(adapter.others):
             return "the base below is not in memory together with the others', or was changed"
-        if adapter.kind not in self._slots and adapter.kind not in self._refused:
+        kind = adapter.kind
+        if kind not in self._tried and kind not in self._refused:
             try:
                 self._try_out(embeddings, adapter)
+                self._tried.add(kind)
             except _TRIAL_ERRORS as error:
                 self._slots, self._model = {}, None
                 if _is_for_want_of_memory(error):
                     return "there was no memory to try whether it can be mixed"  # there may be the next time
-                self._refused[adapter.kind] = f"PEFT cannot mix it ({type(error).__name__}: {str(error)[:200]})"
-        return self._refused.get(adapter.kind)
+                self._refused[kind] = f"PEFT cannot mix it ({type(error).__name__}: {str(error)[:200]})"
+        return self._refused.get(kind)
 
-    def run(self, passes: Sequence[ForwardPass], adapters: Sequence[AdapterSlot]) -> list[Output]:
+    def run(self, passes: Sequence[ForwardPass], adapters: Sequence[Any]) -> list[Output]:
         """Return the outputs of passes that are padded to one length, each cut to the length that it has itself.
 
         Args:
@@ -191,21 +204,21 @@ class MixingModel:
             for slot in slots.values():
                 slot.empty_()
 
-    def _forward(self, inputs: Sequence[Mapping[str, Any]], names: Sequence[str], *, is_grouped: bool) -> list[Output]:
-        assert self._model is not None
-        model = self._model
-        padding = getattr(self._model.get_base_model().config, "pad_token_id", None) or 0
+    def _forward(
+        self, inputs: Sequence[Mapping[str, Any]], adapters: Sequence[Any], *, is_grouped: bool
+    ) -> list[Output]:
+        model = self._module
+        padding = getattr(self._config, "pad_token_id", None) or 0
         length = max(given["input_ids"].shape[1] for given in inputs)
         counts = [len(given["input_ids"]) for given in inputs]
         fill = {"input_ids": padding, "attention_mask": 0}
         batch = {n: torch.cat([_padded(given[n], length, value) for given in inputs]) for n, value in fill.items()}
-        settings = {name: value for name, value in inputs[0].items() if name in _SETTINGS}
-        row_names = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+        batch.update({name: value for name, value in inputs[0].items() if name in _SETTINGS})
+        by_row = [adapter for adapter, count in zip(adapters, counts, strict=True) for _ in range(count)]
 
         def run(given: Mapping[str, Any], rows: Sequence[int]) -> Output:
-            return model(**given, adapter_names=[row_names[row] for row in rows])
+            return self._call([by_row[row] for row in rows], given)
 
-        batch.update(settings)
         groups = padding_trial.find_groups(run, batch, model=model) if is_grouped else None
         output = length_groups.run_in_groups(run, batch, groups)
         states, last = transformer.states_of(output)
@@ -216,6 +229,22 @@ class MixingModel:
             outputs.append({"hidden_states": cut[:-1], "last_hidden_state": cut[-1]})
             first += count
         return outputs
+
+    def _call(self, rows: Sequence[Any], inputs: Mapping[str, Any]) -> Any:
+        """Return the output for the inputs, for each row with the adapter of its slot."""
+        assert self._model is not None
+        return self._model(**inputs, adapter_names=[*rows])
+
+    @property
+    def _module(self) -> torch.nn.Module:
+        """What computes."""
+        assert self._model is not None
+        return self._model
+
+    @property
+    def _config(self) -> Any:
+        assert self._model is not None
+        return self._model.get_base_model().config
 
     def _slot(self, adapter: AdapterSlot, number: int) -> AdapterSlot:
         """Return the slot of this number for adapters like this one, made if there is none yet."""
@@ -235,14 +264,18 @@ class MixingModel:
             slots.append(AdapterSlot(self._model, name))
         return slots[number]
 
-    def _try_out(self, embeddings: PeftTransformerEmbeddings, adapter: AdapterSlot) -> None:
+    def _has_place(self, adapter: Any, count: int) -> bool:
+        """Whether each of so many tensors of the adapter has a place in the slots of its kind."""
+        return self._slot(adapter, 0).fits(adapter) and count == len(adapter.parameters)
+
+    def _try_out(self, embeddings: PeftTransformerEmbeddings, adapter: Adapter) -> None:
         """Return if two sentences of different length give in one batch what each gives alone.
 
         Raises:
             AdapterConfigError: they do not, or not every tensor of the adapter has a place.
         """
         added = [key for key, _ in embeddings.model.named_parameters() if keys.base_key(key) is None]
-        if not self._slot(adapter, 0).fits(adapter) or len(added) != len(adapter.parameters):
+        if not self._has_place(adapter, len(added)):
             raise AdapterConfigError("its tensors have no place beside those of others")
         ids = vector_probe.probe_ids(embeddings)
         sentences = [_as_pass(embeddings, ids), _as_pass(embeddings, ids[: max(1, len(ids) // 2)])]
@@ -253,6 +286,36 @@ class MixingModel:
             apart = vector_probe.distance(torch.stack(output["hidden_states"]).float(), expected)
             if not apart <= _TOLERANCE.get(embeddings.base_dtype, 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")
+
+
+class GatheringModel(MixingModel):
+    """The model in which rows take LoRA matrices of their own; between passes it holds none of them.
+
+    Adapters of all ranks, scales and layers share a pass. Those of other layers than the ones before are tried first.
+    """
+
+    def run(self, passes: Sequence[ForwardPass], adapters: Sequence[Any]) -> list[Output]:
+        """Return the outputs of passes that are padded to one length, each cut to the length that it has itself."""
+        is_grouped = all(may_be_grouped(each.embeddings) for each in passes)
+        return self._forward([each.inputs for each in passes], adapters, is_grouped=is_grouped)
+
+    def _call(self, rows: Sequence[Any], inputs: Mapping[str, Any]) -> Any:
+        return self._gathered(rows, **inputs)
+
+    @functools.cached_property
+    def _gathered(self) -> GatheredLora:
+        return GatheredLora(self._base.copy())
+
+    @property
+    def _module(self) -> torch.nn.Module:
+        return self._gathered.model
+
+    @property
+    def _config(self) -> Any:
+        return self._gathered.model.config
+
+    def _has_place(self, adapter: Any, count: int) -> bool:
+        return count == 2 * len(adapter.matrices)
 
 
 def _is_for_want_of_memory(error: BaseException) -> bool:

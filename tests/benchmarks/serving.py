@@ -1,4 +1,4 @@
-"""Many models on one base: memory, adding one, one batch for several, merged and unmerged, one sentence among fifty.
+"""Many models on one base: memory, adding one, one batch for many, merged and unmerged, one sentence among fifty.
 
 ``python -m tests.benchmarks.serving`` builds a base in the shape of BERT-base with random weights and fifty classifiers
 on it, compares what they predict, and writes the figures to ``resources/benchmarks``. Times are ratios of interleaved
@@ -32,7 +32,10 @@ from tests.benchmarks.report import RESULTS, heading, in_process, ratio, seconds
 from tests.benchmarks.shapes import SHAPES
 from tests.support.configs import lora
 
-MODELS, RESIDENT, MIXED, BATCH = 50, 20, 8, 32
+MODELS, RESIDENT, MIXED, BATCH, LOADED = 50, 20, 8, 32, 128
+# Of models for which one batch is: name of the targets → LoRA's ``target_modules``. A few files are loaded many times.
+TARGETS = {"query and value": None, "all linear layers": "all-linear"}
+FILES = 4
 WORDS = "a bb ab ba the aaab , aba ? a bb ab ba the aaab , aba ? a ab".split()  # noqa: SIM905 - sentences
 TOLERANCE = 1e-4
 # Of scores between bf16 with the adapter beside its base and with the adapter in it.
@@ -41,16 +44,16 @@ HALF_TOLERANCE = 0.05
 Action = Callable[[], Any]
 
 
-def write_models(folder: Path) -> None:
+def write_models(folder: Path, *, shape: str = "bert-base", targets: Any = None, count: int = MODELS) -> None:
     """Write a base and classifiers with adapters of their own on it."""
     if not (folder / "base").exists():
-        SHAPES["bert-base"](folder / "base")
+        SHAPES[shape](folder / "base")
     labels = Dictionary(add_unk=False)
     for label in ("good", "bad"):
         labels.add_item(label)
-    for number in range(MODELS):
+    for number in range(count):
         torch.manual_seed(number)
-        config = lora(target_modules=None, r=8, lora_alpha=32)
+        config = lora(target_modules=targets, r=8, lora_alpha=32)
         embeddings = flair_peft.PeftTransformerDocumentEmbeddings(str(folder / "base"), peft_config=config)
         for parameter in embeddings.parameters():
             if parameter.requires_grad:
@@ -107,7 +110,8 @@ def measure_loads(folder: Path, pairs: int) -> list[dict[str, Any]]:
     """Return the time of adding a model to a shared base over that of PEFT's load_adapter, proven and not."""
     shared = flair_peft.SharedBase(str(folder / "base"))
     theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(folder / "base"), folder / "0", adapter_name="0")
-    ids = torch.tensor([[5, 6, 7, 8]])
+    theirs.to(flair.device)
+    ids = torch.tensor([[5, 6, 7, 8]], device=flair.device)
     model, rows = shared.load(folder / "1"), []
     theirs.load_adapter(folder / "1", adapter_name="1")
     theirs.set_adapter("1")
@@ -162,22 +166,73 @@ def measure_mixed(folder: Path, pairs: int) -> list[dict[str, Any]]:
     ]
 
 
+def measure_many(folder: Path, pairs: int) -> list[dict[str, Any]]:
+    """Return the time of a batch of 32 for 32 models over that for one, and with 128 loaded over that with 2."""
+    rows = list[dict[str, Any]]()
+    for shape in ("bert-base", "minilm"):
+        for name, targets in TARGETS.items():
+            place = folder / f"many-{shape}-{'all' if targets else 'some'}"
+            if not (place / str(FILES - 1)).exists():
+                write_models(place, shape=shape, targets=targets, count=FILES)
+            rows += _measure_many(place, pairs, f"{shape}, LoRA on {name}")
+    return rows
+
+
+def _measure_many(place: Path, pairs: int, where: str) -> list[dict[str, Any]]:
+    few, many = (flair_peft.SharedBase(str(place / "base")) for _ in range(2))
+    loaded = [many.load(place / str(number % FILES), verify=False) for number in range(LOADED)]
+    two = [few.load(place / str(number), verify=False) for number in range(2)]
+    return [
+        {
+            "what": f"batch of 32 for {count} models / for one ({where})",
+            "wanted": "≤ 1.1",
+            **compare(_together(many, loaded[:count]), _alone(loaded[0]), pairs),
+        }
+        for count in (BATCH, MIXED)
+    ] + [
+        {
+            "what": f"batch of 32 for 2 models, 128 loaded / 2 loaded ({where})",
+            "wanted": "1 in the interval",
+            **compare(_together(many, loaded[-2:]), _together(few, two), pairs),
+        }
+    ]
+
+
+def _together(shared: flair_peft.SharedBase, models: list[Any]) -> Action:
+    """Return a prediction of 32 sentences for the models in turn, whose scores were compared with separate ones."""
+    whole = sentences(BATCH)
+    parts = {model: whole[number :: len(models)] for number, model in enumerate(models)}
+    options = {"return_probabilities_for_all_classes": True}
+    shared.predict(parts, mini_batch_size=BATCH, **options)
+    together = [read(model, given) for model, given in parts.items()]
+    for (model, given), found in zip(parts.items(), together, strict=True):
+        torch.testing.assert_close(found, scores(model, given), atol=TOLERANCE, rtol=TOLERANCE)
+    return lambda: shared.predict(parts, mini_batch_size=BATCH, **options)
+
+
+def _alone(model: Any) -> Action:
+    whole = sentences(BATCH)
+    return lambda: model.predict(whole, mini_batch_size=BATCH, return_probabilities_for_all_classes=True)
+
+
 def measure_mixed_by_peft(folder: Path, pairs: int) -> list[dict[str, Any]]:
     """Return the first of these ratios for the forward pass of PEFT alone, which is in ours."""
     model = PeftModel.from_pretrained(AutoModel.from_pretrained(folder / "base"), folder / "0", adapter_name="0").eval()
     for number in range(1, MIXED):
         model.load_adapter(folder / str(number), adapter_name=str(number))
+    model.to(flair.device)
     torch.manual_seed(0)
-    inputs = {"input_ids": torch.randint(5, 1000, (BATCH, 24)), "attention_mask": torch.ones(BATCH, 24)}
+    ids = torch.randint(5, 1000, (BATCH, 24)).to(flair.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     names = [str(row % MIXED) for row in range(BATCH)]
 
     @torch.no_grad()
     def mixed() -> torch.Tensor:
-        return model(**inputs, adapter_names=names).last_hidden_state
+        return model(**inputs, adapter_names=names).last_hidden_state.cpu()
 
     @torch.no_grad()
     def single() -> torch.Tensor:
-        return model(**inputs).last_hidden_state
+        return model(**inputs).last_hidden_state.cpu()
 
     torch.testing.assert_close(mixed()[::MIXED], single()[::MIXED], atol=TOLERANCE, rtol=TOLERANCE)
     return [
@@ -253,7 +308,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         "# Many models on one base",
         "",
         f"`python -m tests.benchmarks.serving`, {report['date']}, {report['machine']}, {report['versions']}.",
-        f"BERT-base's shape, LoRA r=8 on query and value, sentences of 10 to 20 words. Medians of {report['pairs']}",
+        "BERT-base's shape, LoRA r=8 on query and value, where nothing else is said; sentences of 10 to 20 words; one",
+        f"thread. Medians of {report['pairs']}",
         "interleaved pairs with 95 % bootstrap intervals; memory: three pairs of processes, with their extremes.",
         "",
         "| what | median | interval | wanted | ms |",
@@ -269,10 +325,15 @@ def to_markdown(report: dict[str, Any]) -> str:
 GROUPS: dict[str, Callable[[Path, int], list[dict[str, Any]]]] = {
     "loads": measure_loads,
     "mixed": measure_mixed,
+    "many": measure_many,
     "peft": measure_mixed_by_peft,
     "merged": measure_merged,
     "sentence": measure_one_sentence,
 }
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name(flair.device) if flair.device.type == "cuda" else "no GPU used"
 
 
 def main() -> None:
@@ -282,11 +343,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the models are made and kept; a temporary one if left out")
     parser.add_argument("--resident", type=int, help="load so many models and print the resident memory")
     parser.add_argument("--group", choices=GROUPS, help="measure these rows in this process and print them")
+    parser.add_argument("--device", default="cpu", help="where the models are, such as cuda:0")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    flair.device = torch.device("cpu")
+    flair.device = torch.device(options.device)
+    torch.set_num_threads(1)
     if options.resident is not None:
         print_resident(options.folder, options.resident)
         return
@@ -297,12 +360,12 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         if not (folder / str(MODELS - 1)).exists():
             write_models(folder)
-        command = ("tests.benchmarks.serving", "--folder", folder)
+        command = ("tests.benchmarks.serving", "--folder", folder, "--device", options.device)
         rows = [
             {"what": "resident memory with 20 models / with one", "wanted": "≤ 1.15", **measure_memory(folder)},
             *(row for group in GROUPS for row in in_process(*command, "--group", group, "--pairs", options.pairs)),
         ]
-    report = {**heading("no GPU used"), "pairs": options.pairs, "rows": rows}
+    report = {**heading(_device_name()), "pairs": options.pairs, "rows": rows}
     write("serving", report, to_markdown(report), out=options.out)
 
 

@@ -23,13 +23,22 @@ from transformers.modeling_utils import no_init_weights
 
 def bert_base(directory: Path) -> Path:
     """Write a model of BERT-base's shape, 110 M parameters in fp32, with a vocabulary of 30,522 word pieces."""
+    return _with_word_pieces(_bert, directory)
+
+
+def minilm(directory: Path) -> Path:
+    """Write a model of MiniLM's shape, 6 layers of 384, 23 M parameters in fp32, with the same vocabulary."""
+    return _with_word_pieces(_minilm, directory)
+
+
+def _with_word_pieces(build: Callable[[], torch.nn.Module], directory: Path) -> Path:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     pieces = [*special, *letters, *(f"##{letter}" for letter in letters)]
     pieces += itertools.islice(_words(4), 30_522 - len(pieces))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
-    return _save(BertTokenizerFast(str(directory / "vocab.txt"), model_max_length=512), _bert, directory)
+    return _save(BertTokenizerFast(str(directory / "vocab.txt"), model_max_length=512), build, directory)
 
 
 def xlm_roberta_large(directory: Path) -> Path:
@@ -47,11 +56,19 @@ def xlm_roberta_large(directory: Path) -> Path:
     return _save(XLMRobertaTokenizerFast(tokenizer_object=tokenizer, model_max_length=512), _xlm_roberta, directory)
 
 
-SHAPES: dict[str, Callable[[Path], Path]] = {"bert-base": bert_base, "xlm-roberta-large": xlm_roberta_large}
+SHAPES: dict[str, Callable[[Path], Path]] = {
+    "bert-base": bert_base,
+    "minilm": minilm,
+    "xlm-roberta-large": xlm_roberta_large,
+}
 
 
 def _bert() -> BertModel:
     return BertModel(BertConfig())
+
+
+def _minilm() -> BertModel:
+    return BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536))
 
 
 def _xlm_roberta() -> XLMRobertaModel:
