@@ -37,7 +37,7 @@ Forward = Callable[..., Any]
 
 # What it takes to start a layer, in tokens that could be computed meanwhile. On a CPU its weights come from memory,
 # which was measured; on a GPU kernels are launched from Python, for which this is an estimate.
-_LAYER_START = {"cpu": 32}
+_LAYER_START = {"cpu": 48}
 _LAYER_START_ELSEWHERE = 4096
 
 _VALUES = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size})
@@ -203,11 +203,12 @@ class _Recording:
 
         @functools.wraps(compute)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            before = _versions((args, kwargs))
+            inputs = _comparable(args, kwargs)
+            before = _versions(inputs)
             output = compute(*args, **kwargs)
             after = _versions(output)
             is_unknown = before is None or after is None
-            self._calls.append(None if is_unknown else _Call((args, kwargs), output, [*(before or ()), *(after or ())]))
+            self._calls.append(None if is_unknown else _Call(inputs, output, [*(before or ()), *(after or ())]))
             return output
 
         return forward
@@ -219,7 +220,7 @@ class _Recording:
         @functools.wraps(compute)
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = next(calls, None)
-            is_same = call is not None and equal.are_equal(call.inputs, (args, kwargs)) and call.is_intact()
+            is_same = call is not None and equal.are_equal(call.inputs, _comparable(args, kwargs)) and call.is_intact()
             return call.output if call is not None and is_same else compute(*args, **kwargs)
 
         return forward
@@ -240,9 +241,7 @@ class _Equality:
             return False
         if isinstance(known, torch.Tensor):
             return self._are_equal_tensors(known, given)
-        if isinstance(known, dict):
-            return known.keys() == given.keys() and all(self.are_equal(known[key], given[key]) for key in known)
-        if isinstance(known, tuple | list) and type(known) not in _VALUES:
+        if type(known) is tuple:
             return len(known) == len(given) and all(map(self.are_equal, known, given))
         return type(known) in _VALUES and bool(known == given)
 
@@ -258,30 +257,38 @@ class _Equality:
 def _versions(value: Any) -> list[tuple[torch.Tensor, int]] | None:
     """Return the tensors in arguments or in an output, with their versions; ``None`` if they hold anything else.
 
-    What is no tensor, tuple, list, dictionary or plain value might be changed unseen, such as a cache.
+    What is no tensor, tuple or plain value might be changed unseen by the layer or by others, such as a cache.
     """
     if isinstance(value, torch.Tensor):
         return None if value.is_inference() else [(value, value._version)]
-    if type(value) in _VALUES:
-        return []
-    if type(value) not in (tuple, list, dict):
-        return None
-    found = [_versions(each) for each in (value.values() if isinstance(value, dict) else value)]
+    if type(value) is not tuple:
+        return [] if type(value) in _VALUES else None
+    found = [_versions(each) for each in value]
     return None if None in found else [each for versions in found for each in versions or ()]
+
+
+def _comparable(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return arguments as tuples, and so lists of plain values, such as masks of heads that are not there."""
+
+    def frozen(value: Any) -> Any:
+        is_plain = type(value) is list and all(type(each) in _VALUES for each in value)
+        return tuple(value) if is_plain else value
+
+    return tuple(map(frozen, args)), tuple((name, frozen(kwargs[name])) for name in sorted(kwargs))
 
 
 def _with_equal_inputs(passes: Sequence[ForwardPass]) -> list[list[int]]:
     """Return groups of at least two passes with equal inputs, by their numbers."""
     ids: dict[int, Hashable] = {}
-    for forward_pass in passes:
+    for forward_pass in passes if len(passes) > 1 else ():
         tensor = forward_pass.inputs["input_ids"]
         if id(tensor) not in ids:
             ids[id(tensor)] = tensor.shape, tuple(tensor.flatten().tolist())
     alike: dict[Hashable, list[list[int]]] = {}
-    for number, forward_pass in enumerate(passes):
+    for number, forward_pass in enumerate(passes if ids else ()):
         groups = alike.setdefault(ids[id(forward_pass.inputs["input_ids"])], [])
         for group in groups:
-            if _Equality().are_equal(passes[group[0]].inputs, forward_pass.inputs):
+            if _Equality().are_equal(_comparable((), passes[group[0]].inputs), _comparable((), forward_pass.inputs)):
                 group.append(number)
                 break
         else:

@@ -117,6 +117,7 @@ def passes_of(models: list[Model], texts: tuple[str, ...] = CORPUS) -> list[Forw
     return passes
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of PEFT on convolutions in groups
 @pytest.mark.parametrize("architecture", few(list(TARGETS), BY_DEFAULT))
 def test_models_with_a_trunk_in_common_predict_the_bits_of_separate_predictions(
     architecture: str, base: Callable[[str], str], tmp_path: Path
@@ -370,6 +371,59 @@ def test_layer_that_writes_to_what_it_is_given_makes_every_pass_compute(
         outputs, alone = FrozenTrunks().run(passes), [each.run() for each in passes]
     for output, expected in zip(outputs, alone, strict=True):
         assert torch.equal(output["last_hidden_state"], expected.last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_recorded"),
+    [((1.0, None, ("a", torch.ones(2))), True), ([torch.ones(2)], False), ({"k": 1}, False), (object(), False)],
+    ids=["plain", "list", "dictionary", "object"],
+)
+def test_layer_is_replayed_where_all_that_it_is_given_and_gives_can_be_compared(value: Any, is_recorded: bool) -> None:
+    """What could be changed unseen, such as a cache of keys and values, is computed with."""
+    computed: list[Any] = []
+
+    def compute(given: Any, *, state: Any) -> Any:
+        computed.append(given)
+        return state
+
+    for positional, named in ((value, torch.ones(2)), (torch.ones(2), value)):
+        computed.clear()
+        recording = frozen_trunk._Recording()
+        assert recording.recorder(compute)(positional, state=named) is named
+        assert recording.replayer(compute, frozen_trunk._Equality())(positional, state=named) is named
+        assert len(computed) == (1 if is_recorded else 2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.tensor([1.0, 2.0, 4.0]),
+        torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64),
+        torch.tensor([[1.0, 2.0, 3.0]]),
+        torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])[:, 0],
+        None,
+        1.0,
+    ],
+    ids=["values", "dtype", "shape", "layout", "none", "number"],
+)
+def test_layer_computes_where_something_else_enters(other: Any) -> None:
+    """One element, the dtype, the shape or the layout in memory may each lead to other bits."""
+    recording = frozen_trunk._Recording()
+    recording.recorder(lambda given: given * 2)(torch.tensor([1.0, 2.0, 3.0]))
+    replay = recording.replayer(lambda given: "computed", frozen_trunk._Equality())
+    assert replay(other) == "computed"
+    again = recording.replayer(lambda given: "computed", frozen_trunk._Equality())
+    assert torch.equal(again(torch.tensor([1.0, 2.0, 3.0])), torch.tensor([2.0, 4.0, 6.0]))
+    assert again(torch.tensor([1.0, 2.0, 3.0])) == "computed", "there was one call"
+
+
+def test_trunk_in_inference_mode_is_computed_by_each_model(deep: str, tmp_path: Path) -> None:
+    """There, nobody can tell whether a tensor was written to."""
+    shared = SharedBase(deep)
+    models = load(shared, deep, tmp_path, *[upper(2, use_dora=True)] * 3)
+    with torch.inference_mode():
+        assert compare(shared, models) == 3 * DEPTH
+    assert compare(shared, models) == 3 * DEPTH - 2 * 2
 
 
 def test_few_tokens_are_mixed_where_that_starts_fewer_layers(deep: str, tmp_path: Path) -> None:
