@@ -5,7 +5,8 @@ From the sentences of several models to their vectors:
 1. ``SharedBase.predict`` lets each model's own ``predict`` run in a thread of its own, see
    :mod:`flair_peft.embeddings.cooperative_threads`.
    Where its embeddings need a forward pass, the thread asks for it and stops.
-2. When all threads ask, :class:`MixedBatches` gets their passes. It groups those whose adapters can be mixed, by base
+2. When all threads ask, :class:`MixedBatches` gets their passes. Those that share lower layers on the same text are run
+   by ``frozen_trunk.py``. Of the rest, it groups those whose adapters can be mixed, by base
    and method, and cuts the groups to the size of a mini-batch. Every other pass is run by its own model.
 3. For each group, a :class:`MixingModel` pads the inputs to one length. There are two kinds:
 
@@ -44,6 +45,7 @@ from flair_peft.embeddings.adapted import ForwardPass, may_be_grouped
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError
 from flair_peft.serving.adapter_slots import AdapterSlot
+from flair_peft.serving.frozen_trunk import FrozenTrunks
 from flair_peft.serving.gathered_lora import GatheredLora, PlainLora
 
 log = logging.getLogger("flair_peft")
@@ -76,21 +78,28 @@ class MixedBatches:
         self._reported: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
-    def for_prediction(self, *, rows: int) -> Callable[[Sequence[ForwardPass]], list[Output]]:
+    def for_prediction(self, trunks: FrozenTrunks, *, rows: int) -> Callable[[Sequence[ForwardPass]], list[Output]]:
         """Return what answers the forward passes of one prediction, during which models stay what they are.
 
         Passes, none of which needs a gradient, become outputs in their order: (batch, subtokens, hidden) for each
         layer, as the model of the pass would give it.
 
         Args:
+            trunks: those of this prediction.
             rows: most sentences, or windows of long ones, in one forward pass.
         """
-        return functools.partial(self._run, mixable={}, rows=rows)
+        return functools.partial(self._run, trunks=trunks, mixable={}, rows=rows)
 
     @torch.no_grad()
-    def _run(self, passes: Sequence[ForwardPass], *, mixable: Mixable, rows: int) -> list[Output]:
+    def _run(self, passes: Sequence[ForwardPass], *, trunks: FrozenTrunks, mixable: Mixable, rows: int) -> list[Output]:
         outputs: dict[int, Output] = {}
-        for mixing, numbers in self._groups(passes, mixable, rows):
+        for numbers in trunks.groups(passes):
+            of_group = {number: passes[number] for number in numbers}
+            otherwise = functools.partial(self._count, of_group, mixable, rows)
+            if trunks.are_cheaper([*of_group.values()], otherwise):
+                outputs.update(zip(numbers, trunks.run([*of_group.values()]), strict=True))
+        left = {number: each for number, each in enumerate(passes) if number not in outputs}
+        for mixing, numbers in self._groups(left, mixable, rows):
             group = [passes[number] for number in numbers]
             if mixing is None or len(group) == 1:
                 outputs.update({number: passes[number].run() for number in numbers})
@@ -99,12 +108,17 @@ class MixedBatches:
                 outputs.update(zip(numbers, self._mix(mixing, group, adapters), strict=True))
         return [outputs[number] for number in range(len(passes))]
 
+    def _count(self, passes: Mapping[int, ForwardPass], mixable: Mixable, rows: int) -> int:
+        """Return how often a transformer is called for these passes."""
+        groups = self._groups(passes, mixable, rows)
+        return sum(len(numbers) if mixing is None else 1 for mixing, numbers in groups)
+
     def _groups(
-        self, passes: Sequence[ForwardPass], mixable: Mixable, rows: int
+        self, passes: Mapping[int, ForwardPass], mixable: Mixable, rows: int
     ) -> Iterator[tuple[MixingModel | None, list[int]]]:
         """Yield the numbers of passes that are run together, and by which model; ``None``: each by its own."""
         by_model: dict[MixingModel | None, list[int]] = {}
-        for number, forward_pass in enumerate(passes):
+        for number, forward_pass in passes.items():
             embeddings = forward_pass.embeddings
             if id(embeddings) not in mixable:
                 mixable[id(embeddings)] = self._find_mixing_model(embeddings)
@@ -224,9 +238,8 @@ class MixingModel:
         states, last = transformer.states_of(output)
         outputs, first = list[Output](), 0
         for given, count in zip(inputs, counts, strict=True):
-            rows, columns = slice(first, first + count), slice(given["input_ids"].shape[1])
-            cut = tuple(state[rows, columns] for state in (*states, last))
-            outputs.append({"hidden_states": cut[:-1], "last_hidden_state": cut[-1]})
+            part = (slice(first, first + count), slice(given["input_ids"].shape[1]))
+            outputs.append({"hidden_states": _PartOfStates(states, part), "last_hidden_state": last[part]})
             first += count
         return outputs
 
@@ -283,7 +296,7 @@ class MixingModel:
             mixed = self.run(sentences, [adapter, adapter])
         for sentence, output in zip(sentences, mixed, strict=True):
             expected = torch.stack([*transformer.states_of(sentence.run())[0]]).float()
-            apart = vector_probe.distance(torch.stack(output["hidden_states"]).float(), expected)
+            apart = vector_probe.distance(torch.stack([*output["hidden_states"]]).float(), expected)
             if not apart <= _TOLERANCE.get(embeddings.base_dtype, 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")
 
@@ -318,6 +331,21 @@ class GatheringModel(MixingModel):
         return count == 2 * len(adapter.matrices)
 
 
+class _PartOfStates(Sequence[torch.Tensor]):
+    """Rows and columns of the hidden states of each layer, taken when they are asked for: most layers never are."""
+
+    def __init__(self, states: Sequence[torch.Tensor], part: tuple[slice, slice]) -> None:
+        self._states, self._part = states, part
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[each] for each in range(*index.indices(len(self))))
+        return self._states[index][self._part]
+
+
 def _is_for_want_of_memory(error: BaseException) -> bool:
     """Whether memory was short: CPUs and the libraries of GPUs say so in a plain RuntimeError."""
     is_said = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("memory", "alloc"))
@@ -339,7 +367,7 @@ def _padded(tensor: torch.Tensor, length: int, value: int) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]), value=value)
 
 
-def _chunks(numbers: Sequence[int], passes: Sequence[ForwardPass], rows: int) -> Iterator[list[int]]:
+def _chunks(numbers: Sequence[int], passes: Mapping[int, ForwardPass], rows: int) -> Iterator[list[int]]:
     """Yield groups of passes with at most so many rows together, those of similar length together."""
     chunk, count = list[int](), 0
     for number in sorted(numbers, key=lambda number: passes[number].inputs["input_ids"].shape[1], reverse=True):

@@ -25,6 +25,7 @@ from flair_peft.errors import AdapterConfigError, BaseMismatchError
 from flair_peft.models import inputs, load
 from flair_peft.primitives import dtypes
 from flair_peft.primitives.dtypes import DtypeLike
+from flair_peft.serving.frozen_trunk import FrozenTrunks
 from flair_peft.serving.mixed_batches import MixedBatches
 from flair_peft.storage import file_names, hub
 
@@ -169,11 +170,13 @@ class SharedBase:
         """The sentences have the labels that ``model.predict(sentences)`` gives them, for each model in its order.
 
         Sentences of different models share forward passes where PEFT can mix their adapters; those of DoRA, prompts
-        and other methods get passes of their own. Scores are those of separate predictions up to rounding.
+        and other methods get passes of their own. Models that read the same sentences, and whose adapters are on upper
+        layers only, run the layers below once. Scores are those of separate predictions up to rounding.
 
         Args:
             sentences: model → sentences, or what else the model predicts for. A sentence may have several models.
-            mini_batch_size: sentences in one forward pass, of all models together.
+            mini_batch_size: sentences in one forward pass, of all models together; what several read is counted once
+                where they run lower layers once.
             verbose: show a progress bar.
             **options: for the ``predict`` of each model.
 
@@ -187,10 +190,11 @@ class SharedBase:
             self._check(model, points)
         jobs = [_Job(model, _as_list(points)) for model, points in sentences.items()]
         total = sum(len(job.data_points) for job in jobs)
-        answer = self._mixed_batches.for_prediction(rows=mini_batch_size)
+        trunks = FrozenTrunks()
+        answer = self._mixed_batches.for_prediction(trunks, rows=mini_batch_size)
         with tqdm(total=total, desc="Batch inference", disable=not verbose) as bar:
             for wave in _waves(jobs, limit=mini_batch_size, label_name=options.get("label_name")):
-                count = sum(len(job.data_points) for job in wave)
+                count = trunks.count_rows((adapted_embeddings(job.model), job.data_points) for job in wave)
                 rounds = max(1, -(-count // mini_batch_size))
                 cooperative_threads.run(
                     [functools.partial(job.run, rounds, bar.update, options) for job in wave], answer

@@ -36,6 +36,7 @@ MODELS, RESIDENT, MIXED, BATCH, LOADED = 50, 20, 8, 32, 128
 # Of models for which one batch is: name of the targets → LoRA's ``target_modules``. A few files are loaded many times.
 TARGETS = {"query and value": None, "all linear layers": "all-linear"}
 FILES = 4
+UPPER = [8, 9, 10, 11]
 WORDS = "a bb ab ba the aaab , aba ? a bb ab ba the aaab , aba ? a ab".split()  # noqa: SIM905 - sentences
 TOLERANCE = 1e-4
 # Of scores between bf16 with the adapter beside its base and with the adapter in it.
@@ -302,6 +303,47 @@ def measure_one_sentence(folder: Path, pairs: int) -> list[dict[str, Any]]:
     ]
 
 
+def write_upper_models(folder: Path) -> None:
+    """Write classifiers on the base whose adapters are on its upper four layers."""
+    labels = Dictionary(add_unk=False)
+    for label in ("good", "bad"):
+        labels.add_item(label)
+    for number in range(MIXED):
+        torch.manual_seed(number)
+        config = lora(target_modules=None, r=8, lora_alpha=32, layers_to_transform=UPPER)
+        embeddings = flair_peft.PeftTransformerDocumentEmbeddings(str(folder / "base"), peft_config=config)
+        model = TextClassifier(embeddings, label_type=f"sentiment{number}", label_dictionary=labels)
+        flair_peft.save_pretrained(model.eval(), folder / f"upper-{number}")
+
+
+def measure_trunk(folder: Path, pairs: int) -> list[dict[str, Any]]:
+    """Return the time of several models on the same sentences over that of a pass for each."""
+    if not (folder / f"upper-{MIXED - 1}").exists():
+        write_upper_models(folder)
+    shared = flair_peft.SharedBase(str(folder / "base"))
+    models = [shared.load(folder / f"upper-{number}", verify=False) for number in range(MIXED)]
+    options, rows = {"return_probabilities_for_all_classes": True}, []
+    for count, size, wanted in ((MIXED, BATCH, "≤ 0.5"), (3, BATCH, "≤ 0.6"), (MIXED, 1, "≤ 0.6"), (3, 1, "≤ 0.7")):
+        chosen, given = models[:count], sentences(size)
+
+        def together(chosen: list[Any] = chosen, given: list[Sentence] = given) -> None:
+            shared.predict(dict.fromkeys(chosen, given), mini_batch_size=BATCH, **options)
+
+        def apart(chosen: list[Any] = chosen, given: list[Sentence] = given) -> None:
+            for model in chosen:
+                model.predict(given, mini_batch_size=BATCH, **options)
+
+        expected = [scores(model, given) for model in chosen]
+        together()
+        # One sentence may be too short for a trunk: then it goes through all layers with all adapters at once.
+        tolerance = 0.0 if size == BATCH else TOLERANCE
+        for model, found in zip(chosen, expected, strict=True):
+            torch.testing.assert_close(read(model, given), found, atol=tolerance, rtol=tolerance)
+        what = f"{count} models, adapters on the upper {len(UPPER)} of 12 layers, on the same {size} sentences"
+        rows.append({"what": f"{what} / {count} passes", "wanted": wanted, **compare(together, apart, pairs)})
+    return rows
+
+
 def to_markdown(report: dict[str, Any]) -> str:
     """Return the report as a page."""
     lines = [
@@ -329,6 +371,7 @@ GROUPS: dict[str, Callable[[Path, int], list[dict[str, Any]]]] = {
     "peft": measure_mixed_by_peft,
     "merged": measure_merged,
     "sentence": measure_one_sentence,
+    "trunk": measure_trunk,
 }
 
 
