@@ -273,7 +273,8 @@ class FrozenBase:
 
     @functools.cached_property
     def _mean_row(self) -> torch.Tensor:
-        return added_rows.mean_rows(self._model.get_input_embeddings().weight, 1)
+        [matrix] = mapped_memory.to_read_once([self._model.get_input_embeddings().weight])
+        return added_rows.mean_rows(matrix, 1)
 
 
 class PlacedBase(FrozenBase):
