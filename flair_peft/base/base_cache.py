@@ -165,6 +165,16 @@ def find_again(
     return find(record, shape, dtype=dtype, kwargs=kwargs, device=device, is_held=is_held)
 
 
+def is_as_its_source(base: FrozenBase) -> bool:
+    """Whether a base that is alive is what its source holds now: its files are as they were, and so is its memory.
+
+    Only where the system proves the latter, as it does for weights that are mapped from the files.
+    """
+    with injection.building:
+        states = [key[0] for key, found in _cache.items() if found is base]
+    return state_of_source(base.record) in states and mapped_memory.are_as_in_files(base.own_weights().values())
+
+
 def _load(
     record: BaseRecord,
     config: PretrainedConfig,

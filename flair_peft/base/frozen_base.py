@@ -76,7 +76,9 @@ class FrozenBase:
     def _sampled_fingerprints(self) -> tuple[str, str]:
         if self._parent is not None:
             return self._parent._sampled_fingerprints
-        return fingerprint.sampled_and_part(self.own_weights(), self._names_read())
+        own = self.own_weights()
+        read = dict(zip(own, mapped_memory.to_read_once(list(own.values())), strict=True))
+        return fingerprint.sampled_and_part(read, self._names_read())
 
     @property
     def full_fingerprint(self) -> str:
@@ -271,7 +273,8 @@ class FrozenBase:
 
     @functools.cached_property
     def _mean_row(self) -> torch.Tensor:
-        return added_rows.mean_rows(self._model.get_input_embeddings().weight, 1)
+        [matrix] = mapped_memory.to_read_once([self._model.get_input_embeddings().weight])
+        return added_rows.mean_rows(matrix, 1)
 
 
 class PlacedBase(FrozenBase):
@@ -318,5 +321,7 @@ def state_of_source(record: BaseRecord) -> tuple[Any, ...] | None:
     if Path(record.name).is_dir():
         folder = Path(record.name, record.arguments.get("subfolder", ""))
         stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
-        return (str(folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+        # Copies can keep the time of what they are copied from, which the time of the change of an inode does not.
+        states = ((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats)
+        return (str(folder.resolve()), *states)
     return None if record.revision is None else (record.name, record.revision)

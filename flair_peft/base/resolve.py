@@ -282,12 +282,26 @@ def _reaching(record: BaseRecord, cache_dir: str | None) -> dict[str, Any]:
 
 
 def reference(
-    record: BaseRecord, model: PreTrainedModel, *, dtype: torch.dtype, cache_dir: str | None
+    record: BaseRecord,
+    model: PreTrainedModel,
+    *,
+    dtype: torch.dtype,
+    cache_dir: str | None,
+    live: FrozenBase | None = None,
 ) -> FrozenBase | None:
     """Return the base as its source has it now, for a trained model to be compared with.
 
     Nothing is downloaded. ``None`` if it is gone, or if it is not the one that the model was made from any more.
+
+    Args:
+        record: of the base.
+        model: the trained one.
+        dtype: of its weights.
+        cache_dir: where files from the Hub are kept.
+        live: the base that the model stands on. It is taken where it proves to be what the source holds.
     """
+    if live is not None and _is_current(live.root, record, model, dtype):
+        return live.root
     kwargs = _reaching(record, cache_dir)
 
     def read(record: BaseRecord, wanted: torch.dtype) -> FrozenBase:
@@ -302,6 +316,18 @@ def reference(
         return found if is_same else read(dataclasses.replace(record, fingerprint=None), dtype)
     except (BaseModelNotFoundError, BaseMismatchError):
         return None
+
+
+def _is_current(base: FrozenBase, record: BaseRecord, model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether a base that is alive is the one that the record says, as a model of this dtype and attention has it."""
+    is_named = _origin(base.record) == _origin(record) and base.is_as(record)
+    is_read_so = record.dtype in (None, dtype_name(dtype)) and base.known_record.dtype == dtype_name(dtype)
+    is_same_kind = base.config._attn_implementation == model.config._attn_implementation
+    return not base.is_placed and is_named and is_read_so and is_same_kind and base_cache.is_as_its_source(base)
+
+
+def _origin(record: BaseRecord) -> tuple[Any, ...]:
+    return record.name, record.revision, record.arguments, record.needs_remote_code
 
 
 def _explain(

@@ -94,7 +94,7 @@ class BaseSource:
 
     def _read(self, record: BaseRecord, base: PreTrainedModel) -> FrozenBase | None:
         dtype = base.get_input_embeddings().weight.dtype
-        return resolve.reference(record, base, dtype=dtype, cache_dir=self.cache_dir)
+        return resolve.reference(record, base, dtype=dtype, cache_dir=self.cache_dir, live=self.frozen)
 
     def share_(self, model: PeftModel, base: PreTrainedModel, other: FrozenBase) -> bool:
         """Let the frozen weights that are those of another base, bit by bit, have its storage; return if any are.

@@ -129,11 +129,14 @@ def proof_params(embeddings: AdaptedEmbeddings, index: int, stored: StoredBase) 
     if embeddings.is_placed and not stored.is_needed:
         raise without_weights(embeddings.name)
     unchanged = untrained.never_updated(embeddings.model, embeddings._start)
+    ids = vector_probe.probe_ids(embeddings)
+    # One forward pass tells both: what the embeddings give, and what a gradient can reach.
+    states = vector_probe.probe_states(embeddings, ids, has_graph=bool(unchanged))
     return {
         "part": index,
         "stored_base": stored.to_dict(),
-        "probe": vector_probe.take_probe(embeddings),
-        "untrained": untrained.reached_by_gradients(embeddings, unchanged),
+        "probe": vector_probe.describe_probe(embeddings, ids, states),
+        "untrained": untrained.reached_by_gradients(embeddings.model, unchanged, states),
         "trained_base": sorted(set(_trained_base(embeddings.model))),
     }
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
 from flair_peft.adapter import injection
-from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.errors import name_some
 from flair_peft.primitives import fingerprint
@@ -28,19 +27,23 @@ def never_updated(model: torch.nn.Module, start: Mapping[str, str]) -> list[str]
     return [n for n, digest in start.items() if n in parameters and fingerprint.of_tensor(parameters[n]) == digest]
 
 
-def reached_by_gradients(embeddings: AdaptedEmbeddings, names: list[str]) -> list[str]:
-    """Return those of the named parameters that a gradient can reach."""
-    parameters = dict(embeddings.model.named_parameters())
-    wanted = [name for name in names if parameters[name].requires_grad]
-    if not wanted:
-        return []
-    with torch.inference_mode(False), vector_probe.evaluating(embeddings), torch.enable_grad():
-        states = vector_probe.probe_states(embeddings, vector_probe.probe_ids(embeddings))
-        loss = torch.stack([state.float().sum() for state in states]).sum()
-        if not loss.requires_grad:
-            return []
-        gradients = torch.autograd.grad(loss, [parameters[name] for name in wanted], allow_unused=True)
-    return [name for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None]
+def reached_by_gradients(model: torch.nn.Module, names: Iterable[str], outputs: Iterable[torch.Tensor]) -> list[str]:
+    """Return those of the named parameters that a gradient can reach: the graph of the outputs leads to them."""
+    parameters, reached = dict(model.named_parameters()), set(map(id, _leaves(outputs)))
+    return [name for name in names if id(parameters[name]) in reached]
+
+
+def _leaves(outputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield the tensors at the ends of the graph that outputs were computed in."""
+    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        found = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= found
+        waiting += found
 
 
 def report_never_updated(embeddings: AdaptedEmbeddings, names: list[str]) -> None:

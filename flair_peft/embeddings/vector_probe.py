@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,10 +20,9 @@ _IDS_WITHOUT_TEXT = [1, 2, 3, 4]
 _TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-def take_probe(embeddings: AdaptedEmbeddings) -> dict[str, Any]:
+def describe_probe(embeddings: AdaptedEmbeddings, ids: list[int], states: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     """Return what :func:`replay_probe` compares: input ids and the mean of each wanted layer, (layers, hidden)."""
-    ids = probe_ids(embeddings)
-    return {"input_ids": ids, "vectors": _vectors(embeddings, ids), "dtype": rounding_of(embeddings)}
+    return {"input_ids": ids, "vectors": _means(states), "dtype": rounding_of(embeddings)}
 
 
 def replay_probe(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> None:
@@ -46,7 +45,7 @@ def replay_probe(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> No
             f"{ids} when it was saved. Another version of transformers or tokenizers may read its files in another "
             "way. Install the versions that the file names, or load with verify=False."
         )
-    apart = distance(_vectors(embeddings, ids), expected)
+    apart = distance(_means(probe_states(embeddings, ids)), expected)
     allowed = max(tolerance(stored.get("dtype")), tolerance(dtype_name(embeddings.base_dtype)))
     if not apart <= allowed:
         raise StateMismatchError(
@@ -65,17 +64,24 @@ def probe_ids(embeddings: AdaptedEmbeddings) -> list[int]:
         return embeddings.tokenizer(_TEXT)["input_ids"] or _IDS_WITHOUT_TEXT
 
 
-def probe_states(embeddings: AdaptedEmbeddings, ids: list[int]) -> tuple[torch.Tensor, ...]:
-    """Return the hidden states of the wanted layers for input ids, each (1, subtokens, hidden)."""
-    batch = torch.tensor([ids])
+def probe_states(embeddings: AdaptedEmbeddings, ids: list[int], *, has_graph: bool = False) -> tuple[torch.Tensor, ...]:
+    """Return the hidden states of the wanted layers for input ids, each (1, subtokens, hidden), in evaluation.
+
+    Args:
+        embeddings: are in evaluation mode for a moment.
+        ids: of one text.
+        has_graph: whether the states know what a gradient of them reaches.
+    """
     # In mixed precision the vectors would be others than those of a load outside of it.
-    with torch.autocast(embeddings.base_model.device.type, enabled=False):
+    in_full_precision = torch.autocast(embeddings.base_model.device.type, enabled=False)
+    ready = torch.inference_mode(False) if has_graph else contextlib.nullcontext()
+    with ready, torch.set_grad_enabled(has_graph), evaluating(embeddings), in_full_precision:
+        batch = torch.tensor([ids])
         return embeddings.hidden_states(batch, attention_mask=torch.ones_like(batch))
 
 
-def _vectors(embeddings: AdaptedEmbeddings, ids: list[int]) -> torch.Tensor:
-    with evaluating(embeddings), torch.no_grad():
-        return torch.stack([state[0].float().mean(dim=0) for state in probe_states(embeddings, ids)]).cpu()
+def _means(states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return torch.stack([state.detach()[0].float().mean(dim=0) for state in states]).cpu()
 
 
 def distance(vectors: torch.Tensor, expected: torch.Tensor) -> float:
@@ -97,7 +103,7 @@ def tolerance(dtype: Any) -> float:
     return _TOLERANCE.get(dtype, 0.0) if isinstance(dtype, str) else 0.0
 
 
-@contextmanager
+@contextlib.contextmanager
 def evaluating(embeddings: torch.nn.Module) -> Iterator[None]:
     """Switch the module to evaluation and afterwards each of its parts back to what it was."""
     were_training = [module for module in embeddings.modules() if module.training]

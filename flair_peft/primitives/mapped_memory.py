@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -96,6 +96,28 @@ def map_again(tensors: Sequence[torch.Tensor], *, more_rows: int = 0) -> list[to
             _again(tensor, each, same[each], table, more_rows) if each is not None and each in same else None
             for tensor, each in zip(tensors, found, strict=True)
         ]
+
+
+def to_read_once(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors for somebody who reads them once: the pages of a file that he reads go with what is returned.
+
+    Of a mapping that stays, pages stay too, and the system counts them for each mapping.
+    """
+    mapped = map_again([tensor.detach() for tensor in tensors])
+    return [tensor if again is None else again for tensor, again in zip(tensors, mapped, strict=True)]
+
+
+def are_as_in_files(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether all tensors show files that are where they were, and nobody has written to any of them since.
+
+    It is Linux that says so, page by page, whoever wrote and however; nothing else proves it, and nothing is read.
+    """
+    known, shown = mappings(), list(tensors)
+    found = {_mapping_of(tensor, known) for tensor in shown}
+    if not all(mapping is not None and Path(mapping.path).exists() for mapping in found):
+        return False
+    with _page_table() as table:
+        return all(_written(tensor, table) == [] for tensor in shown)
 
 
 def is_same_part(first: torch.Tensor, second: torch.Tensor, known: Sequence[_Mapping]) -> bool | None:

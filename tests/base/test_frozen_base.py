@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import io
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from flair.data import Sentence
 from flair.trainers import ModelTrainer
@@ -20,8 +23,9 @@ from transformers import AutoConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase
+from flair_peft.adapter import keys
 from flair_peft.adapter.refusals import REFUSED_METHODS
-from flair_peft.base import base_cache
+from flair_peft.base import base_cache, left_out, resolve, transformer
 from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.primitives import fingerprint, mapped_memory
@@ -91,6 +95,7 @@ def test_base_is_forgotten_with_its_last_model(base: Callable[[str], str], tmp_p
     assert not any(str(moved) in str(key) for key in list(base_cache._cache))
 
 
+WORDS = "embeddings.word_embeddings.weight"
 Write = Callable[[PeftTransformerEmbeddings], None]
 
 
@@ -154,8 +159,6 @@ def write_by_storage(embeddings: PeftTransformerEmbeddings) -> None:
 
 
 def write_by_address(embeddings: PeftTransformerEmbeddings) -> None:
-    import ctypes
-
     ctypes.memset(norm(embeddings).data_ptr(), 0, norm(embeddings).nbytes)
 
 
@@ -236,6 +239,52 @@ def resize(embeddings: PeftTransformerEmbeddings) -> None:
     embeddings.base_model.get_input_embeddings().weight.data.add_(1)
 
 
+def write_by_another_thread(embeddings: PeftTransformerEmbeddings) -> None:
+    thread = threading.Thread(target=write_by_numpy, args=(embeddings,))
+    thread.start()
+    thread.join()
+
+
+def write_many_at_once(embeddings: PeftTransformerEmbeddings) -> None:
+    torch._foreach_add_([parameter.data for parameter in embeddings.base_model.parameters()], 1.0)
+
+
+def write_into_an_array_that_is_shared(embeddings: PeftTransformerEmbeddings) -> None:
+    array = norm(embeddings).detach().float().clone().numpy()
+    norm(embeddings).data = torch.from_numpy(array)
+    embeddings.compare_with_base()
+    array[:] = 3
+
+
+def swap(embeddings: PeftTransformerEmbeddings) -> None:
+    torch.utils.swap_tensors(norm(embeddings), torch.nn.Parameter(torch.full_like(norm(embeddings), 2)))
+
+
+def assign(embeddings: PeftTransformerEmbeddings) -> None:
+    state = {name: tensor + 1 for name, tensor in embeddings.base_model.state_dict().items()}
+    embeddings.base_model.load_state_dict(state, assign=True)
+    embeddings.base_model.requires_grad_(False)
+
+
+def merge_and_take_back(embeddings: PeftTransformerEmbeddings) -> None:
+    embeddings.model.merge_adapter()
+    embeddings.model.unmerge_adapter()
+
+
+def convert_and_take_back(embeddings: PeftTransformerEmbeddings) -> None:
+    dtype = embeddings.base_dtype
+    embeddings.model.to(torch.float16).to(dtype)
+
+
+def make_memory_larger(embeddings: PeftTransformerEmbeddings) -> None:
+    storage = norm(embeddings).data.clone().untyped_storage()
+    norm(embeddings).data = norm(embeddings).data.new_empty(0).set_(storage, 0, norm(embeddings).shape)
+    storage.resize_(2 * storage.nbytes())
+    storage.fill_(63)
+
+
+# These change weights only a little, or none of a small model in some dtypes.
+LITTLE = [merge_and_take_back, convert_and_take_back]
 MERGES = [write_by_merging, write_by_merging_and_unloading, write_by_merging_one_layer]
 WRITES = [
     initialise_again,
@@ -261,6 +310,12 @@ WRITES = [
     convert,
     train_base,
     resize,
+    write_by_another_thread,
+    write_many_at_once,
+    write_into_an_array_that_is_shared,
+    swap,
+    assign,
+    make_memory_larger,
     *MERGES,
 ]
 KEPT = {
@@ -299,6 +354,85 @@ def test_write_of_one_model_never_reaches_another(
     assert changed is None or torch.equal(vector(first), changed)
     assert torch.equal(vector(third), before)
     del keep
+
+
+def in_file(base: str) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(Path(base, "model.safetensors"))
+
+
+@pytest.mark.parametrize("kept", ["mapped", "in memory"])
+@pytest.mark.parametrize("write", [*WRITES, *LITTLE], ids=lambda write: write.__name__)
+def test_save_after_a_write_leaves_out_only_what_the_file_of_the_base_holds(
+    write: Write, kept: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Whoever writes between two saves, and however: what a file leaves out is the base's own, bit by bit."""
+    moved = str(shutil.copytree(base("bert"), tmp_path / "copy"))
+    options = KEPT[kept](moved)
+    model = make(moved, lora(target_modules=["query", "dense"]))
+    first = model.compare_with_base()
+    write(model)
+    again, state, source = model.compare_with_base(), model.model.state_dict(), in_file(moved)
+    for key in again.left_out:
+        name = keys.base_key(key)
+        if name in source:
+            tensor = state[key][: len(source[name])] if name == WORDS else state[key]
+            assert fingerprint.are_same_bits(tensor, source[name].to(tensor.dtype)), key
+    assert write in (*LITTLE, write_buffers, write_by_merging_and_unloading) or again.left_out < first.left_out
+    del options
+
+
+def test_save_reads_no_base_that_is_as_its_files_are(
+    base: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base that a model stands on is its source, and what a save stores of it is the same as after reading."""
+    model = make(base("bert"))
+    read = resolve.reference(model.base_record, model.base_model, dtype=model.base_dtype, cache_dir=None)
+    monkeypatch.setattr(transformer, "find_model", lambda *_, **__: pytest.fail("it was read"))
+    found = model.base_source._read(model.base_record, model.base_model)
+    assert found is model.base_source.frozen.root
+    state = model.model.state_dict()
+    stored, expected = model.compare_with_base(), left_out.compare(state, trained(model), read)
+    assert stored.record == expected.record
+    assert stored.left_out == expected.left_out
+
+
+def trained(embeddings: PeftTransformerEmbeddings) -> set[str]:
+    return {name for name, parameter in embeddings.model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("how", ["replaced", "rewritten", "removed"])
+def test_save_after_the_files_of_the_base_changed_holds_all_weights(
+    how: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A base that is alive is not taken for a source that is another one by now, though size and time are the same."""
+    moved = Path(shutil.copytree(base("bert"), tmp_path / "copy"))
+    model, file = make(str(moved)), moved / "model.safetensors"
+    assert model.compare_with_base().left_out
+    before, other = file.stat(), tmp_path / "other.safetensors"
+    safetensors.torch.save_file({name: t + 1 for name, t in in_file(str(moved)).items()}, other, {"format": "pt"})
+    if how == "replaced":
+        other.replace(file)
+    elif how == "rewritten":
+        file.write_bytes(other.read_bytes())
+    else:
+        file.unlink()
+    if file.exists():
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert not model.compare_with_base().left_out
+
+
+def test_save_reads_a_base_again_that_somebody_wrote_to(base: Callable[[str], str], tmp_path: Path) -> None:
+    """What models are compared with is what is in the files, even if the base in memory is not any more."""
+    moved = str(shutil.copytree(base("bert"), tmp_path / "copy"))
+    model = make(moved)
+    expected, root = model.compare_with_base(), model.base_source.frozen.root
+    written = root.own_weights()["encoder.layer.1.output.LayerNorm.weight"]
+    ctypes.memset(mapped_memory.address(written), 0, written.nbytes)
+    found = model.base_source._read(model.base_record, model.base_model)
+    assert found is not None
+    assert found is not root
+    assert model.compare_with_base().left_out == expected.left_out
 
 
 def test_base_whose_file_cannot_be_mapped_again_is_shared_and_written_apart_all_the_same(

@@ -221,9 +221,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "Peak memory counts pages of the mapped base. Flair's separator gets the mean of all word embeddings, so that",
-        "all of that matrix is read once (94 MB); the bare loop reads the rows of its words. These pages are those of",
-        "the page cache, which takes them back when it must.",
+        "Peak memory counts pages of the mapped base, once for each mapping. What is read of it only once, such as the",
+        "sample that its fingerprint is of, is read through a mapping that goes again.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -6,10 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from flair.models import TextClassifier
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig
 
+from flair_peft import PeftTransformerDocumentEmbeddings
+from flair_peft.embeddings import untrained, vector_probe
 from flair_peft.models.save_plan import encode, plan_save
+from tests.support.configs import lora
 from tests.support.methods import perturb_
 from tests.support.round_trip import Factories
 from tests.support.zoo import ZOO
@@ -65,3 +70,40 @@ def test_plan_completes_the_parameters_of_each_module_that_a_state_holds(base: B
     document = encode(plan_save(model)).document
     assert document["extra"]["part"] == document["document_embeddings"]["part"] == 0
     assert document["extra"]["stored_base"]["left_out"]
+
+
+@pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "as it was made"])
+def test_save_runs_the_transformer_once_for_vectors_and_once_for_the_head(
+    is_trained: bool, base: Base, tmp_path: Path
+) -> None:
+    """What a gradient reaches shows in the pass that the vectors are taken from, and nothing runs backwards."""
+    model, passes, backwards = classifier(base("bert")), list[str](), list[str]()
+    if not is_trained:
+        model.embeddings._start = untrained.trained_digests(model.embeddings.model)
+    model.embeddings.base_model.register_forward_hook(lambda *_: passes.append("forward"))
+    layer = model.embeddings.base_model.encoder.layer[0].output.LayerNorm
+    layer.register_full_backward_hook(lambda *_: backwards.append("backward"))
+    model.save(tmp_path / "model.pt")
+    assert len(passes) == 2
+    assert not backwards
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        *((name, lora(target_modules="all-linear")) for name in ("bert", "t5", "xlnet", "llama")),
+        ("bert", PrefixTuningConfig(num_virtual_tokens=2)),
+    ],
+)
+def test_parameters_that_gradients_reach_are_those_that_get_one(
+    architecture: str, config: PeftConfig, base: Base
+) -> None:
+    """The graph leads to the very parameters that torch computes a gradient for; a pooler that nobody reads is none."""
+    embeddings = PeftTransformerDocumentEmbeddings(base(architecture), peft_config=config, layers="0,1")
+    parameters = {name: p for name, p in embeddings.model.named_parameters() if p.requires_grad}
+    states = vector_probe.probe_states(embeddings, vector_probe.probe_ids(embeddings), has_graph=True)
+    found = untrained.reached_by_gradients(embeddings.model, parameters, states)
+    loss = torch.stack([state.sum() for state in states]).sum()
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    assert found == [n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+    assert found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -56,6 +57,38 @@ def test_mean_of_a_mapped_matrix_leaves_it_on_the_disk(tmp_path: Path) -> None:
     torch.testing.assert_close(found, own.mean(dim=0).repeat(2, 1))
     assert torch.equal(added_rows.mean_rows(own, 2), found)
     assert torch.equal(weight, own)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_pages_that_are_read_once_go_with_what_showed_them(tmp_path: Path) -> None:
+    """Values are those of the tensors, what was written to them too, and their own pages stay on the disk."""
+    save_file({"weight": torch.arange(8_000_000, dtype=torch.float64)}, tmp_path / "large.safetensors")
+    weight, own = load_file(tmp_path / "large.safetensors")["weight"], torch.ones(3)
+    weight[5] = -1
+    before = resident()
+    shown = mapped_memory.to_read_once([weight, own])
+    assert shown[1] is own
+    assert float(shown[0][5]) == -1
+    assert float(shown[0].sum()) == 8_000_000 * 7_999_999 / 2 - 6
+    assert resident() > before + weight.nbytes / 2
+    del shown
+    assert resident() < before + weight.nbytes / 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_tensors_are_as_in_files_until_one_is_written_to_or_its_file_goes(tmp_path: Path) -> None:
+    """One byte written by address counts, as does a file that was replaced or removed; no other memory is a file's."""
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.arange(100_000.0), "y": torch.ones(3, 5)}, file)
+    first, second = (list(load_file(file).values()) for _ in range(2))
+    float(first[0].sum())
+    assert mapped_memory.are_as_in_files(first)
+    assert not mapped_memory.are_as_in_files([*first, torch.ones(3)])
+    ctypes.memset(mapped_memory.address(first[0]) + 200_000, 7, 1)
+    assert not mapped_memory.are_as_in_files(first)
+    assert mapped_memory.are_as_in_files(second)
+    file.unlink()
+    assert not mapped_memory.are_as_in_files(second)
 
 
 def test_freed_memory_is_given_back() -> None:
