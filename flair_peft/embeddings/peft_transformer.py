@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from typing import Any, Literal
 
@@ -321,7 +321,21 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
 
 def adapted_embeddings(model: torch.nn.Module) -> list[PeftTransformerEmbeddings]:
     """Return the embeddings with an adapter in a model, each once, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, PeftTransformerEmbeddings)]
+    return [module for _, module in modules_around(model) if isinstance(module, PeftTransformerEmbeddings)]
+
+
+def modules_around(
+    module: torch.nn.Module, name: str = "", seen: set[torch.nn.Module] | None = None
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield name and module as torch does, without the hundreds that are inside of embeddings with an adapter."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    for child_name, child in () if isinstance(module, PeftTransformerEmbeddings) else module._modules.items():
+        if child is not None:
+            yield from modules_around(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def _report_final_norm(embeddings: PeftTransformerEmbeddings, source: str) -> None:
