@@ -16,6 +16,9 @@ from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, methods, traits
 from flair_peft.base import module_copy
 
+# Numbers in an adapter that may be kept beside any base, however small.
+_FEW_NUMBERS = 1 << 20
+
 
 class AdapterTemplate:
     """Adds adapters to copies of one base, those with the config of the one before by copying.
@@ -40,14 +43,15 @@ class AdapterTemplate:
         """
         if not _can_be_copied(config):
             return make()
-        settings = json.dumps([type(config).__name__, configs.encode_config(config)], sort_keys=True)
+        described = [type(config).__name__, str(torch.get_default_dtype()), configs.encode_config(config)]
+        settings = json.dumps(described, sort_keys=True)
         of_base = list(base.parameters())
         with injection.building:
             if settings == self._settings and self._model is not None:
                 return _copy_around(self._model, self._of_base, of_base)
             model, is_second = make(), settings == self._settings
             self._settings, self._model, self._of_base = settings, None, []
-            if is_second and set(map(id, of_base)) <= set(map(id, model.parameters())):
+            if is_second and _is_worth_keeping(model, of_base):
                 self._of_base = [torch.nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in of_base]
                 self._model = _copy_around(model, of_base, self._of_base)
             return model
@@ -57,6 +61,14 @@ def _can_be_copied(config: PeftConfig) -> bool:
     """Whether all that an adapter of this config starts with is in modules, and the same on every copy of a base."""
     is_in_layers = methods.method_traits(config).kind == traits.LAYERS
     return is_in_layers and not (methods.reads_base(config) or methods.keeps_graph(config))
+
+
+def _is_worth_keeping(model: PeftModel, of_base: Sequence[torch.nn.Parameter]) -> bool:
+    """Whether a model with an adapter still has the parameters of its base, and few beside them: they take memory."""
+    held = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    base = sum(held.pop(id(parameter), 0) for parameter in of_base)
+    is_whole = base == sum(parameter.numel() for parameter in of_base)
+    return is_whole and sum(held.values()) <= max(_FEW_NUMBERS, base // 16)
 
 
 def _copy_around(

@@ -109,7 +109,7 @@ class ProbeBeside:
         try:
             yield
         finally:
-            del embeddings.__dict__["hidden_states"]
+            embeddings.__dict__.pop("hidden_states", None)
 
     def _read(
         self, alone: Callable[..., tuple[torch.Tensor, ...]], input_ids: torch.Tensor, mask: torch.Tensor

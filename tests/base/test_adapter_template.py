@@ -15,6 +15,7 @@ from peft import PeftModel
 
 import flair_peft
 from flair_peft.adapter import injection
+from flair_peft.base import adapter_template
 from tests.support.configs import lora
 from tests.support.method_cases import make_embeddings, one_kind_each
 from tests.support.methods import Method, perturb_
@@ -97,6 +98,16 @@ def test_training_a_copied_model_changes_no_other(options: dict[str, Any], base:
         assert scores(models[number]) != before[number]
     assert [scores(models[0]), scores(models[3])] == [before[0], before[3]]
     assert scores(flair_peft.from_pretrained(path)) == before[0]
+
+
+def test_adapter_that_takes_much_memory_is_not_kept(
+    base: Base, tmp_path: Path, made: list[PeftModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more copy of what is trained is held for the models to come: only where that is little beside the base."""
+    monkeypatch.setattr(adapter_template, "_FEW_NUMBERS", 0)
+    path, _ = save_random("text-classifier", base("bert"), tmp_path / "model", config=lora(r=32))
+    kept = [flair_peft.from_pretrained(path) for _ in range(4)]
+    assert len(made) == len(kept)
 
 
 def test_config_that_a_user_changes_is_that_of_one_model(base: Base, tmp_path: Path) -> None:
