@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from flair_peft.adapter import injection, keys
 from flair_peft.base import added_rows, module_copy, placement, quantisation, transformer
+from flair_peft.base.adapter_template import AdapterTemplate
 from flair_peft.base.copy_on_write import SharedWeights
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
 from flair_peft.primitives import fingerprint, mapped_memory
@@ -37,6 +38,7 @@ class FrozenBase:
         record: what files say of it.
         random_names: weights that the source lacks, and that are random therefore: other copies of it have others.
         weights: that its copies share.
+        adapter_template: adds adapters to its copies.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class FrozenBase:
         self._model, self.record, self.random_names, self._parent = model, record, random_names, parent
         of_parent: SharedWeights | None = None if parent is None else parent.weights
         self.weights: SharedWeights = SharedWeights(model.parameters(), parent=of_parent)
+        self.adapter_template = AdapterTemplate()
         self._by_attention: dict[str, FrozenBase] = {}
         # By the digest of the rows added; weak, since each of these holds this one.
         self._with_rows: weakref.WeakValueDictionary[str, FrozenBase] = weakref.WeakValueDictionary()

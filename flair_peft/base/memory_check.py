@@ -118,7 +118,7 @@ _SIZED: frozenset[Callable[..., Any]] = frozenset(
         *(torch.eye, torch.arange, torch.linspace, torch.randperm, torch.empty_strided, torch.tril_indices),
     }
 )
-_COPYING = frozenset({torch.Tensor.__deepcopy__})
+_MAKING = _SIZED | {torch.Tensor.__deepcopy__}
 
 # Made within a second, whatever files hold.
 _FEW_TENSORS, _FEW_NUMBERS = 10_000, 1 << 25
@@ -187,10 +187,9 @@ class Bounds(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, if that makes no tensor too much."""
-        kwargs = kwargs or {}
-        if func in _SIZED or func in _COPYING:
-            self._allow(func, args, kwargs)
-        return func(*args, **kwargs)
+        if func in _MAKING:
+            self._allow(func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def _allow(self, func: Any, args: Any, kwargs: Any) -> None:
         size = _size_of(func, args, kwargs) if func in _SIZED else args[0].numel()

@@ -184,7 +184,17 @@ class AdaptedEmbeddings(TransformerEmbeddings):
         """Move or convert as torch does; what accelerate spread over devices stays as it is."""
         model = getattr(self, "model", None)
         is_dispatched = isinstance(model, torch.nn.Module) and placement.is_dispatched(model)
+        # Flair moves a model that it loads twice, to where it is: torch would assign every tensor to itself.
+        if recurse and not is_dispatched and self._stays_as_it_is(fn):
+            return self
         return super()._apply(fn, recurse and not is_dispatched)
+
+    @torch.no_grad()
+    def _stays_as_it_is(self, fn: Callable[..., Any]) -> bool:
+        """Whether a conversion gives back each tensor itself; there are no gradients, which would have to follow."""
+        held = (each for module in self.modules() for each in (module._buffers, module._parameters))
+        tensors = (tensor for each in held for tensor in each.values() if tensor is not None)
+        return all(tensor.grad is None and fn(tensor) is tensor for tensor in tensors)
 
     def prepare_tensors(self, sentences: list[Sentence], device: torch.device | None = None) -> dict[str, Any]:
         """Return the model inputs for a batch; lengths come from the attention mask, not from padding ids.

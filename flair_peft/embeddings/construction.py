@@ -13,7 +13,7 @@ from typing import Any
 import flair
 import torch
 from flair.embeddings.transformer import SENTENCE_BOUNDARY_TAG
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import FeatureExtractionMixin, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
@@ -233,13 +233,23 @@ def attach_adapter_(embeddings: AdaptedEmbeddings, base: ResolvedBase, *, is_new
     elif methods.is_derived_from_base(config):
         pending.adapter_config, embeddings.model = config, base.model
     else:
-        embeddings.model = injection.inject_skeleton(base.model, config, has_weights=base.has_weights)
+        embeddings.model = _add_skeleton(base, config)
     embeddings._pending = None if is_new else pending
     embeddings._move_to(flair.device)
     embeddings.eval()
     if is_new:
         embeddings._start = untrained.trained_digests(embeddings.model)
         _try_out(embeddings)
+
+
+def _add_skeleton(base: ResolvedBase, config: PeftConfig) -> PeftModel:
+    """Return the transformer of stored embeddings with an adapter that their state dict fills."""
+
+    def add() -> PeftModel:
+        return injection.inject_skeleton(base.model, config, has_weights=base.has_weights)
+
+    frozen = base.source.frozen
+    return add() if frozen is None else frozen.adapter_template.add(base.model, config, add)
 
 
 def _try_out(embeddings: AdaptedEmbeddings) -> None:

@@ -80,11 +80,17 @@ def fill_(
 
 
 def finish_(embeddings: AdaptedEmbeddings, pending: PendingLoad) -> dict[str, str]:
-    """Verify embeddings that were filled for the first time; return name → digest of what was never updated."""
+    """Verify embeddings that were filled for the first time; return name → digest of what was never updated.
+
+    Their probe is left to a load that collects probes, for when its model is complete.
+    """
     parameters = dict(embeddings.model.named_parameters())
     for parameter in (parameters[name] for name in pending.trained_base if name in parameters):
         parameter.requires_grad_(parameter.is_floating_point())
-    if pending.probe is not None and load_context.load_options().verify:
+    context = load_context.current()
+    if pending.probe is not None and context.options.verify and context.probes is not None:
+        context.probes.append((embeddings, pending.probe))
+    elif pending.probe is not None and context.options.verify:
         vector_probe.replay_probe(embeddings, pending.probe)
     elif pending.probe is not None:
         log.warning(

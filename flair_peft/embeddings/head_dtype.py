@@ -18,7 +18,7 @@ from flair.nn import Model
 from flair.nn.model import DefaultClassifier
 
 from flair_peft.embeddings import exact_values
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings, modules_around
 from flair_peft.errors import DtypeMismatchError
 from flair_peft.primitives.dtypes import dtype_name
 
@@ -139,7 +139,7 @@ def _cast_head_(model: Model, dtype: torch.dtype) -> None:
 
 
 def _flair_models(model: torch.nn.Module) -> list[Model]:
-    return [module for module in model.modules() if isinstance(module, Model)]
+    return [module for _, module in modules_around(model) if isinstance(module, Model)]
 
 
 def _head_tensors_of(owner: Model) -> dict[str, torch.Tensor]:
@@ -156,10 +156,10 @@ def _tensors_of_head(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str
 
 
 def _all_head_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
-    names = {id(module): name for name, module in model.named_modules()}
-    for owner in _flair_models(model):
-        prefix = names[id(owner)] + "." if names[id(owner)] else ""
-        yield from ((prefix + name, tensor) for name, tensor in _head_tensors_of(owner).items())
+    for path, owner in modules_around(model):
+        prefix = f"{path}." if path else ""
+        of_head = _head_tensors_of(owner) if isinstance(owner, Model) else {}
+        yield from ((prefix + name, tensor) for name, tensor in of_head.items())
 
 
 def _head_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

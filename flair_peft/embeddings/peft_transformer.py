@@ -326,22 +326,21 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
 
 def adapted_embeddings(model: torch.nn.Module) -> list[PeftTransformerEmbeddings]:
     """Return the embeddings with an adapter in a model, each once, in the order of its modules."""
-    return [module for module in modules_around(model) if isinstance(module, PeftTransformerEmbeddings)]
+    return [module for _, module in modules_around(model) if isinstance(module, PeftTransformerEmbeddings)]
 
 
-def modules_around(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield what ``model.modules()`` does, without what is inside of embeddings with an adapter, which is most of it.
-
-    Each prediction asks for them: to walk through a transformer takes as long as Flair takes for a sentence.
-    """
-    seen, stack = set[int](), [model]
-    while stack:
-        module = stack.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield module
-            children = () if isinstance(module, PeftTransformerEmbeddings) else reversed(module._modules.values())
-            stack.extend(child for child in children if child is not None)
+def modules_around(
+    module: torch.nn.Module, name: str = "", seen: set[torch.nn.Module] | None = None
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield name and module as torch does, without the hundreds that are inside of embeddings with an adapter."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    for child_name, child in () if isinstance(module, PeftTransformerEmbeddings) else module._modules.items():
+        if child is not None:
+            yield from modules_around(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def _report_final_norm(embeddings: PeftTransformerEmbeddings, source: str) -> None:

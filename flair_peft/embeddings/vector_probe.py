@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from flair_peft.base import tokenizers
+from flair_peft.adapter import methods
+from flair_peft.base import tokenizers, transformer
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.errors import ModelFileError, StateMismatchError
 from flair_peft.primitives.dtypes import dtype_name
@@ -32,6 +33,19 @@ def replay_probe(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> No
         StateMismatchError: the tokenizer or the transformer gives something else.
         ModelFileError: the stored probe is damaged.
     """
+    ids = _checked_ids(embeddings, stored)
+    apart, allowed = distance(_means(probe_states(embeddings, ids)), stored["vectors"]), _allowed(embeddings, stored)
+    if not apart <= allowed:
+        raise StateMismatchError(
+            f"Cannot trust the loaded '{embeddings.name}': its vectors of a probe sentence are {apart:.2g} of their "
+            f"norm away from those stored when it was saved, and rounding explains {allowed:g}. It would predict "
+            "something else. Load it with the versions of PEFT and transformers that the file names, or with "
+            "verify=False."
+        )
+
+
+def _checked_ids(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> list[int]:
+    """Return the ids of the probe, which the tokenizer gives again."""
     ids, expected = stored.get("input_ids"), stored.get("vectors")
     if not isinstance(ids, list) or not isinstance(expected, torch.Tensor) or not expected.is_floating_point():
         raise ModelFileError(
@@ -45,15 +59,77 @@ def replay_probe(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> No
             f"{ids} when it was saved. Another version of transformers or tokenizers may read its files in another "
             "way. Install the versions that the file names, or load with verify=False."
         )
-    apart = distance(_means(probe_states(embeddings, ids)), expected)
-    allowed = max(tolerance(stored.get("dtype")), tolerance(dtype_name(embeddings.base_dtype)))
-    if not apart <= allowed:
-        raise StateMismatchError(
-            f"Cannot trust the loaded '{embeddings.name}': its vectors of a probe sentence are {apart:.2g} of their "
-            f"norm away from those stored when it was saved, and rounding explains {allowed:g}. It would predict "
-            "something else. Load it with the versions of PEFT and transformers that the file names, or with "
-            "verify=False."
-        )
+    return ids
+
+
+def _allowed(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> float:
+    return max(tolerance(stored.get("dtype")), tolerance(dtype_name(embeddings.base_dtype)))
+
+
+class ProbeBeside:
+    """The probe of embeddings, replayed in the forward pass of a sentence that they read anyway.
+
+    A pass over few tokens takes as long as reading the weights. The shorter of both is padded, which changes the
+    rounding, and more where a model minds padding: what comes out right is proven, and what does not has to be
+    replayed alone.
+
+    Attributes:
+        is_used: whether a sentence had the probe beside it.
+        is_right: whether it gave the stored vectors there.
+    """
+
+    def __init__(self, embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> None:
+        self.embeddings, self.stored = embeddings, stored
+        self.ids = _checked_ids(embeddings, stored)
+        self.is_used = self.is_right = False
+
+    def prove(self) -> None:
+        """Return if the vectors are the stored ones, beside a sentence or else alone; see :func:`replay_probe`."""
+        if not self.is_right:
+            replay_probe(self.embeddings, self.stored)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, the first sentence that the embeddings read alone has the probe beside it."""
+        embeddings, alone = self.embeddings, self.embeddings.hidden_states
+        is_told_apart = transformer.takes_mask(embeddings.base_model) and not embeddings.is_placed
+        if not is_told_apart or methods.depends_on_batch(embeddings.adapter_config):
+            yield
+            return
+
+        def hidden_states(input_ids: torch.Tensor, **tensors: Any) -> tuple[torch.Tensor, ...]:
+            if self.is_used or len(input_ids) != 1 or tensors.keys() != {"attention_mask"}:
+                return alone(input_ids, **tensors)
+            self.is_used = True
+            return self._read(alone, input_ids, tensors["attention_mask"])
+
+        # An attribute of this one object, in front of the method of its class.
+        embeddings.__dict__["hidden_states"] = hidden_states
+        try:
+            yield
+        finally:
+            embeddings.__dict__.pop("hidden_states", None)
+
+    def _read(
+        self, alone: Callable[..., tuple[torch.Tensor, ...]], input_ids: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the hidden states of a sentence, each (1, subtokens, hidden)."""
+        length, own = input_ids.shape[1], len(self.ids)
+        longest = max(length, own)
+        ids = input_ids.new_full((2, longest), self.embeddings.tokenizer.pad_token_id or 0)
+        masks = mask.new_zeros((2, longest))
+        ids[0, :length], masks[0, :length] = input_ids[0], mask[0]
+        ids[1, :own], masks[1, :own] = torch.tensor(self.ids), 1
+        try:
+            states = alone(ids, attention_mask=masks)
+        except Exception:  # what takes no two sentences at once may take them one by one
+            return alone(input_ids, attention_mask=mask)
+        in_front = states[0].shape[1] - longest  # rows of a prompt, where they are kept
+        if in_front < 0:
+            return alone(input_ids, attention_mask=mask)
+        vectors = torch.stack([state[1, : in_front + own].float().mean(dim=0) for state in states]).cpu()
+        self.is_right = distance(vectors, self.stored["vectors"]) <= _allowed(self.embeddings, self.stored)
+        return tuple(state[:1, : in_front + length] for state in states)
 
 
 def probe_ids(embeddings: AdaptedEmbeddings) -> list[int]:

@@ -30,11 +30,11 @@ def build(stored: Stored, load: Callable[[dict[str, Any]], Model]) -> Model:
         StateMismatchError: tensors do not fit the model that the settings describe, or it gives something else than it
             gave when it was saved.
     """
-    source = stored.source
+    source, probes = stored.source, list[Any]()
     with within_load(options=stored.options):
         # Flair makes the head, and a server may load a model between two predictions.
         with (
-            within_load(is_building=True, inner=dict(stored.inner)),
+            within_load(is_building=True, inner=dict(stored.inner), probes=probes),
             memory_check.bounded(source, stored.tensors),
             injection.building,
             torch.inference_mode(False),
@@ -44,7 +44,7 @@ def build(stored: Stored, load: Callable[[dict[str, Any]], Model]) -> Model:
         report_not_finite(stored.tensors, f"'{source}'")
         _share_embeddings_again(model)
         head_dtype.align_head_(model)
-        head_probe.replay(model, stored.state.get(head_probe.KEY), source=source)
+        head_probe.replay(model, stored.state.get(head_probe.KEY), source=source, probes=probes)
     return model
 
 

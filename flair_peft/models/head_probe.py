@@ -6,11 +6,12 @@ predicts, with all that lies between a sentence and its labels: tokenizer, conte
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -24,6 +25,7 @@ from flair.nn import Model
 
 from flair_peft.base import tokenizers
 from flair_peft.embeddings import vector_probe
+from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import ModelFileError, StateMismatchError, name_some
 from flair_peft.primitives.dtypes import dtype_name
@@ -115,34 +117,48 @@ def check_settings(state: Mapping[str, Any], *, source: str, verify: bool) -> No
         )
 
 
-def replay(model: Model, stored: Mapping[str, Any] | None, *, source: str) -> None:
-    """Return if the parts of the head give what they gave when the model was saved.
+def replay(
+    model: Model,
+    stored: Mapping[str, Any] | None,
+    *,
+    source: str,
+    probes: Sequence[tuple[AdaptedEmbeddings, Mapping[str, Any]]] = (),
+) -> None:
+    """Return if the embeddings and the parts of the head give what they gave when the model was saved.
 
     Args:
         model: loaded.
         stored: what :func:`take` returned; ``None`` for files that do not say it, as those before version 0.3.
         source: named in errors.
+        probes: embeddings of the model with the probes that they have to replay.
 
     Raises:
         StateMismatchError: they give something else.
+        ModelFileError: the probe of embeddings is damaged.
     """
     verify = load_options().verify
+    beside = [vector_probe.ProbeBeside(embeddings, probe) for embeddings, probe in probes]
     # On a base that was converted, vectors are others, and what a head makes of that no tolerance says.
     is_comparable = stored is not None and bool(stored["outputs"]) and stored.get("dtype") == _coarsest(model)
     if verify == "full" and not is_comparable:
         log.warning("Not checked for '%s': what its head gives. The file does not say what it gave here.", source)
     if stored is None or not verify or not is_comparable:
-        return
-    try:
-        found = _outputs(model)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a device may lack what another one computes
-        log.warning("Not checked for '%s': what its head gives. It cannot predict here: %s", source, error)
+        found = None
+    else:
+        with contextlib.ExitStack() as stack:
+            for probe in beside:
+                stack.enter_context(probe.reading())
+            found = _outputs_here(model, source)
+    for probe in beside:
+        probe.prove()
+    if stored is None or found is None:
         return
     rounded_to = (stored["dtype"], *(dtype_name(e.output_dtype) for e in adapted_embeddings(model)))
     allowed = _WIDER * max(map(vector_probe.tolerance, rounded_to))
-    apart = {name: _distance(found.get(name), expected) for name, expected in stored["outputs"].items()}
+    apart = _apart(found, stored["outputs"])
+    if any(probe.is_used for probe in beside) and not all(distance <= allowed for distance in apart.values()):
+        found = _outputs_here(model, source)  # without anything beside it
+        apart = {} if found is None else _apart(found, stored["outputs"])
     wrong = [name for name, distance in apart.items() if not distance <= allowed]
     if wrong:
         raise StateMismatchError(
@@ -150,6 +166,21 @@ def replay(model: Model, stored: Mapping[str, Any] | None, *, source: str) -> No
             f"when it was saved, up to {max(apart.values()):.2g} of the norm, where rounding explains {allowed:g}. It "
             "would predict something else. Copy or save it again, or load it with verify=False."
         )
+
+
+def _outputs_here(model: Model, source: str) -> Tensors | None:
+    """Return what the parts of the head give, or ``None`` where they cannot predict, which a warning says."""
+    try:
+        return _outputs(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a device may lack what another one computes
+        log.warning("Not checked for '%s': what its head gives. It cannot predict here: %s", source, error)
+        return None
+
+
+def _apart(found: Tensors, expected: Tensors) -> dict[str, float]:
+    return {name: _distance(found.get(name), answer) for name, answer in expected.items()}
 
 
 def _is_output(value: Any) -> bool:

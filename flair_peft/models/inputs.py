@@ -36,7 +36,7 @@ def check_embeddings(model: Model) -> None:
     Raises:
         AdapterConfigError: they do not, so that the vectors that the model reads are not there.
     """
-    for part in modules_around(model):
+    for _, part in modules_around(model):
         if not type(part).__module__.startswith("flair."):
             continue  # a class of a user's own may read vectors in a way of its own
         for embeddings in _direct(part):

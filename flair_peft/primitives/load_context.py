@@ -86,6 +86,7 @@ class LoadContext:
         left_to_flair: name of a model of Flair's own that Flair is looking for, once.
         inner: module prefix → parameters of embeddings that code around them makes; each is taken out once.
         bounds: of what may be built, see :func:`flair_peft.base.memory_check.bounded`.
+        probes: embeddings that were filled, each with the probe that it has to replay when the model is complete.
     """
 
     options: LoadOptions = field(default_factory=LoadOptions)
@@ -93,6 +94,7 @@ class LoadContext:
     left_to_flair: str | None = None
     inner: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     bounds: Any = None
+    probes: list[tuple[Any, Mapping[str, Any]]] | None = None
 
 
 _current: contextvars.ContextVar[LoadContext] = contextvars.ContextVar("flair_peft_load")

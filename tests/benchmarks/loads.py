@@ -23,6 +23,7 @@ import transformers.models.xlm_roberta.tokenization_xlm_roberta_fast  # noqa: F4
 from flair.data import Sentence
 from flair.models import TextClassifier
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 import flair_peft
@@ -40,6 +41,22 @@ def load_with_peft(folder: Path) -> torch.Tensor:
     encoded = tokenizer(TEXT.split(), is_split_into_words=True, return_tensors="pt")
     with torch.no_grad():
         return model(**encoded).last_hidden_state[0, 0]
+
+
+def predict_with_peft(folder: Path) -> torch.Tensor:
+    """Return the vector that PEFT and transformers alone give, after they have predicted a label with the same head."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint" / "tokenizer")
+    model = AutoModel.from_pretrained(folder / "base")
+    model = PeftModel.from_pretrained(model, folder / "checkpoint").eval()
+    tensors = load_file(folder / "checkpoint" / "head.safetensors")
+    weight, bias = (tensors[f"state_dict/decoder.{name}"] for name in ("weight", "bias"))
+    head = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    head.load_state_dict({"weight": weight, "bias": bias})
+    encoded = tokenizer(TEXT.split(), is_split_into_words=True, return_tensors="pt")
+    with torch.no_grad():
+        vector = model(**encoded).last_hidden_state[0, 0]
+        head(vector).softmax(dim=-1).argmax()
+    return vector
 
 
 def load_directory(folder: Path) -> torch.Tensor:
@@ -89,6 +106,7 @@ WAYS: dict[str, Callable[[Path], torch.Tensor]] = {
     function.__name__: function
     for function in (
         load_with_peft,
+        predict_with_peft,
         load_directory,
         load_directory_and_prove,
         load_slim_file,

@@ -42,7 +42,7 @@ from flair_peft import (
     PeftTransformerEmbeddings,
     PeftTransformerWordEmbeddings,
 )
-from flair_peft.embeddings.peft_transformer import adapted_embeddings
+from flair_peft.embeddings.peft_transformer import adapted_embeddings, modules_around
 from flair_peft.errors import (
     AdapterConfigError,
     BaseModelNotFoundError,
@@ -1124,3 +1124,47 @@ def test_embeddings_whose_adapter_peft_took_away_embed_on_and_are_stored_by_no_f
         with pytest.raises(AdapterConfigError, match=r"flair_peft\.merge\(model\)"):
             model.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_moving_embeddings_to_where_they_are_assigns_no_tensor(base: Base) -> None:
+    """Flair moves what it loads to its device twice: what is there already is left alone."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora())
+    asked: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        asked.append(tensor)
+        return tensor
+
+    held = [*embeddings.parameters(), *embeddings.buffers()]
+    assert embeddings._apply(keep) is embeddings
+    assert {id(tensor) for tensor in asked} == {id(tensor) for tensor in held}
+    assert len(asked) == len(held)
+
+
+def test_conversion_that_leaves_the_first_tensors_alone_reaches_all_others(base: Base) -> None:
+    """Vectors leave in fp32 already where a base in bf16 is converted to it."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora(), dtype="bfloat16")
+    assert embeddings.output_dtype == torch.float32
+    embeddings.to(torch.float32)
+    assert {parameter.dtype for parameter in embeddings.parameters()} == {torch.float32}
+
+
+def test_conversion_that_leaves_weights_alone_reaches_their_gradients(base: Base) -> None:
+    """Gradients go where their parameters go, as torch takes them there."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora())
+    trained = [parameter for parameter in embeddings.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    embeddings._apply(lambda tensor: tensor if isinstance(tensor, torch.nn.Parameter) else tensor * 2)
+    assert all(parameter.grad is not None and bool((parameter.grad == 2).all()) for parameter in trained)
+
+
+def test_modules_around_embeddings_are_those_of_torch_but_for_what_is_inside(base: Base) -> None:
+    """Names and order are torch's; a module that has two places has the first."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora())
+    shared = torch.nn.Linear(2, 2)
+    model = torch.nn.ModuleDict({"a": torch.nn.Sequential(shared, embeddings), "b": shared, "c": torch.nn.ReLU()})
+    inside = {id(module) for module in embeddings.modules()} - {id(embeddings)}
+    expected = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+    assert list(modules_around(model)) == expected
+    assert adapted_embeddings(model) == [embeddings]

@@ -19,6 +19,7 @@ from flair.models import TextClassifier
 from flair.nn import Model
 
 import flair_peft
+from flair_peft.embeddings.adapted import ForwardPass
 from flair_peft.errors import ModelFileError, StateMismatchError
 from flair_peft.models import head_probe
 from tests.support.configs import lora
@@ -285,3 +286,81 @@ def test_save_without_memory_for_the_probe_keeps_the_model(
         patch.setattr(TextClassifier, "predict", run_out)
         flair_peft.save_pretrained(model, tmp_path / "model")
     assert entry.predict(flair_peft.from_pretrained(tmp_path / "model"), entry.corpus()) == expected
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of rows of each forward pass."""
+    rows, run = list[int](), ForwardPass.run
+
+    def counting(self: ForwardPass) -> Any:
+        rows.append(len(self.inputs["input_ids"]))
+        return run(self)
+
+    monkeypatch.setattr(ForwardPass, "run", counting)
+    return rows
+
+
+def test_load_that_proves_vectors_and_head_makes_one_forward_pass(
+    place: Callable[..., Path], passes: list[int]
+) -> None:
+    """The probe of the vectors stands beside the sentence of the head's: the weights are read once for both."""
+    path = place()
+    passes.clear()
+    flair_peft.from_pretrained(path)
+    assert passes == [2]
+
+
+@pytest.mark.parametrize("name", ["text-classifier", "multitask"])
+def test_probe_that_comes_out_otherwise_beside_a_sentence_is_replayed_alone(
+    name: str, place: Callable[..., Path], passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that minds the padding of others is proven by passes of one sentence each, and loads."""
+    run = ForwardPass.run
+
+    def minding(self: ForwardPass) -> Any:
+        found = run(self)
+        if len(self.inputs["input_ids"]) > 1:
+            found.hidden_states = tuple(state + 1 for state in found.hidden_states)
+        return found
+
+    path = place(name)
+    passes.clear()
+    monkeypatch.setattr(ForwardPass, "run", minding)
+    flair_peft.from_pretrained(path)
+    assert passes.count(2) == 1
+    assert passes.count(1) >= 2
+
+
+def test_model_that_takes_no_two_sentences_at_once_is_proven_by_one_at_a_time(
+    place: Callable[..., Path], passes: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error of the pass that is shared means nothing: each probe has a pass of its own then."""
+    run = ForwardPass.run
+
+    def of_one(self: ForwardPass) -> Any:
+        if len(self.inputs["input_ids"]) > 1:
+            raise RuntimeError("one sentence at a time")
+        return run(self)
+
+    path = place()
+    passes.clear()
+    monkeypatch.setattr(ForwardPass, "run", of_one)
+    flair_peft.from_pretrained(path)
+    assert passes == [1, 1]
+    assert "Not checked" not in caplog.text
+
+
+def test_load_without_verification_makes_no_forward_pass(place: Callable[..., Path], passes: list[int]) -> None:
+    """``verify=False`` asks for no proof, and pays for none."""
+    path = place()
+    passes.clear()
+    flair_peft.from_pretrained(path, verify=False)
+    assert passes == []
+
+
+def test_embeddings_of_a_loaded_model_read_in_their_own_way_again(place: Callable[..., Path]) -> None:
+    """Nothing of the proof stays in the model: it can be copied, stored and loaded."""
+    model: Any = flair_peft.from_pretrained(place())
+    assert "hidden_states" not in vars(model.embeddings)
+    assert "hidden_states" not in vars(copy.deepcopy(model).embeddings)
