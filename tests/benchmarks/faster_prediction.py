@@ -324,7 +324,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("times as fast as predict in fp32; beside each bar the labels that stay the same", fontsize=8)
-    figure.axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    named = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*named, fontsize=8, frameon=False, loc="outside upper center", ncols=2)
     figure.savefig(path)
 
 

@@ -22,36 +22,31 @@ TRUNK = "adapters on the upper half of the layers: SharedBase.predict"
 
 
 def of_ways(report: Mapping[str, Any]) -> str:
-    """Return a table for each base: a row for each way, and for each task its speed and what it costs."""
-    return "\n\n".join(
-        "\n".join([f"**{base}**", "", *_ways(found["tasks"])]) for base, found in report["bases"].items()
-    )
-
-
-def _ways(tasks: Mapping[str, list[dict[str, Any]]]) -> list[str]:
-    columns = [f"{task}: {what}" for task in tasks for what in ("sentences/s", "speed", "same labels", "accuracy")]
-    found = {task: {row["way"]: row for row in rows} for task, rows in tasks.items()}
-    lines = [_line(["", *columns]), _line(["---"] * (1 + len(columns)))]
-    for way in dict.fromkeys(way for rows in found.values() for way in rows):
-        cells = [_cells(rows.get(way)) for rows in found.values()]
-        lines.append(_line([way, *(cell for those in cells for cell in those)]))
-    return lines
-
-
-def _cells(row: Mapping[str, Any] | None) -> list[str]:
-    if row is None:
-        return ["–"] * 4
-    return [f"{row['a second']:.3g}", _speed(row), _percent(row["agreement"]), _percent(row["accuracy"])]
+    """Return a table for each base and task: a row for each way, its speed and what it costs."""
+    tables = [
+        [f"**{base}, {task}**", "", *_table(those, "accuracy")]
+        for base, found in report["bases"].items()
+        for task, those in found["tasks"].items()
+    ]
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
 def of_several(report: Mapping[str, Any]) -> str:
-    """Return the table of four models on one text."""
-    lines = [_line(["", "", "sentences/s", "speed", "same labels"]), _line(["---"] * 5)]
-    for base, found in report["bases"].items():
-        for row in found["several"]:
-            cells = [f"{row['a second']:.3g}", _speed(row), _percent(row["agreement"])]
-            lines.append(_line([base, row["way"], *cells]))
-    return "\n".join(lines)
+    """Return a table for each base: four models on one text."""
+    tables = [[f"**{base}**", "", *_table(found["several"])] for base, found in report["bases"].items()]
+    return "\n\n".join("\n".join(lines) for lines in tables if len(lines) > 4)
+
+
+def _table(rows: list[dict[str, Any]], *more: str) -> list[str]:
+    header = ["", "sentences/s", "speed", "95 %", "same labels", *more]
+    lines = [_line(header), _line(["---"] * len(header))]
+    for row in rows:
+        speed = row["speed"]
+        interval = f"{speed['low']:.2f} to {speed['high']:.2f}" if speed["low"] < speed["high"] else ""
+        shares = [row["agreement"], *(row[name] for name in more)]
+        cells = [f"{row['a second']:.3g}", f"{speed['median']:.2f}", interval, *(f"{100 * s:.1f} %" for s in shares)]
+        lines.append(_line([row["way"], *cells]))
+    return lines
 
 
 def conditions(report: Mapping[str, Any]) -> str:
@@ -89,17 +84,6 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         of_several(report),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _speed(row: Mapping[str, Any]) -> str:
-    found = row["speed"]
-    if found["low"] == found["high"] == 1:
-        return "1"
-    return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 def _line(cells: list[str]) -> str:
