@@ -131,10 +131,11 @@ class Bare:
         return self.model["head"](self.vectors()).softmax(-1).argmax(-1).tolist()
 
 
+@torch.no_grad()
 def vectors(model: Any, given: list[Sentence]) -> torch.Tensor:
     """Return the vectors of the sentences, (sentences, hidden), in fp32; the model is in evaluation mode then."""
     model.eval().embeddings.embed(given)
-    found = torch.stack([sentence.embedding for sentence in given]).detach().float()
+    found = torch.stack([sentence.embedding for sentence in given]).float()
     store_embeddings(given, "none")
     return found
 
