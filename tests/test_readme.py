@@ -155,6 +155,19 @@ def _stream(world: World) -> None:
     Path("ten-million-lines.txt").write_text("\n".join(TEXTS))
 
 
+def _texts(world: World) -> None:
+    _model(world)
+    world.names["texts"] = TEXTS
+
+
+def _two_on_one_base(world: World) -> None:
+    shared = flair_peft.SharedBase("bert-base-uncased")
+    for name in ("first", "second"):
+        flair_peft.save_pretrained(world.classifier().eval(), name)
+        world.names[name] = shared.load(name)
+    world.names["shared"] = shared
+
+
 def _spread(world: World) -> None:
     flair_peft.save_pretrained(world.tagger().eval(), "my-tagger")
 
@@ -203,6 +216,10 @@ READERS: dict[str, Callable[[World], None]] = {
     "# written with save_optimizer_state": _interrupted,
     "join_processes": _model,
     "ten-million-lines": _stream,
+    "predict_stream(model, texts):": _texts,
+    "model.predict(sentences": _model,
+    "shared.predict": _two_on_one_base,
+    "small.onnx": _model,
     "four_bits": _nothing,
     "spread": _spread,
     "SharedBase": _shared,

@@ -10,7 +10,7 @@ from typing import Any
 
 from flair.data import DataPoint, Sentence
 from flair.embeddings.transformer import TransformerOnnxEmbeddings
-from flair.models import MultitaskModel
+from flair.models import MultitaskModel, TextPairRegressor, TextRegressor
 from flair.nn import Model
 
 from flair_peft.errors import AdapterConfigError, FlairPeftError, SaveError
@@ -118,26 +118,20 @@ def _predict(model: Any, data_points: Sequence[DataPoint]) -> list[Labels]:
         return [labels for task in model.tasks.values() for labels in _predict(task, data_points)]
     points = list(data_points)
     model.predict(points, label_name=_PREDICTED)
-    found = [_labels(point) for point in points]
+    # Classes may be called "0" and "1": what a label says does not tell whether it is a number.
+    is_regressor = isinstance(model, (TextRegressor, TextPairRegressor))
+    found = [_numbers(point) if is_regressor else _labels(point) for point in points]
     for point in points:
         _forget(point, _PREDICTED)
     return found
 
 
 def _labels(data_point: DataPoint) -> Labels:
-    found = {}
-    for label in data_point.get_labels(_PREDICTED):
-        number = _number(label.value)
-        place = label.unlabeled_identifier
-        found[place, "" if number is not None else label.value] = label.score if number is None else number
-    return found
+    return {(label.unlabeled_identifier, label.value): label.score for label in data_point.get_labels(_PREDICTED)}
 
 
-def _number(value: str) -> float | None:
-    try:
-        return float(value)
-    except ValueError:
-        return None
+def _numbers(data_point: DataPoint) -> Labels:
+    return {(label.unlabeled_identifier, ""): float(label.value) for label in data_point.get_labels(_PREDICTED)}
 
 
 def _evaluate(model: Model, data_points: Sequence[DataPoint], gold_label_type: str | None) -> float | None:

@@ -26,6 +26,7 @@ class Benchmark(NamedTuple):
 
     what: str
     quick: tuple[str, ...] = ("--pairs", "1")
+    is_for_gpu: bool = False
 
 
 BENCHMARKS = {
@@ -43,10 +44,17 @@ BENCHMARKS = {
         "what adapters reach on real text, against full fine-tuning",
         ("--only", "step", "--pairs", "1"),
     ),
+    "faster_prediction": Benchmark("ways to predict faster, and the labels that they change", ("--quick",)),
+    "gpu": Benchmark("on a GPU: beside PEFT's loop, batches for many models, switches", ("--quick",), is_for_gpu=True),
     "peers": Benchmark(
         "the same work with Flair, PEFT, sentence-transformers and adapters", ("--pairs", "1", "--processes", "1")
     ),
 }
+
+
+def takes_device(name: str) -> bool:
+    """Whether a benchmark can be told where to compute."""
+    return '"--device"' in (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
 
 
 def run(name: str, arguments: Sequence[object]) -> float | None:
@@ -72,7 +80,32 @@ def write_index(out: Path) -> None:
         report = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
         title = f"[{name}]({name}.md)" if (out / f"{name}.md").exists() else f"[{name}]({name}.json)"
         lines.append(f"| {title} | {benchmark.what} | {report['date']} | {report['machine']} |")
-    (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "README.md").write_text("\n".join([*lines, *_on_a_gpu()]) + "\n", encoding="utf-8")
+
+
+def _chosen(device: str | None) -> list[str]:
+    """Return the benchmarks to run where none is named."""
+    return [name for name, each in BENCHMARKS.items() if (takes_device(name) if device else not each.is_for_gpu)]
+
+
+def _on_a_gpu() -> list[str]:
+    """Return how everything that makes sense on a GPU is run there."""
+    named = ", ".join(f"`{name}`" for name in BENCHMARKS if takes_device(name))
+    return [
+        "",
+        "## On a GPU",
+        "",
+        "```bash",
+        "python -m tests.benchmarks --device cuda --out resources/benchmarks/cuda  # all that take a device",
+        "python -m tests.benchmarks.gpu --shapes llama-7b --out resources/benchmarks/cuda/llama-7b  # 14 GB of disk",
+        "python -m pytest -n 0 tests/test_gpu.py",
+        "```",
+        "",
+        f"A device is taken by {named}.",
+        "`peers` measures on a GPU as well, where there is one. With `--quick --device cpu`, the first command tries",
+        "whether they run on a CPU. 4 bits want `pip install bitsandbytes`, ONNX `pip install onnx onnxruntime-gpu`,",
+        "FlashAttention `pip install flash-attn`.",
+    ]
 
 
 def main() -> int:
@@ -80,6 +113,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all of them if left out")
     parser.add_argument("--quick", action="store_true", help="as few repetitions as there can be")
+    parser.add_argument("--device", help="such as cuda: only those that take it, there")
     parser.add_argument("--environments", type=Path, help="where peers makes and keeps its virtual environments")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -88,8 +122,9 @@ def main() -> int:
         parser.error(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     out = (options.out or (Path(tempfile.mkdtemp()) if options.quick else RESULTS)).resolve()
     minutes = {}
-    for name in options.names or BENCHMARKS:
+    for name in options.names or _chosen(options.device):
         arguments: list[object] = ["--out", out, *(BENCHMARKS[name].quick if options.quick else ())]
+        arguments += ["--device", options.device] if options.device else []
         if name == "peers" and options.environments:
             arguments += ["--environments", options.environments.resolve()]
         minutes[name] = run(name, arguments)

@@ -13,7 +13,10 @@ from transformers import (
     BertConfig,
     BertModel,
     BertTokenizerFast,
+    LlamaConfig,
+    LlamaModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     XLMRobertaConfig,
     XLMRobertaModel,
     XLMRobertaTokenizerFast,
@@ -56,11 +59,40 @@ def xlm_roberta_large(directory: Path) -> Path:
     return _save(XLMRobertaTokenizerFast(tokenizer_object=tokenizer, model_max_length=512), _xlm_roberta, directory)
 
 
+def llama_1b(directory: Path) -> Path:
+    """Write a decoder of Llama's architecture, 1.2 B parameters in bf16, with a vocabulary of 32,000 pieces."""
+    return llama(directory, hidden_size=2048, num_hidden_layers=22, intermediate_size=6656, num_attention_heads=32)
+
+
+def llama_7b(directory: Path) -> Path:
+    """Write a decoder of Llama's architecture, 6.7 B parameters in bf16 (13.5 GB), with the same vocabulary."""
+    return llama(directory, hidden_size=4096, num_hidden_layers=32, intermediate_size=11008, num_attention_heads=32)
+
+
+def llama(directory: Path, **shape: int) -> Path:
+    """Write a decoder of Llama's architecture in bf16, in a shape as ``LlamaConfig`` takes it."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"▁{letter}" for letter in string.printable[:94]), *string.printable[:94], "▁"]
+    pieces += itertools.islice((f"▁{word}" for word in _words(4)), 32_000 - len(pieces))
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(n) / 1e5) for n, piece in enumerate(pieces)], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return _save(fast, lambda: LlamaModel(LlamaConfig(**shape)), directory)
+    finally:
+        torch.set_default_dtype(before)
+
+
 SHAPES: dict[str, Callable[[Path], Path]] = {
     "bert-base": bert_base,
     "minilm": minilm,
     "xlm-roberta-large": xlm_roberta_large,
 }
+DECODERS: dict[str, Callable[[Path], Path]] = {"llama-1b": llama_1b, "llama-7b": llama_7b}
 
 
 def _bert() -> BertModel:
@@ -92,7 +124,7 @@ def _save(tokenizer: PreTrainedTokenizerBase, build: Callable[[], torch.nn.Modul
     with no_init_weights():
         model = build()
     for name, parameter in model.named_parameters():
-        if "LayerNorm.weight" in name:
+        if "LayerNorm.weight" in name or "norm.weight" in name:
             torch.nn.init.ones_(parameter)
         else:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from flair.data import Sentence
+from flair.data import Dictionary, Sentence
+from flair.models import TextClassifier
 from flair.nn import Model
 
 import flair_peft
 from flair_peft.errors import AdapterConfigError
+from flair_peft.export import int8
+from tests.support.configs import lora
 from tests.support.models import save_random
 from tests.support.predictions import labels_of, points_of
 from tests.support.round_trip import largest_difference
@@ -95,3 +98,23 @@ def test_model_that_is_no_export_or_no_text_is_refused(base: Callable[[str], str
         flair_peft.quantize_onnx(live, [Sentence("Berlin")])
     with pytest.raises(AdapterConfigError, match="there are no data points"):
         flair_peft.quantize_onnx(flair_peft.export_onnx(live, tmp_path / "model.onnx"), [])
+
+
+def test_classes_that_are_called_by_numbers_are_labels(
+    base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A label "1" that becomes a "0" is another label, not a score that changes."""
+    labels = Dictionary(add_unk=False)
+    for label in ("0", "1"):
+        labels.add_item(label)
+    embeddings = flair_peft.PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora())
+    live = TextClassifier(embeddings, label_dictionary=labels, label_type="sentiment").eval()
+    exported = flair_peft.export_onnx(live, tmp_path / "model.onnx")
+
+    def turn_around(_: object) -> None:
+        for parameter in exported.decoder.parameters():
+            parameter.data.neg_()
+
+    monkeypatch.setattr(int8, "_quantize_", turn_around)
+    cost = flair_peft.quantize_onnx(exported, [Sentence("good"), Sentence("a bad film")])
+    assert (cost.data_points, cost.equal, cost.largest_change) == (2, 0, 0.0)

@@ -28,6 +28,7 @@ from flair_peft import errors
 from flair_peft.adapter import refusals
 from flair_peft.adapter.methods import why_not_mixed
 from flair_peft.cli import main
+from tests.benchmarks import faster_rows
 from tests.support import house_picture
 from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method
 
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PICTURE = DOCS / "house.svg"
 FIGURES = ROOT / "resources" / "benchmarks" / "methods.json"
+FIGURES_OF_PREDICTION = ROOT / "resources" / "benchmarks" / "faster_prediction.json"
 
 KINDS = ("encoder", "decoder")
 YES, NO, UNKNOWN = "✓", "–", ""
@@ -250,6 +252,10 @@ def _contributing(title: str) -> str:
     return re.sub(r"\]\((?!https?://|#)", "](../", found.strip())
 
 
+def _of_prediction(table: Callable[[Mapping[str, Any]], str]) -> str:
+    return table(json.loads(FIGURES_OF_PREDICTION.read_text(encoding="utf-8")))
+
+
 MADE: dict[str, Callable[[], str]] = {
     "methods": methods,
     "settings_measured": settings_measured,
@@ -259,6 +265,9 @@ MADE: dict[str, Callable[[], str]] = {
     "names": names,
     "error_tree": error_tree,
     "error_reference": error_reference,
+    "ways_to_predict": lambda: _of_prediction(faster_rows.of_ways),
+    "several_models": lambda: _of_prediction(faster_rows.of_several),
+    "prediction_measured": lambda: _of_prediction(faster_rows.conditions),
     "folders": lambda: _contributing("Where things live"),
     "storing": lambda: _contributing("How a model is stored"),
     "loading": lambda: _contributing("How a model loads"),
