@@ -43,6 +43,14 @@ BENCHMARKS = {
         "what adapters reach on real text, against full fine-tuning",
         ("--only", "step", "--pairs", "1"),
     ),
+    "real_text": Benchmark(
+        "training on real text, beside a bare loop of PEFT",
+        ("--only", "steps", "--pairs", "1", "--bases", "MiniLM"),
+    ),
+    "upper_layers": Benchmark(
+        "what adapters on the upper layers alone cost",
+        ("--seeds", "1", "--sentences", "8", "--epochs", "1", "--test", "16", "--pairs", "1"),
+    ),
     "peers": Benchmark(
         "the same work with Flair, PEFT, sentence-transformers and adapters", ("--pairs", "1", "--processes", "1")
     ),
