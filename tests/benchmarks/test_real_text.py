@@ -171,5 +171,5 @@ def test_upper_layers_verdict_wants_points_and_time_on_both_texts(below: float, 
     heading = {"date": "2026-01-01", "machine": "a machine", "versions": "some", "pairs": 21}
     settings = {"sentences": 640, "epochs": 2, "batch": 8, "rate": 1e-3, "head_rate": 1e-2, "test": 600}
     page = upper_layer_table.to_markdown({**heading, "settings": settings, "rows": rows, "steps": timed})
-    assert "| SST-2 | upper 8 | 24 | 91.1 ± 0.7 | -0.40 (-0.40 to -0.40) |" in page
+    assert "| SST-2 | upper 8 | 24 | 2 | 91.1 ± 0.7 | -0.40 (-0.40 to -0.40) |" in page
     assert f"below the adapters: {'upper 8' if expected else 'no depth'}." in page

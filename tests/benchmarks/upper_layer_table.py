@@ -33,15 +33,16 @@ def kept_ratio(timed: dict[str, list[dict[str, Any]]], task: str, count: int) ->
 def table(report: dict[str, Any]) -> list[str]:
     """Return the lines of the table of all tasks and ways."""
     lines = [
-        "| text | adapted layers | rank | accuracy, % | against all layers, points | time of training | "
+        "| text | adapted layers | rank | seeds | accuracy, % | against all layers, points | time of training | "
         "of a step, if what comes out below were kept |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in report["rows"]:
         spread = "" if r["deviation"] is None else f" ± {r['deviation']:.1f}"
+        time = f"{r['seconds']:.0f} s ({r['ratio']:.2f} ×)"
         lines.append(
-            f"| {r['task']} | {name(r['layers'])} | {RANK * LAYERS // r['layers']} | {r['mean']:.1f}{spread} | "
-            f"{difference(r)} | {r['seconds']:.0f} s ({r['ratio']:.2f} ×) | {saved(report['steps'], r)} |"
+            f"| {r['task']} | {name(r['layers'])} | {RANK * LAYERS // r['layers']} | {r['seeds']} | "
+            f"{r['mean']:.1f}{spread} | {difference(r)} | {time} | {saved(report['steps'], r)} |"
         )
     return lines
 
@@ -75,13 +76,12 @@ def conclusion(report: dict[str, Any]) -> str:
 def source(report: dict[str, Any]) -> str:
     """Return how and on what the figures were measured."""
     size = report["settings"]
-    seeds = min((r["seeds"] for r in report["rows"]), default=0)
     return (
         f"LoRA on all linear layers of all-mpnet-base-v2, as many weights trained in all rows, alpha twice the rank. "
         f"{size['sentences']} training sentences that each seed draws, {size['epochs']} epochs of batches of "
         f"{size['batch']}, learning rate {size['rate']:g}, {size['head_rate']:g} for the head; accuracy on "
-        f"{size['test']} test sentences. Mean and standard deviation over {seeds} seed(s); differences are "
-        "paired by seed, with the 95 % interval of Student's t. Time is that of the processor in the trainer."
+        f"{size['test']} test sentences. Mean and standard deviation over the seeds; differences are paired "
+        "by seed, with the 95 % interval of Student's t. Time is that of the processor in the trainer."
     )
 
 
