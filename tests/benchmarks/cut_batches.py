@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from tests.support.minilm import find_minilm
 
 RATE, HEAD_RATE, BATCH = 1e-3, 1e-2, 32
 
-HAS_GROUPS = hasattr(PeftTransformerEmbeddings, "length_grouping")
-CUTS = {"cut by length": {}, "one pass": {"length_grouping": False}} if HAS_GROUPS else {"one pass": {}}
+HAS_GROUPS = "length_grouping" in inspect.signature(PeftTransformerEmbeddings).parameters
+CUTS = {"cut by length": {"length_grouping": True}, "one pass": {"length_grouping": False}}
+CUTS = CUTS if HAS_GROUPS else {"one pass": {}}
 """How a batch runs → options of the embeddings."""
 
 task_of: Callable[[str], Task] = functools.cache(lambda name: TASKS[name]())

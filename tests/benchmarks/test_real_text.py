@@ -33,13 +33,7 @@ def _task(name: str) -> Task:
 @pytest.fixture(params=["SST-2", "UD-EWT"])
 def loops(request: pytest.FixtureRequest, tmp_path: Path) -> Loops:
     base = tiny.build("bert", tmp_path / "base")
-    found = Loops(request.param, _task(request.param), str(base), device=torch.device("cpu"))
-    with torch.no_grad():
-        for name, parameter in found.ours.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-                found.bare.get_parameter(name.replace("embeddings.model", "encoder")).copy_(parameter)
-    return found
+    return Loops(request.param, _task(request.param), str(base), device=torch.device("cpu"))
 
 
 def test_loops_on_a_ragged_batch_have_the_same_loss_and_gradients(loops: Loops) -> None:
@@ -65,6 +59,8 @@ def test_loops_step_changes_the_adapter_and_the_head_of_each_way(loops: Loops) -
         assert any("lora_A" in key for key in changed), name
         assert any("lora" not in key for key in changed), name
         assert all("lora" in key or key.startswith(("head", "decoder", "linear")) for key in changed), name
+    # Dropout had them train apart; the next batch size is checked and timed from equal weights again.
+    loops.check(loops.task.pool)
 
 
 def test_shuffled_batches_are_whole_and_in_no_order_of_length() -> None:

@@ -99,6 +99,13 @@ class OfOneLength(FlairSampler):
         return iter([index for start in starts for index in range(start, min(start + BATCH, self.num_samples))])
 
 
+class Shuffled(OfOneLength):
+    """Sentences in a random order that does not depend on what torch has drawn, so that all ways have the same."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(random.sample(range(self.num_samples), self.num_samples))
+
+
 class ReachedParameters(TrainerPlugin):
     """Keeps the names of the parameters that a gradient reaches."""
 
@@ -217,7 +224,7 @@ def train(
 
     The seed draws ``count`` sentences of the pool, the start of the head and the order of the sentences: ways with the
     same seed have all of these in common. The head learns with the adapter's rate unless it is given its own. Batches
-    are of one length, or, as Flair makes them, of ``shuffled`` sentences of whatever lengths. Seconds are those of the
+    are of one length, or of ``shuffled`` sentences of whatever lengths. Seconds are those of the
     processor, in the trainer alone. Memory is the peak until the end of the training, beyond what the process had
     before.
 
@@ -239,7 +246,7 @@ def train(
             decoder_learning_rate=head_rate,
             mini_batch_size=shuffled or BATCH,
             max_epochs=epochs,
-            sampler=None if shuffled else OfOneLength(),
+            sampler=Shuffled() if shuffled else OfOneLength(),
             save_final_model=False,
             plugins=[reached],
         )
