@@ -46,6 +46,14 @@ BENCHMARKS = {
     ),
     "faster_prediction": Benchmark("ways to predict faster, and the labels that they change", ("--quick",)),
     "gpu": Benchmark("on a GPU: beside PEFT's loop, batches for many models, switches", ("--quick",), is_for_gpu=True),
+    "real_text": Benchmark(
+        "training on real text, beside a bare loop of PEFT",
+        ("--only", "steps", "--pairs", "1", "--bases", "MiniLM"),
+    ),
+    "upper_layers": Benchmark(
+        "what adapters on the upper layers alone cost",
+        ("--seeds", "1", "--sentences", "8", "--epochs", "1", "--test", "16", "--pairs", "1"),
+    ),
     "peers": Benchmark(
         "the same work with Flair, PEFT, sentence-transformers and adapters", ("--pairs", "1", "--processes", "1")
     ),

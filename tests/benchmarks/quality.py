@@ -16,8 +16,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
-import multiprocessing
 import os
 import re
 import statistics
@@ -36,12 +34,12 @@ from flair.models import TextClassifier
 from flair.training_utils import store_embeddings
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from scipy import stats
 
 from flair_peft import PeftTransformerDocumentEmbeddings
 from tests.benchmarks.report import RESULTS, heading, ratio, write
 from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.training import LABELS, texts
+from tests.benchmarks.trainings import kept, lacking, lead, run
 from tests.benchmarks.ways import BATCH, LORA, TASKS, WAYS, Task, train
 from tests.support.minilm import find_minilm
 
@@ -112,30 +110,14 @@ def one(plan: dict[str, Any]) -> dict[str, Any]:
     return {**plan, **found}
 
 
-def lacking(plans: list[dict[str, Any]], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the plans that no record is of."""
-    return [plan for plan in plans if not any(plan.items() <= record.items() for record in records)]
-
-
-def run(plans: list[dict[str, Any]], records: list[dict[str, Any]], runs: Path, *, workers: int) -> None:
-    """Do the plans, and add what comes out to the records and to the file."""
-    # A process of its own for each, with everything imported and one thread.
-    with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=1) as pool:
-        for record in pool.imap_unordered(one, plans, chunksize=1):
-            records.append(record)
-            with runs.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-
 def measure(runs: Path, settings: dict[str, Any], *, workers: int) -> dict[str, Any]:
     """Return what the ways reach and cost."""
     for name in TASKS:
         task_of(name)
-    lines = runs.read_text(encoding="utf-8").splitlines() if runs.exists() else []
-    records = [record for record in map(json.loads, lines) if record["settings"] == settings]
+    records = kept(runs, settings)
     for plans in (choices, measurements):
         while waiting := lacking([{**plan, "settings": settings} for plan in plans(records)], records):
-            run(waiting, records, runs, workers=workers)
+            run(one, waiting, records, runs, workers=workers)
     wanted = [{**plan, "settings": settings} for plan in (*choices(records), *measurements(records))]
     records = [record for record in records if any(plan.items() <= record.items() for plan in wanted)]
     measured = [record for record in records if record["part"] == "test"]
@@ -183,11 +165,8 @@ def difference(measured: list[dict[str, Any]], task: str) -> dict[str, Any]:
         (record["way"], record["seed"]): 100 * record["accuracy"] for record in measured if record["task"] == task
     }
     seeds = sorted(seed for way, seed in scores if way == "full fine-tuning")
-    pairs = [scores["LoRA", seed] - scores["full fine-tuning", seed] for seed in seeds]
-    half = stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    mean = statistics.mean(pairs)
-    wanted = f"≥ {WANTED_POINTS}"
-    return {"task": task, "mean": mean, "low": mean - half, "high": mean + half, "pairs": pairs, "wanted": wanted}
+    found = lead(*([scores[way, seed] for seed in seeds] for way in ("LoRA", "full fine-tuning")))
+    return {"task": task, **found, "wanted": f"≥ {WANTED_POINTS}"}
 
 
 Loop = tuple[torch.nn.Module, list[Sentence]]

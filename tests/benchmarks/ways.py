@@ -99,6 +99,13 @@ class OfOneLength(FlairSampler):
         return iter([index for start in starts for index in range(start, min(start + BATCH, self.num_samples))])
 
 
+class Shuffled(OfOneLength):
+    """Sentences in a random order that does not depend on what torch has drawn, so that all ways have the same."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(random.sample(range(self.num_samples), self.num_samples))
+
+
 class ReachedParameters(TrainerPlugin):
     """Keeps the names of the parameters that a gradient reaches."""
 
@@ -136,11 +143,16 @@ def sst2() -> Task:
         lines = (DATA / "sst2" / f"{part}.tsv").read_text(encoding="utf-8").splitlines()
         return [(text.split(" "), [label]) for text, label in (line.split("\t") for line in lines)]
 
+    return classification(read("train"), read("dev"), read("test"))
+
+
+def classification(pool: list[Tagged], choice: list[Tagged], test: list[Tagged]) -> Task:
+    """Return a task whose sentences have one label each."""
     return Task(
         "sentiment",
-        read("train"),
-        read("dev"),
-        read("test"),
+        pool,
+        choice,
+        test,
         embeddings=(TransformerDocumentEmbeddings, PeftTransformerDocumentEmbeddings),
         options={"cls_pooling": "mean", **ONE_WINDOW},
         model=TextClassifier,
@@ -158,13 +170,18 @@ def ewt() -> Task:
         words = [[row for row in block if row[0].isdigit()] for block in rows if block]
         return [([row[1] for row in block], [row[3] for row in block]) for block in words]
 
-    heads = {"use_crf": False, "use_rnn": False, "reproject_embeddings": False}
     read_dev = read("dev")
+    return tagging(read_dev[:-400], read_dev[-400:], read("test"))
+
+
+def tagging(pool: list[Tagged], choice: list[Tagged], test: list[Tagged]) -> Task:
+    """Return a task whose words have a label each."""
+    heads = {"use_crf": False, "use_rnn": False, "reproject_embeddings": False}
     return Task(
         "upos",
-        read_dev[:-400],
-        read_dev[-400:],
-        read("test"),
+        pool,
+        choice,
+        test,
         embeddings=(TransformerWordEmbeddings, PeftTransformerWordEmbeddings),
         options={"layers": "-1", "subtoken_pooling": "first", **ONE_WINDOW},
         model=SequenceTagger,
@@ -200,12 +217,16 @@ def train(
     epochs: int,
     measured: list[Tagged],
     prove: bool,
+    head_rate: float | None = None,
+    shuffled: int | None = None,
 ) -> dict[str, Any]:
     """Return what one training reaches on ``measured`` and what it costs.
 
     The seed draws ``count`` sentences of the pool, the start of the head and the order of the sentences: ways with the
-    same seed have all of these in common. Seconds are those of the processor, in the trainer alone. Memory is the peak
-    until the end of the training, beyond what the process had before.
+    same seed have all of these in common. The head learns with the adapter's rate unless it is given its own. Batches
+    are of one length, or of ``shuffled`` sentences of whatever lengths. Seconds are those of the
+    processor, in the trainer alone. Memory is the peak until the end of the training, beyond what the process had
+    before.
 
     Raises:
         AssertionError: the score differs from a count by hand, or the saved file predicts something else.
@@ -222,9 +243,10 @@ def train(
         ModelTrainer(model, corpus).fine_tune(
             temporary,
             learning_rate=rate,
-            mini_batch_size=BATCH,
+            decoder_learning_rate=head_rate,
+            mini_batch_size=shuffled or BATCH,
             max_epochs=epochs,
-            sampler=OfOneLength(),
+            sampler=Shuffled() if shuffled else OfOneLength(),
             save_final_model=False,
             plugins=[reached],
         )

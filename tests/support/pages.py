@@ -28,15 +28,14 @@ from flair_peft import errors
 from flair_peft.adapter import refusals
 from flair_peft.adapter.methods import why_not_mixed
 from flair_peft.cli import main
-from tests.benchmarks import faster_rows
+from tests.benchmarks import faster_rows, upper_layer_table
 from tests.support import house_picture
 from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PICTURE = DOCS / "house.svg"
-FIGURES = ROOT / "resources" / "benchmarks" / "methods.json"
-FIGURES_OF_PREDICTION = ROOT / "resources" / "benchmarks" / "faster_prediction.json"
+FIGURES = ROOT / "resources" / "benchmarks"
 
 KINDS = ("encoder", "decoder")
 YES, NO, UNKNOWN = "✓", "–", ""
@@ -62,8 +61,8 @@ def works(method: Method) -> frozenset[str]:
     return frozenset() if is_refused else method.works
 
 
-def _figures() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8"))
+def _figures(name: str = "methods") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
     return found
 
 
@@ -134,6 +133,13 @@ def _short(value: Any) -> str:
     if isinstance(value, (list, tuple)) and len(value) > 4:
         return f"[{value[0]!r}, …, {value[-1]!r}]"
     return f"{type(value).__name__}(…)" if dataclasses.is_dataclass(value) else repr(value)
+
+
+def upper_layers() -> str:
+    """Return the table of what adapters on the upper layers alone cost, and how it was measured."""
+    measured = _figures("upper_layers")
+    parts = (upper_layer_table.source(measured), upper_layer_table.conclusion(measured))
+    return "\n\n".join([parts[0], "\n".join(upper_layer_table.table(measured)), parts[1]])
 
 
 def refused() -> str:
@@ -253,12 +259,13 @@ def _contributing(title: str) -> str:
 
 
 def _of_prediction(table: Callable[[Mapping[str, Any]], str]) -> str:
-    return table(json.loads(FIGURES_OF_PREDICTION.read_text(encoding="utf-8")))
+    return table(json.loads((FIGURES / "faster_prediction.json").read_text(encoding="utf-8")))
 
 
 MADE: dict[str, Callable[[], str]] = {
     "methods": methods,
     "settings_measured": settings_measured,
+    "upper_layers": upper_layers,
     "lora_options": lora_options,
     "refused": refused,
     "commands": commands,
