@@ -136,7 +136,9 @@ class FrozenTrunks:
         view = _shallow_copy(embeddings)
         view._modules["model"] = _with_modules(_read_model(embeddings), parts)
         with embeddings.in_use():
-            return _what_is_read(embeddings, dataclasses.replace(forward_pass, embeddings=view).run())
+            seen = dataclasses.replace(forward_pass, embeddings=view)
+            vars(seen)["groups"] = forward_pass.groups  # to find them may take passes, which are not to be recorded
+            return _what_is_read(embeddings, seen.run())
 
     def _depth(self, one: ForwardPass, other: ForwardPass) -> int:
         """Return how many layers two passes have in common."""
