@@ -1,8 +1,8 @@
 """What it costs to give only the upper layers of a base an adapter: points, and the time that a training saves.
 
-``python -m tests.benchmarks.upper_layers --base all-mpnet-base-v2`` trains that base, of 12 layers (a directory with
-its weights works as well), on SST-2 and on parts of speech of UD-EWT (in ``shared/data`` beside the project), with LoRA
-on all layers and on the upper 8, 6 and 4. The rank grows as the layers get fewer, so that all ways train as many
+``python -m tests.benchmarks.upper_layers`` trains all-mpnet-base-v2, of 12 layers (``--base`` names another, or a
+directory with its weights), on SST-2 and on parts of speech of UD-EWT (in ``shared/data`` beside the project), with
+LoRA on all layers and on the upper 8, 6 and 4. The rank grows as the layers get fewer, so that all ways train as many
 weights. Every seed has its sentences and the start of its head in common over the ways. What is done stands in a file
 of lines, from which the same command goes on, one seed after the other; ``--only report`` writes the report of what is
 there. ``--only steps`` measures how much of a step the layers below the adapters take: what a training would save if it
@@ -32,6 +32,7 @@ from tests.benchmarks.report import RESULTS, heading, ratio, write
 from tests.benchmarks.trainings import Record, kept, lacking, lead, run
 from tests.benchmarks.upper_layer_table import COUNTS, LAYERS, RANK, to_markdown
 from tests.benchmarks.ways import BATCH, TASKS, Task, Way, adapter, build, sentences, train
+from tests.support.mpnet import find_mpnet
 
 TARGETS = ["q", "k", "v", "o", "intermediate.dense", "output.dense"]
 RATE, HEAD_RATE = 1e-3, 1e-2
@@ -159,7 +160,7 @@ def steps(task: Task, base: str, *, pairs: int) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", default="sentence-transformers/all-mpnet-base-v2", help="name or directory")
+    parser.add_argument("--base", help="name or directory; all-mpnet-base-v2 as it is installed if left out")
     parser.add_argument("--only", choices=("score", "steps", "report"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sentences", type=int, default=640, help="of each training")
@@ -184,13 +185,13 @@ def main() -> None:
         task_of(task)
     if options.only in (None, "score"):
         waiting = lacking(plans(settings, options.seeds), records)
-        run(functools.partial(one, options.base), waiting, records, runs, workers=options.workers)
+        run(functools.partial(one, options.base or find_mpnet()), waiting, records, runs, workers=options.workers)
     file = options.out / "upper_layers.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"steps": {}, "pairs": 0}
     timed = {"steps": found["steps"], "pairs": found["pairs"]}
     if options.only in (None, "steps"):
         timed = {
-            "steps": {task: steps(task_of(task), options.base, pairs=options.pairs) for task in TASKS},
+            "steps": {t: steps(task_of(t), options.base or find_mpnet(), pairs=options.pairs) for t in TASKS},
             "pairs": options.pairs,
         }
     trainings = [{key: value for key, value in record.items() if key != "settings"} for record in records]
