@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -15,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from flair_peft.adapter import injection
-from flair_peft.base import memory_check, transformer
+from flair_peft.base import memory_check, transformer, weight_files
 from flair_peft.base.frozen_base import FrozenBase, PlacedBase, described, state_of_source
 from flair_peft.base.other_dtype import ConvertedBase
 from flair_peft.base.placement import PLACING, QUANTISING, is_placed
@@ -165,14 +166,24 @@ def find_again(
     return find(record, shape, dtype=dtype, kwargs=kwargs, device=device, is_held=is_held)
 
 
-def is_as_its_source(base: FrozenBase) -> bool:
+def is_as_its_source(base: FrozenBase, kwargs: Mapping[str, Any]) -> bool:
     """Whether a base that is alive is what its source holds now: its files are as they were, and so is its memory.
 
     Only where the system proves the latter, as it does for weights that are mapped from the files.
+
+    Args:
+        base: that may be its source.
+        kwargs: how the source is reached; another cache of the Hub's may not have it.
     """
     with injection.building:
         states = [key[0] for key, found in _cache.items() if found is base]
-    return state_of_source(base.record) in states and mapped_memory.are_as_in_files(base.own_weights().values())
+    if state_of_source(base.record) not in states:
+        return False
+    files: list[Path] = []
+    with contextlib.suppress(Exception):
+        settings = {**base.record.arguments, "revision": base.record.revision, **kwargs}
+        files = weight_files.find(base.record.name, settings)
+    return mapped_memory.are_as_in_files(base.own_weights().values(), files)
 
 
 def _load(

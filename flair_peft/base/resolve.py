@@ -300,9 +300,9 @@ def reference(
         cache_dir: where files from the Hub are kept.
         live: the base that the model stands on. It is taken where it proves to be what the source holds.
     """
-    if live is not None and _is_current(live.root, record, model, dtype):
-        return live.root
     kwargs = _reaching(record, cache_dir)
+    if live is not None and _is_current(live.root, record, model, dtype=dtype, kwargs=kwargs):
+        return live.root
 
     def read(record: BaseRecord, wanted: torch.dtype) -> FrozenBase:
         return base_cache.read_again(record, model.config, dtype=wanted, kwargs=kwargs)
@@ -318,12 +318,14 @@ def reference(
         return None
 
 
-def _is_current(base: FrozenBase, record: BaseRecord, model: PreTrainedModel, dtype: torch.dtype) -> bool:
+def _is_current(
+    base: FrozenBase, record: BaseRecord, model: PreTrainedModel, *, dtype: torch.dtype, kwargs: Mapping[str, Any]
+) -> bool:
     """Whether a base that is alive is the one that the record says, as a model of this dtype and attention has it."""
     is_named = _origin(base.record) == _origin(record) and base.is_as(record)
     is_read_so = record.dtype in (None, dtype_name(dtype)) and base.known_record.dtype == dtype_name(dtype)
     is_same_kind = base.config._attn_implementation == model.config._attn_implementation
-    return not base.is_placed and is_named and is_read_so and is_same_kind and base_cache.is_as_its_source(base)
+    return not base.is_placed and is_named and is_read_so and is_same_kind and base_cache.is_as_its_source(base, kwargs)
 
 
 def _origin(record: BaseRecord) -> tuple[Any, ...]:

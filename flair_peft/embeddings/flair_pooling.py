@@ -49,7 +49,8 @@ def _select(view: _PoolingView, input_ids: torch.Tensor, tensors: Mapping[str, A
     found = {}
     for name, each in numbers.items():
         wanted = each.to(device=rows.device, dtype=torch.long)
-        found[name] = rows.index_select(0, wanted.flatten()).view(*wanted.shape[:-1], -1)
+        width = wanted.shape[-1] * rows.shape[1]
+        found[name] = rows.index_select(0, wanted.flatten()).view(*wanted.shape[:-1], width)
     return found
 
 

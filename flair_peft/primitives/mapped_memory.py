@@ -107,14 +107,14 @@ def to_read_once(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor if again is None else again for tensor, again in zip(tensors, mapped, strict=True)]
 
 
-def are_as_in_files(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether all tensors show files that are where they were, and nobody has written to any of them since.
+def are_as_in_files(tensors: Iterable[torch.Tensor], files: Iterable[Path]) -> bool:
+    """Whether all tensors show these files, which are where they were, and nobody has written to any of them since.
 
     It is Linux that says so, page by page, whoever wrote and however; nothing else proves it, and nothing is read.
     """
     known, shown = mappings(), list(tensors)
-    found = {_mapping_of(tensor, known) for tensor in shown}
-    if not all(mapping is not None and Path(mapping.path).exists() for mapping in found):
+    found, paths = {_mapping_of(tensor, known) for tensor in shown}, {os.path.realpath(file) for file in files}
+    if not all(mapping is not None and mapping.path in paths and Path(mapping.path).exists() for mapping in found):
         return False
     with _page_table() as table:
         return all(_written(tensor, table) == [] for tensor in shown)

@@ -82,13 +82,14 @@ def test_tensors_are_as_in_files_until_one_is_written_to_or_its_file_goes(tmp_pa
     save_file({"x": torch.arange(100_000.0), "y": torch.ones(3, 5)}, file)
     first, second = (list(load_file(file).values()) for _ in range(2))
     float(first[0].sum())
-    assert mapped_memory.are_as_in_files(first)
-    assert not mapped_memory.are_as_in_files([*first, torch.ones(3)])
+    assert mapped_memory.are_as_in_files(first, [file])
+    assert not mapped_memory.are_as_in_files([*first, torch.ones(3)], [file])
+    assert not mapped_memory.are_as_in_files(first, [tmp_path / "another.safetensors"])
     ctypes.memset(mapped_memory.address(first[0]) + 200_000, 7, 1)
-    assert not mapped_memory.are_as_in_files(first)
-    assert mapped_memory.are_as_in_files(second)
+    assert not mapped_memory.are_as_in_files(first, [file])
+    assert mapped_memory.are_as_in_files(second, [file])
     file.unlink()
-    assert not mapped_memory.are_as_in_files(second)
+    assert not mapped_memory.are_as_in_files(second, [file])
 
 
 def test_freed_memory_is_given_back() -> None:
