@@ -64,7 +64,9 @@ __all__ = [
 ]
 
 _NAMES_IN = {
-    "embeddings": [name for name in __all__ if name.startswith("PeftTransformer")],
+    # Where they are made: whoever imports their folder first imports Flair, and has none of them yet when that ends.
+    "embeddings.peft_transformer": ["PeftTransformerEmbeddings"],
+    "embeddings.word_and_document": ["PeftTransformerDocumentEmbeddings", "PeftTransformerWordEmbeddings"],
     "export.int8": ["quantize_onnx"],
     "export.merge": ["merge"],
     "export.onnx": ["export_onnx"],

@@ -104,6 +104,9 @@ FIRST_IMPORTS = [
     "from flair_peft.compat import FormatVersion\nimport flair",
     "from flair_peft.torchfile import unpickle",
     "from flair_peft.training.resume import ResumePlugin",
+    "from flair_peft.embeddings import PeftTransformerEmbeddings",
+    "from flair_peft.embeddings.word_and_document import PeftTransformerWordEmbeddings",
+    *(f"import flair_peft.{folder}\nimport flair" for folder in flair_peft._MODULES),
     """
 errors = []
 def work(code):
