@@ -250,10 +250,11 @@ def write_many_at_once(embeddings: PeftTransformerEmbeddings) -> None:
 
 
 def write_into_an_array_that_is_shared(embeddings: PeftTransformerEmbeddings) -> None:
-    array = norm(embeddings).detach().float().clone().numpy()
-    norm(embeddings).data = torch.from_numpy(array)
+    values = norm(embeddings).detach().clone()
+    array = values.view(torch.uint8).numpy()  # NumPy has no bfloat16
+    norm(embeddings).data = torch.from_numpy(array).view(values.dtype)
     embeddings.compare_with_base()
-    array[:] = 3
+    array[:] = torch.full_like(values, 3).view(torch.uint8).numpy()
 
 
 def swap(embeddings: PeftTransformerEmbeddings) -> None:
