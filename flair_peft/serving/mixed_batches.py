@@ -11,7 +11,7 @@ From the sentences of several models to their vectors:
 3. For each group, a :class:`MixingModel` pads the inputs to one length. There are two kinds:
 
    - LoRA on linear layers, of any ranks, scales and layers: a :class:`GatheringModel` computes with the matrices of all
-     rows at once (``gathered_lora.py``). It takes hardly more time for 32 models than for one.
+     rows at once (``gathered_lora.py``).
    - What else PEFT can mix, such as LoRA on embeddings or with a bias: a :class:`MixingModel` itself puts the tensors
      of each adapter into a slot (``adapter_slots.py``) and tells PEFT, for each row, the slot whose adapter it takes.
      PEFT loops over the adapters.
