@@ -180,7 +180,7 @@ def is_as_its_source(base: FrozenBase, kwargs: Mapping[str, Any]) -> bool:
     if state_of_source(base.record) not in states:
         return False
     files: list[Path] = []
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # what cannot be found is read again, which says why
         settings = {**base.record.arguments, "revision": base.record.revision, **kwargs}
         files = weight_files.find(base.record.name, settings)
     return mapped_memory.are_as_in_files(base.own_weights().values(), files)

@@ -221,7 +221,10 @@ class GroupedOutput(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         parts = self._parts[name]
-        return _States(list(zip(*parts, strict=True)), self.join) if name in _STATES else self.join(parts)
+        if name not in _STATES:
+            return self.join(parts)
+        layers = list(zip(*parts, strict=True))
+        return LazyStates(len(layers), lambda index: self.join(layers[index]))
 
     def join(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return one tensor of shape (batch, width, hidden) from one of each group; the same for the same states."""
@@ -238,18 +241,16 @@ class GroupedOutput(Mapping[str, Any]):
         return torch.cat([states[:, :at], gap, states[:, at:]], dim=1)
 
 
-class _States(Sequence[torch.Tensor]):
-    """The hidden states of all layers, each put together when it is asked for."""
+class LazyStates(Sequence[torch.Tensor]):
+    """The hidden states of all layers, each of which is put together when it is asked for: most never are."""
 
-    def __init__(
-        self, layers: Sequence[Sequence[torch.Tensor]], join: Callable[[Sequence[torch.Tensor]], torch.Tensor]
-    ) -> None:
-        self._layers, self._join = layers, join
+    def __init__(self, count: int, find: Callable[[int], torch.Tensor]) -> None:
+        self._count, self._find = count, find
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return self._count
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return tuple(self[each] for each in range(*index.indices(len(self))))
-        return self._join(self._layers[index])
+            return tuple(self[each] for each in range(*index.indices(self._count)))
+        return self._find(index)

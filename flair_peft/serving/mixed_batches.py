@@ -239,7 +239,7 @@ class MixingModel:
         outputs, first = list[Output](), 0
         for given, count in zip(inputs, counts, strict=True):
             part = (slice(first, first + count), slice(given["input_ids"].shape[1]))
-            outputs.append({"hidden_states": _PartOfStates(states, part), "last_hidden_state": last[part]})
+            outputs.append({"hidden_states": _part_of(states, part), "last_hidden_state": last[part]})
             first += count
         return outputs
 
@@ -331,19 +331,9 @@ class GatheringModel(MixingModel):
         return count == 2 * len(adapter.matrices)
 
 
-class _PartOfStates(Sequence[torch.Tensor]):
-    """Rows and columns of the hidden states of each layer, taken when they are asked for: most layers never are."""
-
-    def __init__(self, states: Sequence[torch.Tensor], part: tuple[slice, slice]) -> None:
-        self._states, self._part = states, part
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return tuple(self[each] for each in range(*index.indices(len(self))))
-        return self._states[index][self._part]
+def _part_of(states: Sequence[torch.Tensor], part: tuple[slice, slice]) -> Sequence[torch.Tensor]:
+    """Return rows and columns of the hidden states of each layer."""
+    return length_groups.LazyStates(len(states), lambda index: states[index][part])
 
 
 def _is_for_want_of_memory(error: BaseException) -> bool:
