@@ -132,15 +132,25 @@ def _records(*seeds: int, **changes: float) -> list[dict[str, Any]]:
 
 
 def test_upper_layers_rows_are_of_seeds_that_all_ways_have() -> None:
-    """A seed that is not finished does not move the mean of some ways alone; one seed has no interval."""
+    """A seed that is not finished does not move the figures of some ways alone; one seed has no spread."""
     (first, *_) = upper_layers.rows(_records(1))
-    assert (first["seeds"], first["deviation"]) == (1, None)
+    assert (first["seeds"], upper_layer_table.spread(first["scores"], ".1f")) == (1, "91.0")
     found = upper_layers.rows(_records(1, 2, 3)[:-1])
     assert [row["seeds"] for row in found] == [3] * 4 + [2] * 4
     (last,) = (row for row in found if (row["task"], row["layers"]) == ("UD-EWT", 4))
-    assert last["difference"]["mean"] == pytest.approx(-0.8)
+    assert last["differences"] == pytest.approx([-0.8, -0.8])
     assert last["ratio"] == pytest.approx(22 / 30)
     assert upper_layers.rows([]) == []
+
+
+def test_upper_layers_page_names_a_training_that_came_to_nothing_and_the_median_stands() -> None:
+    """One training of three that does not learn is said, and is not averaged with the others."""
+    records = _records(1, 2, 3)
+    records[-4]["accuracy"] = 0.14
+    rows = upper_layers.rows(records)
+    assert upper_layer_table.collapsed({"rows": rows}).endswith(": one on UD-EWT with all 12 layers, at 14.0 %.")
+    (eight,) = (row for row in rows if (row["task"], row["layers"]) == ("UD-EWT", 8))
+    assert upper_layer_table.difference(eight) == "-0.4 (-0.4 to +78.6)"
 
 
 def test_upper_layers_rows_of_ways_that_train_more_weights_are_refused() -> None:
@@ -167,5 +177,6 @@ def test_upper_layers_verdict_wants_points_and_time_on_both_texts(below: float, 
     heading = {"date": "2026-01-01", "machine": "a machine", "versions": "some", "pairs": 21}
     settings = {"sentences": 640, "epochs": 2, "batch": 8, "rate": 1e-3, "head_rate": 1e-2, "test": 600}
     page = upper_layer_table.to_markdown({**heading, "settings": settings, "rows": rows, "steps": timed})
-    assert "| SST-2 | upper 8 | 24 | 2 | 91.1 ± 0.7 | -0.40 (-0.40 to -0.40) |" in page
+    assert "| SST-2 | upper 8 | 24 | 2 | 91.1 (90.6 to 91.6) | -0.4 (-0.4 to -0.4) |" in page
+    assert "came to nothing" not in page
     assert f"below the adapters: {'upper 8' if expected else 'no depth'}." in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ LAYERS, RANK = 12, 16
 COUNTS = (LAYERS, 8, 6, 4)
 """How many layers have an adapter, counted from the last."""
 WANTED_POINTS, WANTED_TIME = -0.5, 0.5
+COLLAPSED = 0.5
+"""Share of the median below which a training came to nothing."""
 
 
 def verdict(found: Sequence[dict[str, Any]], timed: dict[str, list[dict[str, Any]]]) -> list[int]:
@@ -17,7 +20,7 @@ def verdict(found: Sequence[dict[str, Any]], timed: dict[str, list[dict[str, Any
         count
         for count in COUNTS[1:]
         if all(
-            r["difference"]["mean"] >= WANTED_POINTS and kept_ratio(timed, r["task"], count) <= WANTED_TIME
+            statistics.median(r["differences"]) >= WANTED_POINTS and kept_ratio(timed, r["task"], count) <= WANTED_TIME
             for r in found
             if r["layers"] == count
         )
@@ -38,11 +41,10 @@ def table(report: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in report["rows"]:
-        spread = "" if r["deviation"] is None else f" ± {r['deviation']:.1f}"
         time = f"{r['seconds']:.0f} s ({r['ratio']:.2f} ×)"
         lines.append(
             f"| {r['task']} | {name(r['layers'])} | {RANK * LAYERS // r['layers']} | {r['seeds']} | "
-            f"{r['mean']:.1f}{spread} | {difference(r)} | {time} | {saved(report['steps'], r)} |"
+            f"{spread(r['scores'], '.1f')} | {difference(r)} | {time} | {saved(report['steps'], r)} |"
         )
     return lines
 
@@ -52,10 +54,24 @@ def name(count: int) -> str:
 
 
 def difference(r: dict[str, Any]) -> str:
-    found = r["difference"]
-    if r["layers"] == LAYERS:
-        return ""
-    return f"{found['mean']:+.2f}" + (f" ({found['low']:+.2f} to {found['high']:+.2f})" if "low" in found else "")
+    return "" if r["layers"] == LAYERS else spread(r["differences"], "+.1f")
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Return the median of some values, and the least and the greatest."""
+    median = f"{statistics.median(values):{form}}"
+    return f"{median} ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else median
+
+
+def collapsed(report: dict[str, Any]) -> str:
+    """Return which trainings came to nothing, as a sentence; without any, no sentence."""
+    found = [
+        f"one on {r['task']} with {name(r['layers'])} layers, at {score:.1f} %"
+        for r in report["rows"]
+        for score in r["scores"]
+        if score < COLLAPSED * statistics.median(r["scores"])
+    ]
+    return f" Trainings that came to nothing at this learning rate: {' and '.join(found)}." if found else ""
 
 
 def saved(timed: dict[str, list[dict[str, Any]]], r: dict[str, Any]) -> str:
@@ -68,7 +84,7 @@ def conclusion(report: dict[str, Any]) -> str:
         return "Not all of it is measured yet."
     held = " and ".join(map(name, verdict(report["rows"], report["steps"]))) or "no depth"
     return (
-        f"At most {-WANTED_POINTS:g} points lost on both texts, on average, at {WANTED_TIME:g} × the time of all "
+        f"At most {-WANTED_POINTS:g} points lost on both texts, in the median, at {WANTED_TIME:g} × the time of all "
         f"layers, if a training kept what comes out below the adapters: {held}."
     )
 
@@ -80,8 +96,8 @@ def source(report: dict[str, Any]) -> str:
         f"LoRA on all linear layers of all-mpnet-base-v2, as many weights trained in all rows, alpha twice the rank. "
         f"{size['sentences']} training sentences that each seed draws, {size['epochs']} epochs of batches of "
         f"{size['batch']}, learning rate {size['rate']:g}, {size['head_rate']:g} for the head; accuracy on "
-        f"{size['test']} test sentences. Mean and standard deviation over the seeds; differences are paired "
-        "by seed, with the 95 % interval of Student's t. Time is that of the processor in the trainer."
+        f"{size['test']} test sentences. Median, least and greatest over the seeds; differences are paired "
+        f"by seed. Time is that of the processor in the trainer.{collapsed(report)}"
     )
 
 

@@ -29,7 +29,7 @@ from peft import LoraConfig
 from flair_peft.compat import versions
 from tests.benchmarks.quality import step
 from tests.benchmarks.report import RESULTS, heading, ratio, write
-from tests.benchmarks.trainings import Record, kept, lacking, lead, run
+from tests.benchmarks.trainings import Record, kept, lacking, run
 from tests.benchmarks.upper_layer_table import COUNTS, LAYERS, RANK, to_markdown
 from tests.benchmarks.ways import BATCH, TASKS, Task, Way, adapter, build, sentences, train
 from tests.support.mpnet import find_mpnet
@@ -113,12 +113,10 @@ def row(own: Sequence[Record], full: Sequence[Record]) -> dict[str, Any]:
     """Return the figures of one way beside those of all layers with the same seeds."""
     scores, others = ([100 * record["accuracy"] for record in those] for those in (own, full))
     seconds, of_full = ([record["seconds"] for record in those] for those in (own, full))
-    several = len(own) > 1
     return {
         "seeds": len(own),
-        "mean": statistics.mean(scores),
-        "deviation": statistics.stdev(scores) if several else None,
-        "difference": lead(scores, others) if several else {"mean": scores[0] - others[0], "pairs": []},
+        "scores": scores,
+        "differences": [a - b for a, b in zip(scores, others, strict=True)],
         "share": own[0]["trained"] / own[0]["parameters"],
         "seconds": statistics.median(seconds),
         "ratio": statistics.median(a / b for a, b in zip(seconds, of_full, strict=True)),
