@@ -82,19 +82,21 @@ class PackedRows(Division):
     Attributes:
         rows: the numbers of the sentences in each row, in their order.
         length: of the rows.
+        limit: to which rows of sentences that are no longer may be long.
         lengths: of the sentences.
         form: in which the model gets them.
     """
 
     rows: tuple[tuple[int, ...], ...]
     length: int
+    limit: int
     lengths: tuple[int, ...]
     form: Form
 
     @property
     def tried_length(self) -> int:
-        """That of the rows."""
-        return self.length
+        """That of the longest sentence; rows are tried out in the greatest length that they may have with it."""
+        return max(self.lengths)
 
     @property
     def kind(self) -> Hashable:
@@ -155,12 +157,12 @@ class PackedRows(Division):
         Parts of the longest sentence of different lengths stand in a row, and all of it in another.
         """
         longest = max(range(len(self.lengths)), key=self.lengths.__getitem__)
-        lengths = (*(max(1, self.length // share) for share in (4, 6, 2)), self.lengths[longest])
+        lengths = (*(max(1, self.limit // share) for share in (4, 6, 2)), self.lengths[longest])
         batch = length_groups.cut(inputs, [longest] * len(lengths), self.width)
         ends = torch.tensor(lengths, device=batch["input_ids"].device)[:, None]
         is_token = torch.arange(self.width, device=ends.device) < ends
         batch["attention_mask"] = is_token.to(batch["attention_mask"].dtype)
-        packed = PackedRows(((0, 1, 2), (3,)), self.length, lengths, self.form, width=self.width)
+        packed = PackedRows(((0, 1, 2), (3,)), self.limit, self.limit, lengths, self.form, width=self.width)
         return batch, packed, lengths
 
 
@@ -173,15 +175,18 @@ def find(inputs: Inputs, lengths: Sequence[int], price: Cost, base: Any) -> list
     tensors = {name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     if not tensors <= BY_POSITION or longest < 3:
         return []
-    limit = getattr(getattr(base, "config", None), "max_position_embeddings", None) or longest
-    found, least = list[list[int]](), (float("inf"), 0)
-    for length in range(longest, max(longest, min(limit, 3 * longest // 2)) + 1, max(1, longest // 32)):
-        if price.of(-(-total // length), length) < least[0]:
+    takes = getattr(getattr(base, "config", None), "max_position_embeddings", None) or longest
+    limit = max(longest, min(takes, 3 * longest // 2))
+    found, least, best = list[list[int]](), longest, float("inf")
+    for length in range(longest, limit + 1, max(1, longest // 32)):
+        if price.of(-(-total // length), length) < best:
             rows = _first_fit(lengths, length)
-            if (price.of(len(rows), length), length) < least:
-                found, least = rows, (price.of(len(rows), length), length)
-    rows_of_sentences, width = tuple(map(tuple, found)), inputs["input_ids"].shape[1]
-    return [PackedRows(rows_of_sentences, least[1], tuple(lengths), form, width=width) for form in forms_of(base)]
+            if price.of(len(rows), length) < best:
+                found, least, best = rows, length, price.of(len(rows), length)
+    width = inputs["input_ids"].shape[1]
+    return [
+        PackedRows(tuple(map(tuple, found)), least, limit, tuple(lengths), form, width=width) for form in forms_of(base)
+    ]
 
 
 def _first_fit(lengths: Sequence[int], length: int) -> list[list[int]]:

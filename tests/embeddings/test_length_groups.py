@@ -420,15 +420,21 @@ def test_model_that_ignores_what_packed_rows_need_has_groups(
 
 
 def test_window_of_attention_is_found_where_sentences_are_longer(base: Base, packed: Divided, tmp_path: Path) -> None:
-    """A mask that is ready to be added has no window: it gives the same for short sentences alone."""
+    """A mask that is ready to be added has no window, which shows in longer sentences alone, however long rows were."""
+    config = lora(target_modules=["q_proj", "v_proj"])
+    embeddings = PeftTransformerWordEmbeddings(base("mistral"), peft_config=config)
+    lengths = embeddings.prepare_tensors([Sentence(text) for text in TEXTS])["attention_mask"].sum(dim=1).tolist()
+    window = max(lengths) - 2
+    short = [text for text, length in zip(TEXTS, lengths, strict=True) if length <= window]
     directory = shutil.copytree(base("mistral"), tmp_path / "base")
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    (directory / "config.json").write_text(json.dumps({**settings, "sliding_window": 24}), encoding="utf-8")
-    embeddings = PeftTransformerWordEmbeddings(str(directory), peft_config=lora(target_modules=["q_proj", "v_proj"]))
-    short = [Sentence(text) for text in ("I", "I love it", "Who ?", "It is", "It", "We")]
-    for sentences in (short, [Sentence(text) for text in TEXTS], short):
-        assert are_alike(embeddings, sentences)
+    (directory / "config.json").write_text(json.dumps({**settings, "sliding_window": window}), encoding="utf-8")
+    embeddings = PeftTransformerWordEmbeddings(str(directory), peft_config=config)
+    for texts in (short, TEXTS, short):
+        assert are_alike(embeddings, [Sentence(text) for text in texts])
     assert [isinstance(division, PackedRows) for division in packed] == [True, False, True]
+    assert isinstance(packed[0], PackedRows)
+    assert packed[0].limit > window
 
 
 @pytest.mark.parametrize("architecture", ["roberta", "xlm-roberta"])
