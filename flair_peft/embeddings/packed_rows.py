@@ -126,9 +126,9 @@ class PackedRows(Division):
     def join(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return hidden states of shape (batch, width, hidden), zero for padding, from those of the rows."""
         (packed,) = states
-        if packed.shape[:2] != (len(self.rows), self.length):
-            raise ValueError(f"the states of {len(self.rows)} rows of {self.length} tokens are {tuple(packed.shape)}")
-        flat = torch.cat([packed.flatten(0, 1), packed.new_zeros(1, *packed.shape[2:])])
+        # Not flattened: torch refuses states of other rows than these.
+        rows = packed.reshape(len(self.rows) * self.length, packed.shape[-1])
+        flat = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         return flat.index_select(0, self._ways[2].to(flat.device)).unflatten(0, (len(self.lengths), self.width))
 
     @functools.cached_property
