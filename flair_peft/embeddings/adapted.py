@@ -22,7 +22,7 @@ from flair_peft.base import placement, quantisation, tokenizers, transformer
 from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.embeddings import cooperative_threads, exact_values, flair_pooling, length_groups, padding_trial
 from flair_peft.embeddings.base_source import BaseSource
-from flair_peft.embeddings.length_groups import LengthGroups
+from flair_peft.embeddings.length_groups import Division
 from flair_peft.embeddings.offload import AdapterMemory
 from flair_peft.embeddings.pending_load import PendingLoad, canonical
 from flair_peft.errors import AdapterConfigError, ModelFileError
@@ -244,7 +244,7 @@ class AdaptedEmbeddings(TransformerEmbeddings):
         """Return the hidden states of the wanted layers, each (batch, subtokens, hidden), virtual tokens stripped.
 
         They are asked for by name and without a cache: the last output of a decoder can be its cache. Where sentences
-        ran in groups of similar length, those beyond their group's length are zero.
+        ran in groups of similar length or in packed rows, those of padding are zero.
         """
         states, last = transformer.states_of(self._output(input_ids, **tensors))
         beyond = [index for index in self.layer_indexes if not -len(states) <= index < len(states)]
@@ -303,16 +303,16 @@ class ForwardPass:
     inputs: dict[str, Any]
 
     def run(self) -> Any:
-        """Return the output, as :mod:`transformers` gives it; of groups of rows, their hidden states alone."""
+        """Return the output, as :mod:`transformers` gives it; of a divided batch, its hidden states alone."""
         groups = self.groups
         with self.embeddings.in_use():
             return length_groups.run_in_groups(self._forward, self.inputs, groups)
 
     @functools.cached_property
-    def groups(self) -> LengthGroups | None:
-        """The groups of rows that run one after another, ``None`` for one pass: the same for the same inputs.
+    def groups(self) -> Division | None:
+        """How the batch is divided, ``None`` for one pass as it is: the same for the same inputs.
 
-        The model may be run, to see whether padding makes a difference.
+        The model may be run, to see whether that makes a difference.
         """
         if not may_be_grouped(self.embeddings):
             return None
@@ -325,6 +325,7 @@ class ForwardPass:
                 model=model,
                 first=injection.virtual_rows(model) if is_adapted else 0,
                 before=methods.virtual_tokens(self.embeddings.adapter_config) if is_adapted else 0,
+                is_packable=True,
             )
 
     @property

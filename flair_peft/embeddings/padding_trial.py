@@ -1,6 +1,7 @@
-"""Whether a model gives a sentence the same vectors however far it is padded: tried out, once for models alike.
+"""Whether a sentence has the same vectors in packed rows, or however far it is padded: tried out for models alike.
 
-Convolutions, chunks, positions that count padding, and methods that look at a whole batch give it others.
+Convolutions, chunks, positions that count padding, and methods that look at a whole batch give it others. Packed rows
+are not for models that take no such mask or no positions, nor for those with windows of attention.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +20,18 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from flair_peft.base import transformer
-from flair_peft.embeddings import length_groups
-from flair_peft.embeddings.length_groups import Inputs, LengthGroups, Run
+from flair_peft.embeddings import length_groups, packed_rows
+from flair_peft.embeddings.length_groups import Division, Inputs, Run
 
 log = logging.getLogger("flair_peft")
 
 # Largest distance, as a share of the norm: sums in another order.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-# Tokens of the sentence that is padded: the fewer, the more of them stand beside the padding.
-_TOKENS = 4
-
 
 @dataclass
 class _Verdict:
-    """Up to which width padding was tried out and made no difference, and from which width it made one."""
+    """Up to which length of rows a way to run them made no difference, and from which length on it made one."""
 
     same: int = 0
     other: float = float("inf")
@@ -52,37 +50,58 @@ def find_groups(
     model: torch.nn.Module,
     first: int = 0,
     before: int = 0,
-) -> LengthGroups | None:
-    """Return the groups of rows that cost least, ``None`` where one pass does or where padding makes a difference.
+    is_packable: bool = False,
+) -> Division | None:
+    """Return the cheapest way to run a batch in which sentences have the hidden states of one pass, up to rounding.
 
-    Rows have the same hidden states in the groups as in the whole batch then, up to rounding. Where that is not known
-    of models alike with as much padding, the model runs for two rows, padded and alone. It is in evaluation mode and
-    without gradient then, and left as it was found, random numbers included. Some models go another way beyond a
-    length: what held for less padding is tried out again.
+    These are packed rows, groups of similar length, or ``None``: as it is. Where it is not known of models alike
+    whether they can run so, the model runs for some short rows, so and alone. It is in evaluation mode and without
+    gradient then, and left as it was found, random numbers included. Some models go another way beyond a length: what
+    held for shorter rows is tried out again.
 
     Args:
         run: computes with the model.
         inputs: of the batch.
         model: the transformer, with its adapter if it has one.
-        first: as for :func:`length_groups.find`.
-        before: as there.
+        first: rows of the outputs that stand in front of the inputs'.
+        before: positions in front of each row that are no inputs, such as those of a prefix, with these rows.
+        is_packable: whether ``run`` takes several sentences in one row.
     """
-    base = _base_of(model)
-    cost = functools.partial(length_groups.cost_of, base, inputs["input_ids"].device)
-    groups = length_groups.find(inputs, cost, first=first, before=before)
-    if groups is None:
+    base, device = _base_of(model), inputs["input_ids"].device
+    cost = functools.partial(length_groups.cost_of, base, device)
+    lengths = length_groups.find_lengths(inputs, cost)
+    if lengths is None:
         return None
+    price, width = cost(), inputs["input_ids"].shape[1]
+    ways: list[Division] = [length_groups.group(lengths, price, width=width, first=first, before=before)]
+    if is_packable and not before:
+        ways += packed_rows.find(inputs, lengths, price, base)
+    whole = price.of(len(lengths), before + width)
     dtype = length_groups.compute_dtype(base)
-    kinds = (dtype, inputs["input_ids"].device.type, frozenset(inputs), groups.first)
+    kinds = (*_describe(model, base), dtype, device.type, frozenset(inputs), first)
+    for way in sorted(ways, key=lambda way: way.cost(price)):
+        if way.cost(price) >= whole:
+            return None
+        if _is_same(run, inputs, way, model=model, kinds=kinds, tolerance=_TOLERANCE.get(dtype, 0.0)):
+            return way
+    return None
+
+
+def _is_same(
+    run: Run, inputs: Inputs, way: Division, *, model: torch.nn.Module, kinds: tuple[Any, ...], tolerance: float
+) -> bool:
+    """Return whether models alike have the same states so, and try it out where that is not known."""
     with _lock:
-        verdict = _verdicts.setdefault((*_describe(model, base), *kinds), _Verdict())
-    if verdict.same < groups.width < verdict.other:
-        if _try_out(run, inputs, groups, model=model, tolerance=_TOLERANCE.get(dtype, 0.0)):
-            verdict.same = max(verdict.same, groups.width)
-        else:
-            verdict.other = min(verdict.other, groups.width)
-            log.info("%s: padding to %s tokens makes a difference; such batches run whole.", type(base), groups.width)
-    return groups if groups.width <= verdict.same else None
+        verdict = _verdicts.setdefault((*kinds, way.kind), _Verdict())
+    if verdict.same < way.tried_length < verdict.other:
+        found = _try_out(run, inputs, way, model=model, tolerance=tolerance)
+        if found:
+            verdict.same = max(verdict.same, way.tried_length)
+        elif found is not None:
+            verdict.other = min(verdict.other, way.tried_length)
+            name = type(_base_of(model)).__name__
+            log.info("%s gives other states in %s of %s tokens.", name, type(way).__name__, way.tried_length)
+    return way.tried_length <= verdict.same
 
 
 def _base_of(model: torch.nn.Module) -> Any:
@@ -100,23 +119,32 @@ def _describe(model: torch.nn.Module, base: torch.nn.Module) -> tuple[Any, ...]:
     return (*_descriptions[model], getattr(getattr(base, "config", None), "_attn_implementation", None), bool(is_off))
 
 
-def _try_out(run: Run, inputs: Inputs, groups: LengthGroups, *, model: torch.nn.Module, tolerance: float) -> bool:
-    """Return whether the first tokens of a sentence have beside the longest one the states that they have alone."""
-    tokens = min(_TOKENS, groups.lengths[-1])
-    padding = groups.width - tokens
-    rows = (groups.rows[-1][-1], groups.rows[0][0])
-    pair = length_groups.cut(inputs, rows, groups.width)
-    pair["attention_mask"][0, tokens:] = 0
-    alone = length_groups.cut(pair, (0,), tokens)
+def _try_out(run: Run, inputs: Inputs, way: Division, *, model: torch.nn.Module, tolerance: float) -> bool | None:
+    """Return whether sentences that run so have the states that they have alone, ``None`` for want of memory."""
+    batch, division, lengths = way.sample(inputs)
     try:
         with _undisturbed(model, inputs["input_ids"].device):
-            padded, expected = _states(run(pair, rows)), _states(run(alone, rows[:1]))
-    except Exception as error:  # for want of memory, or since the model takes no single row
+            together = _states(length_groups.run_in_groups(run, batch, division))
+            return all(
+                _are_close(_of_sentence(together, row, length, way), _states(run(alone, (row,))), tolerance)
+                for row, length in enumerate(lengths)
+                for alone in [length_groups.cut(batch, (row,), length)]
+            )
+    except Exception as error:  # such as of a model that takes no such mask, or no single row
         log.info("%s could not be tried out: %s: %.200s", type(model).__name__, type(error).__name__, error)
-        return False
-    at = groups.first + tokens
-    found = [torch.cat([states[:1, :at], states[:1, at + padding :]], dim=1) for states in padded]
-    return len(found) == len(expected) and all(map(lambda a, b: _is_close(a, b, tolerance), found, expected))
+        return None if is_for_want_of_memory(error) else False
+
+
+def is_for_want_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: CPUs and the libraries of GPUs say so in a plain RuntimeError."""
+    is_said = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("memory", "alloc"))
+    return is_said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def _of_sentence(together: Sequence[torch.Tensor], row: int, length: int, way: Division) -> list[torch.Tensor]:
+    """Return the states of a sentence of a batch without those of its padding."""
+    end, behind = way.first + length, way.first + way.width
+    return [torch.cat([states[row : row + 1, :end], states[row : row + 1, behind:]], dim=1) for states in together]
 
 
 def _states(output: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -124,18 +152,19 @@ def _states(output: Mapping[str, Any]) -> list[torch.Tensor]:
     return [*states, last]
 
 
-def _is_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    if found.shape != expected.shape:
-        return False
-    found, expected = found.double(), expected.double()
-    return bool((found - expected).norm() <= tolerance * expected.norm())
+def _are_close(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float) -> bool:
+    return len(found) == len(expected) and all(
+        a.shape == b.shape and bool((a.double() - b.double()).norm() <= tolerance * b.double().norm())
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
 @contextlib.contextmanager
 def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, the model evaluates without gradient; outside, its modules and random numbers are as they were.
 
-    Modules may count, note the longest input, or put others in their place. Tensors are not copied.
+    Modules may count, note the longest input, or put others in their place. Tensors are not copied. Methods are left:
+    for each pass transformers wraps those of layers and unwraps them itself, in another thread maybe meanwhile.
     """
     spaces = [
         space
@@ -155,6 +184,7 @@ def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]
             yield
     finally:
         for space, entries in before:
-            space.update({name: value for name, value in entries.items() if space.get(name) is not value})
-            for name in space.keys() - entries.keys():
+            changed = {name: value for name, value in entries.items() if space.get(name) is not value}
+            space.update({name: value for name, value in changed.items() if name != "forward"})
+            for name in space.keys() - entries.keys() - {"forward"}:
                 del space[name]

@@ -80,9 +80,9 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
         save_base: write the base's weights into files too, so that these need no base model to load.
         stored_base: what a file says of its base model; given when loading.
         tokenizer: name or directory of the tokenizer, where that is not the base model's own.
-        length_grouping: run the sentences of a batch in groups of similar length, wherever that saves more than the
-            passes cost, instead of padding all to the longest. Results are those of one pass up to rounding; dropout
-            draws other random numbers. What depends on padding, and ``force_max_length``, has one pass in any case.
+        length_grouping: run the sentences of a batch in packed rows or in groups of similar length, wherever that takes
+            less than padding all to the longest. Results are those of one pass up to rounding; dropout draws other
+            random numbers. What depends on padding, and ``force_max_length``, has one pass in any case.
         **kwargs: for the tokenizer, the config and the model.
 
     Raises:

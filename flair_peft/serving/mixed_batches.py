@@ -188,7 +188,7 @@ class MixingModel:
                 self._tried.add(kind)
             except _TRIAL_ERRORS as error:
                 self._slots, self._model = {}, None
-                if _is_for_want_of_memory(error):
+                if padding_trial.is_for_want_of_memory(error):
                     return "there was no memory to try whether it can be mixed"  # there may be the next time
                 self._refused[kind] = f"PEFT cannot mix it ({type(error).__name__}: {str(error)[:200]})"
         return self._refused.get(kind)
@@ -334,12 +334,6 @@ class GatheringModel(MixingModel):
 def _part_of(states: Sequence[torch.Tensor], part: tuple[slice, slice]) -> Sequence[torch.Tensor]:
     """Return rows and columns of the hidden states of each layer."""
     return length_groups.LazyStates(len(states), lambda index: states[index][part])
-
-
-def _is_for_want_of_memory(error: BaseException) -> bool:
-    """Whether memory was short: CPUs and the libraries of GPUs say so in a plain RuntimeError."""
-    is_said = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("memory", "alloc"))
-    return is_said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _as_pass(embeddings: PeftTransformerEmbeddings, ids: Sequence[int]) -> ForwardPass:

@@ -1,11 +1,15 @@
-"""Sentences of a batch that run in groups of similar length: what they get is what one pass for all gives."""
+"""Sentences that run in groups of similar length or in packed rows: what they get is what one pass for all gives."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import random
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +21,10 @@ from peft import PromptTuningConfig
 from torch import nn
 
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings
-from flair_peft.embeddings import adapted, length_groups, padding_trial
+from flair_peft.embeddings import adapted, length_groups, packed_rows, padding_trial
 from flair_peft.embeddings.adapted import ForwardPass
-from flair_peft.embeddings.length_groups import Cost, LengthGroups
+from flair_peft.embeddings.length_groups import Cost, Division, LengthGroups
+from flair_peft.embeddings.packed_rows import PackedRows
 from tests.support import tiny
 from tests.support.configs import lora
 from tests.support.method_cases import make_embeddings, one_kind_each
@@ -42,21 +47,46 @@ TEXTS = (
 
 TARGETS = {**tiny.ATTENTION_TARGETS, **tiny.MORE_TARGETS}
 NEVER_GROUPED = {"fnet"}  # takes no mask
+# Of those with tiny models here, on the versions that are installed.
+ENCODERS_TO_PACK = ("bert", "roberta", "xlm-roberta", "electra", "mpnet", "squeezebert")
+
+
+Divided = list[Division | None]
+
+
+# Where a pass costs as much as a token, groups do without any padding; where it costs more, rows are packed.
+PRICES = {"groups": 1.0, "packed": 30.0}
+
+
+@pytest.fixture(params=PRICES)
+def divided(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Divided:
+    """Let passes cost little, forget all trials, and return how each batch of several rows is divided."""
+    return watch(monkeypatch, request.param)
 
 
 @pytest.fixture
-def divided(monkeypatch: pytest.MonkeyPatch) -> list[LengthGroups | None]:
-    """Let a pass cost as much as a token, forget all trials, and return how each batch of several rows is divided."""
-    found: list[LengthGroups | None] = []
+def packed(monkeypatch: pytest.MonkeyPatch) -> Divided:
+    """Do the same where rows are packed if the model takes them."""
+    return watch(monkeypatch, "packed")
+
+
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> Divided:
+    """Do the same where groups cost less."""
+    return watch(monkeypatch, "groups")
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, price: str) -> Divided:
+    found: Divided = []
     find = padding_trial.find_groups
 
-    def spy(run: Any, inputs: Any, **kwargs: Any) -> LengthGroups | None:
+    def spy(run: Any, inputs: Any, **kwargs: Any) -> Division | None:
         groups = find(run, inputs, **kwargs)
         if len(inputs["input_ids"]) > 1:  # what new embeddings try out is a word alone
             found.append(groups)
         return groups
 
-    monkeypatch.setattr(length_groups, "cost_of", lambda *_: Cost(1.0, 0.0))
+    monkeypatch.setattr(length_groups, "cost_of", lambda *_: Cost(PRICES[price], 0.0))
     monkeypatch.setattr(padding_trial, "find_groups", spy)
     monkeypatch.setattr(padding_trial, "_verdicts", {})
     return found
@@ -122,7 +152,7 @@ def test_cost_is_higher_on_a_gpu_in_half_precision_and_quantised(base: Base) -> 
 @pytest.mark.parametrize("kind", [PeftTransformerWordEmbeddings, PeftTransformerDocumentEmbeddings])
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_architecture_has_the_vectors_of_one_pass(
-    architecture: str, kind: type[PeftTransformerEmbeddings], base: Base, divided: list[LengthGroups | None]
+    architecture: str, kind: type[PeftTransformerEmbeddings], base: Base, divided: Divided
 ) -> None:
     """Images and boxes included; what depends on padding is found out and has one pass."""
     targets = ["dense"] if architecture == "squeezebert" else TARGETS[architecture]
@@ -132,6 +162,22 @@ def test_architecture_has_the_vectors_of_one_pass(
     assert are_alike(embeddings, tiny.make_sentences(architecture, TEXTS))
     if architecture != "squeezebert":  # whichever it is, the trial found it
         assert (divided[0] is None) == (architecture in NEVER_GROUPED)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", [*ENCODERS_TO_PACK, *tiny.DECODERS])
+def test_architecture_that_takes_packed_rows_gets_them(
+    architecture: str, attention: str, base: Base, packed: Divided
+) -> None:
+    """Encoders with a mask for each token, and decoders with one that is ready to be added."""
+    if attention == "sdpa" and architecture in ("electra", "mpnet", "squeezebert"):
+        pytest.skip("transformers has no such attention for it")
+    targets = ["dense"] if architecture == "squeezebert" else TARGETS[architecture]
+    config = lora(target_modules=targets, fan_in_fan_out=architecture == "gpt2")
+    embeddings = PeftTransformerWordEmbeddings(base(architecture), peft_config=config, attn_implementation=attention)
+    assert are_alike(embeddings, tiny.make_sentences(architecture, TEXTS))
+    assert isinstance(packed[0], PackedRows)
+    assert packed[0].form.is_causal is (architecture in tiny.DECODERS)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +198,7 @@ def test_architecture_has_the_vectors_of_one_pass(
 )
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 def test_settings_of_embeddings_give_the_vectors_of_one_pass(
-    architecture: str, options: dict[str, Any], base: Base, divided: list[LengthGroups | None]
+    architecture: str, options: dict[str, Any], base: Base, divided: Divided
 ) -> None:
     """All poolings, layers and contexts read the rows of the groups as they read those of one pass."""
     config = lora(target_modules=TARGETS[architecture])
@@ -162,7 +208,7 @@ def test_settings_of_embeddings_give_the_vectors_of_one_pass(
     assert divided[0] is not None
 
 
-def test_long_sentences_give_the_vectors_of_one_pass(base: Base, divided: list[LengthGroups | None]) -> None:
+def test_long_sentences_give_the_vectors_of_one_pass(base: Base, divided: Divided) -> None:
     """Windows are rows of their own, and Flair puts them together afterwards."""
     embeddings = PeftTransformerWordEmbeddings(
         base("bert"), peft_config=lora(), is_document_embedding=True, cls_pooling="mean"
@@ -176,7 +222,7 @@ def test_long_sentences_give_the_vectors_of_one_pass(base: Base, divided: list[L
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("kind", [PeftTransformerWordEmbeddings, PeftTransformerDocumentEmbeddings])
 def test_virtual_rows_give_the_vectors_of_one_pass(
-    keep: bool, kind: type[PeftTransformerEmbeddings], base: Base, divided: list[LengthGroups | None]
+    keep: bool, kind: type[PeftTransformerEmbeddings], base: Base, divided: Divided
 ) -> None:
     """The rows of a prompt stand in front of each group's, whether they are read or not."""
     config = PromptTuningConfig(num_virtual_tokens=3)
@@ -187,9 +233,7 @@ def test_virtual_rows_give_the_vectors_of_one_pass(
 
 
 @pytest.mark.parametrize(("method", "kind"), one_kind_each(options=False))
-def test_method_gives_the_vectors_of_one_pass(
-    method: Method, kind: str, base: Base, divided: list[LengthGroups | None]
-) -> None:
+def test_method_gives_the_vectors_of_one_pass(method: Method, kind: str, base: Base, divided: Divided) -> None:
     """Whatever a method adds to a model; those that look at the whole batch have one pass."""
     embeddings = make_embeddings(method, kind, base, torch.float32)
     assert are_alike(embeddings, [Sentence(text) for text in TEXTS])
@@ -203,9 +247,7 @@ ONE_BY_ONE = {"text-pair-classifier", "text-pair-regressor", "text-triple-classi
 @pytest.mark.parametrize(
     "name", few(ZOO, ("text-classifier", "sequence-tagger-crf", "relation-extractor", "tars-tagger"))
 )
-def test_model_has_the_loss_and_the_gradients_of_one_pass(
-    name: str, base: Base, divided: list[LengthGroups | None]
-) -> None:
+def test_model_has_the_loss_and_the_gradients_of_one_pass(name: str, base: Base, divided: Divided) -> None:
     """For every model class, in training mode and without dropout."""
     entry = ZOO[name]
     model = make(entry, base("bert"), lora(target_modules="all-linear"))
@@ -234,7 +276,7 @@ def loss_and_gradients(entry: Any, model: Model, *, grouped: bool) -> dict[str, 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_gradients_of_one_pass(
-    use_reentrant: bool, base: Base, divided: list[LengthGroups | None]
+    use_reentrant: bool, base: Base, divided: Divided
 ) -> None:
     """Layers that are computed again in the backward pass are those of each group."""
     entry = ZOO["text-classifier"]
@@ -247,7 +289,7 @@ def test_gradient_checkpointing_gives_the_gradients_of_one_pass(
         torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-3, msg=key)
 
 
-def test_trial_within_autocast_leaves_the_gradients(base: Base, divided: list[LengthGroups | None]) -> None:
+def test_trial_within_autocast_leaves_the_gradients(base: Base, divided: Divided) -> None:
     """What autocast casts without a gradient during a trial is not what the training step computes with."""
     entry = ZOO["text-classifier"]
     model = make(entry, base("bert"), lora(target_modules="all-linear"))
@@ -272,7 +314,7 @@ def test_small_batch_is_computed_in_one_pass_as_stock_flair_does(base: Base) -> 
         assert is_same(embed(ours, sentences, grouped=True), expected)
 
 
-def test_switch_and_maximal_length_leave_one_pass(base: Base, divided: list[LengthGroups | None]) -> None:
+def test_switch_and_maximal_length_leave_one_pass(base: Base, divided: Divided) -> None:
     """length_grouping=False gives the bits of stock Flair for any lengths; so does padding to the model's length."""
     sentences = [Sentence(text) for text in TEXTS]
     for options in ({"length_grouping": False}, {"force_max_length": True}):
@@ -316,7 +358,7 @@ def make_dependent(base: str, *, beyond: int) -> tuple[PeftTransformerWordEmbedd
     return embeddings, layers[1]
 
 
-def test_model_that_depends_on_padding_has_one_pass(base: Base, divided: list[LengthGroups | None]) -> None:
+def test_model_that_depends_on_padding_has_one_pass(base: Base, divided: Divided) -> None:
     """It is tried out, once, and no table has to know it."""
     embeddings, _ = make_dependent(base("bert"), beyond=0)
     sentences = [Sentence(text) for text in TEXTS]
@@ -326,7 +368,7 @@ def test_model_that_depends_on_padding_has_one_pass(base: Base, divided: list[Le
     assert is_same(again, first)
 
 
-def test_longer_padding_is_tried_out_again(base: Base, divided: list[LengthGroups | None]) -> None:
+def test_longer_padding_is_tried_out_again(base: Base, divided: Divided) -> None:
     """Some models go another way beyond a length; below it, what was found stays."""
     embeddings, _ = make_dependent(base("bert"), beyond=40)
     short, long = [Sentence(text) for text in TEXTS], [Sentence(text) for text in ("Who ?", " ".join([TEXTS[1]] * 5))]
@@ -335,64 +377,210 @@ def test_longer_padding_is_tried_out_again(base: Base, divided: list[LengthGroup
     assert [groups is None for groups in divided] == [False, True, False]
 
 
-def test_trial_leaves_the_model_and_random_numbers_as_they_were(base: Base, divided: list[LengthGroups | None]) -> None:
+class NeighbourShows(nn.Module):
+    """An output layer that adds to each token the one in front of it, as a convolution does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        states, *others = self.layer(*args, **kwargs)
+        return (states + nn.functional.pad(states, (0, 0, 1, 0))[:, :-1], *others)
+
+
+def test_model_whose_tokens_see_their_neighbours_has_groups(base: Base, packed: Divided) -> None:
+    """Padding behind a sentence changes nothing there, another sentence in front of it does."""
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    embeddings.base_model.encoder.layer[1] = NeighbourShows(embeddings.base_model.encoder.layer[1]).eval()
+    assert are_alike(embeddings, [Sentence(text) for text in TEXTS])
+    assert isinstance(packed[0], LengthGroups)
+
+
+@pytest.mark.parametrize("ignored", ["position_ids", "attention_mask"])
+def test_model_that_ignores_what_packed_rows_need_has_groups(
+    ignored: str, base: Base, packed: Divided, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a signature says, it is tried out."""
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    inner = embeddings.base_model.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get(ignored)
+        if ignored == "attention_mask":
+            kwargs[ignored] = given if given.dim() == 2 else torch.ones_like(given)
+        else:
+            kwargs.pop(ignored, None)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(embeddings.base_model, "forward", forward)
+    assert are_alike(embeddings, [Sentence(text) for text in TEXTS])
+    assert isinstance(packed[0], LengthGroups)
+
+
+def test_window_of_attention_is_found_where_sentences_are_longer(base: Base, packed: Divided, tmp_path: Path) -> None:
+    """A mask that is ready to be added has no window, which shows in longer sentences alone, however long rows were."""
+    config = lora(target_modules=["q_proj", "v_proj"])
+    embeddings = PeftTransformerWordEmbeddings(base("mistral"), peft_config=config)
+    lengths = embeddings.prepare_tensors([Sentence(text) for text in TEXTS])["attention_mask"].sum(dim=1).tolist()
+    window = max(lengths) - 2
+    short = [text for text, length in zip(TEXTS, lengths, strict=True) if length <= window]
+    directory = shutil.copytree(base("mistral"), tmp_path / "base")
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    (directory / "config.json").write_text(json.dumps({**settings, "sliding_window": window}), encoding="utf-8")
+    embeddings = PeftTransformerWordEmbeddings(str(directory), peft_config=config)
+    for texts in (short, TEXTS, short):
+        assert are_alike(embeddings, [Sentence(text) for text in texts])
+    assert [isinstance(division, PackedRows) for division in packed] == [True, False, True]
+    assert isinstance(packed[0], PackedRows)
+    assert packed[0].limit > window
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "xlm-roberta"])
+def test_token_of_padding_within_a_sentence_has_the_position_that_the_model_gives_it(
+    architecture: str, base: Base, packed: Divided
+) -> None:
+    """RoBERTa passes over it and counts on behind it."""
+    embeddings = PeftTransformerWordEmbeddings(
+        base(architecture), peft_config=lora(target_modules=TARGETS[architecture])
+    )
+    token = embeddings.tokenizer.pad_token
+    sentences = [Sentence([*text.split(), token, "Berlin"]) for text in TEXTS]
+    inputs = embeddings.prepare_tensors(sentences)
+    masked = inputs["input_ids"][inputs["attention_mask"] == 1]
+    assert embeddings.tokenizer.pad_token_id in masked
+    assert are_alike(embeddings, sentences)
+    assert isinstance(packed[0], PackedRows)
+
+
+def forward_pass(embeddings: PeftTransformerEmbeddings) -> ForwardPass:
+    tensors = embeddings.prepare_tensors([Sentence(text) for text in TEXTS])
+    inputs = {name: tensors[name] for name in ("input_ids", "attention_mask")}
+    return ForwardPass(embeddings, {**inputs, "output_hidden_states": True, "return_dict": True})
+
+
+def test_trial_leaves_methods_that_another_thread_put_into_the_model(base: Base, packed: Divided) -> None:
+    """transformers takes its own away after a pass: a trial that puts them back would leave them for ever."""
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    layer = embeddings.base_model.encoder.layer[0]
+    inner = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        layer.forward = inner  # as the other thread does while the trial runs
+        return inner(*args, **kwargs)
+
+    layer.forward = forward
+    assert isinstance(forward_pass(embeddings).groups, PackedRows)
+    assert layer.forward is inner
+
+
+@pytest.mark.parametrize(
+    "lengths", [[5, 4, 3, 3, 2, 2], [60, 4, 4, 4], [7, 30, 12, 12, 9, 25, 3] * 5, [9] * 6 + [2, 2]]
+)
+def test_packed_rows_hold_each_sentence_once_and_cost_less_than_padding(lengths: list[int], base: Base) -> None:
+    """No row is longer than it may be, and a batch with padding becomes smaller."""
+    ids = torch.ones(len(lengths), max(lengths), dtype=torch.long)
+    model = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora()).base_model
+    found = packed_rows.find({"input_ids": ids}, lengths, Cost(10, 0.001), model)
+    assert {each.form.is_causal for each in found} == {False, True}
+    division = found[0]
+    assert sorted(itertools.chain(*division.rows)) == list(range(len(lengths)))
+    assert max(sum(lengths[sentence] for sentence in row) for row in division.rows) <= division.length
+    assert len(division.rows) * division.length < ids.numel()
+
+
+def test_packed_rows_are_not_longer_than_the_model_takes(base: Base) -> None:
+    """Tables of positions and of kinds of tokens end there."""
+    model = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora()).base_model
+    limit = model.config.max_position_embeddings
+    lengths = [limit - 1, limit // 2, limit // 2 - 1, limit // 3]
+    inputs = {"input_ids": torch.ones(len(lengths), limit - 1, dtype=torch.long)}
+    assert all(each.length <= limit for each in packed_rows.find(inputs, lengths, Cost(10, 0), model))
+    images = {**inputs, "pixel_values": torch.zeros(len(lengths), 3, 4, 4)}
+    assert not packed_rows.find(images, lengths, Cost(10, 0), model)
+
+
+def test_dropout_of_scores_counts_in_training(base: Base) -> None:
+    """It draws a number for each score, which long rows have more of."""
+    model = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora()).base_model
+    model.config.attention_probs_dropout_prob = 0.1
+    costs = {mode: length_groups.cost_of(model.train(mode), torch.device("cpu")) for mode in (True, False)}
+    assert costs[True].attention > 2 * costs[False].attention > 0
+
+
+def test_trial_leaves_the_model_and_random_numbers_as_they_were(base: Base, divided: Divided) -> None:
     """Modes of single modules, what modules note of a pass, and the next random number."""
     embeddings, layer = make_dependent(base("bert"), beyond=1000)
     embeddings.train()
     layer.layer.eval()
     modes = {name: module.training for name, module in embeddings.named_modules()}
     noted, drawn = layer.longest, torch.get_rng_state()
-    tensors = embeddings.prepare_tensors([Sentence(text) for text in TEXTS])
-    inputs = {"input_ids": tensors["input_ids"], "attention_mask": tensors["attention_mask"]}
-    given = {name: value.clone() for name, value in inputs.items()}
-    settings = {"output_hidden_states": True, "return_dict": True}
-    assert ForwardPass(embeddings, {**inputs, **settings}).groups is not None
+    asking = forward_pass(embeddings)
+    given = {name: value.clone() for name, value in asking.inputs.items() if isinstance(value, torch.Tensor)}
+    assert asking.groups is not None
     assert modes == {name: module.training for name, module in embeddings.named_modules()}
     assert (layer.longest is noted, layer.passes) == (True, 0)
     assert torch.equal(drawn, torch.get_rng_state())
-    assert all(torch.equal(inputs[name], value) for name, value in given.items())
+    assert all(torch.equal(asking.inputs[name], value) for name, value in given.items())
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("one row"), MemoryError()], ids=str)
-def test_trial_that_fails_leaves_one_pass(
-    error: Exception, base: Base, divided: list[LengthGroups | None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "is_final"),
+    [(RuntimeError("out of memory"), False), (MemoryError(), False), (ValueError("one row"), True)],
+    ids=str,
+)
+def test_trial_that_fails_leaves_one_pass_and_is_tried_again_where_memory_was_short(
+    error: Exception, is_final: bool, base: Base, divided: Divided, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prediction that worked without it works with it."""
+    """A prediction that worked without it works with it; want of memory says nothing of the model."""
     embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
     sentences = [Sentence(text) for text in TEXTS]
     expected = embed(embeddings, sentences, grouped=False)
     forward = ForwardPass._forward
 
     def fail(self: ForwardPass, inputs: dict[str, Any], rows: Sequence[int]) -> Any:
-        if len(rows) <= 2:
+        if len(rows) <= 4:
             raise error
         return forward(self, inputs, rows)
 
-    monkeypatch.setattr(ForwardPass, "_forward", fail)
-    assert is_same(embed(embeddings, sentences, grouped=True), expected)
+    with monkeypatch.context() as context:
+        context.setattr(ForwardPass, "_forward", fail)
+        assert is_same(embed(embeddings, sentences, grouped=True), expected)
     assert divided == [None]
+    assert are_alike(embeddings, sentences)
+    assert (divided[1] is None) is is_final
 
 
+@pytest.mark.parametrize("price", PRICES)
 def test_padding_is_never_computed_and_layers_only_put_together_where_read(
-    base: Base, divided: list[LengthGroups | None], monkeypatch: pytest.MonkeyPatch
+    price: str, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows that the transformer sees are those of the groups, and hidden states beyond them are zero."""
+    """The rows that the transformer sees are those of the division, and hidden states beyond them are zero."""
+    divided = watch(monkeypatch, price)
     embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora(), layers="1")
     seen, joined = list[tuple[int, ...]](), list[int]()
     embeddings.base_model.embeddings.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[:2])))
-    join = length_groups.GroupedOutput.join
-    monkeypatch.setattr(length_groups.GroupedOutput, "join", lambda s, x: joined.append(1) or join(s, x))
     tensors = embeddings.prepare_tensors([Sentence(text) for text in TEXTS])
     ids, mask = tensors["input_ids"], tensors["attention_mask"]
     embeddings.hidden_states(ids, attention_mask=mask)
     seen.clear()
-    joined.clear()
+    kind: Any = type(divided[-1])
+    join = kind.join
+    monkeypatch.setattr(kind, "join", lambda s, x: joined.append(1) or join(s, x))
     (states,) = embeddings.hidden_states(ids, attention_mask=mask)
-    assert seen == [(len(rows), length) for rows, length in zip(divided[-1].rows, divided[-1].lengths, strict=True)]
+    division: Any = divided[-1]
+    if price == "packed":
+        assert seen == [(len(division.rows), division.length)]
+        padding = mask == 0
+    else:
+        assert seen == [(len(rows), length) for rows, length in zip(division.rows, division.lengths, strict=True)]
+        padding = torch.ones_like(mask, dtype=torch.bool)
+        for rows, length in zip(division.rows, division.lengths, strict=True):
+            padding[list(rows), :length] = False
     assert sum(rows * length for rows, length in seen) < 0.7 * ids.numel()
     assert len(joined) == 2  # the layer that is read, and the last
-    for rows, length in zip(divided[-1].rows, divided[-1].lengths, strict=True):
-        assert states[list(rows), length:].count_nonzero() == 0
+    assert states[padding].count_nonzero() == 0
     assert states[mask == 1].count_nonzero(dim=-1).min() > 0
 
 
@@ -414,11 +602,11 @@ def test_inputs_that_nobody_can_cut_have_one_pass(change: dict[str, Any]) -> Non
     mask = torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]])
     inputs = {"input_ids": torch.ones(2, 6, dtype=torch.long), "attention_mask": mask}
     free = Cost(0.5, 0)
-    assert length_groups.find(inputs, lambda: free) is not None
-    assert length_groups.find({**inputs, **change}, lambda: free) is None
+    assert length_groups.find_lengths(inputs, lambda: free) is not None
+    assert length_groups.find_lengths({**inputs, **change}, lambda: free) is None
 
 
-def test_graph_that_is_traced_has_one_pass(base: Base, divided: list[LengthGroups | None]) -> None:
+def test_graph_that_is_traced_has_one_pass(base: Base, divided: Divided) -> None:
     """A graph for other batches may not hold the groups of this one."""
     embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora())
     tensors = embeddings.prepare_tensors([Sentence(text) for text in TEXTS])
