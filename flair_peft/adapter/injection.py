@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -303,7 +304,7 @@ def forward(model: PreTrainedModel | PeftModel, inputs: Mapping[str, Any]) -> An
     get what they take, and what PEFT's plain model gives them. Rows of a prompt need the former.
     """
     has_adapter = isinstance(model, PeftModel)
-    parameters = inspect.signature((model.get_base_model() if has_adapter else model).forward).parameters
+    parameters = _parameters_of(model.get_base_model() if has_adapter else model)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     is_prompt = has_adapter and model.peft_config[ADAPTER_NAME].is_prompt_learning
     if takes_any or parameters.keys() >= _ALWAYS_GIVEN or is_prompt:
@@ -314,8 +315,18 @@ def forward(model: PreTrainedModel | PeftModel, inputs: Mapping[str, Any]) -> An
 
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:
     """Return the keyword arguments that keep the base from building a cache for generation."""
-    parameters = inspect.signature(model.forward).parameters
-    return {name: False for name in ("use_cache", "use_mems") if name in parameters}
+    return {name: False for name in ("use_cache", "use_mems") if name in _parameters_of(model)}
+
+
+def _parameters_of(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    """Return what the forward method takes; that of a class is read once: it takes as long as 20 modules."""
+    is_own = "forward" in vars(model)
+    return inspect.signature(model.forward).parameters if is_own else _parameters_of_method(type(model).forward)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters_of_method(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(method).parameters
 
 
 def _freeze_never_trained_(model: PeftModel) -> None:

@@ -72,8 +72,7 @@ class FrozenTrunks:
             while len(left) > 1:
                 shared = {n: {o: self._depth(passes[n], passes[o]) for o in left if o != n} for n in left}
                 first = max(left, key=lambda number: sum(shared[number].values()))
-                others = [number for number, depth in shared[first].items() if depth]
-                if others:
+                if others := [number for number, depth in shared[first].items() if depth]:
                     yield [first, *others]
                 left = [number for number in left if number not in (first, *others)]
 
@@ -121,9 +120,8 @@ class FrozenTrunks:
             equal = _Equality()
             replays = [functools.partial(recording.replayer, equal=equal) for recording in recordings[: len(parts)]]
             outputs.append(self._run(forward_pass, replays))
-        if all(recording.is_intact() for recording in recordings):
-            return outputs
-        return [forward_pass.run() for forward_pass in passes]  # one wrote to what others were given
+        is_intact = all(recording.is_intact() for recording in recordings)  # else one wrote to what others were given
+        return outputs if is_intact else [forward_pass.run() for forward_pass in passes]
 
     def _run(self, forward_pass: ForwardPass, replaced: Sequence[Callable[[Forward], Forward]]) -> Output:
         """Return the output of a pass whose parts do, from below, what is made of their forward methods."""
@@ -156,7 +154,10 @@ class FrozenTrunks:
             found, configs = list[_Part](), dict[int, str]()
             # Rows of a prompt are read by every layer.
             has_prompt = embeddings.has_adapter and embeddings.adapter_config.is_prompt_learning
-            for path, part, is_layer in () if has_prompt else _parts_of(_read_model(embeddings)):
+            parts = [] if has_prompt else [*_parts_of(_read_model(embeddings))]
+            lowest = next((part for _, part, is_layer in parts if is_layer), None)
+            is_alone = lowest is None or any(map(_is_of_others, lowest.modules()))  # what is below is no trunk
+            for path, part, is_layer in () if is_alone else parts:
                 described = _describe(part, configs)
                 if described is None:
                     break
@@ -209,8 +210,7 @@ class _Recording:
             before = _versions(inputs)
             output = compute(*args, **kwargs)
             after = _versions(output)
-            is_unknown = before is None or after is None
-            self._calls.append(None if is_unknown else _Call(inputs, output, [*(before or ()), *(after or ())]))
+            self._calls.append(None if before is None or after is None else _Call(inputs, output, [*before, *after]))
             return output
 
         return forward

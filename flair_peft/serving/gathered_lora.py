@@ -72,13 +72,14 @@ class PlainLora:
             seen.add(id(module))
             if type(module) is Linear and (matrices := _matrices_of(module, name)) is not None:
                 found.matrices[path] = matrices
-                stack.append((path, module.base_layer))
+                stack.append((path, module._modules["base_layer"]))
             elif _belongs_to_adapters(module.__class__):
                 return None
             else:
-                found.others += [parameter for parameter in module._parameters.values() if parameter is not None]
-                prefix = path and f"{path}."
-                stack += [(prefix + key, child) for key, child in module._modules.items() if child is not None]
+                found.others.extend(filter(_is_tensor, module._parameters.values()))
+                for key, child in module._modules.items():
+                    if child is not None:
+                        stack.append((f"{path}.{key}" if path else key, child))
         return found if found.matrices else None
 
     @property
@@ -92,14 +93,24 @@ def _belongs_to_adapters(kind: Any) -> bool:
     return issubclass(kind, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
+def _is_tensor(parameter: torch.Tensor | None) -> bool:
+    return parameter is not None
+
+
 def _matrices_of(layer: Linear, name: str) -> LowRank | None:
     """Return the matrices of an adapter; ``None`` if the layer adds more than them or less: a bias, DoRA, a variant."""
-    is_in_effect = layer.active_adapters == [name] and not layer.merged_adapters and not layer.disable_adapters
-    a, b = (layer._modules[key]._modules.get(name) for key in ("lora_A", "lora_B"))
-    is_plain = type(a) is type(b) is torch.nn.Linear and a.bias is None and b.bias is None
-    if not is_in_effect or not is_plain or name in layer.lora_variant:
+    if layer.merged_adapters or layer.disable_adapters or name in layer.lora_variant or layer.active_adapters != [name]:
         return None
-    return LowRank(a.weight, b.weight, float(layer.scaling[name]))
+    # From the dictionaries: to find an attribute of a module takes longer than all the rest.
+    a, b = (_only_weight(layer._modules[key]._modules.get(name)) for key in ("lora_A", "lora_B"))
+    return None if a is None or b is None else LowRank(a, b, float(layer.scaling[name]))
+
+
+def _only_weight(layer: torch.nn.Module | None) -> torch.Tensor | None:
+    """Return the weight of a plain linear layer that has nothing else."""
+    if type(layer) is not torch.nn.Linear or layer._parameters.get("bias") is not None:
+        return None
+    return layer._parameters.get("weight")
 
 
 class GatheredLora:

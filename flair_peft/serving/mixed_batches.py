@@ -92,6 +92,8 @@ class MixedBatches:
 
     @torch.no_grad()
     def _run(self, passes: Sequence[ForwardPass], *, trunks: FrozenTrunks, mixable: Mixable, rows: int) -> list[Output]:
+        if len(passes) == 1:
+            return [passes[0].run()]
         outputs: dict[int, Output] = {}
         for numbers in trunks.groups(passes):
             of_group = {number: passes[number] for number in numbers}

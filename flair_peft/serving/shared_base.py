@@ -18,7 +18,7 @@ from peft import PeftConfig
 from tqdm import tqdm
 
 from flair_peft.base import resolve
-from flair_peft.embeddings import cooperative_threads
+from flair_peft.embeddings.cooperative_threads import CooperativeThreads
 from flair_peft.embeddings.offload import AdapterMemory
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError
@@ -87,6 +87,7 @@ class SharedBase:
         self._offer = resolve.Offer(base, is_converted=asked is not None)
         self._models: weakref.WeakSet[Model] = weakref.WeakSet()
         self._mixed_batches = MixedBatches()
+        self._threads = CooperativeThreads()
         self._memory = None if adapter_memory is None else AdapterMemory(_bytes(adapter_memory))
 
     def __repr__(self) -> str:
@@ -165,6 +166,7 @@ class SharedBase:
         *,
         mini_batch_size: int = 32,
         verbose: bool = False,
+        model_options: Mapping[Model, Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> None:
         """The sentences have the labels that ``model.predict(sentences)`` gives them, for each model in its order.
@@ -178,6 +180,8 @@ class SharedBase:
             mini_batch_size: sentences in one forward pass, of all models together; what several read is counted once
                 where they run lower layers once.
             verbose: show a progress bar.
+            model_options: model → what its ``predict`` gets beside ``options``, or instead of them; it need not have
+                every model.
             **options: for the ``predict`` of each model.
 
         Raises:
@@ -188,17 +192,16 @@ class SharedBase:
             raise _no_model(sentences)
         for model, points in sentences.items():
             self._check(model, points)
-        jobs = [_Job(model, _as_list(points)) for model, points in sentences.items()]
+        own = model_options or {}
+        jobs = [_Job(model, _as_list(points), {**options, **own.get(model, {})}) for model, points in sentences.items()]
         total = sum(len(job.data_points) for job in jobs)
         trunks = FrozenTrunks()
         answer = self._mixed_batches.for_prediction(trunks, rows=mini_batch_size)
         with tqdm(total=total, desc="Batch inference", disable=not verbose) as bar:
-            for wave in _waves(jobs, limit=mini_batch_size, label_name=options.get("label_name")):
+            for wave in _waves(jobs, limit=mini_batch_size):
                 count = trunks.count_rows((adapted_embeddings(job.model), job.data_points) for job in wave)
                 rounds = max(1, -(-count // mini_batch_size))
-                cooperative_threads.run(
-                    [functools.partial(job.run, rounds, bar.update, options) for job in wave], answer
-                )
+                self._threads.run([functools.partial(job.run, rounds, bar.update) for job in wave], answer)
 
     def _check(self, model: Any, points: Any) -> None:
         if not isinstance(model, Model):
@@ -222,12 +225,12 @@ def _no_model(given: Any) -> AdapterConfigError:
 
 
 class _Job:
-    """What one model has to predict."""
+    """What one model has to predict, and the options of its ``predict``."""
 
-    def __init__(self, model: Model, data_points: list[Any]) -> None:
-        self.model, self.data_points = model, data_points
+    def __init__(self, model: Model, data_points: list[Any], options: Mapping[str, Any]) -> None:
+        self.model, self.data_points, self._options = model, data_points, options
 
-    def run(self, rounds: int, advance: Callable[[int], object], options: Mapping[str, Any]) -> None:
+    def run(self, rounds: int, advance: Callable[[int], object]) -> None:
         """Predict in so many rounds, so that all models of a wave end with the same one."""
         if self.data_points and isinstance(self.data_points[0], Sentence):
             Sentence.set_context_for_sentences(self.data_points)
@@ -235,7 +238,7 @@ class _Job:
         window = max(1, size * _BATCHES_AT_ONCE)
         for start in range(0, len(self.data_points), window):
             part = self.data_points[start : start + window]
-            self.model.predict(part, mini_batch_size=size, **options)
+            self.model.predict(part, mini_batch_size=size, **self._options)
             advance(len(part))
 
     def held(self) -> Iterator[int]:
@@ -245,23 +248,27 @@ class _Job:
             if not isinstance(data_point, Sentence):
                 yield from (id(part) for part in vars(data_point).values() if isinstance(part, Sentence))
 
-    def may_take_turns_with(self, other: _Job, label_name: str | None) -> bool:
+    def may_take_turns_with(self, other: _Job) -> bool:
         """Whether both models may predict for the same sentence in turns, as if one had come after the other."""
-        are_other_labels = label_name is None and self.model.label_type != other.model.label_type
-        return are_other_labels and self._reads_words_once and other._reads_words_once
+        return self._label != other._label and self._reads_words_once and other._reads_words_once
+
+    @property
+    def _label(self) -> str:
+        """The type of the labels that it gives."""
+        return self._options.get("label_name") or self.model.label_type
 
     @functools.cached_property
     def _reads_words_once(self) -> bool:
         return type(self.model) in _READ_ONLY_TEXT and len(adapted_embeddings(self.model)) == 1
 
 
-def _waves(jobs: Sequence[_Job], *, limit: int, label_name: str | None) -> Iterator[list[_Job]]:
+def _waves(jobs: Sequence[_Job], *, limit: int) -> Iterator[list[_Job]]:
     """Yield jobs that can go on side by side: a model may read the labels that an earlier one gives."""
     wave, held = list[_Job](), list[set[int]]()
     for job in jobs:
         points = set(job.held())
         others = (other for other, theirs in zip(wave, held, strict=True) if not points.isdisjoint(theirs))
-        if len(wave) >= limit or not all(job.may_take_turns_with(other, label_name) for other in others):
+        if len(wave) >= limit or not all(map(job.may_take_turns_with, others)):
             yield wave
             wave, held = [], []
         wave.append(job)

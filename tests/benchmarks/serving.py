@@ -308,6 +308,7 @@ def measure_one_sentence(folder: Path, pairs: int) -> list[dict[str, Any]]:
         number = next(turn)
         base.predict({loaded[(number + step) % len(loaded)]: given[:] for step in range(2)})
 
+    torch.testing.assert_close(_through(few, first, given), scores(first, given), atol=0, rtol=0)
     three = [first, *(few.load(folder / str(number), verify=False) for number in (1, 2))]
     few.predict({model: sentences(1) for model in three}, mini_batch_size=BATCH)
     return [
@@ -317,11 +318,21 @@ def measure_one_sentence(folder: Path, pairs: int) -> list[dict[str, Any]]:
             **compare(any_of_many, lambda: first.predict(given), pairs),
         },
         {
+            "what": "a sentence for one model through the base / by its own predict",
+            "wanted": "≤ 5 ms more",
+            **compare(lambda: few.predict({first: given}), lambda: first.predict(given), pairs),
+        },
+        {
             "what": "two models at once, 50 loaded / 3 loaded",
             "wanted": "1 in the interval",
             **compare(lambda: two_of(many, models), lambda: two_of(few, three), pairs),
         },
     ]
+
+
+def _through(shared: flair_peft.SharedBase, model: TextClassifier, given: list[Sentence]) -> torch.Tensor:
+    shared.predict({model: given}, mini_batch_size=BATCH, return_probabilities_for_all_classes=True)
+    return read(model, given)
 
 
 def write_upper_models(folder: Path) -> None:

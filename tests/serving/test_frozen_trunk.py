@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from flair_peft import SharedBase
 from flair_peft.embeddings import adapted
 from flair_peft.embeddings.adapted import ForwardPass
-from flair_peft.embeddings.cooperative_threads import run
+from flair_peft.embeddings.cooperative_threads import CooperativeThreads
 from flair_peft.serving import frozen_trunk
 from flair_peft.serving.frozen_trunk import FrozenTrunks
 from tests.support.configs import lora
@@ -113,7 +113,7 @@ def passes_of(models: list[Model], texts: tuple[str, ...] = CORPUS) -> list[Forw
 
     for model in models:
         with contextlib.suppress(Enough):
-            run([lambda model=model: model.predict(make_sentences("bert", texts))], answer)
+            CooperativeThreads().run([lambda model=model: model.predict(make_sentences("bert", texts))], answer)
     return passes
 
 

@@ -694,6 +694,51 @@ def test_sequence_tagger_and_classifier_of_one_sentence_list(base: Callable[[str
     assert all(sentence.get_labels("sentiment") for sentence in together)
 
 
+def test_predict_together_with_options_of_single_models_gives_each_its_own(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A tagger and classifiers take options that the others do not know, or other values of one that all get."""
+    shared = SharedBase(base("bert"))
+    names = ("sequence-tagger-crf", "text-classifier", "text-classifier")
+    models: Any = [
+        shared.load(save_random(name, base("bert"), tmp_path / str(i), seed=i)[0]) for i, name in enumerate(names)
+    ]
+    models[2]._label_type = "topic"
+    options: dict[Model, dict[str, Any]] = {
+        models[0]: {"force_token_predictions": True},
+        models[2]: {"return_probabilities_for_all_classes": False, "label_name": "sentiment of another"},
+    }
+    together, separate = ([Sentence(text) for text in TEXTS] for _ in range(2))
+    shared.predict(dict.fromkeys(models, together), model_options=options, return_probabilities_for_all_classes=True)
+    for model in models:
+        model.predict(separate, **{"return_probabilities_for_all_classes": True, **options.get(model, {})})
+    assert largest_difference(labels_of(separate), labels_of(together)) < TOLERANCE
+    assert {len(sentence.get_labels("sentiment of another")) for sentence in together} == {1}
+    assert {len(sentence.get_labels("sentiment")) for sentence in together} == {len(models[1].label_dictionary)}
+
+
+def test_predict_together_under_one_label_name_leaves_the_labels_of_the_last_model(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A name that an option gives counts as the model's own: such models do not predict side by side."""
+    shared = SharedBase(base("bert"))
+    models: Any = [
+        shared.load(save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)
+    ]
+    models[1]._label_type = "topic"
+    asked: list[int] = []
+    together, separate = ([Sentence(text) for text in TEXTS] for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        run = shared._threads.run
+        patch.setattr(shared._threads, "run", lambda tasks, answer: (asked.append(len(tasks)), run(tasks, answer)))
+        shared.predict(dict.fromkeys(models, together))
+        shared.predict(dict.fromkeys(models, together), model_options={models[1]: {"label_name": "sentiment"}})
+    assert asked == [2, 1, 1]
+    models[1].predict(separate, label_name="sentiment")
+    found, expected = ([s.get_label("sentiment").score for s in given] for given in (together, separate))
+    assert found == pytest.approx(expected, abs=TOLERANCE)
+
+
 def test_predict_together_with_what_is_no_model_of_this_base_says_so(
     base: Callable[[str], str], tmp_path: Path
 ) -> None:
