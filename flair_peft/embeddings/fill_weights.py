@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -19,8 +18,6 @@ from flair_peft.embeddings.pending_load import PendingLoad
 from flair_peft.errors import StateMismatchError, name_some
 from flair_peft.primitives import fingerprint, load_context
 from flair_peft.primitives.fingerprint import are_same_bits
-
-log = logging.getLogger("flair_peft")
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -93,9 +90,7 @@ def finish_(embeddings: AdaptedEmbeddings, pending: PendingLoad) -> dict[str, st
     elif pending.probe is not None and context.options.verify:
         vector_probe.replay_probe(embeddings, pending.probe)
     elif pending.probe is not None:
-        log.warning(
-            "Not checked for '%s': whether it gives the vectors that it gave when it was saved.", embeddings.name
-        )
+        vector_probe.report_unchecked(embeddings)
     untrained.report_never_updated(embeddings, list(pending.untrained))
     return {name: fingerprint.of_tensor(parameters[name]) for name in pending.untrained if name in parameters}
 
