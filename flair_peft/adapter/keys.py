@@ -7,6 +7,7 @@ Importing this module imports no other library.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -30,6 +31,9 @@ _PARAMETER_NAMES = frozenset({"weight", "bias"})
 
 # Flair's transformer embeddings keep their transformer in an attribute called ``model``.
 _EMBEDDED_MODEL = re.compile(r"((?:[^.]+\.)*?)model\.")
+
+# Of the models of a process, whose spellings are remembered: each save asks for all of them several times.
+_MOST_KEYS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def is_embedded_adapter_key(key: str) -> bool:
     return prefix is not None and is_adapter_key(key[prefix.end() :])
 
 
+@functools.lru_cache(_MOST_KEYS)
 def canonical_key(key: str) -> str:
     """Return the spelling of a key that does not depend on wrappers, ``base_layer`` and the adapter's name."""
     key = strip_wrappers(key)
@@ -84,6 +89,7 @@ def canonical_key(key: str) -> str:
     return ".".join(segments)
 
 
+@functools.lru_cache(_MOST_KEYS)
 def base_key(key: str) -> str | None:
     """Return the name that a tensor has in the bare base model, or ``None`` if PEFT added the tensor."""
     # Adaption prompts wrap the attention modules of decoders, which they keep in an attribute called ``model``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -175,8 +175,9 @@ def refuse_without_adapter(model: torch.nn.Module) -> None:
         )
 
 
-def _names_of_tensors(model: torch.nn.Module) -> list[str]:
-    return [*(name for name, _ in model.named_parameters()), *(name for name, _ in model.named_buffers())]
+def _names_of_tensors(model: torch.nn.Module) -> Iterator[str]:
+    yield from (name for name, _ in model.named_parameters())
+    yield from (name for name, _ in model.named_buffers())
 
 
 def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None = None) -> None:

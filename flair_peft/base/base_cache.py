@@ -23,6 +23,7 @@ from flair_peft.base.placement import PLACING, QUANTISING, is_placed
 from flair_peft.primitives import mapped_memory
 from flair_peft.primitives.base_record import BaseRecord
 from flair_peft.primitives.dtypes import DtypeLike, parse_dtype
+from flair_peft.primitives.mapped_memory import FilePages
 
 # Weak: a base lives as long as a model that stands on it.
 _cache: weakref.WeakValueDictionary[tuple[Any, ...], FrozenBase] = weakref.WeakValueDictionary()
@@ -166,7 +167,7 @@ def find_again(
     return find(record, shape, dtype=dtype, kwargs=kwargs, device=device, is_held=is_held)
 
 
-def is_as_its_source(base: FrozenBase, kwargs: Mapping[str, Any]) -> bool:
+def is_as_its_source(base: FrozenBase, kwargs: Mapping[str, Any], pages: FilePages) -> bool:
     """Whether a base that is alive is what its source holds now: its files are as they were, and so is its memory.
 
     Only where the system proves the latter, as it does for weights that are mapped from the files.
@@ -174,6 +175,7 @@ def is_as_its_source(base: FrozenBase, kwargs: Mapping[str, Any]) -> bool:
     Args:
         base: that may be its source.
         kwargs: how the source is reached; another cache of the Hub's may not have it.
+        pages: which of them were written to.
     """
     with injection.building:
         states = [key[0] for key, found in _cache.items() if found is base]
@@ -183,7 +185,7 @@ def is_as_its_source(base: FrozenBase, kwargs: Mapping[str, Any]) -> bool:
     with contextlib.suppress(Exception):  # what cannot be found is read again, which says why
         settings = {**base.record.arguments, "revision": base.record.revision, **kwargs}
         files = weight_files.find(base.record.name, settings)
-    return mapped_memory.are_as_in_files(base.own_weights().values(), files)
+    return pages.show(base.own_weights().values(), files)
 
 
 def _load(

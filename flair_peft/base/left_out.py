@@ -18,10 +18,16 @@ from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.primitives import fingerprint, mapped_memory, progress
 from flair_peft.primitives.base_record import BaseRecord, StoredBase
 from flair_peft.primitives.fingerprint import are_same_bits, comparer
+from flair_peft.primitives.mapped_memory import FilePages
 
 
 def compare(
-    state: Mapping[str, torch.Tensor], trained: Set[str], base: FrozenBase, *, is_tied: bool = True
+    state: Mapping[str, torch.Tensor],
+    trained: Set[str],
+    base: FrozenBase,
+    *,
+    is_tied: bool = True,
+    pages: FilePages | None = None,
 ) -> StoredBase:
     """Return which tensors of a state dict a file can leave out.
 
@@ -30,9 +36,10 @@ def compare(
         trained: keys of tensors that require a gradient; these are never left out, since they may be about to change.
         base: the base model, as its source has it.
         is_tied: tensors in one storage will be so after loading, too.
+        pages: of mapped files, as they are known already; what two of them show alike is not read.
     """
     own, matrices = base.own_weights(), base.names_of_input_embeddings()
-    left_out, added_rows, are_same = set(), None, comparer()
+    left_out, added_rows, are_same = set(), None, comparer(pages or FilePages())
     for key, tensor in state.items():
         name = keys.base_key(key)
         if name is None or key in trained:

@@ -14,6 +14,7 @@ _ATOMIC = frozenset(
     {NoneType, bool, int, float, str, bytes, torch.dtype, torch.device, FunctionType, BuiltinFunctionType}
 )
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})
+_REDUCING = ("__reduce_ex__", "__reduce__")
 
 
 def copy_modules(module: Any, memo: dict[int, Any]) -> Any:
@@ -21,15 +22,15 @@ def copy_modules(module: Any, memo: dict[int, Any]) -> Any:
     if id(module) in memo:
         return memo[id(module)]
     kind = type(module)
-    if any(
-        name in vars(base) for base in kind.__mro__[:-1] for name in ("__deepcopy__", "__reduce_ex__", "__reduce__")
-    ):
+    if hasattr(kind, "__deepcopy__") or any(getattr(kind, name) is not getattr(object, name) for name in _REDUCING):
         return copy.deepcopy(module, memo)
     memo[id(module)] = copied = object.__new__(kind)
     for name, value in vars(module).items():
         if name == "_modules":
             children = ((key, None if child is None else copy_modules(child, memo)) for key, child in value.items())
             value = type(value)(children)
+        elif name == "_parameters" and value and all(p is None or id(p) in memo for p in value.values()):
+            value = type(value)((key, None if p is None else memo[id(p)]) for key, p in value.items())
         elif type(value) in _CONTAINERS and not value:
             value = memo.setdefault(id(value), type(value)())
         elif type(value) not in _ATOMIC:

@@ -21,6 +21,7 @@ from flair_peft.errors import BaseMismatchError, BaseModelNotFoundError, ModelFi
 from flair_peft.primitives.base_record import BaseRecord, StoredBase, kept_arguments
 from flair_peft.primitives.dtypes import DtypeLike, dtype_name, parse_dtype
 from flair_peft.primitives.load_context import load_options
+from flair_peft.primitives.mapped_memory import FilePages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +289,7 @@ def reference(
     dtype: torch.dtype,
     cache_dir: str | None,
     live: FrozenBase | None = None,
+    pages: FilePages | None = None,
 ) -> FrozenBase | None:
     """Return the base as its source has it now, for a trained model to be compared with.
 
@@ -299,10 +301,16 @@ def reference(
         dtype: of its weights.
         cache_dir: where files from the Hub are kept.
         live: the base that the model stands on. It is taken where it proves to be what the source holds.
+        pages: what is known of mapped files already.
     """
     kwargs = _reaching(record, cache_dir)
-    if live is not None and _is_current(live.root, record, model, dtype=dtype, kwargs=kwargs):
-        return live.root
+    root = None if live is None else live.root
+    if (
+        root is not None
+        and _is_meant(root, record, model, dtype=dtype)
+        and base_cache.is_as_its_source(root, kwargs, pages or FilePages())
+    ):
+        return root
 
     def read(record: BaseRecord, wanted: torch.dtype) -> FrozenBase:
         return base_cache.read_again(record, model.config, dtype=wanted, kwargs=kwargs)
@@ -318,14 +326,12 @@ def reference(
         return None
 
 
-def _is_current(
-    base: FrozenBase, record: BaseRecord, model: PreTrainedModel, *, dtype: torch.dtype, kwargs: Mapping[str, Any]
-) -> bool:
+def _is_meant(base: FrozenBase, record: BaseRecord, model: PreTrainedModel, *, dtype: torch.dtype) -> bool:
     """Whether a base that is alive is the one that the record says, as a model of this dtype and attention has it."""
     is_named = _origin(base.record) == _origin(record) and base.is_as(record)
     is_read_so = record.dtype in (None, dtype_name(dtype)) and base.known_record.dtype == dtype_name(dtype)
     is_same_kind = base.config._attn_implementation == model.config._attn_implementation
-    return not base.is_placed and is_named and is_read_so and is_same_kind and base_cache.is_as_its_source(base, kwargs)
+    return not base.is_placed and is_named and is_read_so and is_same_kind
 
 
 def _origin(record: BaseRecord) -> tuple[Any, ...]:

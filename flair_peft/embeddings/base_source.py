@@ -16,6 +16,7 @@ from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.base.left_out import PlacedStart
 from flair_peft.primitives.base_record import BaseRecord, StoredBase
 from flair_peft.primitives.fingerprint import are_same_bits
+from flair_peft.primitives.mapped_memory import FilePages
 
 log = logging.getLogger("flair_peft")
 
@@ -57,7 +58,8 @@ class BaseSource:
         if self.placed_start is not None and self.record is not None:
             record = resolve.source_of_quantised(self.record, base, cache_dir=self.cache_dir)
             return self.placed_start.compare(model, record)
-        source = None if self.record is None else self._read(self.record, base)
+        pages = FilePages()
+        source = None if self.record is None else self._read(self.record, base, pages)
         if source is None:
             log.warning(
                 "The base model '%s' is not found any more, as it was: the file will hold all its weights.",
@@ -67,7 +69,9 @@ class BaseSource:
         if trained is None:
             named = model.named_parameters(remove_duplicate=False)
             trained = {name for name, parameter in named if parameter.requires_grad}
-        return left_out.compare(model.state_dict(), trained, source, is_tied=is_tied)
+        # A source that was read anew is mapped where the pages were not looked at yet.
+        known = pages if self.frozen is not None and source is self.frozen.root else None
+        return left_out.compare(model.state_dict(), trained, source, is_tied=is_tied, pages=known)
 
     def find_record_(self, base: PreTrainedModel) -> bool:
         """Take note of the base model that weights may come from, if there is one of their shape.
@@ -92,9 +96,9 @@ class BaseSource:
         if source is not None:
             left_out.restore_(model, stored.left_out, source)
 
-    def _read(self, record: BaseRecord, base: PreTrainedModel) -> FrozenBase | None:
+    def _read(self, record: BaseRecord, base: PreTrainedModel, pages: FilePages | None = None) -> FrozenBase | None:
         dtype = base.get_input_embeddings().weight.dtype
-        return resolve.reference(record, base, dtype=dtype, cache_dir=self.cache_dir, live=self.frozen)
+        return resolve.reference(record, base, dtype=dtype, cache_dir=self.cache_dir, live=self.frozen, pages=pages)
 
     def share_(self, model: PeftModel, base: PreTrainedModel, other: FrozenBase) -> bool:
         """Let the frozen weights that are those of another base, bit by bit, have its storage; return if any are.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -19,8 +18,6 @@ from flair_peft.embeddings.pending_load import PendingLoad
 from flair_peft.errors import StateMismatchError, name_some
 from flair_peft.primitives import fingerprint, load_context
 from flair_peft.primitives.fingerprint import are_same_bits
-
-log = logging.getLogger("flair_peft")
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -72,7 +69,8 @@ def fill_(
     _refuse_offloaded(embeddings, {key for key in match.renamed if expected[key].is_meta})
     tensors = {key: state_dict.pop(stored[theirs]) for key, theirs in match.renamed.items()}
     if pending.is_first:
-        _take_dtypes_(embeddings.model, tensors)
+        if any(tensor.dtype != expected[key].dtype for key, tensor in tensors.items()):
+            _take_dtypes_(embeddings.model, tensors)
         pending.is_complete = not (match.missing or match.ambiguous)
     in_place |= _put_base_in_place_(embeddings.model, tensors, embeddings.base_source.frozen)
     pending.in_place = frozenset(mine + key for key in in_place)
@@ -84,7 +82,8 @@ def finish_(embeddings: AdaptedEmbeddings, pending: PendingLoad) -> dict[str, st
 
     Their probe is left to a load that collects probes, for when its model is complete.
     """
-    parameters = dict(embeddings.model.named_parameters())
+    named = pending.trained_base or pending.untrained
+    parameters = dict(embeddings.model.named_parameters()) if named else {}
     for parameter in (parameters[name] for name in pending.trained_base if name in parameters):
         parameter.requires_grad_(parameter.is_floating_point())
     context = load_context.current()
@@ -93,9 +92,7 @@ def finish_(embeddings: AdaptedEmbeddings, pending: PendingLoad) -> dict[str, st
     elif pending.probe is not None and context.options.verify:
         vector_probe.replay_probe(embeddings, pending.probe)
     elif pending.probe is not None:
-        log.warning(
-            "Not checked for '%s': whether it gives the vectors that it gave when it was saved.", embeddings.name
-        )
+        vector_probe.report_unchecked(embeddings)
     untrained.report_never_updated(embeddings, list(pending.untrained))
     return {name: fingerprint.of_tensor(parameters[name]) for name in pending.untrained if name in parameters}
 

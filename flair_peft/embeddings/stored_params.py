@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from types import NoneType
 from typing import Any
@@ -27,6 +27,7 @@ from flair_peft.compat import FORMAT_VERSION, FormatVersion, check_format_versio
 from flair_peft.embeddings import untrained, vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.pending_load import PendingLoad
+from flair_peft.embeddings.vector_probe import Reading
 from flair_peft.errors import AdapterConfigError, ModelFileError, name_some
 from flair_peft.primitives import dtypes
 from flair_peft.primitives.base_record import StoredBase
@@ -114,28 +115,32 @@ def _own_params(embeddings: AdaptedEmbeddings) -> dict[str, Any]:
     }
 
 
-def proof_params(embeddings: AdaptedEmbeddings, index: int, stored: StoredBase) -> dict[str, Any]:
+def proof_params(reading: Reading, index: int, stored: StoredBase, unchanged: Sequence[str]) -> dict[str, Any]:
     """Return what a load needs to find the base and to verify the result, to be stored with the parameters.
 
     Args:
-        embeddings: with their adapter.
+        reading: what the embeddings gave for the probe of the head; where that is nothing, they are probed alone.
         index: number of the embeddings in the file.
         stored: how the file stores their base.
+        unchanged: names of their parameters that were never updated.
 
     Raises:
         AdapterConfigError: the base is quantised by what files cannot say, or the file is to hold all weights.
     """
+    embeddings = reading.embeddings
     quantisation.check_storable(embeddings.base_model, embeddings.name)
     if embeddings.is_placed and not stored.is_needed:
         raise without_weights(embeddings.name)
-    unchanged = untrained.never_updated(embeddings.model, embeddings._start)
-    ids = vector_probe.probe_ids(embeddings)
     # One forward pass tells both: what the embeddings give, and what a gradient can reach.
-    states = vector_probe.probe_states(embeddings, ids, has_graph=bool(unchanged))
+    states, probe = reading.states, None
+    if not states:
+        ids = vector_probe.probe_ids(embeddings)
+        states = vector_probe.probe_states(embeddings, ids, has_graph=bool(unchanged))
+        probe = vector_probe.describe_probe(embeddings, ids, states)
     return {
         "part": index,
         "stored_base": stored.to_dict(),
-        "probe": vector_probe.describe_probe(embeddings, ids, states),
+        "probe": probe,
         "untrained": untrained.reached_by_gradients(embeddings.model, unchanged, states),
         "trained_base": sorted(set(_trained_base(embeddings.model))),
     }

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from flair_peft.adapter import methods
-from flair_peft.base import tokenizers, transformer
+from flair_peft.base import tokenizers
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.errors import ModelFileError, StateMismatchError
 from flair_peft.primitives.dtypes import dtype_name
 
+log = logging.getLogger("flair_peft")
+
 _TEXT = "Berlin is large, isn't it? 3 of 4 say so."
 _IDS_WITHOUT_TEXT = [1, 2, 3, 4]
+
+# Of the sentence of a probe, by its neighbours and by letters if need be.
+_MOST_IDS = 4096
 
 # Largest distance from the stored vectors, as a share of their norm: other machines sum in another order.
 _TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -26,6 +31,57 @@ def describe_probe(embeddings: AdaptedEmbeddings, ids: list[int], states: tuple[
     return {"input_ids": ids, "vectors": _means(states), "dtype": rounding_of(embeddings)}
 
 
+class Reading:
+    """What embeddings give for a sentence that they read anyway, so that a probe needs no forward pass of its own.
+
+    A pass over few tokens takes about as long as reading the weights.
+
+    Attributes:
+        embeddings: that read.
+        has_graph: whether the states know what a gradient of them reaches.
+        ids: of the first sentence that they read alone, or ``None``.
+        states: of the wanted layers for it, each (1, subtokens, hidden).
+    """
+
+    def __init__(self, embeddings: AdaptedEmbeddings, *, has_graph: bool = False) -> None:
+        self.embeddings, self.has_graph = embeddings, has_graph
+        self.ids: list[int] | None = None
+        self.states: tuple[torch.Tensor, ...] = ()
+
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Inside, the first sentence that the embeddings read alone, by its tokens and nothing else, is taken."""
+        alone = self.embeddings.hidden_states
+
+        def hidden_states(input_ids: torch.Tensor, **tensors: Any) -> tuple[torch.Tensor, ...]:
+            is_plain = len(input_ids) == 1 and tensors.keys() == {"attention_mask"}
+            if self.ids is not None or not is_plain or not tensors["attention_mask"].all():
+                return alone(input_ids, **tensors)
+            self.ids = input_ids[0].tolist()
+            self.states = probe_states(self.embeddings, self.ids, has_graph=self.has_graph)
+            return tuple(state.detach() for state in self.states)
+
+        # An attribute of this one object, in front of the method of its class.
+        self.embeddings.__dict__["hidden_states"] = hidden_states
+        try:
+            yield
+        finally:
+            self.embeddings.__dict__.pop("hidden_states", None)
+
+    def describe(self) -> dict[str, Any] | None:
+        """Return a probe as :func:`describe_probe` does, and the ids of a text; ``None`` if nothing was read."""
+        if not self.states:
+            return None
+        # Not all that a tokenizer does shows in a sentence that comes in words.
+        of_text = {"text_ids": probe_ids(self.embeddings)}
+        return {**describe_probe(self.embeddings, self.ids or [], self.states), **of_text}
+
+    def gives(self, stored: Mapping[str, Any]) -> bool:
+        """Whether the sentence is that of a stored probe, and its vectors are those."""
+        is_same = bool(self.states) and self.ids == stored["input_ids"]
+        return is_same and distance(_means(self.states), stored["vectors"]) <= _allowed(self.embeddings, stored)
+
+
 def replay_probe(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> None:
     """Return if the embeddings of the probe are those that were stored.
 
@@ -33,9 +89,9 @@ def replay_probe(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> No
         StateMismatchError: the tokenizer or the transformer gives something else.
         ModelFileError: the stored probe is damaged.
     """
-    ids = _checked_ids(embeddings, stored)
-    apart, allowed = distance(_means(probe_states(embeddings, ids)), stored["vectors"]), _allowed(embeddings, stored)
-    if not apart <= allowed:
+    check_ids(embeddings, stored)
+    apart = distance(_means(probe_states(embeddings, stored["input_ids"])), stored["vectors"])
+    if not apart <= (allowed := _allowed(embeddings, stored)):
         raise StateMismatchError(
             f"Cannot trust the loaded '{embeddings.name}': its vectors of a probe sentence are {apart:.2g} of their "
             f"norm away from those stored when it was saved, and rounding explains {allowed:g}. It would predict "
@@ -44,92 +100,31 @@ def replay_probe(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> No
         )
 
 
-def _checked_ids(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> list[int]:
-    """Return the ids of the probe, which the tokenizer gives again."""
+def check_ids(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> None:
+    """Return if the tokenizer gives the ids that it gave when the probe was stored; see :func:`replay_probe`."""
     ids, expected = stored.get("input_ids"), stored.get("vectors")
-    if not isinstance(ids, list) or not isinstance(expected, torch.Tensor) or not expected.is_floating_point():
+    are_ids = isinstance(ids, list) and len(ids) <= _MOST_IDS and all(type(each) is int for each in ids)
+    if not are_ids or not isinstance(expected, torch.Tensor) or not expected.is_floating_point():
         raise ModelFileError(
             f"Cannot read the probe of '{embeddings.name}': it is damaged. It holds input ids and vectors that a load "
             "must give again. Copy or save the file again."
         )
-    ids_here = probe_ids(embeddings)
-    if ids_here != ids:
+    of_text, ids_here = stored.get("text_ids", ids), probe_ids(embeddings)
+    if ids_here != of_text:
         raise StateMismatchError(
             f"Cannot trust the loaded '{embeddings.name}': its tokenizer gives {ids_here} for a sentence that gave "
-            f"{ids} when it was saved. Another version of transformers or tokenizers may read its files in another "
+            f"{of_text} when it was saved. Another version of transformers or tokenizers may read its files in another "
             "way. Install the versions that the file names, or load with verify=False."
         )
-    return ids
+
+
+def report_unchecked(embeddings: AdaptedEmbeddings) -> None:
+    """Say that nobody compared the vectors of embeddings with those that were stored."""
+    log.warning("Not checked for '%s': whether it gives the vectors that it gave when it was saved.", embeddings.name)
 
 
 def _allowed(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> float:
     return max(tolerance(stored.get("dtype")), tolerance(dtype_name(embeddings.base_dtype)))
-
-
-class ProbeBeside:
-    """The probe of embeddings, replayed in the forward pass of a sentence that they read anyway.
-
-    A pass over few tokens takes as long as reading the weights. The shorter of both is padded, which changes the
-    rounding, and more where a model minds padding: what comes out right is proven, and what does not has to be
-    replayed alone.
-
-    Attributes:
-        is_used: whether a sentence had the probe beside it.
-        is_right: whether it gave the stored vectors there.
-    """
-
-    def __init__(self, embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> None:
-        self.embeddings, self.stored = embeddings, stored
-        self.ids = _checked_ids(embeddings, stored)
-        self.is_used = self.is_right = False
-
-    def prove(self) -> None:
-        """Return if the vectors are the stored ones, beside a sentence or else alone; see :func:`replay_probe`."""
-        if not self.is_right:
-            replay_probe(self.embeddings, self.stored)
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """Inside, the first sentence that the embeddings read alone has the probe beside it."""
-        embeddings, alone = self.embeddings, self.embeddings.hidden_states
-        is_told_apart = transformer.takes_mask(embeddings.base_model) and not embeddings.is_placed
-        if not is_told_apart or methods.depends_on_batch(embeddings.adapter_config):
-            yield
-            return
-
-        def hidden_states(input_ids: torch.Tensor, **tensors: Any) -> tuple[torch.Tensor, ...]:
-            if self.is_used or len(input_ids) != 1 or tensors.keys() != {"attention_mask"}:
-                return alone(input_ids, **tensors)
-            self.is_used = True
-            return self._read(alone, input_ids, tensors["attention_mask"])
-
-        # An attribute of this one object, in front of the method of its class.
-        embeddings.__dict__["hidden_states"] = hidden_states
-        try:
-            yield
-        finally:
-            embeddings.__dict__.pop("hidden_states", None)
-
-    def _read(
-        self, alone: Callable[..., tuple[torch.Tensor, ...]], input_ids: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Return the hidden states of a sentence, each (1, subtokens, hidden)."""
-        length, own = input_ids.shape[1], len(self.ids)
-        longest = max(length, own)
-        ids = input_ids.new_full((2, longest), self.embeddings.tokenizer.pad_token_id or 0)
-        masks = mask.new_zeros((2, longest))
-        ids[0, :length], masks[0, :length] = input_ids[0], mask[0]
-        ids[1, :own], masks[1, :own] = torch.tensor(self.ids), 1
-        try:
-            states = alone(ids, attention_mask=masks)
-        except Exception:  # what takes no two sentences at once may take them one by one
-            return alone(input_ids, attention_mask=mask)
-        in_front = states[0].shape[1] - longest  # rows of a prompt, where they are kept
-        if in_front < 0:
-            return alone(input_ids, attention_mask=mask)
-        vectors = torch.stack([state[1, : in_front + own].float().mean(dim=0) for state in states]).cpu()
-        self.is_right = distance(vectors, self.stored["vectors"]) <= _allowed(self.embeddings, self.stored)
-        return tuple(state[:1, : in_front + length] for state in states)
 
 
 def probe_ids(embeddings: AdaptedEmbeddings) -> list[int]:
@@ -183,7 +178,8 @@ def tolerance(dtype: Any) -> float:
 def evaluating(embeddings: torch.nn.Module) -> Iterator[None]:
     """Switch the module to evaluation and afterwards each of its parts back to what it was."""
     were_training = [module for module in embeddings.modules() if module.training]
-    embeddings.eval()
+    if were_training:
+        embeddings.eval()
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from flair_peft.base import tokenizers
 from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
+from flair_peft.embeddings.vector_probe import Reading
 from flair_peft.errors import ModelFileError, StateMismatchError, name_some
 from flair_peft.primitives.dtypes import dtype_name
 from flair_peft.primitives.load_context import load_options
@@ -71,21 +72,22 @@ _READING = frozenset(
 _BESIDE = frozenset({KEY, state_tree.INNER, "state_dict", "versions", "model_card", "training_state", "flair_version"})
 
 
-def take(model: Model, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what loads compare: what the parts of the head give, and a digest of settings and labels.
+def take(model: Model, readings: Sequence[Reading]) -> dict[str, Any]:
+    """Return what loads compare: what the parts of the head give, and the vectors that embeddings gave for that.
 
     Args:
         model: is in evaluation mode for a moment.
-        state: of the model, as Flair gives it.
+        readings: of its embeddings with an adapter, in their order; they have read afterwards, if they could.
     """
     # These remember the words that they saw, which no file holds.
     has_memory = any(isinstance(part, PooledFlairEmbeddings) for part in model.modules())
     try:
-        outputs = {} if has_memory else _outputs(model)
+        outputs = {} if has_memory else _outputs(model, readings)
     except Exception as error:  # what a user's own class wants, or a lack of memory, must not cost a trained model
         log.info("No probe of the head of this %s: %s: %s", type(model).__name__, type(error).__name__, error)
         outputs = {}
-    return {"settings": _digest(state), "outputs": outputs, "dtype": _coarsest(model)}
+    vectors = [reading.describe() for reading in readings]
+    return {"outputs": outputs, "dtype": _coarsest(model), **({"vectors": vectors} if any(vectors) else {})}
 
 
 def check_settings(state: Mapping[str, Any], *, source: str, verify: bool) -> None:
@@ -104,12 +106,14 @@ def check_settings(state: Mapping[str, Any], *, source: str, verify: bool) -> No
     if stored is None or not verify:
         return
     outputs = stored.get("outputs") if isinstance(stored, Mapping) else None
-    if not isinstance(outputs, Mapping) or not all(map(_is_output, outputs.values())):
+    vectors = stored.get("vectors", []) if isinstance(stored, Mapping) else None
+    are_probes = isinstance(vectors, list) and all(each is None or isinstance(each, Mapping) for each in vectors)
+    if not isinstance(outputs, Mapping) or not all(map(_is_output, outputs.values())) or not are_probes:
         raise ModelFileError(
             f"Cannot read the probe of the head in '{source}': it is damaged. It holds what the parts of the head "
             "gave, which a load must give again. Copy or save the file again."
         )
-    if stored.get("settings") != _digest(state):
+    if stored.get("settings") != digest(state):
         raise StateMismatchError(
             f"Cannot trust '{source}': its settings, labels or vocabulary, or their order, are not those that it was "
             "saved with. "
@@ -137,28 +141,27 @@ def replay(
         ModelFileError: the probe of embeddings is damaged.
     """
     verify = load_options().verify
-    beside = [vector_probe.ProbeBeside(embeddings, probe) for embeddings, probe in probes]
+    probes = [*probes, *_probes_in(stored or {}, model)]
     # On a base that was converted, vectors are others, and what a head makes of that no tolerance says.
     is_comparable = stored is not None and bool(stored["outputs"]) and stored.get("dtype") == _coarsest(model)
     if verify == "full" and not is_comparable:
         log.warning("Not checked for '%s': what its head gives. The file does not say what it gave here.", source)
-    if stored is None or not verify or not is_comparable:
-        found = None
-    else:
-        with contextlib.ExitStack() as stack:
-            for probe in beside:
-                stack.enter_context(probe.reading())
-            found = _outputs_here(model, source)
-    for probe in beside:
-        probe.prove()
+    if not verify:
+        for embeddings, _ in probes:
+            vector_probe.report_unchecked(embeddings)
+        return
+    for embeddings, probe in probes:
+        vector_probe.check_ids(embeddings, probe)
+    readings = [Reading(embeddings) for embeddings, _ in probes]
+    found = _outputs_here(model, readings, source) if is_comparable else None
+    for reading, (embeddings, probe) in zip(readings, probes, strict=True):
+        if not reading.gives(probe):
+            vector_probe.replay_probe(embeddings, probe)
     if stored is None or found is None:
         return
     rounded_to = (stored["dtype"], *(dtype_name(e.output_dtype) for e in adapted_embeddings(model)))
     allowed = _WIDER * max(map(vector_probe.tolerance, rounded_to))
-    apart = _apart(found, stored["outputs"])
-    if any(probe.is_used for probe in beside) and not all(distance <= allowed for distance in apart.values()):
-        found = _outputs_here(model, source)  # without anything beside it
-        apart = {} if found is None else _apart(found, stored["outputs"])
+    apart = {name: _distance(found.get(name), answer) for name, answer in stored["outputs"].items()}
     wrong = [name for name, distance in apart.items() if not distance <= allowed]
     if wrong:
         raise StateMismatchError(
@@ -168,10 +171,10 @@ def replay(
         )
 
 
-def _outputs_here(model: Model, source: str) -> Tensors | None:
+def _outputs_here(model: Model, readings: Sequence[Reading], source: str) -> Tensors | None:
     """Return what the parts of the head give, or ``None`` where they cannot predict, which a warning says."""
     try:
-        return _outputs(model)
+        return _outputs(model, readings)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a device may lack what another one computes
@@ -179,8 +182,13 @@ def _outputs_here(model: Model, source: str) -> Tensors | None:
         return None
 
 
-def _apart(found: Tensors, expected: Tensors) -> dict[str, float]:
-    return {name: _distance(found.get(name), answer) for name, answer in expected.items()}
+def _probes_in(stored: Mapping[str, Any], model: Model) -> Iterator[tuple[AdaptedEmbeddings, Mapping[str, Any]]]:
+    """Yield the embeddings whose vectors were taken from what they gave the head, with their probe."""
+    vectors = dict(enumerate(stored.get("vectors") or []))
+    for embeddings in adapted_embeddings(model):
+        probe = None if embeddings.origin is None else vectors.get(embeddings.origin[0])
+        if probe is not None:
+            yield embeddings, probe
 
 
 def _is_output(value: Any) -> bool:
@@ -201,19 +209,33 @@ def _coarsest(model: Model) -> str:
     return max(map(vector_probe.rounding_of, adapted_embeddings(model)), key=vector_probe.tolerance, default="float32")
 
 
-def _outputs(model: Model) -> Tensors:
+def _outputs(model: Model, readings: Sequence[Reading]) -> Tensors:
     """Return name → what each part of the head with weights gives for the probe, when it is called first."""
     found: Tensors = {}
     hooks = [part.register_forward_hook(functools.partial(_note, found, name)) for name, part in _parts(model)]
     try:
         # Flair's batches are drawn by torch, and mixed precision would give other numbers than a load outside of it.
-        with vector_probe.evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _in_full_precision():
+        with (
+            _all_reading(readings),
+            vector_probe.evaluating(model),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            _in_full_precision(),
+        ):
             for task in model.tasks.values() if isinstance(model, MultitaskModel) else [model]:
                 task.predict([_make_point(task)], label_name=_LABEL)
     finally:
         for hook in hooks:
             hook.remove()
     return found
+
+
+@contextlib.contextmanager
+def _all_reading(readings: Sequence[Reading]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for reading in readings:
+            stack.enter_context(reading.going_on())
+        yield
 
 
 def _in_full_precision() -> torch.autocast:
@@ -268,7 +290,7 @@ def _first_of(model: Model, *names: str) -> Any:
     return next((value for name in names if (value := getattr(model, name, None))), None)
 
 
-def _digest(state: Mapping[str, Any]) -> str:
+def digest(state: Mapping[str, Any]) -> str:
     """Return a digest of the settings of a model, its labels among them, without those of embeddings."""
     # Flair takes the class out of a state before it hands that on.
     settings = {name: value for name, value in state.items() if name != "__cls__"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from flair.nn import Model
 from flair_peft.adapter import refusals
 from flair_peft.codec import state_json
 from flair_peft.compat import versions
-from flair_peft.embeddings import stored_params
+from flair_peft.embeddings import stored_params, untrained
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
+from flair_peft.embeddings.vector_probe import Reading
 from flair_peft.errors import AdapterConfigError
 from flair_peft.models import card, head_probe
 from flair_peft.primitives import mapped_memory
@@ -72,10 +74,17 @@ class Part:
 
 @dataclass(frozen=True)
 class SavePlan:
-    """What is stored of a model; see :func:`plan_save`."""
+    """What is stored of a model; see :func:`plan_save`.
+
+    Attributes:
+        model: that is saved.
+        parts: its embeddings with an adapter.
+        head: what its head gives for a probe, and the vectors of embeddings that were read for that.
+    """
 
     model: Model
     parts: tuple[Part, ...]
+    head: Mapping[str, Any]
 
     def part_of(self, module: object) -> Part | None:
         """Return how an embeddings module is stored."""
@@ -109,13 +118,11 @@ def plan_save(
         refusals.refuse_unstorable(embeddings.model)
     with _one_save:
         bases = [_stored_base(each, save_base) if stored_base is None else stored_base(each) for each in embedded]
-        return SavePlan(
-            model,
-            tuple(
-                Part(index, embeddings, stored, stored_params.proof_params(embeddings, index, stored))
-                for index, (embeddings, stored) in enumerate(zip(embedded, bases, strict=True))
-            ),
-        )
+        unchanged = [untrained.never_updated(each.model, each._start) for each in embedded]
+        readings = [Reading(each, has_graph=bool(names)) for each, names in zip(embedded, unchanged, strict=True)]
+        head = head_probe.take(model, readings)
+        proofs = map(stored_params.proof_params, readings, itertools.count(), bases, unchanged)
+        return SavePlan(model, tuple(map(Part, itertools.count(), embedded, bases, proofs)), head)
 
 
 def encode(plan: SavePlan, **extra: Any) -> Description:
@@ -139,7 +146,8 @@ def encode(plan: SavePlan, **extra: Any) -> Description:
 
     with _one_save:
         state: dict[str, Any] = _to_store(model._get_state_dict(), plan, model, complete)
-        state = {**state, head_probe.KEY: head_probe.take(model, state), "versions": versions(), **extra}
+        head = {**plan.head, "settings": head_probe.digest(state)}
+        state = {**state, head_probe.KEY: head, "versions": versions(), **extra}
         if model.model_card is not None:
             state["model_card"] = card.plain(model.model_card)
         document, tensors = state_json.encode(state, complete=complete)

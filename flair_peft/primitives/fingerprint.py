@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flair_peft.primitives import mapped_memory, progress
+from flair_peft.primitives.mapped_memory import FilePages
 
 # Of each tensor this many runs of this many elements are read, spread evenly: training changes nearly every element.
 _RUNS, _RUN_LENGTH = 16, 64
@@ -97,15 +98,11 @@ def _feed(digests: Iterable[Any], flat: torch.Tensor) -> None:
             digest.update(content)
 
 
-def comparer() -> Callable[[torch.Tensor, torch.Tensor], bool]:
-    """Return :func:`are_same_bits`, but one that does not read what two tensors show of the same file.
-
-    It knows the tensors that are mapped by now.
-    """
-    known = mapped_memory.mappings()
+def comparer(pages: FilePages) -> Callable[[torch.Tensor, torch.Tensor], bool]:
+    """Return :func:`are_same_bits`, but one that does not read what two tensors show of the same file."""
 
     def are_same(first: torch.Tensor, second: torch.Tensor) -> bool:
-        is_same = mapped_memory.is_same_part(first, second, known)
+        is_same = pages.is_same_part(first, second)
         return are_same_bits(first, second) if is_same is None else is_same
 
     return are_same

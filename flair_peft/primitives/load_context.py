@@ -97,12 +97,13 @@ class LoadContext:
     probes: list[tuple[Any, Mapping[str, Any]]] | None = None
 
 
-_current: contextvars.ContextVar[LoadContext] = contextvars.ContextVar("flair_peft_load")
+_NO_LOAD = LoadContext()
+_current: contextvars.ContextVar[LoadContext] = contextvars.ContextVar("flair_peft_load", default=_NO_LOAD)
 
 
 def current() -> LoadContext:
     """Return what is known of the load that is going on in this thread, or of none."""
-    return _current.get(LoadContext())
+    return _current.get()
 
 
 def load_options() -> LoadOptions:

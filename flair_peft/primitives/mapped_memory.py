@@ -29,6 +29,9 @@ _MADV_PAGEOUT = 21
 # Of an entry in Linux's list of pages: the page is in memory or swapped out, and it is the file's own.
 _PAGE_EXISTS, _PAGE_IS_OF_FILE = np.uint64(3 << 62), np.uint64(1 << 61)
 
+# Of the entries of so many pages: they stay in the processor's cache.
+_PAGES_AT_ONCE = 1 << 13
+
 # A line of Linux's list of mappings that is of a file.
 _LISTED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+) ([1-9][0-9]*) +(.+)$", re.MULTILINE)
 
@@ -107,46 +110,48 @@ def to_read_once(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor if again is None else again for tensor, again in zip(tensors, mapped, strict=True)]
 
 
-def are_as_in_files(tensors: Iterable[torch.Tensor], files: Iterable[Path]) -> bool:
-    """Whether all tensors show these files, which are where they were, and nobody has written to any of them since.
+class FilePages:
+    """The memory of this process that shows files, as Linux has it by now; each mapping is asked about once."""
 
-    It is Linux that says so, page by page, whoever wrote and however; nothing else proves it, and nothing is read.
-    """
-    known, shown = mappings(), list(tensors)
-    found, paths = {_mapping_of(tensor, known) for tensor in shown}, {os.path.realpath(file) for file in files}
-    if not all(mapping is not None and mapping.path in paths and Path(mapping.path).exists() for mapping in found):
-        return False
-    with _page_table() as table:
-        return all(_written(tensor, table) == [] for tensor in shown)
+    def __init__(self) -> None:
+        self._known = mappings()
+        self._written: dict[_Mapping, list[int] | None] = {}
+
+    def show(self, tensors: Iterable[torch.Tensor], files: Iterable[Path]) -> bool:
+        """Whether all tensors show these files, which are where they were, and nobody has written to any of them since.
+
+        It is Linux that says so, page by page, whoever wrote and however; nothing else proves it, and nothing is read.
+        """
+        found, paths = [(_mapping_of(t, self._known), t) for t in tensors], {os.path.realpath(file) for file in files}
+        are_there = (each is not None and each.path in paths and Path(each.path).exists() for each in dict(found))
+        return all(are_there) and all(each and self._written_in(t, each) == [] for each, t in found)
+
+    def is_same_part(self, first: torch.Tensor, second: torch.Tensor) -> bool | None:
+        """Whether two tensors that show the same part of a file have the same bits; ``None`` if they show others.
+
+        Nothing is read but the pages that were written to.
+        """
+        mapped = (_mapping_of(first, self._known), _mapping_of(second, self._known))
+        if mapped[0] is None or mapped[1] is None or _part_of(first, mapped[0]) != _part_of(second, mapped[1]):
+            return None
+        written = (self._written_in(first, mapped[0]), self._written_in(second, mapped[1]))
+        if written[0] is None or written[1] is None or not first.is_contiguous():
+            return None
+        one, other = (tensor.view(-1).view(torch.uint8) for tensor in (first, second))
+        return all(torch.equal(one[start:end], other[start:end]) for start, end in {*written[0], *written[1]})
+
+    def _written_in(self, tensor: torch.Tensor, mapping: _Mapping) -> list[tuple[int, int]] | None:
+        """Return the parts of a tensor that are not its file's any more, in bytes; ``None`` if nobody can say."""
+        if mapping not in self._written:
+            with _page_table() as table:
+                self._written[mapping] = _pages_written(mapping.first, mapping.last, table)
+        return _parts_in(tensor, self._written[mapping])
 
 
-def is_same_part(first: torch.Tensor, second: torch.Tensor, known: Sequence[_Mapping]) -> bool | None:
-    """Whether two tensors that show the same part of a file have the same bits; ``None`` if they do not show the same.
-
-    Nothing is read but the pages that were written to.
-
-    Args:
-        first: on any device, as the second.
-        second: may be mapped elsewhere.
-        known: the mappings of this process.
-    """
-    part = _part_of_file(first, known)
-    if part is None or part != _part_of_file(second, known):
-        return None
-    with _page_table() as table:
-        written = (_written(first, table), _written(second, table))
-    if written[0] is None or written[1] is None:
-        return None
-    one, other = (tensor.view(-1).view(torch.uint8) for tensor in (first, second))
-    return all(torch.equal(one[start:end], other[start:end]) for start, end in {*written[0], *written[1]})
-
-
-def _part_of_file(tensor: torch.Tensor, known: Sequence[_Mapping]) -> Any:
-    """Return which file shows in a tensor, from where on and how; ``None`` for memory of its own."""
-    mapping = _mapping_of(tensor, known)
-    if mapping is None or not tensor.is_contiguous():
-        return None
-    return mapping.file, address(tensor) - mapping.first + mapping.offset, tensor.dtype, tensor.shape
+def _part_of(tensor: torch.Tensor, mapping: _Mapping) -> Any:
+    """Return which file shows in a tensor, from where on and how."""
+    offset = address(tensor) - mapping.first + mapping.offset
+    return mapping.file, offset, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def mappings() -> list[_Mapping]:
@@ -164,7 +169,7 @@ def _mapping_of(tensor: torch.Tensor, known: Sequence[_Mapping]) -> _Mapping | N
     if tensor.device.type != "cpu" or not tensor.numel():
         return None
     start = address(tensor)
-    index = bisect.bisect_right(known, start, key=lambda each: each.first) - 1
+    index = bisect.bisect_left(known, (start + 1,)) - 1
     is_inside = index >= 0 and start + tensor.nbytes <= known[index].last
     return known[index] if is_inside else None
 
@@ -193,7 +198,8 @@ def _page_table() -> Iterator[int | None]:
 def _again(
     tensor: torch.Tensor, old: _Mapping, whole: torch.UntypedStorage, table: int | None, more_rows: int
 ) -> torch.Tensor | None:
-    written, first = _written(tensor, table), address(tensor) - old.first + old.offset
+    start, first = address(tensor), address(tensor) - old.first + old.offset
+    written = _parts_in(tensor, _pages_written(start, start + tensor.nbytes, table))
     shape = (len(tensor) + more_rows, *tensor.shape[1:]) if more_rows else tensor.shape
     last = first + math.prod(shape) * tensor.itemsize
     if written is None or not tensor.is_contiguous() or last > len(whole):
@@ -204,20 +210,30 @@ def _again(
     return again
 
 
-def _written(tensor: torch.Tensor, table: int | None) -> list[tuple[int, int]] | None:
-    """Return first and last byte of those pages of a mapped tensor that are not the file's any more."""
-    start, size = address(tensor), mmap.PAGESIZE
-    first, last = start // size, -(-(start + tensor.nbytes) // size)
-    try:
-        listed = b"" if table is None else os.pread(table, 8 * (last - first), 8 * first)
-    except OSError:
+def _parts_in(tensor: torch.Tensor, pages: list[int] | None) -> list[tuple[int, int]] | None:
+    """Return first and last byte, in a tensor, of those of the pages that it is on."""
+    start, end, size = address(tensor), address(tensor) + tensor.nbytes, mmap.PAGESIZE
+    if pages is None:
         return None
-    if len(listed) != 8 * (last - first):
-        return None
-    entries = np.frombuffer(listed, dtype=np.uint64)
-    pages = np.flatnonzero((entries & _PAGE_EXISTS != 0) & (entries & _PAGE_IS_OF_FILE == 0))
-    spans = ((int(first + page) * size - start, int(first + page + 1) * size - start) for page in pages)
-    return [(max(0, begin), min(end, tensor.nbytes)) for begin, end in spans]
+    own = pages[bisect.bisect_left(pages, start // size) : bisect.bisect_left(pages, -(-end // size))]
+    return [(max(start, page * size) - start, min((page + 1) * size, end) - start) for page in own]
+
+
+def _pages_written(start: int, end: int, table: int | None) -> list[int] | None:
+    """Return the numbers of those pages of mapped memory that are not the file's any more; ``None`` if unknown."""
+    first, last = start // mmap.PAGESIZE, -(-end // mmap.PAGESIZE)
+    entries, found = np.empty(min(_PAGES_AT_ONCE, last - first), dtype=np.uint64), list[int]()
+    for page in range(first, last, _PAGES_AT_ONCE):
+        some = entries[: last - page]
+        try:
+            size = 0 if table is None else os.preadv(table, [some.data], 8 * page)
+        except OSError:
+            return None
+        if size != some.nbytes:
+            return None
+        is_written = (some & _PAGE_EXISTS != 0) & (some & _PAGE_IS_OF_FILE == 0)
+        found += (page + np.flatnonzero(is_written)).tolist()
+    return found
 
 
 def is_file_mapped(path: Path) -> bool:

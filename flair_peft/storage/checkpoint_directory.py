@@ -24,7 +24,7 @@ import torch
 
 from flair_peft.errors import name_some
 from flair_peft.primitives import mapped_memory, progress
-from flair_peft.storage.atomic import explained, replace_directory, write_file, write_flushed
+from flair_peft.storage.atomic import explained, flushing, replace_directory, write_file
 from flair_peft.storage.held_directory import (
     Folder,
     hold,
@@ -107,13 +107,14 @@ def write(directory: Path, document: Mapping[str, Any], files: Mapping[str, Cont
 
     def fill(folder: Path) -> None:
         manifest = {}
-        for name, content in files.items():
-            data = _serialise(name, content)
-            manifest[name] = entry_of(data)
-            write_flushed(folder / name, data)
-        text = card.encode("utf-8", "replace")
-        write_flushed(folder / CARD, text)
-        write_flushed(folder / DOCUMENT, compose(Document(dict(document), manifest, entry_of(text).sha256)))
+        with flushing() as write_new:
+            for name, content in files.items():
+                data = _serialise(name, content)
+                manifest[name] = entry_of(data)
+                write_new(folder / name, data)
+            text = card.encode("utf-8", "replace")
+            write_new(folder / CARD, text)
+            write_new(folder / DOCUMENT, compose(Document(dict(document), manifest, entry_of(text).sha256)))
 
     replace_directory(directory, fill, names_of=names_of, gives_way=(CARD,))
 

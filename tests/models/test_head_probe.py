@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -19,6 +20,7 @@ from flair.models import TextClassifier
 from flair.nn import Model
 
 import flair_peft
+from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.adapted import ForwardPass
 from flair_peft.errors import ModelFileError, StateMismatchError
 from flair_peft.models import head_probe
@@ -31,6 +33,7 @@ from tests.support.zoo import ZOO
 Base = Callable[[str], str]
 
 HEAD, DOCUMENT = "head.safetensors", "flair_peft.json"
+VECTORS = f"{head_probe.KEY}/vectors/0/vectors"
 LORA = lora()
 DEFAULT = frozenset({"text-classifier", "sequence-tagger-rnn-crf", "relation-extractor", "tars-tagger", "multitask"})
 
@@ -152,7 +155,7 @@ def test_head_of_a_file_is_proven_as_that_of_a_directory_is(
     """The trainer's .pt files hold the same probe."""
     model = flair_peft.from_pretrained(place())
     with monkeypatch.context() as patch:
-        patch.setattr(head_probe, "take", lambda live, state, take=head_probe.take: take(_rolled(live), state))
+        patch.setattr(head_probe, "take", lambda live, readings, take=head_probe.take: take(_rolled(live), readings))
         model.save(tmp_path / "edited.pt")
     with pytest.raises(StateMismatchError, match="decoder"):
         TextClassifier.load(tmp_path / "edited.pt")
@@ -183,7 +186,18 @@ def test_file_without_a_probe_of_its_head_loads_and_verify_says_so(
     assert [text for text in caplog.messages if "what its head gives" in text]
 
 
-@pytest.mark.parametrize("damage", [[], {"outputs": []}, {"outputs": {"decoder": 1}}, "x"], ids=str)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        [],
+        {"outputs": []},
+        {"outputs": {"decoder": 1}},
+        {"outputs": {}, "vectors": 3},
+        {"outputs": {}, "vectors": [3]},
+        "x",
+    ],
+    ids=str,
+)
 def test_damaged_probe_of_a_head_is_refused(damage: Any, place: Callable[..., Path]) -> None:
     """Nonsense in its place is an error of this package."""
     directory = place()
@@ -232,8 +246,8 @@ def test_labels_out_of_numpy_and_nested_sets_are_those_that_were_saved(base: Bas
         {"a": {frozenset({"x", "y"}), frozenset({"z"})}, "b": {np.str_("PER"), np.str_("LOC")}, 1: (None, 2.5)},
         {"b": {"LOC", "PER"}, 1: [None, 2.5], "a": {frozenset({"z"}), frozenset({"y", "x"})}},
     ]
-    assert head_probe._digest(found[0]) == head_probe._digest(found[1])
-    assert head_probe._digest(found[0]) != head_probe._digest({**found[1], "b": {"LOC"}})
+    assert head_probe.digest(found[0]) == head_probe.digest(found[1])
+    assert head_probe.digest(found[0]) != head_probe.digest({**found[1], "b": {"LOC"}})
 
 
 def test_embeddings_that_remember_words_are_left_alone(
@@ -243,7 +257,7 @@ def test_embeddings_that_remember_words_are_left_alone(
     model = ZOO["text-classifier"].build(*(lambda f: (f.words, f.documents))(Factories(base("bert"), LORA)))
     monkeypatch.setattr(head_probe, "PooledFlairEmbeddings", type(model.embeddings))
     seen: list[Any] = []
-    monkeypatch.setattr(head_probe, "_outputs", lambda model: seen.append(model) or {})
+    monkeypatch.setattr(head_probe, "_outputs", lambda model, _: seen.append(model) or {})
     flair_peft.save_pretrained(model, tmp_path / "model")
     assert seen == []
     assert flair_peft.from_pretrained(tmp_path / "model")
@@ -304,51 +318,102 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_load_that_proves_vectors_and_head_makes_one_forward_pass(
     place: Callable[..., Path], passes: list[int]
 ) -> None:
-    """The probe of the vectors stands beside the sentence of the head's: the weights are read once for both."""
+    """The vectors that are proven are those that the head's sentence gives: the weights are read once for both."""
     path = place()
     passes.clear()
     flair_peft.from_pretrained(path)
-    assert passes == [2]
+    assert passes == [1]
+
+
+def test_vectors_are_replayed_alone_where_the_head_reads_another_sentence_first(
+    place: Callable[..., Path],
+    passes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A sentence that is not the stored one proves nothing, and refutes nothing."""
+    path, predict = place(), TextClassifier.predict
+
+    def reading_another_first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.embeddings.embed([Sentence("Something else")])
+        return predict(self, *args, **kwargs)
+
+    monkeypatch.setattr(TextClassifier, "predict", reading_another_first)
+    passes.clear()
+    flair_peft.from_pretrained(path)
+    assert passes == [1, 1, 1]
+    assert "Not checked" not in caplog.text
+    _change_vectors(path, VECTORS)
+    with pytest.raises(StateMismatchError, match="its vectors of a probe sentence are"):
+        flair_peft.from_pretrained(path)
+
+
+def _change_vectors(directory: Path, name: str) -> None:
+    tensors = safetensors.torch.load_file(directory / HEAD)
+    safetensors.torch.save_file({**tensors, name: tensors[name] * 2}, directory / HEAD, {"format": "pt"})
+    resign(directory)
 
 
 @pytest.mark.parametrize("name", ["text-classifier", "multitask"])
-def test_probe_that_comes_out_otherwise_beside_a_sentence_is_replayed_alone(
-    name: str, place: Callable[..., Path], passes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model that minds the padding of others is proven by passes of one sentence each, and loads."""
-    run = ForwardPass.run
-
-    def minding(self: ForwardPass) -> Any:
-        found = run(self)
-        if len(self.inputs["input_ids"]) > 1:
-            found.hidden_states = tuple(state + 1 for state in found.hidden_states)
-        return found
-
+def test_vectors_that_were_changed_are_noticed(name: str, place: Callable[..., Path]) -> None:
+    """Vectors that the embeddings do not give are refused, though all that the head gives is right."""
     path = place(name)
-    passes.clear()
-    monkeypatch.setattr(ForwardPass, "run", minding)
-    flair_peft.from_pretrained(path)
-    assert passes.count(2) == 1
-    assert passes.count(1) >= 2
+    _change_vectors(path, VECTORS)
+    with pytest.raises(StateMismatchError, match="its vectors of a probe sentence are"):
+        flair_peft.from_pretrained(path)
 
 
-def test_model_that_takes_no_two_sentences_at_once_is_proven_by_one_at_a_time(
-    place: Callable[..., Path], passes: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """An error of the pass that is shared means nothing: each probe has a pass of its own then."""
-    run = ForwardPass.run
-
-    def of_one(self: ForwardPass) -> Any:
-        if len(self.inputs["input_ids"]) > 1:
-            raise RuntimeError("one sentence at a time")
-        return run(self)
-
+@pytest.mark.parametrize(
+    ("changed", "said"), [("input_ids", "its vectors of a probe sentence are"), ("text_ids", "its tokenizer gives")]
+)
+def test_other_ids_of_a_probe_are_noticed(changed: str, said: str, place: Callable[..., Path]) -> None:
+    """The sentence that was read counts, and so does what the tokenizer made of a text."""
     path = place()
+    resign(path, lambda document: document["model"][head_probe.KEY]["vectors"][0][changed].reverse())
+    with pytest.raises(StateMismatchError, match=said):
+        flair_peft.from_pretrained(path)
+
+
+@pytest.mark.parametrize("ids", [3, ["a"], [1] * 5000, [10**9]], ids=["a number", "words", "many", "unknown"])
+def test_damaged_ids_beside_a_head_are_refused(ids: Any, place: Callable[..., Path]) -> None:
+    """Nonsense in the place of the sentence is an error of this package."""
+    path = place()
+    resign(path, lambda document: document["model"][head_probe.KEY]["vectors"][0].update(input_ids=ids))
+    with pytest.raises(ModelFileError):
+        flair_peft.from_pretrained(path)
+
+
+def test_probe_of_earlier_versions_is_replayed_alone(
+    base: Base, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They read a text of their own for the vectors, which stand among the parameters of the embeddings."""
+    factories = Factories(base("bert"), LORA)
+    with monkeypatch.context() as patch:
+        patch.setattr(vector_probe.Reading, "going_on", lambda _: contextlib.nullcontext())
+        model = ZOO["text-classifier"].build(factories.words, factories.documents)
+        flair_peft.save_pretrained(model, tmp_path / "model")
+    state = json.loads((tmp_path / "model" / DOCUMENT).read_text())["model"]
+    assert "vectors" not in state[head_probe.KEY]
+    assert state["document_embeddings"]["probe"]["input_ids"] == vector_probe.probe_ids(factories.made[0])
     passes.clear()
-    monkeypatch.setattr(ForwardPass, "run", of_one)
-    flair_peft.from_pretrained(path)
+    flair_peft.from_pretrained(tmp_path / "model")
     assert passes == [1, 1]
-    assert "Not checked" not in caplog.text
+    _change_vectors(tmp_path / "model", "document_embeddings/probe/vectors")
+    with pytest.raises(StateMismatchError, match="its vectors of a probe sentence are"):
+        flair_peft.from_pretrained(tmp_path / "model")
+
+
+def test_embeddings_that_pad_have_a_probe_of_their_own(base: Base, tmp_path: Path) -> None:
+    """What the head has them read is more than the tokens of a sentence: vectors are taken apart, and proven."""
+    factories = Factories(base("bert"), LORA, force_max_length=True)
+    flair_peft.save_pretrained(ZOO["text-classifier"].build(factories.words, factories.documents), tmp_path / "model")
+    state = json.loads((tmp_path / "model" / DOCUMENT).read_text())["model"]
+    assert "vectors" not in state[head_probe.KEY]
+    assert state[head_probe.KEY]["outputs"]
+    assert flair_peft.from_pretrained(tmp_path / "model")
+    _change_vectors(tmp_path / "model", "document_embeddings/probe/vectors")
+    with pytest.raises(StateMismatchError, match="its vectors of a probe sentence are"):
+        flair_peft.from_pretrained(tmp_path / "model")
 
 
 def test_load_without_verification_makes_no_forward_pass(place: Callable[..., Path], passes: list[int]) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from flair_peft.base import added_rows
 from flair_peft.primitives import fingerprint, mapped_memory
 from flair_peft.primitives.load_context import LoadOptions, within_load
+from flair_peft.primitives.mapped_memory import FilePages
 
 
 def resident() -> int:
@@ -82,14 +83,14 @@ def test_tensors_are_as_in_files_until_one_is_written_to_or_its_file_goes(tmp_pa
     save_file({"x": torch.arange(100_000.0), "y": torch.ones(3, 5)}, file)
     first, second = (list(load_file(file).values()) for _ in range(2))
     float(first[0].sum())
-    assert mapped_memory.are_as_in_files(first, [file])
-    assert not mapped_memory.are_as_in_files([*first, torch.ones(3)], [file])
-    assert not mapped_memory.are_as_in_files(first, [tmp_path / "another.safetensors"])
+    assert FilePages().show(first, [file])
+    assert not FilePages().show([*first, torch.ones(3)], [file])
+    assert not FilePages().show(first, [tmp_path / "another.safetensors"])
     ctypes.memset(mapped_memory.address(first[0]) + 200_000, 7, 1)
-    assert not mapped_memory.are_as_in_files(first, [file])
-    assert mapped_memory.are_as_in_files(second, [file])
+    assert not FilePages().show(first, [file])
+    assert FilePages().show(second, [file])
     file.unlink()
-    assert not mapped_memory.are_as_in_files(second, [file])
+    assert not FilePages().show(second, [file])
 
 
 def test_freed_memory_is_given_back() -> None:
@@ -139,7 +140,10 @@ def test_comparer_tells_one_number_that_was_written_to_one_of_two_mappings(tmp_p
     save_file({"x": torch.arange(100_000.0), "y": torch.zeros(3, 5)}, tmp_path / "two")
     (first, second), other = (load_file(tmp_path / "one") for _ in "ab"), load_file(tmp_path / "two")
     first["x"][7] = 7.0  # as it was
-    are_same = fingerprint.comparer()
+
+    def are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+        return fingerprint.comparer(FilePages())(one, other)
+
     assert are_same(first["x"], second["x"])
     assert are_same(first["x"], other["x"])
     assert not are_same(first["y"], other["y"])
@@ -160,8 +164,21 @@ def test_comparer_reads_nothing_of_what_two_mappings_show_of_a_file(tmp_path: Pa
     save_file({"x": torch.zeros(8_000_000)}, tmp_path / "large")
     first, second = (load_file(tmp_path / "large")["x"] for _ in "ab")
     before = resident()
-    assert fingerprint.comparer()(first, second)
+    assert fingerprint.comparer(FilePages())(first, second)
     assert resident() < before + first.nbytes / 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_file_pages_say_nothing_of_what_is_mapped_afterwards(tmp_path: Path) -> None:
+    """Tensors that were not there yet are read to be compared, and prove nothing of their file."""
+    save_file({"x": torch.arange(100_000.0)}, tmp_path / "model")
+    pages = FilePages()
+    first, second = (load_file(tmp_path / "model")["x"] for _ in "ab")
+    assert pages.is_same_part(first, second) is None
+    assert fingerprint.comparer(pages)(first, second)
+    assert not pages.show([first], [tmp_path / "model"])
+    second[7] = 0.0
+    assert not fingerprint.comparer(pages)(first, second)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
