@@ -72,9 +72,13 @@ function placed(text, spans) {
 function openMark({ span }, isContinued) {
   const cut = isContinued ? " cut-start" : "";
   const node = element("mark", { classes: `span ${hue(span.entity_group)}${cut}` });
-  node.dataset.start = span.start;
-  node.dataset.end = span.end;
+  note(node, span);
   return node;
+}
+
+/** Note on an element which span it is, as the server counts. */
+function note(node, { start, end, entity_group }) {
+  Object.assign(node.dataset, { start, end, label: entity_group });
 }
 
 function chip(span) {
@@ -202,8 +206,7 @@ function appendInOrder(block, parts) {
 
 function tokenNode({ span }, word) {
   const node = element("span", { classes: "token" }, element("span", { classes: "word" }, word));
-  node.dataset.start = span.start;
-  node.dataset.end = span.end;
+  note(node, span);
   return node;
 }
 

@@ -7,10 +7,10 @@ const byId = (id) => document.getElementById(id);
 
 const TEXTS = { text: ["text"], pair: ["text", "second"], triple: ["text", "second", "third"] };
 const EXAMPLE = {
-  text: "Clara Houston and Professor Whitfield moved from Finland to Melbourne in May. We loved the hotel there, but the breakfast was awful.",
-  second: "Somebody moved to Australia.",
-  third: "Did anybody move?",
-  entities: "Clara Houston = PER\nFinland = LOC\nMelbourne = LOC",
+  text: "Clara Houston of Wellington Museum met Ada Lovelace in London. The guided tour was superb.",
+  second: "Two people met.",
+  third: "Where did they meet?",
+  entities: "Clara Houston = PER\nWellington Museum = ORG\nAda Lovelace = PER\nLondon = LOC",
 };
 
 let models = [];
@@ -23,7 +23,8 @@ let underWay = null;
 async function ask(path, { body, signal } = {}) {
   const headers = {};
   if (body) headers["Content-Type"] = "application/json";
-  if (token) headers.Authorization = `Bearer ${token}`;
+  // Headers hold bytes: those of the token in UTF-8.
+  if (token) headers.Authorization = `Bearer ${String.fromCharCode(...new TextEncoder().encode(token))}`;
   let response;
   try {
     response = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });
@@ -52,6 +53,7 @@ function refusal(response, answer) {
 }
 
 const ticked = () => models.filter((_, index) => byId(`model-${index}`)?.checked);
+const canDoWithout = (model) => Boolean(model.adapter) && !model.adapter.merged;
 const takes = (model) => (model.takes in TEXTS ? model.takes : "text");
 
 /** Return where each line of the form "Angela Merkel = PER" stands in the text, in code points. */
@@ -82,7 +84,7 @@ function requests(chosen) {
   return kinds.flatMap((kind) => {
     const group = chosen.filter((model) => model.takes === kind);
     const asked = [request(kind, group, {})];
-    const adapted = group.filter((model) => model.adapter);
+    const adapted = group.filter(canDoWithout);
     if (byId("compare").checked && adapted.length) asked.push(request(kind, adapted, { adapter: false }));
     return asked;
   });
@@ -90,7 +92,7 @@ function requests(chosen) {
 
 function request(kind, group, parameters) {
   const names = group.map(({ name }) => name);
-  const wantsAll = byId("all-labels").checked && group.some((model) => model.kind === "labels");
+  const wantsAll = byId("all-labels").checked && group.some((model) => model.has_all_scores);
   const settings = wantsAll ? { top_k: "all", ...parameters } : parameters;
   const body = { inputs: inputsFor(kind), model: names.length === 1 ? names[0] : names };
   if (Object.keys(settings).length) body.parameters = settings;
@@ -197,7 +199,9 @@ function render(answers, asked) {
   byId("answers").classList.toggle("compared", asked.some(({ isOff }) => isOff));
   byId("answers").replaceChildren(...[...groups.values()].map(group));
   byId("command").hidden = false;
-  byId("curl").textContent = asked.map(curl).join("\n\n");
+  command = asked.map(curl).join("\n\n");
+  const isLong = command.length > MOST_SHOWN;
+  byId("curl").textContent = isLong ? `${command.slice(0, MOST_SHOWN).toWellFormed()} … Copy copies all of it.` : command;
 }
 
 function problem(message, names) {
@@ -224,8 +228,8 @@ function group(items) {
   const heading = element("h2", { classes: "group-name" }, element("bdi", {}, model.name));
   const panels = element("div", { classes: "panels" }, ...items.map(panel));
   const isCompared = byId("answers").classList.contains("compared");
-  if (isCompared && items.length === 1 && !model.adapter) {
-    panels.append(element("p", { classes: "quiet panel" }, "This model has no adapter that could be off."));
+  if (isCompared && items.length === 1 && !canDoWithout(model)) {
+    panels.append(element("p", { classes: "quiet panel" }, "This model has no adapter that could be left out."));
   }
   return element("section", { classes: "group" }, heading, panels);
 }
@@ -262,27 +266,35 @@ function proof(item) {
 
 /** Return the answer as it came, which is written out only when somebody opens it. */
 function json({ answer }) {
-  const text = element("pre", { tabindex: "0", dir: "ltr", translate: "no" });
+  const text = element("pre", { tabindex: "0", role: "region", "aria-label": "JSON", dir: "ltr", translate: "no" });
   const details = element("details", { classes: "json" }, element("summary", {}, "Answer as JSON"), text);
   details.addEventListener("toggle", () => (text.textContent = details.open ? show.visibleJson(answer, 2) : ""));
   return details;
 }
+
+let command = "";
+const MOST_SHOWN = 5000; // of a command: a browser takes seconds to lay out one of 100,000 characters
+const LONGEST_ARGUMENT = 100_000; // bytes; Linux has no room for more than 131,071
 
 /** Return the request as a command for a POSIX shell. The token is left to a variable: commands end up in histories. */
 function curl({ body }) {
   const quoted = (words) => `'${words.replaceAll("'", "'\\''")}'`;
   const lines = [`curl ${quoted(new URL("predict", location.href).href)}`, `-H 'Content-Type: application/json'`];
   if (token) lines.push(`-H "Authorization: Bearer $TOKEN"`);
-  return [...lines, `--data-raw ${quoted(show.visibleJson(body))}`].join(" \\\n  ");
+  const json = show.visibleJson(body);
+  // A line of JSON begins with a brace: none of it ends the document.
+  const isShort = new TextEncoder().encode(json).length < LONGEST_ARGUMENT;
+  lines.push(isShort ? `--data-raw ${quoted(json)}` : `--data-binary @- <<'END'\n${json}\nEND`);
+  return lines.join(" \\\n  ");
 }
 
 async function copy() {
-  const text = byId("curl").textContent;
   try {
-    await navigator.clipboard.writeText(text);
+    await navigator.clipboard.writeText(command);
     byId("copy").textContent = "Copied";
   } catch {
     // Without https, and away from this machine, browsers keep the clipboard to themselves: mark it instead.
+    byId("curl").textContent = command;
     getSelection().selectAllChildren(byId("curl"));
     byId("copy").textContent = "Marked: copy it with the keyboard";
   }
