@@ -1,17 +1,14 @@
-"""A headless Chromium on the page that a server of models has, and the server."""
+"""A headless Chromium on the page that a server of models has."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-import uvicorn
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -36,23 +33,6 @@ const copy = arguments[0].cloneNode(true);
 copy.querySelectorAll('.chip').forEach((chip) => chip.remove());
 return copy.textContent;
 """
-
-
-@contextlib.contextmanager
-def served(app: Any) -> Iterator[str]:
-    """Serve an app on a free port of this machine; yields its address."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, name="server of a test")
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def needed(program: str) -> str:

@@ -16,7 +16,8 @@ from pathlib import Path
 from PIL import Image
 
 from flair_peft.serving import create_app
-from tests.support.browser import Page, chromium, served
+from tests.support.browser import Page, chromium
+from tests.support.http_server import address_of
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "static" / "serving.png"
 WIDTH, SCALE, COLOURS = 1080, 1.5, 64
@@ -25,8 +26,8 @@ WIDTH, SCALE, COLOURS = 1080, 1.5, 64
 def draw(folder: Path) -> bytes:
     """Return the picture, after the example has run with and without the adapters."""
     app = create_app({name: folder / f"{name}.pt" for name in ("ner", "sentiment")})
-    with served(app) as address, chromium() as driver:
-        page = Page(driver, address)
+    with address_of(app) as address, chromium() as driver:
+        page = Page(driver, f"{address}/")
         page.resize(WIDTH, 900)
         page.one("#compare").click()
         page.one("#example").click()

@@ -19,10 +19,10 @@ from selenium.webdriver import ActionChains, Chrome, Keys
 
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, save_pretrained
 from flair_peft.serving import create_app
-from tests.support.browser import Page, chromium, needed, served
+from tests.support.browser import Page, chromium, needed
 from tests.support.configs import lora
+from tests.support.http_server import address_of
 from tests.support.methods import perturb_
-from tests.support.models import save_random
 from tests.support.stand_in_answers import StandIn, StandInAnswers
 
 HOSTILE = "<img src=x onerror=document.title='hacked'>"
@@ -74,10 +74,12 @@ def _hostile(base: str) -> tuple[TextClassifier, SequenceTagger]:
 
 
 @pytest.fixture(scope="module")
-def paths(base: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def paths(
+    base: Callable[[str], str], directories: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """Return where a checkpoint of each kind of model lies."""
-    folder = tmp_path_factory.mktemp("served")
-    found = {name: save_random(kind, base("bert"), folder / name)[0] for name, kind in ZOO_MODELS.items()}
+    folder = tmp_path_factory.mktemp("odd")
+    found = {name: directories[kind] for name, kind in ZOO_MODELS.items()}
     for name, model in zip(("odd", "odd-tags"), _hostile(base("bert")), strict=True):
         save_pretrained(model, folder / name)
         found[name] = str(folder / name)
@@ -91,8 +93,8 @@ def server(paths: dict[str, str]) -> Iterator[Served]:
     outer = FastAPI()
     outer.mount("/nlp", app)
     between = StandInAnswers(outer)
-    with served(between) as address:
-        yield Served(f"{address}nlp/", app, between)
+    with address_of(between) as address:
+        yield Served(f"{address}/nlp/", app, between)
     app.state.service.close()
 
 
@@ -452,8 +454,8 @@ def test_page_model_that_was_unloaded_is_said_to_be_gone(page: Page, server: Ser
 def test_page_asks_for_the_token_and_keeps_it_to_itself(driver: Chrome, paths: dict[str, str]) -> None:
     """Without it the server's sentences are shown; it goes into no storage, no command and no address."""
     app = create_app({"ner": paths["ner"]}, token="sécret ☃")
-    with served(app) as address:
-        page = Page(driver, address)
+    with address_of(app) as address:
+        page = Page(driver, f"{address}/")
         assert "Cannot answer without a token" in page.one(".problem").text
         field = page.one("#token")
         assert field.is_displayed()
