@@ -56,6 +56,7 @@ def chromium(*, width: int = 1280, height: int = 900) -> Iterator[Chrome]:
         "--disable-dev-shm-usage",
         "--hide-scrollbars",
         "--disable-background-networking",
+        "--disable-component-update",
         f"--window-size={width},{height}",
     ):
         options.add_argument(argument)

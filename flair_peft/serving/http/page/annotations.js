@@ -142,14 +142,18 @@ function* writeMarked(target, text, spans) {
     while (open.some(isLeft)) closed.push(close());
     return closed.reverse().filter(({ to }) => to > position);
   };
+  function* nextBlock() {
+    ends.shift();
+    const cut = closeWhile(() => true);
+    yield;
+    block = newBlock(target, ends[0] - position);
+    for (const place of cut) push(place, true);
+  }
   function* write(until) {
-    while (ends.length && ends[0] < until) {
+    while (ends[0] < until) {
       inner().append(text.slice(position, ends[0]));
-      position = ends.shift();
-      const cut = closeWhile(() => true);
-      yield;
-      block = newBlock(target, ends[0] - position);
-      for (const place of cut) push(place, true);
+      position = ends[0];
+      yield* nextBlock();
     }
     inner().append(text.slice(position, until));
     position = until;
@@ -165,6 +169,7 @@ function* writeMarked(target, text, spans) {
   for (const place of placed(text, spans)) {
     yield* closeUntil(place.from);
     yield* write(place.from);
+    if (ends[0] === position) yield* nextBlock();
     push(place, false);
   }
   yield* closeUntil(text.length);
@@ -245,7 +250,7 @@ const SLICE = 12; // milliseconds, a frame has 16
 
 /** Return the text as `write` writes it: its beginning at once, the rest bit by bit while the page can be used. */
 function read(text, write, annotations) {
-  const node = element("div", { classes: `text read${text.length > LONG_TEXT ? " long" : ""}` });
+  const node = element("div", { classes: `text read${text.length > LONG_TEXT ? " long" : ""}`, lang: "" });
   const steps = write(node, text, annotations);
   const go = () => {
     const end = performance.now() + SLICE;
