@@ -206,6 +206,9 @@ def test_page_all_spans_in_one_text_say_by_which_model(page: Page, server: Serve
     assert len(page.spans(panel)) == len(
         {(s["start"], s["end"], s["entity_group"]) for a in answers.values() for s in a}
     )
+    summary = panel.find_element("css selector", ".proof summary").text
+    for model in httpx.get(f"{server.address}info").json()["models"]:
+        assert (model["adapter_digest"][:10] in summary) is (model["name"] in answers)
     assert {by.text for by in page.all(".by")} == {name for name, answer in answers.items() if answer}
     assert page.text(panel) == TEXTS["ascii"]
     assert len(page.panels("sentiment")) == 1
@@ -494,9 +497,13 @@ def test_page_server_that_is_gone_and_answers_that_are_none_are_said(page: Page,
         assert "could not reach its server" in page.one("[role=alert] .problem").text
     finally:
         page.driver.delete_network_conditions()
+    server.between.answers["other"] = StandIn(content={"ner": 1})
+    page.run("other", ["ner"])
+    assert page.status.startswith("The answer cannot be shown")
     page.run("George", ["ner"])
     assert not page.all(".problem")
-    assert all("ERR_INTERNET_DISCONNECTED" in message for message in page.complaints())
+    expected = ("ERR_INTERNET_DISCONNECTED", "TypeError")
+    assert all(any(each in message for each in expected) for message in page.complaints())
 
 
 def test_page_answer_that_comes_late_is_not_shown(page: Page, server: Served) -> None:

@@ -24,7 +24,7 @@ function hue(label) {
 }
 
 /** Return a score in two digits that never claims a certainty which is not there. */
-export function scoreText(score) {
+function scoreText(score) {
   if (typeof score !== "number" || !Number.isFinite(score)) return "–";
   if (score < 1 && score >= 0.995) return "> 0.99";
   if (score > 0 && score < 0.005) return "< 0.01";
@@ -37,7 +37,7 @@ function scored(label, score) {
 }
 
 /** Return the function from an offset in code points, as Python counts, to one in units of UTF-16. */
-export function unitsOf(text) {
+function unitsOf(text) {
   if (!/[\ud800-\udbff][\udc00-\udfff]/.test(text)) return (offset) => Math.min(offset, text.length);
   const starts = new Uint32Array(text.length + 1);
   let count = 0;
@@ -46,7 +46,7 @@ export function unitsOf(text) {
   return (offset) => starts[Math.min(offset, count)];
 }
 
-/** Return the functions that move the start and the end of a span out of the middle of what is seen as one character. */
+/** Return the functions that move start and end of a span out of what is seen as one character. */
 function wholeCharacters(text) {
   const clusters = new Intl.Segmenter(undefined, { granularity: "grapheme" }).segment(text);
   const isPlain = (unit) => unit > 0x1f && unit < 0x300;
@@ -209,7 +209,7 @@ function appendInOrder(block, parts) {
   block.append(...undecided);
 }
 
-function tokenNode({ span }, word) {
+function tokenNode(span, word) {
   const node = element("span", { classes: "token" }, element("span", { classes: "word" }, word));
   note(node, span);
   return node;
@@ -225,14 +225,16 @@ function* writeTokens(target, text, tokens) {
     const block = newBlock(target, end - position);
     const parts = [];
     const write = (until) => {
-      if (until > position) parts.push({ node: text.slice(position, until), dir: direction(text.slice(position, until)) });
+      const between = text.slice(position, until);
+      if (between) parts.push({ node: between, dir: direction(between) });
       position = Math.max(position, until);
     };
     for (; index < places.length && places[index].from < end; index++) {
       const { span, from, to } = places[index];
       if (from >= position) {
         write(from);
-        parts.push({ node: tokenNode(places[index], text.slice(from, to)), dir: direction(text.slice(from, to)) });
+        const word = text.slice(from, to);
+        parts.push({ node: tokenNode(span, word), dir: direction(word) });
         position = to;
       }
       // Several tokens of one visible character stand under it together.
@@ -335,7 +337,8 @@ function relation({ label, score, head, tail }, text) {
 /** Return the text with all ends of relations marked, and the relations as a list that shows its ends in the text. */
 function relations(text, answer) {
   if (!answer.length) return spans(text, []);
-  const ends = new Map(answer.flatMap(({ head, tail }) => [head, tail]).map((end) => [`${end.start} ${end.end} ${end.entity_group}`, end]));
+  const key = ({ start, end, entity_group }) => `${start} ${end} ${entity_group}`;
+  const ends = new Map(answer.flatMap(({ head, tail }) => [head, tail]).map((end) => [key(end), end]));
   const node = read(text, writeMarked, [...ends.values()]);
   return [node, element("ul", { classes: "relations" }, ...answer.map((item) => relation(item, node)))];
 }

@@ -27,7 +27,8 @@ async function ask(path, { body, signal } = {}) {
   if (token) headers.Authorization = `Bearer ${String.fromCharCode(...new TextEncoder().encode(token))}`;
   let response;
   try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });
+    const method = body ? "POST" : "GET";
+    response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new Error(
@@ -62,9 +63,12 @@ function entitiesIn(text) {
   for (const line of byId("entities").value.split("\n")) {
     const [, word, type] = /^(.*\S)\s*=\s*(\S+)\s*$/.exec(line) ?? [];
     if (!word) continue;
+    const length = [...word].length;
+    let [unit, start] = [0, 0];
     for (let at = text.indexOf(word); at >= 0; at = text.indexOf(word, at + word.length)) {
-      const start = [...text.slice(0, at)].length;
-      found.push({ start, end: start + [...word].length, entity_group: type });
+      start += [...text.slice(unit, at)].length;
+      unit = at;
+      found.push({ start, end: start + length, entity_group: type });
     }
   }
   return found.sort((a, b) => a.start - b.start);
@@ -107,7 +111,7 @@ async function send(asked, signal) {
     return asked.group.map((model, index) => ({
       model,
       isOff: asked.isOff,
-      text: byIdText(asked.body.inputs),
+      text: textOf(asked.body.inputs),
       answer: asked.names.length === 1 ? answer : answer[model.name],
       digest: digests[index],
       base: bases.length > 1 ? bases[index] : bases[0],
@@ -118,31 +122,32 @@ async function send(asked, signal) {
   }
 }
 
-const byIdText = (inputs) => (typeof inputs === "string" ? inputs : (inputs.text ?? inputs.texts[0]));
+const textOf = (inputs) => (typeof inputs === "string" ? inputs : (inputs.text ?? inputs.texts[0]));
 
 /** Run what the form says. Whatever is still under way is given up, and its answer is shown nowhere. */
 async function run() {
   stop();
   const chosen = ticked();
-  if (!chosen.length) return say("Tick a model first.");
-  if (!byId("text").value) return say("Write a text first.");
+  if (!chosen.length) return void say("Tick a model first.");
+  if (!byId("text").value) return void say("Write a text first.");
   const mine = new AbortController();
   underWay = mine;
   const asked = requests(chosen);
   const waited = wait();
   try {
     const answers = (await Promise.all(asked.map((item) => send(item, mine.signal)))).flat();
-    if (underWay !== mine) return undefined;
+    if (underWay !== mine) return;
     render(answers, asked);
     say(summary(answers, waited()));
     if (answers.some(({ error }) => error?.status === 404)) await loadModels();
     if (answers.some(({ error }) => error?.status === 401)) openAccess();
   } catch (error) {
-    if (!mine.signal.aborted) throw error;
+    if (mine.signal.aborted) return;
+    say("The answer cannot be shown: it has a form that this page does not know.");
+    throw error;
   } finally {
     if (underWay === mine) stop();
   }
-  return undefined;
 }
 
 // What goes on
@@ -201,7 +206,8 @@ function render(answers, asked) {
   byId("command").hidden = false;
   command = asked.map(curl).join("\n\n");
   const isLong = command.length > MOST_SHOWN;
-  byId("curl").textContent = isLong ? `${command.slice(0, MOST_SHOWN).toWellFormed()} … Copy copies all of it.` : command;
+  const beginning = command.slice(0, MOST_SHOWN).toWellFormed();
+  byId("curl").textContent = isLong ? `${beginning} … Copy copies all of it.` : command;
 }
 
 function problem(message, names) {
@@ -243,25 +249,22 @@ function panel(item) {
 
 /** Return what the headers of the answer say of who gave it. */
 function proof(item) {
-  const rows = (item.parts ?? [item]).flatMap(({ model, digest, base, isOff }) => [
-    [`Adapter of ${model.name}`, isOff ? "off" : digest === "none" ? "none: a plain model" : digest],
-    ["Base", base],
+  const parts = (item.parts ?? [item]).map(({ model, digest, base, isOff }) => ({
+    name: model.name,
+    adapter: (isOff ? "off" : digest) || "not said",
+    base: base || "not said",
+  }));
+  const code = (words) => element("code", {}, words);
+  const short = (value) => (/^[0-9a-f]{16,}$/.test(value) ? value.slice(0, 10) : value);
+  const all = (key) => code([...new Set(parts.map((part) => short(part[key])))].join(", "));
+  const rows = parts.flatMap(({ name, adapter, base }) => [
+    element("dt", {}, "Adapter of ", element("bdi", {}, name)),
+    element("dd", {}, code(adapter)),
+    element("dt", {}, "Its base"),
+    element("dd", {}, code(base)),
   ]);
-  const short = ([, value]) => (/^[0-9a-f]{16,}$/.test(value ?? "") ? value.slice(0, 10) : (value || "not said"));
-  const [adapter, base] = rows;
-  return element(
-    "details",
-    { classes: "proof" },
-    element("summary", {}, "Adapter ", element("code", {}, short(adapter)), " · base ", element("code", {}, short(base))),
-    element(
-      "dl",
-      {},
-      ...rows.flatMap(([name, value]) => [
-        element("dt", {}, element("bdi", {}, name)),
-        element("dd", {}, element("code", {}, value || "The answer does not say.")),
-      ]),
-    ),
-  );
+  const summary = element("summary", {}, "Adapter ", all("adapter"), " · base ", all("base"));
+  return element("details", { classes: "proof" }, summary, element("dl", {}, ...rows));
 }
 
 /** Return the answer as it came, which is written out only when somebody opens it. */
@@ -319,7 +322,8 @@ async function loadModels() {
   const first = models.filter((model) => model.takes === models[0].takes).slice(0, 2);
   const isTicked = (model) => (before.size ? before.has(model.name) : first.includes(model));
   const choices = models.map((model, index) => choice(model, index, isTicked(model)));
-  byId("models").replaceChildren(...(choices.length ? choices : [element("p", { classes: "quiet" }, "None is loaded.")]));
+  const none = element("p", { classes: "quiet" }, "None is loaded.");
+  byId("models").replaceChildren(...(choices.length ? choices : [none]));
   showFields();
 }
 
@@ -328,10 +332,10 @@ function choice(model, index, isTicked) {
   input.checked = isTicked;
   input.addEventListener("change", showFields);
   const base = String(model.base ?? "").split(/[\\/]/).pop();
-  const method = model.adapter ? `${model.adapter.method ?? "adapter"}${model.adapter.r ? ` r=${model.adapter.r}` : ""}` : "no adapter";
+  const { method = "adapter", r } = model.adapter ?? { method: "no adapter" };
   const names = model.labels ?? [];
   const more = names.length > 6 ? ` and ${names.length - 6} more` : "";
-  const about = [model.class, method, base && `on ${base}`].filter(Boolean).join(" · ");
+  const about = [model.class, r ? `${method} r=${r}` : method, base && `on ${base}`].filter(Boolean).join(" · ");
   return element(
     "div",
     { classes: "model" },
