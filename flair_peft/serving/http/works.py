@@ -102,7 +102,7 @@ def predict_together(parts: Sequence[Part], batch: int) -> None:
     first = parts[0].work
     options = {"mini_batch_size": batch, **first.options}
     shared = first.models[0].shared
-    if shared is not None and first.has_adapter:
+    if shared is not None and first.has_adapter and len(points) > 1:
         shared.predict({model.model: its_points for model, its_points in points.items()}, **options)
         return
     for model, its_points in points.items():
