@@ -45,6 +45,7 @@ def create_app(
     batch_tokens: int | None = None,
     queue: int = 1024,
     max_texts: int = 256,
+    max_length: int = 20_000,
     max_body: int = 1 << 20,
     token: str | None = None,
     admin_token: str | None = None,
@@ -66,6 +67,7 @@ def create_app(
         batch_tokens: words in one forward pass; None means no limit.
         queue: sentences that may wait; beyond that requests are refused.
         max_texts: in one request.
+        max_length: characters of a text: some models read it as a whole, whatever memory that takes.
         max_body: bytes of a body.
         token: that whoever asks has to send; None lets everyone ask.
         admin_token: of those who may load and unload models; None lets nobody.
@@ -76,7 +78,7 @@ def create_app(
         AdapterConfigError: a model cannot be served, or a number makes no sense.
         FlairPeftError: a model cannot be loaded.
     """
-    sizes = {"queue": queue, "max_texts": max_texts, "max_body": max_body}
+    sizes = {"queue": queue, "max_texts": max_texts, "max_length": max_length, "max_body": max_body}
     limits = Limits(max_wait=max_wait, batch=batch, batch_tokens=batch_tokens, **sizes)
     served = ServedModels(options=options, dtype=dtype, adapter_memory=adapter_memory, is_merged=merge)
     for name, source in models.items():

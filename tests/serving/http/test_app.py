@@ -168,6 +168,9 @@ def test_models_that_cannot_be_served_are_refused_with_the_reason(live: Model, t
         create_app({"m": live})
     with pytest.raises(FlairPeftError):
         create_app({"m": tmp_path / "nothing"})
+    for name in ("", "a b", "a,b", "a\nb", "../a"):
+        with pytest.raises(AdapterConfigError, match="names stand in headers"):
+            create_app({name: live})
 
 
 def flair_dictionary() -> Any:
