@@ -1,0 +1,83 @@
+"""PEFT's files of an adapter in the names of a class around its transformer, whose head is saved with it in full."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from flair.nn import Model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from flair_peft.adapter import keys
+from flair_peft.errors import AdapterConfigError, name_some
+from flair_peft.export import headed_class
+from flair_peft.export.headed_class import HeadedModel
+from flair_peft.export.linear_head import LinearHead
+from flair_peft.models import directory_layout, save_plan
+from flair_peft.storage import file_names
+
+_IN_PEFT = "base_model.model."
+
+
+def write(folder: Path, model: Model, head: LinearHead, headed: HeadedModel) -> None:
+    """Write the files of the adapter of a model.
+
+    Args:
+        folder: where they go.
+        model: of Flair, with an adapter.
+        head: of that.
+        headed: the class around the transformer with the adapter in it.
+
+    Raises:
+        AdapterConfigError: more than the adapter was changed in the transformer.
+    """
+    plan = save_plan.plan_save(model)
+    document: Any
+    files: Any
+    document, files = directory_layout.to_files(save_plan.encode(plan), plan)
+    (part,) = document["parts"]
+    beside = [name for name in files[file_names.HEAD] if name.startswith(tuple(part["prefixes"]))]
+    added = plan.parts[0].stored.added_rows
+    if added is not None and len(added) > int(head.embeddings.use_context_separator):
+        beside.append("rows of new tokens")
+    if beside:
+        raise AdapterConfigError(
+            f"Cannot write the adapter of '{head.embeddings.name}' for PEFT: {name_some(beside)} were changed beside "
+            "it. Its files hold the adapter alone. Leave merged at True."
+        )
+    inside = f"{headed.base_name}."
+    tensors = dict[str, torch.Tensor]()
+    for name in headed.saved:
+        state = headed.model.get_submodule(name).state_dict()
+        tensors.update({f"{_IN_PEFT}{name}.{key}": tensor.float().cpu().clone() for key, tensor in state.items()})
+    for key, tensor in files[file_names.ADAPTER_WEIGHTS].items():
+        own = key.removeprefix(_IN_PEFT)
+        if own == key or inside + keys.carrier(own) in headed.modules:
+            tensors[key if own == key else _IN_PEFT + inside + own] = tensor
+    settings = _settings(json.loads(files[file_names.ADAPTER_CONFIG]), head, headed)
+    (folder / file_names.ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    safetensors.torch.save_file(
+        {n: t.contiguous().cpu() for n, t in tensors.items()}, folder / file_names.ADAPTER_WEIGHTS, {"format": "pt"}
+    )
+
+
+def _settings(settings: dict[str, Any], head: LinearHead, headed: HeadedModel) -> dict[str, Any]:
+    """Return ``adapter_config.json`` for the class: it names each module, whatever else the class has."""
+    base = headed.model.get_submodule(headed.base_name)
+    adapted = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    own = {name: f"{headed.base_name}.{name}" for name in adapted if f"{headed.base_name}.{name}" in headed.modules}
+    settings["task_type"] = headed_class.task_of(head)
+    settings["revision"] = head.embeddings.base_revision
+    settings["modules_to_save"] = [*(settings.get("modules_to_save") or []), *headed.saved]
+    if settings.get("target_modules") is not None:
+        settings["target_modules"] = sorted(own.values())
+        settings.update(
+            {name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in settings}
+        )
+    if isinstance(settings.get("feedforward_modules"), list):
+        wanted = tuple(f".{name}" for name in settings["feedforward_modules"])
+        settings["feedforward_modules"] = sorted(name for name in own.values() if f".{name}".endswith(wanted))
+    return settings
