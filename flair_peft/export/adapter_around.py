@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +40,42 @@ def write(folder: Path, model: Model, head: LinearHead, headed: HeadedModel) -> 
     files: Any
     document, files = directory_layout.to_files(save_plan.encode(plan), plan)
     (part,) = document["parts"]
-    beside = [name for name in files[file_names.HEAD] if name.startswith(tuple(part["prefixes"]))]
+    prefixes = tuple(part["prefixes"])
+    own = [name for name in files[file_names.HEAD] if name.startswith(prefixes)]
+    beside = [name for name in own if keys.base_key(name.removeprefix(prefixes[0])) is not None]
     added = plan.parts[0].stored.added_rows
     if added is not None and len(added) > int(head.embeddings.use_context_separator):
         beside.append("rows of new tokens")
-    if beside:
+    settings = json.loads(files[file_names.ADAPTER_CONFIG])
+    if beside or "modules_to_save" not in settings:
+        reason = f"{name_some(beside)} were changed beside it" if beside else "its config has no modules_to_save"
         raise AdapterConfigError(
-            f"Cannot write the adapter of '{head.embeddings.name}' for PEFT: {name_some(beside)} were changed beside "
-            "it. Its files hold the adapter alone. Leave merged at True."
+            f"Cannot write the adapter of '{head.embeddings.name}' for PEFT: {reason}. Its files have room for the "
+            "adapter and the head, and for nothing else. Leave merged at True."
         )
-    inside = f"{headed.base_name}."
-    tensors = dict[str, torch.Tensor]()
+    tensors = dict([*_of_head(headed), *_of_adapter(files[file_names.ADAPTER_WEIGHTS], headed)])
+    # One storage under several names is not stored: some methods have such.
+    alone = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    safetensors.torch.save_file(alone, folder / file_names.ADAPTER_WEIGHTS, {"format": "pt"})
+    text = json.dumps(_settings(settings, head, headed), indent=2)
+    (folder / file_names.ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _of_head(headed: HeadedModel) -> Iterator[tuple[str, torch.Tensor]]:
     for name in headed.saved:
         state = headed.model.get_submodule(name).state_dict()
-        tensors.update({f"{_IN_PEFT}{name}.{key}": tensor.float().cpu().clone() for key, tensor in state.items()})
-    for key, tensor in files[file_names.ADAPTER_WEIGHTS].items():
+        yield from ((f"{_IN_PEFT}{name}.{key}", tensor.float()) for key, tensor in state.items())
+
+
+def _of_adapter(tensors: Mapping[str, torch.Tensor], headed: HeadedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors under their names in the class, without those of modules that it lacks, such as a pooler."""
+    inside = f"{headed.base_name}."
+    for key, tensor in tensors.items():
         own = key.removeprefix(_IN_PEFT)
-        if own == key or inside + keys.carrier(own) in headed.modules:
-            tensors[key if own == key else _IN_PEFT + inside + own] = tensor
-    settings = _settings(json.loads(files[file_names.ADAPTER_CONFIG]), head, headed)
-    (folder / file_names.ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    safetensors.torch.save_file(
-        {n: t.contiguous().cpu() for n, t in tensors.items()}, folder / file_names.ADAPTER_WEIGHTS, {"format": "pt"}
-    )
+        if own == key:
+            yield key, tensor
+        elif inside + keys.carrier(own) in headed.modules:
+            yield _IN_PEFT + inside + own, tensor
 
 
 def _settings(settings: dict[str, Any], head: LinearHead, headed: HeadedModel) -> dict[str, Any]:

@@ -124,13 +124,20 @@ def differences(model: Model, head: LinearHead) -> Iterator[str]:
             f"A word has the scores of its subtokens by '{embeddings.subtoken_pooling}', before any softmax. No "
             "strategy of pipeline reads it so: words of several subtokens come out in another way there."
         )
-    if head.has_spans:
+    if head.reads_words and not getattr(
+        embeddings.tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None
+    ):
+        yield (
+            "pipeline guesses from spaces where a word begins, since this tokenizer does not mark it: a span can start "
+            "with the space before it, and a subtoken that is a space alone counts as a word."
+        )
+    if head.names != [*head.labels]:
         yield (
             "B- and S- of Flair's tags are both called B-, and I- and E- are both called I-: several labels have one "
             "name. config.json has Flair's own names in flair_peft.labels. What Flair joins by an E- of another type "
             "than the tag before it are two spans here."
         )
-    elif head.reads_words:
+    if head.reads_words and not head.has_spans:
         yield "pipeline joins neighbouring words with the same label, where Flair labels each word."
     if head.problem == "multi_label_classification":
         thresholds = spell_out(repr(model.multi_label_threshold))

@@ -11,7 +11,7 @@ from typing import Any
 
 from flair_peft.base import weight_files
 from flair_peft.errors import SaveError, name_some
-from flair_peft.foreign.adapter_files import EXPORTED
+from flair_peft.foreign.adapter_files import EXPORTED, TOKENIZER_FILES
 from flair_peft.storage import file_names, manifest
 from flair_peft.storage.manifest import CARD
 
@@ -35,12 +35,13 @@ def refuse_others(folder: Path) -> None:
     Raises:
         SaveError: there are such.
     """
-    clashing = (CONFIG, *weight_files.NAMES, file_names.ADAPTER_CONFIG, file_names.ADAPTER_WEIGHTS, manifest.DOCUMENT)
-    there = {name for name in clashing if (folder / name).exists()} - {*names_of(folder)}
+    adapter = (file_names.ADAPTER_CONFIG, file_names.ADAPTER_WEIGHTS, manifest.DOCUMENT)
+    clashing = (CONFIG, *weight_files.NAMES, *adapter, *TOKENIZER_FILES)
+    there = {path.name for pattern in clashing for path in folder.glob(pattern)} - {*names_of(folder)}
     if there:
         raise SaveError(
-            f"Cannot save to '{folder}': another model is there ({name_some(there)}). One of the two would be read "
-            "with files of the other. Choose another directory."
+            f"Cannot save to '{folder}': files of another model are there ({name_some(there)}). One of the two would "
+            "be read with files of the other. Choose another directory."
         )
 
 

@@ -160,23 +160,33 @@ class _Export:
         card = transformers_card.write_card(self.model, self.head, self.headed, is_merged=self.is_merged)
         transformers_folder.seal(folder, transformers_card.settings(self.model, self.head), card)
         with host_internals.errors_of_transformers_alone():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            apart = self._apart(self._read(folder), tokenizer)
+            tokenizer, model = self._read(folder)
+        apart = self._apart(model, tokenizer)
         if not apart <= self._allowed:
             raise self._other(f"read again, its scores are {apart:.2g} of their norm away from those here")
         _report_reading(self.head, tokenizer)
 
-    def _read(self, folder: Path) -> Any:
+    def _read(self, folder: Path) -> tuple[PreTrainedTokenizerBase, Any]:
         """Return what transformers, or PEFT, makes of the folder."""
         task = "TokenClassification" if self.head.reads_words else "SequenceClassification"
         config = self.headed.model.config
+        settings: dict[str, Any] = {"dtype": config.dtype}
         if self.is_merged:
-            return getattr(transformers, f"AutoModelFor{task}").from_pretrained(folder, dtype=config.dtype)
-        settings = {name: getattr(config, name) for name in transformers_card.TO_REPEAT}
-        auto = getattr(peft, f"AutoPeftModelFor{task}")
-        return auto.from_pretrained(str(folder), dtype=config.dtype, **settings)
+            auto = getattr(transformers, f"AutoModelFor{task}")
+        else:
+            auto = getattr(peft, f"AutoPeftModelFor{task}")
+            settings |= {name: getattr(config, name) for name in transformers_card.TO_REPEAT}
+        try:
+            return transformers.AutoTokenizer.from_pretrained(folder), auto.from_pretrained(str(folder), **settings)
+        except Exception as error:  # transformers and PEFT fail in many ways
+            raise StateMismatchError(
+                f"Cannot make a {type(self.headed.model).__name__} of this {type(self.model).__name__}: what was "
+                f"written cannot be read ({type(error).__name__}: {str(error)[:200]}). transformers, or PEFT, finds "
+                "something else there, or no base. Use flair_peft.merge for a plain Flair model."
+            ) from error
 
     def _apart(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> float:
+        """Return how far the scores of a model are from those expected, as a share of their norm."""
         return vector_probe.distance(_scores(model, tokenizer, self.head), self.expected)
 
     @property

@@ -28,7 +28,7 @@ EXPORTED = "flair_peft"
 
 # The config of the whole model names its labels, where somebody put it beside the adapter.
 _MODEL_CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read(source: str, *, revision: str | None, subfolder: str | None, options: L
         AdapterConfigError: the installed PEFT does not know the method or one of its settings.
         UnsupportedMethodError: an older PEFT wrote them, and computed something else.
     """
-    wanted = [CONFIG, WEIGHTS, OLD_WEIGHTS, _MODEL_CONFIG, *_TOKENIZER_FILES]
+    wanted = [CONFIG, WEIGHTS, OLD_WEIGHTS, _MODEL_CONFIG, *TOKENIZER_FILES]
     folder = hub.find_files(source, wanted, revision=revision, subfolder=subfolder, options=options)
     # From a checkpoint that is being replaced, settings and tensors are those of one.
     files = checkpoint_directory.hold_files(folder, (CONFIG, WEIGHTS, OLD_WEIGHTS)) if folder.is_dir() else {}

@@ -14,7 +14,14 @@ from flair.data import Dictionary, Sentence, get_spans_from_bio
 from flair.embeddings import StackedEmbeddings, TransformerDocumentEmbeddings, TransformerWordEmbeddings
 from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenClassifier
 from flair.nn import Model
-from peft import IA3Config, PromptTuningConfig
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModelForTokenClassification,
+    IA3Config,
+    PromptTuningConfig,
+    RandLoraConfig,
+    TrainableTokensConfig,
+)
 from transformers import AutoConfig, AutoTokenizer, pipeline
 
 import flair_peft
@@ -179,7 +186,10 @@ def _spans(model: Any, text: str, label_type: str = "ner") -> list[tuple[int, in
 
 
 def _found_by(tagger: Any, text: str) -> list[tuple[int, int, str, float]]:
-    return [(each["start"], each["end"], each["entity_group"], float(each["score"])) for each in tagger(text)]
+    """Return what pipeline finds; offsets of some tokenizers begin with the space before a word."""
+    found = tagger(text)
+    starts = [each["end"] - len(text[each["start"] : each["end"]].lstrip()) for each in found]
+    return [(n, each["end"], each["entity_group"], float(each["score"])) for n, each in zip(starts, found, strict=True)]
 
 
 def _split_alike(tokenizer: Any) -> list[str]:
@@ -189,7 +199,7 @@ def _split_alike(tokenizer: Any) -> list[str]:
         encoding = tokenizer([word], is_split_into_words=True)
         return encoding.tokens()[encoding.word_ids().index(0)]
 
-    texts = [[word for word in words if first(word) != "Ġ"] for words in WORDS]
+    texts = [[word for word in words if first(word) not in ("Ġ", "▁")] for words in WORDS]
     return [" ".join(words) for words in texts if len(words) > 1]
 
 
@@ -197,7 +207,7 @@ def _split_alike(tokenizer: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("labels", "tag_format"), [(SPAN_LABELS, "BIO"), (["PER"], "BIOES")], ids=["BIO", "BIOES of one type"]
 )
-@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "xlm-roberta", "llama"])
 def test_pipeline_gives_the_spans_of_the_tagger(
     architecture: str, labels: list[str], tag_format: str, base: Base, tmp_path: Path
 ) -> None:
@@ -211,7 +221,7 @@ def test_pipeline_gives_the_spans_of_the_tagger(
         assert [each[:3] for each in found] == [each[:3] for each in expected]
         assert [each[3] for each in found] == pytest.approx([each[3] for each in expected], abs=1e-4)
         count += len(expected)
-    assert count > 8
+    assert count > 5
 
 
 def test_pipeline_gives_the_spans_of_all_types_in_bioes_where_the_tags_are_in_order(base: Base, tmp_path: Path) -> None:
@@ -373,8 +383,12 @@ def test_rows_of_tokens_that_were_trained_are_kept(is_merged: bool, base: Base, 
         IA3Config(
             target_modules=["query", "output.dense"], feedforward_modules=["output.dense"], init_ia3_weights=False
         ),
+        AdaLoraConfig(
+            target_r=2, init_r=4, lora_alpha=12, total_step=9, init_lora_weights=False, target_modules=["key"]
+        ),
+        RandLoraConfig(r=4, target_modules=["query", "dense"], init_weights=False),
     ],
-    ids=["dora", "expression", "layers", "ia3"],
+    ids=["dora", "expression", "layers", "ia3", "adalora", "randlora"],
 )
 def test_config_selects_the_same_modules_in_the_class(config: Any, is_merged: bool, base: Base, tmp_path: Path) -> None:
     """However the adapter's config names its targets, none of the class's own layers become one."""
@@ -520,9 +534,11 @@ def test_directory_of_another_model_is_left_alone(base: Base, tmp_path: Path) ->
     model = _tagger(_words(base("bert")))
     checkpoint = tmp_path / "checkpoint"
     flair_peft.save_pretrained(model, checkpoint)
-    for folder in (Path(base("bert")), checkpoint):
+    tokenizer = tmp_path / "tokenizer"
+    AutoTokenizer.from_pretrained(base("bert")).save_pretrained(tokenizer)
+    for folder in (Path(base("bert")), checkpoint, tokenizer):
         before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-        with pytest.raises(SaveError, match="another model is there"):
+        with pytest.raises(SaveError, match="files of another model are there"):
             flair_peft.to_transformers(model, folder)
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
@@ -538,17 +554,40 @@ def test_export_that_does_not_prove_right_leaves_the_earlier_one(
     read = transformers_model._Export._read
 
     def read_another(self: Any, folder: Path) -> Any:
-        found = read(self, folder)
+        tokenizer, found = read(self, folder)
         with torch.no_grad():
             weight = next(found.parameters())
             weight.add_(torch.randn_like(weight))
-        return found
+        return tokenizer, found
 
     monkeypatch.setattr(transformers_model._Export, "_read", read_another)
     with pytest.raises(StateMismatchError, match="read again"):
         flair_peft.to_transformers(model, tmp_path / "out", merged=is_merged)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_that_cannot_be_read_is_refused(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base of an adapter that is gone since is one reason."""
+    model = _tagger(_words(base("bert")))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("it has moved")
+
+    monkeypatch.setattr(AutoPeftModelForTokenClassification, "from_pretrained", fail)
+    with pytest.raises(StateMismatchError, match=r"cannot be read \(OSError: it has moved"):
+        flair_peft.to_transformers(model, tmp_path / "out", merged=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_method_whose_config_has_no_room_for_a_head_is_merged_alone(base: Base, tmp_path: Path) -> None:
+    """PEFT keeps a head in modules_to_save, which the config of trainable tokens does not have."""
+    config = TrainableTokensConfig(token_indices=[7], target_modules=["word_embeddings"], init_weights=False)
+    model = _tagger(_words(base("bert"), peft_config=config))
+    with pytest.raises(AdapterConfigError, match="has no modules_to_save"):
+        flair_peft.to_transformers(model, tmp_path / "out", merged=False)
+    assert not list(tmp_path.iterdir())
+    _assert_same(model, tmp_path / "out")
 
 
 def test_rows_that_were_added_to_the_base_are_not_lost_with_the_adapter_alone(base: Base, tmp_path: Path) -> None:
