@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from flair.nn import Model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from flair_peft.adapter import config as configs
 from flair_peft.adapter import keys
 from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.export import headed_class
@@ -91,7 +93,16 @@ def _settings(settings: dict[str, Any], head: LinearHead, headed: HeadedModel) -
         settings.update(
             {name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in settings}
         )
+    for setting in configs.PATTERNS:
+        if settings.get(setting):
+            named = settings[setting].items()
+            settings[setting] = {_inside(pattern, headed.base_name): value for pattern, value in named}
     if isinstance(settings.get("feedforward_modules"), list):
         wanted = tuple(f".{name}" for name in settings["feedforward_modules"])
         settings["feedforward_modules"] = sorted(name for name in own.values() if f".{name}".endswith(wanted))
     return settings
+
+
+def _inside(pattern: str, base_name: str) -> str:
+    """Return the expression for names in the class: one that begins at the first part of a name begins with its own."""
+    return f"^{re.escape(base_name)}\\.{pattern[1:]}" if pattern.startswith("^") else pattern

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def to_transformers(
             on the last layer of one transformer, with an adapter or without. It stays as it is.
         directory: is made where it is missing; an earlier export in it is replaced as a whole.
         merged: merge the adapter into the weights. Otherwise it is written for PEFT, with the head in its
-            ``modules_to_save``: ``AutoPeftModelForTokenClassification.from_pretrained(directory, num_labels=…)``.
+            ``modules_to_save``: ``AutoPeftModelForTokenClassification`` and ``…ForSequenceClassification`` load it with
+            the settings that the card names.
         dtype: of merged weights.
 
     Raises:
@@ -85,8 +86,12 @@ def to_transformers(
     _refuse_placed(head.embeddings)
     transformers_folder.refuse_others(path)
     with atomic.explained(path), merge.same_random_numbers():
-        written = _around_merged(model, head, dtypes.parse_dtype(dtype)) if merged else _around_adapted(model, head)
-        export = _Export(model, head, written, live_scores(model, _PROBES), merged)
+        # A head that was cast when it was loaded has its exact values in a copy.
+        source = merge.copied(model) if adapted_embeddings(model) else model
+        exact = linear_head(source)
+        head = dataclasses.replace(head, weight=exact.weight, bias=exact.bias)
+        headed = _headed(source, head, dtype=dtypes.parse_dtype(dtype) if merged else None)
+        export = _Export(model, head, headed, live_scores(model, _PROBES), merged)
         export.fill_head_()
         card = (manifest.CARD,)
         atomic.replace_directory(path, export.write, names_of=transformers_folder.names_of, gives_way=card)
@@ -102,20 +107,17 @@ def _refuse_placed(embeddings: TransformerEmbeddings) -> None:
         )
 
 
-def _around_merged(model: Model, head: LinearHead, dtype: torch.dtype) -> HeadedModel:
-    transformer = head.embeddings.model
-    if isinstance(head.embeddings, PeftTransformerEmbeddings):
-        (embeddings,) = adapted_embeddings(merge.copied(model))
-        transformer = merge.merged_transformer(embeddings)
-    return headed_class.build(head, transformer, dtype=dtype)
+def _headed(source: Model, head: LinearHead, *, dtype: torch.dtype | None) -> HeadedModel:
+    """Return a model of transformers around merged weights of a dtype, or around the transformer with its adapter."""
+    if dtype is None or isinstance(head.embeddings, PeftTransformerEmbeddings):
+        (embeddings,) = adapted_embeddings(source)
+        if dtype is None:
+            return headed_class.build(head, embeddings.base_model, dtype=embeddings.base_dtype)
+        return headed_class.build(head, merge.merged_transformer(embeddings), dtype=dtype)
+    return headed_class.build(head, head.embeddings.model, dtype=dtype)
 
 
-def _around_adapted(model: Model, head: LinearHead) -> HeadedModel:
-    (embeddings,) = adapted_embeddings(merge.copied(model))
-    return headed_class.build(head, embeddings.base_model, dtype=embeddings.base_dtype)
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Export:
     """A model of transformers on its way into a folder.
 

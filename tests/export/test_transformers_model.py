@@ -347,13 +347,24 @@ def test_head_around_the_linear_layer_changes_nothing(base: Base, tmp_path: Path
 def test_model_that_was_loaded_on_a_base_in_bf16_scores_the_same_within_its_rounding(
     is_merged: bool, base: Base, tmp_path: Path
 ) -> None:
-    """The merged weights are fp32, from the head's exact values."""
+    """The merged weights are fp32."""
     _classifier(_documents(base("bert"), dtype="bfloat16")).save(tmp_path / "model.pt")
     model = TextClassifier.load(tmp_path / "model.pt")
     assert model.decoder.weight.dtype == torch.bfloat16
     _assert_same(model, tmp_path / "out", is_merged=is_merged, tolerance=0.05)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == ("float32" if is_merged else "bfloat16")
+
+
+def test_head_that_was_cast_when_it_was_loaded_is_written_with_its_exact_values(base: Base, tmp_path: Path) -> None:
+    """What bf16 rounds in memory is not rounded in files."""
+    model = TokenClassifier(_words(base("bert"), dtype="bfloat16"), _dictionary(["a", "b"]), "x")
+    model.save(tmp_path / "model.pt")
+    loaded = TokenClassifier.load(tmp_path / "model.pt")
+    assert loaded.decoder.weight.dtype == torch.bfloat16
+    flair_peft.to_transformers(loaded, tmp_path / "out")
+    read = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(read.classifier.weight, model.decoder.weight)
 
 
 @pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
@@ -380,6 +391,7 @@ def test_rows_of_tokens_that_were_trained_are_kept(is_merged: bool, base: Base, 
             modules_to_save=["LayerNorm"],
         ),
         lora(target_modules=["query"], layers_to_transform=[1], bias="all"),
+        lora(rank_pattern={r"^encoder\.layer\.0\.attention\.self\.query": 2, "query": 3}),
         IA3Config(
             target_modules=["query", "output.dense"], feedforward_modules=["output.dense"], init_ia3_weights=False
         ),
@@ -388,7 +400,7 @@ def test_rows_of_tokens_that_were_trained_are_kept(is_merged: bool, base: Base, 
         ),
         RandLoraConfig(r=4, target_modules=["query", "dense"], init_weights=False),
     ],
-    ids=["dora", "expression", "layers", "ia3", "adalora", "randlora"],
+    ids=["dora", "expression", "layers", "patterns", "ia3", "adalora", "randlora"],
 )
 def test_config_selects_the_same_modules_in_the_class(config: Any, is_merged: bool, base: Base, tmp_path: Path) -> None:
     """However the adapter's config names its targets, none of the class's own layers become one."""
