@@ -46,6 +46,20 @@ def newest(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *(session.posargs or _close_to_libraries()))
 
 
+@nox.session(python="3.11")
+def transformers5(session: nox.Session) -> None:
+    """Have transformers 5, in an environment without Flair, score what is exported for it here."""
+    session.install("-c", str(CONSTRAINTS), "-e", ".[test]")
+    torch = re.search(r"^torch==.+$", CONSTRAINTS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    other = Path(session.create_tmp()).resolve() / "transformers5"
+    session.run("python", "-m", "venv", str(other))
+    python = str(other / "bin" / "python")
+    session.run(
+        python, "-m", "pip", "install", "transformers>=5", "peft", torch[0] if torch else "torch", external=True
+    )
+    session.run("python", "-m", "tests.export.newer_transformers", python)
+
+
 def _close_to_libraries() -> list[str]:
     return [f"@{CLOSE_TO_LIBRARIES}"]
 

@@ -25,6 +25,7 @@ if _typing.TYPE_CHECKING:
     from flair_peft.export.int8 import quantize_onnx
     from flair_peft.export.merge import merge
     from flair_peft.export.onnx import export_onnx
+    from flair_peft.export.transformers_model import to_transformers
     from flair_peft.models.convert import convert_legacy
     from flair_peft.models.foreign_head import take_over_head
     from flair_peft.models.load import from_pretrained, load_legacy, verify
@@ -59,6 +60,7 @@ __all__ = [
     "quantize_onnx",
     "save_pretrained",
     "take_over_head",
+    "to_transformers",
     "uninstall",
     "verify",
 ]
@@ -70,6 +72,7 @@ _NAMES_IN = {
     "export.int8": ["quantize_onnx"],
     "export.merge": ["merge"],
     "export.onnx": ["export_onnx"],
+    "export.transformers_model": ["to_transformers"],
     "models.convert": ["convert_legacy"],
     "models.foreign_head": ["take_over_head"],
     "models.load": ["from_pretrained", "load_legacy", "verify"],

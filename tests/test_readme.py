@@ -227,6 +227,7 @@ READERS: dict[str, Callable[[World], None]] = {
     '"xlm-roberta-large", ': _nothing,
     "old.pt": _old,
     "merge(model)": _model,
+    "to_transformers(model": _tagger,
     "RankAllocationPlugin": _plugins,
 }
 

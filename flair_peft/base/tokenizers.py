@@ -299,18 +299,47 @@ def portable_tokenizer_files(stored: BytesIO, tokenizer: PreTrainedTokenizerBase
     ``tokenizer.json``: with it, they are built from the slow one, whose files Flair drops or which are gone after a
     load.
     """
-    built_from_slow = isinstance(tokenizer, (LlamaTokenizerFast, T5TokenizerFast))
     portable = BytesIO()
     with zipfile.ZipFile(stored) as files, zipfile.ZipFile(portable, "w") as kept:
         for name in sorted(files.namelist()):
             content = files.read(name)
-            if name == "tokenizer_config.json" and built_from_slow:
-                settings = json.loads(content)
-                settings.pop("add_prefix_space", None)
-                content = json.dumps(settings).encode()
+            if name == "tokenizer_config.json":
+                content = _portable_settings(content, tokenizer)
             kept.writestr(zipfile.ZipInfo(name), content)
     portable.seek(0)
     return portable
+
+
+def save_portable(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write the files of a tokenizer, as transformers writes them, so that they are read as they are here.
+
+    See :func:`portable_tokenizer_files`; no batch has left its truncation and padding in them. Of ``add_prefix_space``,
+    which Flair asks all for, and some of version 4 do not hear, they say what is so: those of version 5 obey.
+    """
+    forget_use_(tokenizer)
+    with exclusively(tokenizer):
+        tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(_portable_settings(path.read_bytes(), tokenizer))
+    if "add_prefix_space" in settings and isinstance(tokenizer, PreTrainedTokenizerFast):
+        found = list(_prefix_spaces(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]))
+        settings["add_prefix_space"] = any(found) if found else settings["add_prefix_space"]
+    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def _prefix_spaces(splitting: Any) -> Iterator[bool]:
+    """Yield what each part of a description of how text is split says of a space in front."""
+    for part in (splitting or {}).get("pretokenizers", [splitting or {}]):
+        if "add_prefix_space" in part:
+            yield part["add_prefix_space"]
+
+
+def _portable_settings(content: bytes, tokenizer: PreTrainedTokenizerBase) -> bytes:
+    if not isinstance(tokenizer, _BUILT_FROM_SLOW):
+        return content
+    settings = json.loads(content)
+    settings.pop("add_prefix_space", None)
+    return json.dumps(settings).encode()
 
 
 @contextlib.contextmanager

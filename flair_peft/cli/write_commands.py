@@ -1,4 +1,4 @@
-"""``push``, ``merge`` and ``export``: a model on the Hub, as a file of stock Flair, as ONNX."""
+"""``push``, ``merge`` and ``export``: a model on the Hub, as a file of stock Flair, as ONNX, for transformers."""
 
 from __future__ import annotations
 
@@ -88,35 +88,69 @@ def _refuse_overwriting(source: Path, *targets: Path) -> None:
 
 def add_export(commands: Any, name: str) -> None:
     """Add the command ``export``."""
-    text = "write an ONNX file of the transformer with its adapter, and the .pt file of the model that runs it"
+    text = "write a model that runs elsewhere: its transformer as an ONNX file, or all of it for transformers"
     parser = add_command(commands, name, _export, text, "flair-peft export my-tagger encoder.onnx tagger.pt")
     parser.add_argument("source", type=Path, help="directory or .pt file")
-    parser.add_argument("onnx", type=Path, help="the ONNX file to write; the .pt file names its path")
-    parser.add_argument("target", type=Path, help="the .pt file to write, which stock Flair loads")
-    text = "compute in int8, and print what that costs on the sentences of this file, one a line"
+    text = "the ONNX file to write, whose path the .pt file names; or the directory for transformers"
+    parser.add_argument("output", type=Path, help=text)
+    text = "the .pt file to write, of the model that runs the ONNX file; stock Flair loads it"
+    parser.add_argument("target", type=Path, nargs="?", help=text)
+    parser.add_argument(
+        "--to", choices=["onnx", "transformers"], default="onnx", help="what to write; onnx unless said"
+    )
+    text = "for transformers: do not merge the adapter, but write it for PEFT, with the head"
+    parser.add_argument("--adapter", action="store_true", help=text)
+    text = "for ONNX: compute in int8, and print what that costs on the sentences of this file, one a line"
     parser.add_argument("--int8", type=Path, metavar="TEXTS", help=text)
     add_load(parser)
 
 
 def _export(chosen: argparse.Namespace) -> int:
-    if chosen.onnx.absolute() == chosen.target.absolute():
+    _refuse_other_form(chosen)
+    if chosen.to == "transformers":
+        _refuse_overwriting(chosen.source, chosen.output)
+        flair_peft.to_transformers(load_model(chosen.source, chosen), chosen.output, merged=not chosen.adapter)
+        echo(f"{printable(chosen.output)} holds the {'adapter' if chosen.adapter else 'model'} for transformers.")
+        return OK
+    return _export_onnx(chosen)
+
+
+def _refuse_other_form(chosen: argparse.Namespace) -> None:
+    """Return if only such arguments are given as the form takes that is written."""
+    is_onnx = chosen.to == "onnx"
+    if is_onnx and chosen.target is None:
+        raise SaveError(
+            "Cannot export to ONNX into one file: one is the transformer, and the other the model that runs it. Only "
+            "the first is named. Name the .pt file too, or pass --to transformers."
+        )
+    others = {"--adapter": chosen.adapter} if is_onnx else {"a .pt file": chosen.target, "--int8": chosen.int8}
+    unused = [name for name, given in others.items() if given]
+    if unused:
+        raise SaveError(
+            f"Cannot export to {chosen.to} with {unused[0]}: that belongs to the other form. It would be left aside. "
+            f"Leave it out, or pass --to {'transformers' if is_onnx else 'onnx'}."
+        )
+
+
+def _export_onnx(chosen: argparse.Namespace) -> int:
+    if chosen.output.absolute() == chosen.target.absolute():
         raise SaveError(
             f"Cannot write '{chosen.target}' twice: one file is the transformer, and the other the model that runs it. "
             "Choose two names."
         )
-    for path in (chosen.onnx, chosen.target):
+    for path in (chosen.output, chosen.target):
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise SaveError(
                 f"Cannot write '{path}': it is a directory, or would be in one that is missing. The command writes two "
                 "files. Choose another name."
             )
     sentences = [] if chosen.int8 is None else _sentences(chosen.int8)
-    _refuse_overwriting(chosen.source, chosen.onnx, chosen.target)
-    model = flair_peft.export_onnx(load_model(chosen.source, chosen), chosen.onnx.absolute())
+    _refuse_overwriting(chosen.source, chosen.output, chosen.target)
+    model = flair_peft.export_onnx(load_model(chosen.source, chosen), chosen.output.absolute())
     if sentences:
         echo(f"int8: {flair_peft.quantize_onnx(model, sentences)}.")
     model.save(chosen.target)
-    echo(f"{printable(chosen.target)} holds the model, and {printable(chosen.onnx)} its transformer.")
+    echo(f"{printable(chosen.target)} holds the model, and {printable(chosen.output)} its transformer.")
     return OK
 
 

@@ -1,4 +1,4 @@
-"""Models with an adapter merged into plain Flair models, and exported to ONNX.
+"""Models merged into plain Flair models, exported to ONNX, and written for transformers.
 
 May import ``models`` and what lies below it.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 
 import flair
@@ -59,18 +60,9 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
                 "Flair's own embeddings before it. The merged model would predict something else. Keep the adapter "
                 "beside its base."
             )
-        if embeddings.is_placed:
-            engine = quantisation.engine(embeddings.base_model)
-            reason = f"quantised by {engine}, and merging would round its weights once more"
-            if engine is None:
-                reason = "spread over devices, and what is offloaded cannot be written"
-            raise AdapterConfigError(
-                f"Cannot merge the adapter of '{embeddings.name}': its base is {reason}. Load the model on the base as "
-                "it is in its source, and merge there."
-            )
-    # A merge between two epochs must not change what is drawn in the next.
-    with torch.random.fork_rng(devices=[flair.device] if flair.device.type == "cuda" else []):
-        plain = _copy(model)
+        refuse_placed(embeddings)
+    with same_random_numbers():
+        plain = copied(model)
         _merge_(plain, dtypes.parse_dtype(dtype))
     plain.to(flair.device).eval()
     _made.add(plain)
@@ -80,6 +72,28 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
 def is_merged(model: Model) -> bool:
     """Whether a plain model was made by :func:`merge`."""
     return model in _made
+
+
+def refuse_placed(embeddings: PeftTransformerEmbeddings) -> None:
+    """Return if the base's weights are here, as they are in its source.
+
+    Raises:
+        AdapterConfigError: they are quantised, or spread over devices.
+    """
+    if embeddings.is_placed:
+        engine = quantisation.engine(embeddings.base_model)
+        reason = f"quantised by {engine}, and merging would round its weights once more"
+        if engine is None:
+            reason = "spread over devices, and what is offloaded cannot be written"
+        raise AdapterConfigError(
+            f"Cannot merge the adapter of '{embeddings.name}': its base is {reason}. Load the model on the base as "
+            "it is in its source, and merge there."
+        )
+
+
+def same_random_numbers() -> contextlib.AbstractContextManager[None]:
+    """Inside, what is drawn does not count: a merge between two epochs must not change what is drawn in the next."""
+    return torch.random.fork_rng(devices=[flair.device] if flair.device.type == "cuda" else [])
 
 
 def _merge_(model: Model, dtype: torch.dtype) -> None:
@@ -92,7 +106,7 @@ def _merge_(model: Model, dtype: torch.dtype) -> None:
                 build.replace_(parent, name, child, merged[id(child)])
 
 
-def _copy(model: Model) -> Model:
+def copied(model: Model) -> Model:
     """Return the model as a load gives it: Flair's document RNNs cannot be copied otherwise."""
     description = save_plan.encode(save_plan.plan_save(model, save_base=True))
     tensors = {name: mapped_memory.lent(tensor) for name, tensor in description.tensors.items()}
@@ -105,7 +119,7 @@ def _copy(model: Model) -> Model:
 def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype) -> TransformerEmbeddings:
     """Return Flair's own embeddings around the transformer with the adapter in its weights."""
     _refuse_unreadable(embeddings)
-    transformer = _merged_transformer(embeddings)
+    transformer = merged_transformer(embeddings)
     transformer.to(dtype)
     transformer.config.dtype = dtype
     if "use_cache" in transformer.config.to_dict():
@@ -135,7 +149,7 @@ def _refuse_unreadable(embeddings: PeftTransformerEmbeddings) -> None:
         )
 
 
-def _merged_transformer(embeddings: PeftTransformerEmbeddings) -> PreTrainedModel:
+def merged_transformer(embeddings: PeftTransformerEmbeddings) -> PreTrainedModel:
     """Return the transformer, in fp32, with the adapter in its weights.
 
     Raises:

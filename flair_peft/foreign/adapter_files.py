@@ -23,9 +23,12 @@ from flair_peft.storage import checkpoint_directory, hub
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
+EXPORTED = "flair_peft"
+"""What the config of a model that this package exported calls the settings of the Flair model."""
+
 # The config of the whole model names its labels, where somebody put it beside the adapter.
 _MODEL_CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def read(source: str, *, revision: str | None, subfolder: str | None, options: L
         AdapterConfigError: the installed PEFT does not know the method or one of its settings.
         UnsupportedMethodError: an older PEFT wrote them, and computed something else.
     """
-    wanted = [CONFIG, WEIGHTS, OLD_WEIGHTS, _MODEL_CONFIG, *_TOKENIZER_FILES]
+    wanted = [CONFIG, WEIGHTS, OLD_WEIGHTS, _MODEL_CONFIG, *TOKENIZER_FILES]
     folder = hub.find_files(source, wanted, revision=revision, subfolder=subfolder, options=options)
     # From a checkpoint that is being replaced, settings and tensors are those of one.
     files = checkpoint_directory.hold_files(folder, (CONFIG, WEIGHTS, OLD_WEIGHTS)) if folder.is_dir() else {}
@@ -149,7 +152,11 @@ def _refuse_senseless(source: str, tensors: Mapping[str, torch.Tensor]) -> None:
 def _labels(folder: Path) -> tuple[str, ...] | None:
     """Return the labels that a model's config beside the adapter gives; transformers' own placeholders are none."""
     path = folder / _MODEL_CONFIG
-    names = _read_json(path).get("id2label") if path.is_file() else None
+    config = _read_json(path) if path.is_file() else {}
+    exported = config.get(EXPORTED)
+    if isinstance(exported, dict) and isinstance(exported.get("labels"), list):
+        return tuple(map(str, exported["labels"]))  # of which id2label may call several the same
+    names = config.get("id2label")
     if not isinstance(names, dict) or {str(index) for index in range(len(names))} != set(names):
         return None
     labels = tuple(str(names[str(index)]) for index in range(len(names)))

@@ -24,7 +24,9 @@ from peft import GraloraConfig, HRAConfig, IA3Config, LoraConfig, PeftConfig, Un
 import flair_peft
 from flair_peft.cli import command, main
 from flair_peft.embeddings import untrained
+from flair_peft.export.linear_head import live_scores
 from flair_peft.inspection import report
+from tests.export import reader
 from tests.support.configs import lora
 from tests.support.files import Payload, save_as, save_stock
 from tests.support.hub_stand_in import HubStandIn, online
@@ -413,6 +415,48 @@ def test_export_writes_a_graph_and_the_model_that_runs_it(run: Run, file: Path, 
     assert code == 0, errors
     assert "encoder.onnx" in text
     assert largest_difference(scores(model), scores(type(model).load(tmp_path / "out.pt"))) < 1e-4
+
+
+@pytest.mark.parametrize("option", [[], ["--adapter"]], ids=["merged", "adapter"])
+def test_export_to_transformers_writes_a_directory_that_scores_the_same(
+    option: list[str], run: Run, file: Path, model: Model, tmp_path: Path
+) -> None:
+    code, text, errors = run("export", file, tmp_path / "out", "--to", "transformers", *option)
+    assert (code, errors) == (0, "")
+    assert "for transformers" in text
+    words = [["Berlin", "is", "large", "."]]
+    found = torch.tensor(reader.scores(str(tmp_path / "out"), words, reads_words=False, is_merged=not option))
+    assert (found - live_scores(model, words)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["x.onnx"], "Only the first is named"),
+        (["x.onnx", "x.pt", "--adapter"], "pass --to transformers"),
+        (["out", "x.pt", "--to", "transformers"], "a .pt file"),
+        (["out", "--to", "transformers", "--int8", "x"], "--int8"),
+    ],
+)
+def test_export_with_arguments_of_the_other_form_is_refused(
+    arguments: list[str], reason: str, run: Run, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that was asked for is left aside."""
+    monkeypatch.chdir(tmp_path)
+    code, text, errors = run("export", file, *arguments)
+    assert (code, text) == (2, "")
+    assert reason in " ".join(errors.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_to_transformers_does_not_write_over_what_it_reads(run: Run, directory: Path, tmp_path: Path) -> None:
+    """A checkpoint and a model of transformers are two directories."""
+    shutil.copytree(directory, tmp_path / "model")
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    code, _, errors = run("export", tmp_path / "model", tmp_path / "model", "--to", "transformers")
+    assert code == 2
+    assert "the model that is read" in " ".join(errors.split())
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
 
 
 @pytest.mark.parametrize("form", ["file", "link", "directory"])

@@ -1,0 +1,146 @@
+"""What an exported model of transformers tells who opens it: how it is used, and where it reads text unlike Flair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flair.models import TextClassifier
+from flair.nn import Model
+from huggingface_hub import ModelCard, ModelCardData
+
+from flair_peft.compat import versions
+from flair_peft.errors import spell_out
+from flair_peft.export.headed_class import HeadedModel
+from flair_peft.export.linear_head import LinearHead
+
+_CARD = """\
+---
+{metadata}
+---
+
+# {kind} of a Flair {model}
+
+It scores what a {model} of [Flair](https://github.com/flairNLP/flair) scores for the same words.
+
+```python
+{use}
+```
+
+## Where it reads text unlike Flair
+
+{differences}
+"""
+
+_WORDS = """\
+from transformers import pipeline
+from flair.data import Sentence
+
+tagger = pipeline("token-classification", model={model}, tokenizer="path of this folder", aggregation_strategy="first")
+tagger("George Washington went to Washington .")
+
+# The same for any text: the words that Flair reads, each tagged by its {subtoken} subtoken.
+words = [token.text for token in Sentence("George Washington went to Washington.")]
+encoding = tagger.tokenizer(words, is_split_into_words=True, return_tensors="pt")
+scores = tagger.model(**encoding).logits[0]
+places = [[place for place, word in enumerate(encoding.word_ids()) if word == number] for number in range(len(words))]
+tags = [tagger.model.config.id2label[scores[place]{pooled}.argmax().item()] for place in places]"""
+
+_POOLED = {"first": ("first", "[0]"), "last": ("last", "[-1]"), "mean": ("every", ".mean(dim=0)")}
+
+_TEXTS = """\
+from transformers import pipeline
+from flair.data import Sentence
+
+classifier = pipeline("text-classification", model={model}, tokenizer="path of this folder"{top})
+text = Sentence("George Washington went to Washington.").to_tokenized_string()
+classifier(text)      # the words that Flair reads"""
+
+TO_REPEAT = ("id2label", "label2id", "problem_type", "pad_token_id")
+"""Settings of the config that PEFT does not read: it takes the base's config, unless it is told."""
+
+_FROM_PEFT = """\
+from peft import AutoPeftModelFor{task}
+from transformers import AutoConfig
+
+config = AutoConfig.from_pretrained("path of this folder")
+settings = {{name: getattr(config, name) for name in {names}}}
+model = AutoPeftModelFor{task}.from_pretrained("path of this folder", dtype="{dtype}", **settings)
+model = model.merge_and_unload()      # for a pipeline
+"""
+
+
+def settings(model: Model, head: LinearHead) -> dict[str, Any]:
+    """Return what the config keeps of the Flair model: nothing in transformers reads it."""
+    kept: dict[str, Any] = {"class": type(model).__name__, "labels": [*head.labels], "versions": versions()}
+    if head.reads_words:
+        kept["subtoken_pooling"] = head.embeddings.subtoken_pooling
+    if isinstance(model, TextClassifier) and model.multi_label:
+        kept["multi_label_threshold"] = model.multi_label_threshold
+    return kept
+
+
+def write_card(model: Model, head: LinearHead, headed: HeadedModel, *, is_merged: bool) -> str:
+    """Return the card in Markdown, with the metadata that the Hub reads."""
+    task = "token-classification" if head.reads_words else "text-classification"
+    data = ModelCardData(library_name="transformers" if is_merged else "peft", pipeline_tag=task, tags=["flair"])
+    text = _CARD.format(
+        metadata=data.to_yaml(),
+        kind=type(headed.model).__name__,
+        model=type(model).__name__,
+        use=_use(head, headed, is_merged=is_merged),
+        differences="\n".join(f"- {line}" for line in differences(model, head)),
+    )
+    return str(ModelCard(text))
+
+
+def _use(head: LinearHead, headed: HeadedModel, *, is_merged: bool) -> str:
+    top = ", top_k=None" if head.problem == "multi_label_classification" else ""
+    source = '"path of this folder"' if is_merged else "model"
+    if head.reads_words:
+        subtoken, pooled = _POOLED[head.embeddings.subtoken_pooling]
+        use = _WORDS.format(model=source, subtoken=subtoken, pooled=pooled)
+    else:
+        use = _TEXTS.format(model=source, top=top)
+    if is_merged:
+        return use
+    task = "TokenClassification" if head.reads_words else "SequenceClassification"
+    dtype = str(headed.model.dtype).removeprefix("torch.")
+    return _FROM_PEFT.format(task=task, dtype=dtype, names=TO_REPEAT) + use
+
+
+def differences(model: Model, head: LinearHead) -> Iterator[str]:
+    """Yield a line for each way in which transformers can read text, or what was scored, unlike Flair."""
+    yield (
+        "Flair splits text into words by rules of its own, and gives the tokenizer these; the tokenizer splits plain "
+        'text by others. Words such as "U.S." or "don\'t" come out in another way where plain text is read.'
+    )
+    embeddings = head.embeddings
+    if embeddings.allow_long_sentences:
+        longest = embeddings.tokenizer.model_max_length
+        yield f"Flair reads texts of more than {longest} subtokens in windows, and here they are cut."
+    if head.reads_words and embeddings.subtoken_pooling != "first":
+        yield (
+            f"A word has the scores of its subtokens by '{embeddings.subtoken_pooling}', before any softmax. No "
+            "strategy of pipeline reads it so: words of several subtokens come out in another way there."
+        )
+    if head.reads_words and not getattr(
+        embeddings.tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None
+    ):
+        yield (
+            "pipeline guesses from spaces where a word begins, since this tokenizer does not mark it: a span can start "
+            "with the space before it, and a subtoken that is a space alone counts as a word."
+        )
+    if head.names != [*head.labels]:
+        yield (
+            "B- and S- of Flair's tags are both called B-, and I- and E- are both called I-: several labels have one "
+            "name. config.json has Flair's own names in flair_peft.labels. What Flair joins by an E- of another type "
+            "than the tag before it are two spans here."
+        )
+    if head.reads_words and not head.has_spans:
+        yield "pipeline joins neighbouring words with the same label, where Flair labels each word."
+    if head.problem == "multi_label_classification":
+        thresholds = spell_out(repr(model.multi_label_threshold))
+        yield f"Flair gives the labels whose score is above a threshold ({thresholds}); here all have their score."
+    if "O" in head.labels and not head.reads_words:
+        yield "Flair gives no label where it finds O; here O is a label like others."

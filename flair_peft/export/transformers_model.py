@@ -1,0 +1,255 @@
+"""A Flair model as a directory of transformers: the class that scores the same, its weights, its tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from flair.embeddings import TransformerEmbeddings
+from flair.nn import Model
+from transformers import PreTrainedTokenizerBase
+
+from flair_peft.base import quantisation, tokenizers
+from flair_peft.embeddings import vector_probe
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
+from flair_peft.errors import AdapterConfigError, StateMismatchError
+from flair_peft.export import adapter_around, headed_class, merge, transformers_card, transformers_folder
+from flair_peft.export.headed_class import HeadedModel
+from flair_peft.export.linear_head import LinearHead, linear_head, live_scores
+from flair_peft.primitives import dtypes, host_internals
+from flair_peft.primitives.dtypes import dtype_name
+from flair_peft.storage import atomic, manifest
+
+log = logging.getLogger("flair_peft")
+
+# Of several lengths, since batches are padded.
+_PROBES = tuple(
+    text.split()
+    for text in (
+        "Berlin is large .",
+        "Yes",
+        "I would not have thought that anybody would write 3 or 4 sentences of this length to test it .",
+        "The founder of the company , Angela Merkel-Schmidt , sold a house in New York .",
+    )
+)
+
+# Largest distance of scores in fp32, as a share of their norm: sums in another order.
+_TOLERANCE = 1e-4
+
+
+def to_transformers(
+    model: Model, directory: str | Path, *, merged: bool = True, dtype: dtypes.DtypeLike = torch.float32
+) -> None:
+    """The directory holds a model of transformers, with its tokenizer, that scores what this one does.
+
+    A tagger becomes one of ``AutoModelForTokenClassification``, a classifier or regressor of texts one of
+    ``AutoModelForSequenceClassification``. It loads where neither Flair nor this package is, in transformers 4 and 5.
+    Before the directory is put in place, it is read again, and its scores are compared with those of the live model.
+
+    What is the same are the scores of the same subtokens: those of the words that Flair gives the tokenizer one by one,
+    as ``tokenizer(words, is_split_into_words=True)`` does. ``pipeline("token-classification",
+    aggregation_strategy="first")`` gives the tagger's spans of text that Flair splits alike. It splits other text in
+    other ways, such as "U.S." or "don't"; the card in the directory has code that does not. Flair reads long texts in
+    windows, and here they are cut. Tags of BIOES are called B- and I-, as others read spans; only what Flair joins by
+    an E- of another type than the tag before it are two spans then.
+
+    A head that transformers has in two layers, with an activation between them, is written so that both together
+    compute the one of Flair. Train on in Flair, not from there.
+
+    Args:
+        model: a ``SequenceTagger`` without RNN and CRF, a ``TokenClassifier``, ``TextClassifier`` or ``TextRegressor``
+            on the last layer of one transformer, with an adapter or without. It stays as it is.
+        directory: is made where it is missing; an earlier export in it is replaced as a whole.
+        merged: merge the adapter into the weights. Otherwise it is written for PEFT, with the head in its
+            ``modules_to_save``: ``AutoPeftModelForTokenClassification`` and ``…ForSequenceClassification`` load it with
+            the settings that the card names.
+        dtype: of merged weights.
+
+    Raises:
+        AdapterConfigError: no class of transformers computes what the model does, or its base is quantised.
+        UnsupportedMethodError: the adapter cannot be merged.
+        StateMismatchError: the model that was written gives other scores.
+        SaveError: the directory could not be written; what was there is as it was.
+    """
+    head, path = linear_head(model), Path(directory)
+    if not merged and not adapted_embeddings(model):
+        raise AdapterConfigError(
+            f"Cannot write the adapter of this {type(model).__name__}: none of its embeddings has one. A plain model "
+            "is its weights. Leave merged at True."
+        )
+    _refuse_placed(head.embeddings)
+    transformers_folder.refuse_others(path)
+    with atomic.explained(path), merge.same_random_numbers():
+        # A head that was cast when it was loaded has its exact values in a copy.
+        source = merge.copied(model) if adapted_embeddings(model) else model
+        exact = linear_head(source)
+        head = dataclasses.replace(head, weight=exact.weight, bias=exact.bias)
+        headed = _headed(source, head, dtype=dtypes.parse_dtype(dtype) if merged else None)
+        export = _Export(model, head, headed, live_scores(model, _PROBES), merged)
+        export.fill_head_()
+        card = (manifest.CARD,)
+        atomic.replace_directory(path, export.write, names_of=transformers_folder.names_of, gives_way=card)
+
+
+def _refuse_placed(embeddings: TransformerEmbeddings) -> None:
+    if isinstance(embeddings, PeftTransformerEmbeddings):
+        merge.refuse_placed(embeddings)
+    elif quantisation.engine(embeddings.model) is not None:
+        raise AdapterConfigError(
+            f"Cannot make a model of transformers of '{embeddings.name}': its weights are quantised. They would be "
+            "rounded once more. Load the model on weights as they are in their source."
+        )
+
+
+def _headed(source: Model, head: LinearHead, *, dtype: torch.dtype | None) -> HeadedModel:
+    """Return a model of transformers around merged weights of a dtype, or around the transformer with its adapter."""
+    if dtype is None or isinstance(head.embeddings, PeftTransformerEmbeddings):
+        (embeddings,) = adapted_embeddings(source)
+        if dtype is None:
+            return headed_class.build(head, embeddings.base_model, dtype=embeddings.base_dtype)
+        return headed_class.build(head, merge.merged_transformer(embeddings), dtype=dtype)
+    return headed_class.build(head, head.embeddings.model, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Export:
+    """A model of transformers on its way into a folder.
+
+    Attributes:
+        model: of Flair.
+        head: of that.
+        headed: the same as a model of transformers.
+        expected: what the Flair model scores.
+        is_merged: whether weights are written, or the adapter.
+    """
+
+    model: Model
+    head: LinearHead
+    headed: HeadedModel
+    expected: torch.Tensor
+    is_merged: bool
+
+    def fill_head_(self) -> None:
+        """Let the model of transformers score what the Flair model does."""
+        tokenizer = _tokenizer(self.head.embeddings)
+        apart: list[float] = []
+
+        def is_right() -> bool:
+            apart.append(self._apart(self.headed.model, tokenizer))
+            return apart[-1] <= self._allowed
+
+        if not headed_class.fill_(self.headed, self.head, is_right):
+            raise self._other(f"its scores are {min(apart):.2g} of their norm away from those here")
+
+    def write(self, folder: Path) -> None:
+        """Fill the folder, and return if what is read from it scores what the Flair model does.
+
+        Raises:
+            StateMismatchError: it does not.
+        """
+        if self.is_merged:
+            self.headed.model.save_pretrained(folder)
+        else:
+            self.headed.model.config.save_pretrained(folder)
+            adapter_around.write(folder, self.model, self.head, self.headed)
+        tokenizers.save_portable(_tokenizer(self.head.embeddings), folder)
+        card = transformers_card.write_card(self.model, self.head, self.headed, is_merged=self.is_merged)
+        transformers_folder.seal(folder, transformers_card.settings(self.model, self.head), card)
+        with host_internals.errors_of_transformers_alone():
+            tokenizer, model = self._read(folder)
+        apart = self._apart(model, tokenizer)
+        if not apart <= self._allowed:
+            raise self._other(f"read again, its scores are {apart:.2g} of their norm away from those here")
+        _report_reading(self.head, tokenizer)
+
+    def _read(self, folder: Path) -> tuple[PreTrainedTokenizerBase, Any]:
+        """Return what transformers, or PEFT, makes of the folder."""
+        task = "TokenClassification" if self.head.reads_words else "SequenceClassification"
+        config = self.headed.model.config
+        settings: dict[str, Any] = {"dtype": config.dtype}
+        if self.is_merged:
+            auto = getattr(transformers, f"AutoModelFor{task}")
+        else:
+            auto = getattr(peft, f"AutoPeftModelFor{task}")
+            settings |= {name: getattr(config, name) for name in transformers_card.TO_REPEAT}
+        try:
+            return transformers.AutoTokenizer.from_pretrained(folder), auto.from_pretrained(str(folder), **settings)
+        except Exception as error:  # transformers and PEFT fail in many ways
+            raise StateMismatchError(
+                f"Cannot make a {type(self.headed.model).__name__} of this {type(self.model).__name__}: what was "
+                f"written cannot be read ({type(error).__name__}: {str(error)[:200]}). transformers, or PEFT, finds "
+                "something else there, or no base. Use flair_peft.merge for a plain Flair model."
+            ) from error
+
+    def _apart(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> float:
+        """Return how far the scores of a model are from those expected, as a share of their norm."""
+        return vector_probe.distance(_scores(model, tokenizer, self.head), self.expected)
+
+    @property
+    def _allowed(self) -> float:
+        """How far rounding may take the scores."""
+        used = {self.headed.model.dtype, self.head.dtype}
+        return max(
+            _TOLERANCE if dtype == torch.float32 else vector_probe.tolerance(dtype_name(dtype)) for dtype in used
+        )
+
+    def _other(self, what: str) -> StateMismatchError:
+        return StateMismatchError(
+            f"Cannot make a {type(self.headed.model).__name__} of this {type(self.model).__name__}: {what}. That class "
+            "reads or computes something else from the same words, such as another token or one more norm. Use "
+            "flair_peft.merge for a plain Flair model."
+        )
+
+
+def _tokenizer(embeddings: TransformerEmbeddings) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that gives a model what Flair gives it, and pads as Flair does."""
+    with tokenizers.exclusively(embeddings.tokenizer):
+        tokenizer = copy.deepcopy(embeddings.tokenizer)
+    tokenizers.complete_padding_(tokenizer)
+    # Flair hands no token types on: to XLNet they would make a difference.
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = names
+    # What is not among these is not stored.
+    tokenizer.init_kwargs.update(padding_side=tokenizer.padding_side, model_input_names=names)
+    return tokenizer
+
+
+def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, head: LinearHead) -> torch.Tensor:
+    """Return what a model of transformers scores, as :func:`live_scores` does."""
+    encoding = tokenizer([[*words] for words in _PROBES], is_split_into_words=True, padding=True, return_tensors="pt")
+    with vector_probe.evaluating(model), torch.no_grad():
+        scores = model(**encoding.to(model.device)).logits.float().cpu()
+    if not head.reads_words:
+        return scores
+    of_words = []
+    for row, words in enumerate(_PROBES):
+        numbers = encoding.word_ids(row)
+        for word in range(len(words)):
+            own = scores[row, [place for place, number in enumerate(numbers) if number == word]]
+            of_words.append(head.pooled(own))
+    return torch.stack(of_words)
+
+
+def _report_reading(head: LinearHead, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say where transformers reads what is usual in another way than Flair does."""
+    name, pooling = head.embeddings.name, getattr(head.embeddings, "subtoken_pooling", None)
+    if head.reads_words and pooling != "first":
+        log.warning(
+            "'%s' has subtoken_pooling='%s', which no strategy of transformers' pipeline reads: the scores of the "
+            "subtokens are those of the model, and words of several subtokens come out otherwise there.",
+            name,
+            pooling,
+        )
+    whole = [tokenizer(" ".join(words))["input_ids"] for words in _PROBES]
+    if whole != [tokenizer([*words], is_split_into_words=True)["input_ids"] for words in _PROBES]:
+        log.warning(
+            "The tokenizer of '%s' gives other subtokens for a text than for its words, one by one, which Flair reads. "
+            "Give it words, with is_split_into_words=True: transformers' pipeline for tokens takes that, too.",
+            name,
+        )

@@ -1,0 +1,616 @@
+"""Flair models for transformers: the same scores and spans where neither Flair nor this package is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from flair.data import Dictionary, Sentence, get_spans_from_bio
+from flair.embeddings import StackedEmbeddings, TransformerDocumentEmbeddings, TransformerWordEmbeddings
+from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenClassifier
+from flair.nn import Model
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModelForTokenClassification,
+    IA3Config,
+    PromptTuningConfig,
+    RandLoraConfig,
+    TrainableTokensConfig,
+)
+from transformers import AutoConfig, AutoTokenizer, pipeline
+
+import flair_peft
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
+from flair_peft.errors import AdapterConfigError, SaveError, StateMismatchError
+from flair_peft.export import transformers_model
+from tests.export import reader
+from tests.support import tiny
+from tests.support.configs import lora
+from tests.support.foreign_adapters import write_base
+from tests.support.models import ZOO, make
+from tests.support.quantised import quantised_classifier
+from tests.support.selection import few
+
+Base = Callable[[str], str]
+
+TARGETS = {**tiny.ATTENTION_TARGETS, **tiny.MORE_TARGETS}
+TEXTS = list(tiny.CORPUS)
+WORDS = [text.split() for text in TEXTS]
+TOLERANCE = 1e-4
+SPAN_LABELS = ["PER", "LOC", "ORG"]
+
+
+def _dictionary(items: list[str], *, add_unk: bool = False, are_spans: bool = False) -> Dictionary:
+    dictionary = Dictionary(add_unk=add_unk)
+    for item in items:
+        dictionary.add_item(item)
+    dictionary.span_labels = are_spans
+    return dictionary
+
+
+def _lora(architecture: str, **options: Any) -> Any:
+    return lora(target_modules=TARGETS[architecture], fan_in_fan_out=architecture == "gpt2", **options)
+
+
+def _words(base: str, architecture: str = "bert", **options: Any) -> PeftTransformerWordEmbeddings:
+    return PeftTransformerWordEmbeddings(base, **{"peft_config": _lora(architecture), **options})
+
+
+def _documents(base: str, architecture: str = "bert", **options: Any) -> PeftTransformerDocumentEmbeddings:
+    return PeftTransformerDocumentEmbeddings(base, **{"peft_config": _lora(architecture), **options})
+
+
+def _tagger(embeddings: Any, labels: list[str] = SPAN_LABELS, **options: Any) -> SequenceTagger:
+    settings = {"use_rnn": False, "use_crf": False, "reproject_embeddings": False, **options}
+    tags = settings.pop("dictionary", None) or _dictionary(labels, are_spans=True)
+    return SequenceTagger(embeddings, tag_dictionary=tags, tag_type="ner", **settings).eval()
+
+
+def _classifier(embeddings: Any, labels: list[str] | None = None, **options: Any) -> TextClassifier:
+    """Return a classifier whose bias is not zero, where transformers has one."""
+    settings = {"label_dictionary": _dictionary(labels or ["good", "bad", "odd"]), "label_type": "class", **options}
+    model = TextClassifier(embeddings, **settings).eval()
+    if model.decoder.bias is not None:
+        torch.nn.init.normal_(model.decoder.bias)
+    return model
+
+
+def _without_bias(embeddings: Any) -> TextClassifier:
+    return _classifier(embeddings, decoder=torch.nn.Linear(embeddings.embedding_length, 3, bias=False))
+
+
+def _live_scores(model: Any, words: list[list[str]] = WORDS) -> torch.Tensor:
+    """Return what the live model's own layers make of the vectors that its embeddings give each word, or text."""
+    sentences = [Sentence(each) for each in words]
+    embeddings = model.document_embeddings if isinstance(model, TextRegressor) else model.embeddings
+    embeddings.embed(sentences)
+    is_of_words = isinstance(model, SequenceTagger | TokenClassifier)
+    points = [token for sentence in sentences for token in sentence] if is_of_words else sentences
+    vectors = torch.stack([point.get_embedding() for point in points])
+    with torch.no_grad():
+        if isinstance(model, SequenceTagger):
+            return model.linear(model.embedding2nn(vectors) if model.reproject_embeddings else vectors).float()
+        return model.decoder(vectors).float()
+
+
+def _read_scores(folder: Path, model: Any, words: list[list[str]] = WORDS, *, is_merged: bool = True) -> torch.Tensor:
+    reads_words = isinstance(model, SequenceTagger | TokenClassifier)
+    return torch.tensor(reader.scores(str(folder), words, reads_words=reads_words, is_merged=is_merged))
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).norm() / expected.norm())
+
+
+def _assert_same(model: Model, folder: Path, *, is_merged: bool = True, tolerance: float = TOLERANCE) -> None:
+    """Export, and compare on text that the export itself does not look at."""
+    expected = _live_scores(model)
+    flair_peft.to_transformers(model, folder, merged=is_merged)
+    assert _distance(_read_scores(folder, model, is_merged=is_merged), expected) < tolerance
+
+
+TAGGERS = ["bert", "bert-slow", "bert-padded-vocab", "bert-mlm", "roberta", "xlm-roberta", "deberta-v2", "electra"]
+TAGGERS += ["distilbert", "albert", "mpnet", "xlnet", "t5", "gpt2", "llama", "qwen2", "mistral", "gemma"]
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+@pytest.mark.parametrize("architecture", few(TAGGERS, {"bert", "roberta", "deberta-v2", "xlnet", "gpt2", "llama"}))
+def test_tagger_scores_words_as_its_live_model_does(
+    architecture: str, is_merged: bool, base: Base, tmp_path: Path
+) -> None:
+    """The first subtoken of each word has the scores that Flair's head gives the word."""
+    _assert_same(_tagger(_words(base(architecture), architecture)), tmp_path / "out", is_merged=is_merged)
+
+
+# What reads the first token through two layers: with tanh, ReLU or GELU between them.
+ENCODERS = ["bert", "bert-padded-vocab", "roberta", "xlm-roberta", "deberta-v2", "electra", "distilbert", "albert"]
+ENCODERS += ["mpnet"]
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+@pytest.mark.parametrize("architecture", few(ENCODERS, {"bert", "roberta", "deberta-v2", "distilbert"}))
+def test_classifier_on_an_encoder_scores_texts_as_its_live_model_does(
+    architecture: str, is_merged: bool, base: Base, tmp_path: Path
+) -> None:
+    """Two layers with an activation between them compute what Flair's one does."""
+    _assert_same(_classifier(_documents(base(architecture), architecture)), tmp_path / "out", is_merged=is_merged)
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+@pytest.mark.parametrize(
+    "architecture", few(["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma"], {"gpt2", "llama"})
+)
+def test_classifier_on_a_decoder_scores_texts_as_its_live_model_does(
+    architecture: str, is_merged: bool, base: Base, tmp_path: Path
+) -> None:
+    """Both read the last token, in padded batches too; transformers has no bias there."""
+    _assert_same(_without_bias(_documents(base(architecture), architecture)), tmp_path / "out", is_merged=is_merged)
+
+
+@pytest.mark.parametrize("scale", [0.01, 30.0])
+@pytest.mark.parametrize("architecture", ["roberta", "electra"])
+def test_classifier_scores_small_and_large_come_out_right(
+    architecture: str, scale: float, base: Base, tmp_path: Path
+) -> None:
+    """What an activation does to large numbers, or to small ones, changes no score."""
+    model = _classifier(_documents(base(architecture), architecture))
+    with torch.no_grad():
+        model.decoder.weight.mul_(scale)
+    _assert_same(model, tmp_path / "out")
+
+
+def test_classifier_in_half_precision_still_tells_texts_apart(base: Base, tmp_path: Path) -> None:
+    """Servers load in fp16: what the two layers multiply by must not fall below its smallest number."""
+    model = _classifier(_documents(base("bert")))
+    flair_peft.to_transformers(model, tmp_path, dtype="float16")
+    read = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="float16").float()
+    encoding = AutoTokenizer.from_pretrained(tmp_path)(
+        WORDS, is_split_into_words=True, padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = read(**encoding).logits
+    assert _distance(found, _live_scores(model)) < 0.02
+
+
+def _spans(model: Any, text: str, label_type: str = "ner") -> list[tuple[int, int, str, float]]:
+    sentence = Sentence(text.split())
+    model.predict(sentence)
+    labels = sentence.get_labels(label_type)
+    return [(each.data_point.start_position, each.data_point.end_position, each.value, each.score) for each in labels]
+
+
+def _found_by(tagger: Any, text: str) -> list[tuple[int, int, str, float]]:
+    """Return what pipeline finds; offsets of some tokenizers begin with the space before a word."""
+    found = tagger(text)
+    starts = [each["end"] - len(text[each["start"] : each["end"]].lstrip()) for each in found]
+    return [(n, each["end"], each["entity_group"], float(each["score"])) for n, each in zip(starts, found, strict=True)]
+
+
+def _split_alike(tokenizer: Any) -> list[str]:
+    """Return texts without words whose first subtoken is a space alone: pipeline takes what follows for a new word."""
+
+    def first(word: str) -> str:
+        encoding = tokenizer([word], is_split_into_words=True)
+        return encoding.tokens()[encoding.word_ids().index(0)]
+
+    texts = [[word for word in words if first(word) not in ("Ġ", "▁")] for words in WORDS]
+    return [" ".join(words) for words in texts if len(words) > 1]
+
+
+@pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
+@pytest.mark.parametrize(
+    ("labels", "tag_format"), [(SPAN_LABELS, "BIO"), (["PER"], "BIOES")], ids=["BIO", "BIOES of one type"]
+)
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "xlm-roberta", "llama"])
+def test_pipeline_gives_the_spans_of_the_tagger(
+    architecture: str, labels: list[str], tag_format: str, base: Base, tmp_path: Path
+) -> None:
+    """Any sequence of tags, right or wrong, is grouped as in Flair, and spans have Flair's scores."""
+    model = _tagger(_words(base(architecture), architecture), labels, tag_format=tag_format)
+    flair_peft.to_transformers(model, tmp_path)
+    tagger = pipeline("token-classification", model=str(tmp_path), aggregation_strategy="first")
+    count = 0
+    for text in _split_alike(tagger.tokenizer):
+        expected, found = _spans(model, text), _found_by(tagger, text)
+        assert [each[:3] for each in found] == [each[:3] for each in expected]
+        assert [each[3] for each in found] == pytest.approx([each[3] for each in expected], abs=1e-4)
+        count += len(expected)
+    assert count > 5
+
+
+def test_pipeline_gives_the_spans_of_all_types_in_bioes_where_the_tags_are_in_order(base: Base, tmp_path: Path) -> None:
+    """B-, I- and E- of one type are one span, and S- beside it another."""
+    model = _tagger(_words(base("bert")))
+    flair_peft.to_transformers(model, tmp_path)
+    tagger = pipeline("token-classification", model=str(tmp_path), aggregation_strategy="first")
+    wanted = ["S-PER", "B-PER", "I-PER", "E-PER", "O", "B-LOC", "E-LOC", "S-LOC", "S-ORG", "O"]
+    scores = torch.full((len(wanted), len(model.label_dictionary)), -9.0)
+    for row, label in enumerate(wanted):
+        scores[row, model.label_dictionary.get_idx_for_item(label)] = 9.0
+    text = " ".join("abcdefghij")
+
+    class Fixed(torch.nn.Module):
+        def forward(self, _: torch.Tensor) -> torch.Tensor:
+            return torch.cat([scores[:1], scores, scores[:1]])[None]
+
+    tagger.model.classifier = Fixed()
+    found = [(each["start"] // 2, each["end"] // 2, each["entity_group"]) for each in tagger(text)]
+    expected = [(places[0], places[-1], label) for places, _, label in get_spans_from_bio([*wanted])]
+    assert found == expected
+    assert len(expected) == 5
+
+
+def test_labels_of_bioes_are_called_as_others_read_them(base: Base, tmp_path: Path) -> None:
+    """The rows keep their order, and the config keeps Flair's names."""
+    flair_peft.to_transformers(_tagger(_words(base("bert")), ["PER"]), tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.id2label == {0: "O", 1: "B-PER", 2: "B-PER", 3: "I-PER", 4: "I-PER"}
+    assert config.label2id == {"O": 0, "B-PER": 1, "I-PER": 3}
+    assert config.flair_peft["labels"] == ["O", "S-PER", "B-PER", "E-PER", "I-PER"]
+    assert config.num_labels == 5
+
+
+ODD = ["<unk>", "O", "S-x", 'a "quoted" label', "Größe|`x`", "two\nlines", ""]
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+def test_labels_of_any_text_are_kept(is_merged: bool, base: Base, tmp_path: Path) -> None:
+    """A dictionary with <unk> has its row, and names are not changed where they are no tags of spans."""
+    labels = [label for label in ODD if label != "<unk>"]
+    model = _classifier(_documents(base("bert")), label_dictionary=_dictionary(labels, add_unk=True))
+    _assert_same(model, tmp_path / "out", is_merged=is_merged)
+    assert [*AutoConfig.from_pretrained(tmp_path / "out").id2label.values()] == ODD
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_tagger_that_reads_other_subtokens_has_their_scores_and_says_so(
+    pooling: Any, base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Scores of a linear layer can be pooled as the vectors are; that pipeline does not is said."""
+    model = _tagger(_words(base("bert"), subtoken_pooling=pooling))
+    flair_peft.to_transformers(model, tmp_path)
+    assert f"subtoken_pooling='{pooling}'" in caplog.text
+    read = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path)
+    expected = _live_scores(model, WORDS[:1])
+    encoding = AutoTokenizer.from_pretrained(tmp_path)(WORDS[0], is_split_into_words=True, return_tensors="pt")
+    with torch.no_grad():
+        scores = read(**encoding).logits[0]
+    numbers = encoding.word_ids()
+    for number, row in enumerate(expected):
+        own = scores[[place for place, word in enumerate(numbers) if word == number]]
+        assert _distance(own.mean(dim=0) if pooling == "mean" else own[-1], row) < TOLERANCE
+
+
+def test_code_in_the_card_gives_the_tags_of_any_text(base: Base, tmp_path: Path) -> None:
+    """Words that the tokenizer splits in its own way are tagged as in Flair."""
+    model = _tagger(_words(base("bert")), tag_format="BIO")
+    flair_peft.to_transformers(model, tmp_path)
+    text = "The U.S. troops don't leave San-Francisco."
+    code = (tmp_path / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    code = code.replace("path of this folder", str(tmp_path)).replace("George Washington went to Washington.", text)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    sentence = Sentence(text)
+    model.predict(sentence, force_token_predictions=True)
+    assert found["tags"] == [token.get_label("ner", "O").value for token in sentence]
+    assert len(found["tags"]) < len(AutoTokenizer.from_pretrained(tmp_path).tokenize(text))
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+def test_code_in_the_card_of_a_classifier_runs(is_merged: bool, base: Base, tmp_path: Path) -> None:
+    """It classifies as Flair does, from merged weights and from the adapter."""
+    model = _classifier(_documents(base("bert")))
+    flair_peft.to_transformers(model, tmp_path, merged=is_merged)
+    code = (tmp_path / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(code.replace("path of this folder", str(tmp_path)), found)
+    sentence = Sentence("George Washington went to Washington.")
+    model.predict(sentence)
+    (label,) = found["classifier"](found["text"])
+    assert label["label"] == sentence.labels[0].value
+    assert label["score"] == pytest.approx(sentence.labels[0].score, abs=1e-4)
+
+
+def test_model_of_several_labels_and_regressor_have_their_problem_type(base: Base, tmp_path: Path) -> None:
+    """pipeline takes the sigmoid of each label, and the number of a regressor as it is."""
+    several = _classifier(_documents(base("bert")), multi_label=True, multi_label_threshold=0.3)
+    regressor = TextRegressor(_documents(base("roberta"), "roberta"), label_name="value").eval()
+    for name, model in (("several", several), ("regressor", regressor)):
+        _assert_same(model, tmp_path / name)
+    sentence = Sentence(TEXTS[0].split())
+    several.predict(sentence, return_probabilities_for_all_classes=True)
+    found = pipeline("text-classification", model=str(tmp_path / "several"))(TEXTS[0], top_k=None)
+    expected = {label.value: label.score for label in sentence.labels}
+    assert {each["label"]: each["score"] for each in found} == pytest.approx(expected, abs=1e-4)
+    regressor.predict(sentence)
+    (number,) = pipeline("text-classification", model=str(tmp_path / "regressor"))(TEXTS[0])
+    assert number["score"] == pytest.approx(float(sentence.get_label("value").value), abs=1e-4)
+    assert AutoConfig.from_pretrained(tmp_path / "several").flair_peft["multi_label_threshold"] == {"default": 0.3}
+
+
+def test_head_around_the_linear_layer_changes_nothing(base: Base, tmp_path: Path) -> None:
+    """A reprojection, a stack of one and dropouts are one linear layer on the vectors."""
+    options = {"reproject_embeddings": True, "dropout": 0.3, "locked_dropout": 0.5, "word_dropout": 0.1}
+    stacked = StackedEmbeddings([_words(base("bert"))])
+    _assert_same(_tagger(stacked, **options), tmp_path / "tagger")
+    tags = _dictionary(["NOUN", "VERB"], add_unk=True)
+    _assert_same(TokenClassifier(_words(base("bert")), tags, "pos").eval(), tmp_path / "words")
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+def test_model_that_was_loaded_on_a_base_in_bf16_scores_the_same_within_its_rounding(
+    is_merged: bool, base: Base, tmp_path: Path
+) -> None:
+    """The merged weights are fp32."""
+    _classifier(_documents(base("bert"), dtype="bfloat16")).save(tmp_path / "model.pt")
+    model = TextClassifier.load(tmp_path / "model.pt")
+    assert model.decoder.weight.dtype == torch.bfloat16
+    _assert_same(model, tmp_path / "out", is_merged=is_merged, tolerance=0.05)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == ("float32" if is_merged else "bfloat16")
+
+
+def test_head_that_was_cast_when_it_was_loaded_is_written_with_its_exact_values(base: Base, tmp_path: Path) -> None:
+    """What bf16 rounds in memory is not rounded in files."""
+    model = TokenClassifier(_words(base("bert"), dtype="bfloat16"), _dictionary(["a", "b"]), "x")
+    model.save(tmp_path / "model.pt")
+    loaded = TokenClassifier.load(tmp_path / "model.pt")
+    assert loaded.decoder.weight.dtype == torch.bfloat16
+    flair_peft.to_transformers(loaded, tmp_path / "out")
+    read = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(read.classifier.weight, model.decoder.weight)
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+def test_rows_of_tokens_that_were_trained_are_kept(is_merged: bool, base: Base, tmp_path: Path) -> None:
+    """Also where the text of the export's own check has none of them."""
+    number = AutoTokenizer.from_pretrained(base("bert")).convert_tokens_to_ids("q")
+    config = lora(trainable_token_indices={"word_embeddings": [number]})
+    model = _tagger(_words(base("bert"), peft_config=config))
+    delta = next(p for name, p in model.named_parameters() if name.endswith("trainable_tokens_delta.default"))
+    torch.nn.init.normal_(delta)
+    expected = _live_scores(model, [["q"]])
+    flair_peft.to_transformers(model, tmp_path, merged=is_merged)
+    assert _distance(_read_scores(tmp_path, model, [["q"]], is_merged=is_merged), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(use_dora=True, target_modules="all-linear"),
+        lora(
+            target_modules=r"encoder\.layer\.1\..*(query|dense)",
+            rank_pattern={"query": 2},
+            modules_to_save=["LayerNorm"],
+        ),
+        lora(target_modules=["query"], layers_to_transform=[1], bias="all"),
+        lora(rank_pattern={r"^encoder\.layer\.0\.attention\.self\.query": 2, "query": 3}),
+        IA3Config(
+            target_modules=["query", "output.dense"], feedforward_modules=["output.dense"], init_ia3_weights=False
+        ),
+        AdaLoraConfig(
+            target_r=2, init_r=4, lora_alpha=12, total_step=9, init_lora_weights=False, target_modules=["key"]
+        ),
+        RandLoraConfig(r=4, target_modules=["query", "dense"], init_weights=False),
+    ],
+    ids=["dora", "expression", "layers", "patterns", "ia3", "adalora", "randlora"],
+)
+def test_config_selects_the_same_modules_in_the_class(config: Any, is_merged: bool, base: Base, tmp_path: Path) -> None:
+    """However the adapter's config names its targets, none of the class's own layers become one."""
+    _assert_same(_tagger(_words(base("bert"), peft_config=config)), tmp_path / "out", is_merged=is_merged)
+
+
+def test_plain_models_of_flair_are_written_too(base: Base, tmp_path: Path) -> None:
+    """A model without an adapter is its weights; it is not changed."""
+    tagger = _tagger(TransformerWordEmbeddings(base("bert"), fine_tune=True))
+    classifier = _classifier(TransformerDocumentEmbeddings(base("bert"), fine_tune=True))
+    for name, model in (("tagger", tagger), ("classifier", classifier)):
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        _assert_same(model, tmp_path / name)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    with pytest.raises(AdapterConfigError, match="none of its embeddings has one"):
+        flair_peft.to_transformers(tagger, tmp_path / "adapter", merged=False)
+
+
+def test_final_norm_is_read_where_the_embeddings_read_it(base: Base, tmp_path: Path) -> None:
+    """What reads the states before it gives other scores, and is refused."""
+    normed = write_base("RobertaPreLayerNorm", tmp_path / "base", base("bert"))
+    config = lora(target_modules=["query"])
+    _assert_same(_tagger(_words(normed, peft_config=config, after_final_norm=True)), tmp_path / "out")
+    with pytest.raises(StateMismatchError, match="one more norm"):
+        flair_peft.to_transformers(_tagger(_words(normed, peft_config=config)), tmp_path / "before")
+    assert not (tmp_path / "before").exists()
+
+
+def test_export_leaves_the_model_and_the_random_numbers_as_they_were(base: Base, tmp_path: Path) -> None:
+    """A model in training goes on as if nothing had happened."""
+    model = _tagger(_words(base("bert"))).train()
+    before, numbers = {key: t.clone() for key, t in model.state_dict().items()}, torch.get_rng_state()
+    for is_merged in (True, False):
+        flair_peft.to_transformers(model, tmp_path / str(is_merged), merged=is_merged)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert all(module.training for module in (model, model.embeddings, model.embeddings.model))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_way_there_and_back_gives_the_same_predictions(base: Base, tmp_path: Path) -> None:
+    """from_adapter and take_over_head read what was written for PEFT, with labels that have one name there."""
+    model = _tagger(_words(base("bert")))
+    flair_peft.to_transformers(model, tmp_path, merged=False)
+    again = _tagger(PeftTransformerWordEmbeddings.from_adapter(str(tmp_path)))
+    assert flair_peft.take_over_head(again) == []
+    for text in TEXTS:
+        found, expected = _spans(again, text), _spans(model, text)
+        assert [each[:3] for each in found] == [each[:3] for each in expected]
+        assert [each[3] for each in found] == pytest.approx([each[3] for each in expected], abs=1e-5)
+
+
+def test_way_there_and_back_of_a_decoder_gives_the_same_scores(base: Base, tmp_path: Path) -> None:
+    model = _without_bias(_documents(base("llama"), "llama"))
+    flair_peft.to_transformers(model, tmp_path, merged=False)
+    again = _classifier(PeftTransformerDocumentEmbeddings.from_adapter(str(tmp_path)))
+    assert flair_peft.take_over_head(again) == []
+    assert _distance(_live_scores(again), _live_scores(model)) < 1e-5
+
+
+def _refused() -> dict[str, tuple[Callable[[Base], Model], str]]:
+    return {
+        "a CRF": (lambda b: _tagger(_words(b("bert")), use_crf=True), "'use_crf'"),
+        "an RNN": (lambda b: _tagger(_words(b("bert")), use_rnn=True), "'use_rnn'"),
+        "a stack": (
+            lambda b: _tagger(StackedEmbeddings([_words(b("bert")), _words(b("roberta"), "roberta")])),
+            "StackedEmbeddings makes",
+        ),
+        "context": (lambda b: _tagger(_words(b("bert"), use_context=True)), "use_context"),
+        "several layers": (lambda b: _tagger(_words(b("bert"), layers="all", layer_mean=True)), "several layers"),
+        "an early layer": (lambda b: _tagger(_words(b("bert"), layers="1")), "not the last one"),
+        "two subtokens": (lambda b: _tagger(_words(b("bert"), subtoken_pooling="first_last")), "two subtokens"),
+        "a mean of a text": (lambda b: _classifier(_documents(b("bert"), cls_pooling="mean")), "cls_pooling='mean'"),
+        "virtual tokens": (
+            lambda b: _tagger(
+                _words(b("bert"), peft_config=PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3))
+            ),
+            "virtual tokens",
+        ),
+        "no mask": (lambda b: _tagger(_words(b("fnet"), "fnet")), "masks no padding"),
+        "a class with more": (lambda b: _tagger(_words(b("modernbert"), "modernbert")), "'head.norm'"),
+        "no class": (lambda b: _tagger(_words(b("bart"), "bart")), "no class for it that scores words"),
+        "a decoder beside": (lambda b: _classifier(_documents(b("t5"), "t5")), "more than the T5EncoderModel"),
+        "a bias": (lambda b: _classifier(_documents(b("llama"), "llama")), "has no bias"),
+        "many labels": (
+            lambda b: _classifier(_documents(b("bert")), [str(number) for number in range(17)]),
+            "no room for 17 labels",
+        ),
+        "one label": (lambda b: _classifier(_documents(b("bert")), ["good"]), "one label only"),
+        "words of several labels": (
+            lambda b: TokenClassifier(_words(b("bert")), _dictionary(["a", "b"]), "x", multi_label=True),
+            "several labels",
+        ),
+        "another decoder": (
+            lambda b: _classifier(_documents(b("bert")), decoder=torch.nn.Bilinear(1, 1, 3)),
+            "Bilinear",
+        ),
+        "another model": (lambda b: make(ZOO["text-pair-classifier"], b("bert"), lora()), "TextPairClassifier does"),
+        "a subclass": (lambda b: make(ZOO["prefixed-sequence-tagger"], b("bert"), lora()), "PrefixedSequenceTagger"),
+        "boxes": (lambda b: _tagger(_words(b("layoutlm"), "layoutlm")), "boxes or images"),
+        "a quantised base": (lambda b: quantised_classifier(b("bert"), "nf4"), "round its weights once more"),
+    }
+
+
+@pytest.mark.parametrize("what", _refused())
+def test_what_no_class_of_transformers_computes_is_refused_with_the_reason(
+    what: str, base: Base, tmp_path: Path
+) -> None:
+    """In either form, before anything is written."""
+    build, reason = _refused()[what]
+    model = build(base)
+    for is_merged in (True, False):
+        with pytest.raises(AdapterConfigError, match=reason) as raised:
+            flair_peft.to_transformers(model, tmp_path / "out", merged=is_merged)
+        assert str(raised.value).count(". ") >= 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_class_that_reads_another_token_is_refused(base: Base, tmp_path: Path) -> None:
+    """XLNet's class reads the last position, which is padding where Flair pads."""
+    with pytest.raises(StateMismatchError, match="another token"):
+        flair_peft.to_transformers(_classifier(_documents(base("xlnet"), "xlnet")), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_directory_of_an_earlier_export_is_replaced_and_others_files_stay(base: Base, tmp_path: Path) -> None:
+    """No file of the one is read with the other; a card that somebody edited is theirs."""
+    model = _tagger(_words(base("bert")))
+    flair_peft.to_transformers(model, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    flair_peft.to_transformers(model, tmp_path, merged=False)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert "AutoPeftModelForTokenClassification" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("edited")
+    flair_peft.to_transformers(model, tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    assert (tmp_path / "README.md").read_text() == "edited"
+    assert _distance(_read_scores(tmp_path, model), _live_scores(model)) < TOLERANCE
+
+
+def test_directory_of_another_model_is_left_alone(base: Base, tmp_path: Path) -> None:
+    """A base, a checkpoint and an adapter are not mixed with what is written."""
+    model = _tagger(_words(base("bert")))
+    checkpoint = tmp_path / "checkpoint"
+    flair_peft.save_pretrained(model, checkpoint)
+    tokenizer = tmp_path / "tokenizer"
+    AutoTokenizer.from_pretrained(base("bert")).save_pretrained(tokenizer)
+    for folder in (Path(base("bert")), checkpoint, tokenizer):
+        before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+        with pytest.raises(SaveError, match="files of another model are there"):
+            flair_peft.to_transformers(model, folder)
+        assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+def test_export_that_does_not_prove_right_leaves_the_earlier_one(
+    is_merged: bool, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read again from the new files decides."""
+    model = _tagger(_words(base("bert")))
+    flair_peft.to_transformers(model, tmp_path / "out", merged=is_merged)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    read = transformers_model._Export._read
+
+    def read_another(self: Any, folder: Path) -> Any:
+        tokenizer, found = read(self, folder)
+        with torch.no_grad():
+            weight = next(found.parameters())
+            weight.add_(torch.randn_like(weight))
+        return tokenizer, found
+
+    monkeypatch.setattr(transformers_model._Export, "_read", read_another)
+    with pytest.raises(StateMismatchError, match="read again"):
+        flair_peft.to_transformers(model, tmp_path / "out", merged=is_merged)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_that_cannot_be_read_is_refused(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base of an adapter that is gone since is one reason."""
+    model = _tagger(_words(base("bert")))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("it has moved")
+
+    monkeypatch.setattr(AutoPeftModelForTokenClassification, "from_pretrained", fail)
+    with pytest.raises(StateMismatchError, match=r"cannot be read \(OSError: it has moved"):
+        flair_peft.to_transformers(model, tmp_path / "out", merged=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_method_whose_config_has_no_room_for_a_head_is_merged_alone(base: Base, tmp_path: Path) -> None:
+    """PEFT keeps a head in modules_to_save, which the config of trainable tokens does not have."""
+    config = TrainableTokensConfig(token_indices=[7], target_modules=["word_embeddings"], init_weights=False)
+    model = _tagger(_words(base("bert"), peft_config=config))
+    with pytest.raises(AdapterConfigError, match="has no modules_to_save"):
+        flair_peft.to_transformers(model, tmp_path / "out", merged=False)
+    assert not list(tmp_path.iterdir())
+    _assert_same(model, tmp_path / "out")
+
+
+def test_rows_that_were_added_to_the_base_are_not_lost_with_the_adapter_alone(base: Base, tmp_path: Path) -> None:
+    """PEFT draws rows for new tokens at random: a base that was resized is written as merged weights."""
+    model = _tagger(_words(base("bert"), use_context_separator=False))
+    embeddings = model.embeddings
+    embeddings.tokenizer.add_tokens(["zzzz", "yyyy"])
+    embeddings.base_model.resize_token_embeddings(len(embeddings.tokenizer))
+    with pytest.raises(AdapterConfigError, match="beside it"):
+        flair_peft.to_transformers(model, tmp_path / "adapter", merged=False)
+    assert not (tmp_path / "adapter").exists()
+    expected = _live_scores(model, [["zzzz", "a"]])
+    flair_peft.to_transformers(model, tmp_path / "merged")
+    assert _distance(_read_scores(tmp_path / "merged", model, [["zzzz", "a"]]), expected) < TOLERANCE
