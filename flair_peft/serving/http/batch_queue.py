@@ -30,6 +30,9 @@ from flair_peft.serving.http.works import Part, Work
 
 log = logging.getLogger("flair_peft")
 
+# Seconds after the last answer in which the first of those who got one may be followed by the others.
+_EXPECTED_SECONDS = 0.05
+
 
 class Watcher(Protocol):
     """Is told of each batch."""
@@ -88,7 +91,7 @@ class BatchQueue:
         self._users: Counter[ServedModel] = Counter()
         self._changed = threading.Condition()
         self._company: tuple[Any, int] = None, 0  # a group, and how many works of it can be expected
-        self._free_since, self._seconds_each = 0.0, 0.01
+        self._free_since, self._first_at, self._seconds_each = 0.0, 0.0, 0.01
         self._wanted = 1  # works for which the thread is to be woken
         self._is_closed = self._is_draining = False
         self._thread: threading.Thread | None = None
@@ -126,6 +129,8 @@ class BatchQueue:
         with self._changed:
             rows = sum(work.left for work in given)
             self._refuse_if_full(rows)
+            if not self._works:
+                self._first_at = time.monotonic()
             self._works.extend(given)
             self.waiting += rows
             self._wake(is_urgent=len(self._works) >= self._wanted or self.waiting >= self.batch)
@@ -230,7 +235,9 @@ class BatchQueue:
             self._drop_cancelled()
         group, company = self._company
         while not (self._calls or self._is_draining) and self._works and self._works[0].group == group:
-            left = self._free_since + self.max_wait - time.monotonic()
+            start = max(self._free_since, self._first_at)
+            is_expected = start - self._free_since <= _EXPECTED_SECONDS
+            left = start + self.max_wait - time.monotonic() if is_expected else 0.0
             here = sum(work.group == group for work in self._works)
             if left <= 0 or here >= company or self.waiting >= self.batch:
                 return
