@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -86,6 +87,17 @@ def create_app(
     return _app_of(Service(served, limits), Access(token, admin_token), cors)
 
 
+class _Page(StaticFiles):
+    """The files of the page."""
+
+    async def get_response(self, path: str, scope: Any) -> Response:
+        """Return a file; there is none of a name that the system cannot have."""
+        try:
+            return await super().get_response(path, scope)
+        except ValueError:
+            raise HTTPException(404) from None
+
+
 def _app_of(service: Service, access: Access, cors: Sequence[str]) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -107,7 +119,7 @@ def _app_of(service: Service, access: Access, cors: Sequence[str]) -> FastAPI:
     _add_predict(app, service, access)
     _add_state(app, service, access)
     _add_admin(app, service, access)
-    app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    app.mount("/", _Page(directory=PAGE, html=True), name="page")
     return app
 
 
@@ -119,11 +131,18 @@ def _add_predict(app: FastAPI, service: Service, access: Access) -> None:
         """What one model or several say of one text or several."""
         start = time.monotonic()
         asked = requests.parse(await read_json(request, service.limits.max_body), PredictionRequest)
-        answered = await _unless_gone(request, service.predict(asked))
+        try:
+            answered = await _unless_gone(request, service.predict(asked))
+        except RequestError:
+            raise
+        except Exception as error:  # what the server logs of it would quote its message, and that may quote a text
+            log.error("A request failed with a %s.", type(error).__name__)
+            raise _unexpected(error) from None
         if answered is None:
             return Response(status_code=499)  # nobody reads it
         service.metrics.saw_request([model.name for model in answered.models], time.monotonic() - start)
-        return _json(answered.content, headers=answered.headers)
+        told = BackgroundTask(service.queue.delivered)
+        return JSONResponse(answered.content, headers=answered.headers, background=told)
 
 
 async def _unless_gone(request: Request, answering: Any) -> Answered | None:
@@ -215,14 +234,15 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        return answer(
-            RequestError(
-                f"Cannot answer this request: {type(error).__name__}. This was not expected. Tell whoever runs the "
-                "server.",
-                status=500,
-                code="failed",
-            )
-        )
+        return answer(_unexpected(error))
+
+
+def _unexpected(error: Exception) -> RequestError:
+    return RequestError(
+        f"Cannot answer this request: {type(error).__name__}. This was not expected. Tell whoever runs the server.",
+        status=500,
+        code="failed",
+    )
 
 
 def _json(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -3,8 +3,9 @@
 1. A request becomes a :class:`Work` for each group of models that can share a call, and waits its turn.
 2. The thread takes what is first, and whatever else goes with it in one call, up to a batch. What is longer than a
    batch is predicted in parts, and goes to the end of the queue after each.
-3. If nobody else can be expected, it does not wait. Else it waits a moment for those who were just answered: clients
-   ask again one by one, and a batch that starts with the first of them would leave the others for the next.
+3. If nobody else can be expected, it does not wait. Else it waits a moment, from when the last answer went out, for
+   those who were just answered: clients ask again one by one, and a batch that starts with the first of them would
+   leave the others for the next.
 4. A batch that fails is tried again one work at a time, with new data points: one alone gets the error.
 """
 
@@ -28,6 +29,9 @@ from flair_peft.serving.http.served_models import ServedModel
 from flair_peft.serving.http.works import Part, Work
 
 log = logging.getLogger("flair_peft")
+
+# Seconds after the last answer in which the first of those who got one may be followed by the others.
+_EXPECTED_SECONDS = 0.05
 
 
 class Watcher(Protocol):
@@ -87,7 +91,7 @@ class BatchQueue:
         self._users: Counter[ServedModel] = Counter()
         self._changed = threading.Condition()
         self._company: tuple[Any, int] = None, 0  # a group, and how many works of it can be expected
-        self._free_since, self._seconds_each = 0.0, 0.01
+        self._free_since, self._first_at, self._seconds_each = 0.0, 0.0, 0.01
         self._wanted = 1  # works for which the thread is to be woken
         self._is_closed = self._is_draining = False
         self._thread: threading.Thread | None = None
@@ -125,9 +129,15 @@ class BatchQueue:
         with self._changed:
             rows = sum(work.left for work in given)
             self._refuse_if_full(rows)
+            if not self._works:
+                self._first_at = time.monotonic()
             self._works.extend(given)
             self.waiting += rows
             self._wake(is_urgent=len(self._works) >= self._wanted or self.waiting >= self.batch)
+
+    async def delivered(self) -> None:
+        """Take note that an answer is out: whoever got it may ask again, and is waited for, from now on."""
+        self._free_since = time.monotonic()
 
     def withdraw(self, given: Sequence[Work]) -> None:
         """Forget the works that are not answered yet: their sender is gone."""
@@ -223,9 +233,12 @@ class BatchQueue:
             self._wanted = 1
             self._changed.wait()
             self._drop_cancelled()
-        until, (group, company) = self._free_since + self.max_wait, self._company
+        group, company = self._company
         while not (self._calls or self._is_draining) and self._works and self._works[0].group == group:
-            left, here = until - time.monotonic(), sum(work.group == group for work in self._works)
+            start = max(self._free_since, self._first_at)
+            is_expected = start - self._free_since <= _EXPECTED_SECONDS
+            left = start + self.max_wait - time.monotonic() if is_expected else 0.0
+            here = sum(work.group == group for work in self._works)
             if left <= 0 or here >= company or self.waiting >= self.batch:
                 return
             self._wanted = len(self._works) + company - here

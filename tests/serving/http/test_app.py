@@ -207,6 +207,23 @@ def test_app_mounts_into_another_app(live: Model) -> None:
     assert not app.state.service.is_ready
 
 
+def test_what_nobody_expected_is_answered_and_not_quoted(
+    live: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A 500 in sentences; neither it nor the log repeats a message, which may quote the text."""
+    app = create_app({"m": live})
+
+    def submit(_: Any) -> None:
+        raise KeyError("a secret")
+
+    monkeypatch.setattr(app.state.service.queue, "submit", submit)
+    with client_of(app) as client:
+        failed = client.post("/predict", json={"inputs": "a secret"})
+    assert (failed.status_code, failed.json()["code"]) == (500, "failed")
+    assert "secret" not in failed.text + caplog.text
+    assert "KeyError" in caplog.text
+
+
 def test_two_apps_count_apart(base: Callable[[str], str]) -> None:
     """Their figures do not meet, though they are in one process."""
     apps = [create_app({"m": classifier(base("bert")).eval()}) for _ in range(2)]
