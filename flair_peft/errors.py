@@ -21,6 +21,7 @@
     ├── TrainingSetupError        a training setting that cannot work with an adapter
     ├── PredictionSetupError      a stream of predictions that cannot start
     ├── PredictionError           one item of a stream could not be predicted
+    ├── RequestError              a request to a served model that gets no prediction
     └── UnsupportedHostError      this version of Flair cannot be patched
 
 Each also subclasses what callers of Flair, torch or transformers already catch in that place.
@@ -134,6 +135,22 @@ class PredictionError(FlairPeftError, RuntimeError):
     def __init__(self, message: str, index: int = -1) -> None:
         super().__init__(message)
         self.index = index
+
+
+class RequestError(FlairPeftError, ValueError):
+    """A request to a served model gets no prediction; the message is what its sender reads.
+
+    Attributes:
+        status: of HTTP.
+        code: what programs tell such errors by.
+        retry_after: seconds after which it may be asked again, or ``None``.
+    """
+
+    def __init__(
+        self, message: str = "", *, status: int = 422, code: str = "malformed", retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.retry_after = status, code, retry_after
 
 
 class UnsupportedHostError(FlairPeftError, ImportError):

@@ -15,6 +15,7 @@ from flair_peft._version import __version__
 from flair_peft.cli.command import CLOSED, DIFFERENT, INTERRUPTED, TROUBLE
 from flair_peft.cli.convert_command import add_convert
 from flair_peft.cli.read_commands import add_diff, add_inspect, add_verify
+from flair_peft.cli.serve_command import add_serve
 from flair_peft.cli.terminal import complain, print_plainly
 from flair_peft.cli.write_commands import add_export, add_merge, add_push
 from flair_peft.errors import FlairPeftError, StateMismatchError
@@ -62,7 +63,8 @@ def _explain(error: Exception) -> str:
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="flair-peft", description="Look into, prove, compare, publish and convert Flair models with adapters."
+        prog="flair-peft",
+        description="Look into, prove, compare, publish, convert and serve Flair models with adapters.",
     )
     parser.add_argument("--version", action="version", version=f"flair_peft {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
@@ -80,6 +82,7 @@ _COMMANDS: dict[str, Callable[[Any, str], None]] = {
     "convert": add_convert,
     "merge": add_merge,
     "export": add_export,
+    "serve": add_serve,
 }
 
 

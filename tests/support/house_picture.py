@@ -45,7 +45,7 @@ def _subject(folder: Path) -> str:
 
 
 def _modules(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    return sorted(path.stem for path in folder.rglob("*.py") if path.stem != "__init__")
 
 
 def draw(floors: Sequence[Sequence[str]]) -> str:

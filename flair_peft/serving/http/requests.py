@@ -1,0 +1,270 @@
+"""Requests for predictions: JSON, checked and made data points of Flair's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from flair.data import DataPair, DataPoint, DataTriple, Sentence
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from flair_peft.errors import RequestError
+from flair_peft.serving.http.model_forms import ModelForm
+from flair_peft.serving.http.text_positions import TextPositions
+from flair_peft.serving.sentence_context import is_unicode
+
+_DEEPEST = 32
+_NAMES_OF_TEXTS = ("first", "second", "third")
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class Entity(_Part):
+    """A span that is given: positions in the text, in code points, and its type."""
+
+    start: int = Field(ge=0)
+    end: int = Field(ge=1)
+    entity_group: Name
+
+
+class Item(_Part):
+    """One text, or what belongs together: a text and its pair, several texts, words, a text and its entities."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    texts: list[str] | None = Field(default=None, min_length=2, max_length=3)
+    tokens: list[str] | None = None
+    entities: list[Entity] | None = None
+
+    @property
+    def parts(self) -> list[str]:
+        """The texts of this item; words are one text."""
+        if self.tokens is not None:
+            return [" ".join(self.tokens)]
+        return self.texts or [text for text in (self.text, self.text_pair) if text is not None]
+
+    @cached_property
+    def positions(self) -> TextPositions:
+        """Of the words in the (first) text."""
+        return TextPositions(self.parts[0], is_split=self.tokens is not None)
+
+
+class Parameters(_Part):
+    """How to predict."""
+
+    top_k: int | Literal["all"] | None = Field(default=1, description="labels for a text; null or 'all': all of them")
+    adapter: bool = Field(default=True, description="false: the heads on the base without its adapter, to compare")
+
+
+class PredictionRequest(_Part):
+    """What is asked of one model or several."""
+
+    inputs: str | Item | list[str | Item]
+    model: Name | Annotated[list[Name], Field(min_length=1, max_length=64)] | None = None
+    adapter_id: Name | Annotated[list[Name], Field(min_length=1, max_length=64)] | None = None
+    parameters: Parameters = Parameters()
+
+    @cached_property
+    def items(self) -> list[Item]:
+        """The inputs, one by one."""
+        given = self.inputs if isinstance(self.inputs, list) else [self.inputs]
+        return [Item(text=each) if isinstance(each, str) else each for each in given]
+
+    @property
+    def wants_all_scores(self) -> bool:
+        """Whether more labels are asked for than a model gives by itself."""
+        return "top_k" in self.parameters.model_fields_set
+
+    @property
+    def most_labels(self) -> int | None:
+        """How many labels an answer has at most; ``None``: all."""
+        most = self.parameters.top_k
+        return most if isinstance(most, int) and self.wants_all_scores else None
+
+    @property
+    def asked_models(self) -> str | list[str] | None:
+        """The name or names of models."""
+        return self.model if self.model is not None else self.adapter_id
+
+
+class LoadRequest(_Part):
+    """A model to load, and the name to serve it by."""
+
+    name: Name
+    source: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    revision: Name | None = None
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Makes objects of JSON; names that come twice are refused."""
+
+    @staticmethod
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise _malformed("a name stands twice in one object")
+        return found
+
+
+def parse(body: bytes, kind: type[_Part]) -> Any:
+    """Return the request that a body holds.
+
+    Raises:
+        RequestError: it is no JSON, or none of this form.
+    """
+    try:
+        text = body.decode("utf-8")
+        _refuse_deep(text)
+        found = json.loads(text, object_pairs_hook=_Pairs.unique, parse_constant=_refuse_constant)
+        request = kind.model_validate(found)
+    except ValidationError as error:
+        raise _malformed(_first_problem(error)) from None
+    except UnicodeDecodeError:
+        raise _malformed("it is not in UTF-8") from None
+    except RequestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _malformed(f"it is no JSON ({_in_short(error)})") from None
+    if isinstance(request, PredictionRequest):
+        _check(request)
+    return request
+
+
+def _refuse_deep(text: str) -> None:
+    """Return if brackets are not nested so deeply that a parser would give up; those in strings count, too."""
+    if text.count("[") + text.count("{") <= _DEEPEST:
+        return
+    depth, is_quoted, is_escaped = 0, False, False
+    for character in text:
+        if is_escaped:
+            is_escaped = False
+        elif is_quoted:
+            is_escaped, is_quoted = character == "\\", character != '"'
+        elif character == '"':
+            is_quoted = True
+        elif character in "[{":
+            depth += 1
+            if depth > _DEEPEST:
+                raise _malformed(f"it is nested more than {_DEEPEST} deep")
+        elif character in "]}":
+            depth -= 1
+
+
+def _refuse_constant(name: str) -> Any:
+    raise _malformed(f"{name} is no number of JSON")
+
+
+def _in_short(error: Exception) -> str:
+    return f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else type(error).__name__
+
+
+def _first_problem(error: ValidationError) -> str:
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    # Of the forms that inputs may have, the one that came furthest says what is wrong.
+    problem = max(found, key=lambda each: len(each["loc"]))
+    place = ".".join(str(part) for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier())
+    return f"at '{place[:100]}': {problem['msg'][:200]}" if place else problem["msg"][:200]
+
+
+def _check(request: PredictionRequest) -> None:
+    if request.model is not None and request.adapter_id is not None and request.model != request.adapter_id:
+        raise _malformed("'model' and 'adapter_id' mean the same, and name different models")
+    names = request.asked_models
+    if isinstance(names, list) and len(set(names)) < len(names):
+        raise _malformed("it names a model twice")
+    top_k = request.parameters.top_k
+    if isinstance(top_k, int) and top_k < 1:
+        raise _malformed("'top_k' counts labels, from 1 on")
+    for number, item in enumerate(request.items):
+        _check_item(item, number)
+
+
+def _check_item(item: Item, number: int) -> None:
+    forms = [item.text is not None, item.texts is not None, item.tokens is not None]
+    if sum(forms) != 1 or (item.text_pair is not None and item.text is None):
+        raise _malformed(f"input {number} has none, or several, of 'text', 'texts' and 'tokens'")
+    for text in item.parts:
+        if not is_unicode(text):
+            raise _malformed(f"input {number} holds half of a surrogate pair, which is no character")
+        if "\0" in text:
+            raise _malformed(f"input {number} holds the character NUL, which no text has")
+
+
+def _malformed(why: str) -> RequestError:
+    return RequestError(
+        f"Cannot read the request: {why}. Bodies are JSON as /docs describes them. Correct it and send it again."
+    )
+
+
+def points_of(items: Sequence[Item], form: ModelForm) -> list[DataPoint]:
+    """Return new data points for a model, each with the others of its request as context, and with no other text.
+
+    Raises:
+        RequestError: an item is not what the model takes.
+    """
+    points = [_point_of(item, form, number) for number, item in enumerate(items)]
+    # Whoever predicts them in parts, or beside those of other requests, finds the context set.
+    Sentence.set_context_for_sentences([point for point in points if isinstance(point, Sentence)])
+    return points
+
+
+def _point_of(item: Item, form: ModelForm, number: int) -> DataPoint:
+    expected = {"pair": 2, "triple": 3}.get(form.takes, 1)
+    if len(item.parts) != expected:
+        raise _unfit(number, form.takes, f"it has {len(item.parts)} texts")
+    if (item.entities is not None) != (form.takes == "entities"):
+        raise _unfit(number, form.takes, "it has no 'entities'" if item.entities is None else "it has 'entities'")
+    sentences = [_sentence(item.tokens if item.tokens is not None else text, number) for text in item.parts]
+    if form.takes == "entities":
+        _add_entities_(sentences[0], item, form, number)
+    if expected == 1:
+        return sentences[0]
+    return DataPair(*sentences) if expected == 2 else DataTriple(*sentences)
+
+
+def _sentence(text: str | list[str], number: int) -> Sentence:
+    try:
+        return Sentence(text or " ")  # Flair warns of each text that is empty
+    except Exception as error:
+        raise RequestError(
+            f"Cannot split the text of input {number} into words: {type(error).__name__}. Flair's tokenizer does not "
+            "find its words in it again. Leave out its control characters, or send 'tokens'.",
+            code="unreadable_text",
+        ) from error
+
+
+def _add_entities_(sentence: Sentence, item: Item, form: ModelForm, number: int) -> None:
+    places = [item.positions.span_of([token]) for token in sentence]
+    starts, ends = ({place[side]: index for index, place in enumerate(places)} for side in (0, 1))
+    for entity in item.entities or ():
+        first, last = starts.get(entity.start), ends.get(entity.end)
+        if first is None or last is None or last < first:
+            raise RequestError(
+                f"Cannot use the entity from {entity.start} to {entity.end} of input {number}: it does not begin and "
+                "end where words do. Positions count code points of the text as it is sent. Correct them, or send "
+                "'tokens'.",
+                code="unfit_entity",
+            )
+        for label_type in form.entity_types:
+            sentence[first : last + 1].add_label(label_type, entity.entity_group)
+
+
+def _unfit(number: int, takes: str, why: str) -> RequestError:
+    wanted = {
+        "text": "a text, or 'tokens'",
+        "pair": "{'text': …, 'text_pair': …}",
+        "triple": "{'texts': [three of them]}",
+        "entities": "{'text': …, 'entities': [{'start', 'end', 'entity_group'}]}",
+    }[takes]
+    return RequestError(
+        f"Cannot predict for input {number}: {why}. The model takes {wanted}. /info says what each model takes.",
+        code="unfit_input",
+    )

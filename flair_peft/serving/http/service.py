@@ -1,0 +1,269 @@
+"""The service behind the routes: from a request that was read to the answers of its models."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib.metadata
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flair_peft._version import __version__
+from flair_peft.errors import AdapterConfigError, FlairPeftError, RequestError
+from flair_peft.serving.http.batch_queue import BatchQueue
+from flair_peft.serving.http.metrics import Metrics
+from flair_peft.serving.http.requests import LoadRequest, PredictionRequest
+from flair_peft.serving.http.served_models import ServedModel, ServedModels
+from flair_peft.serving.http.works import Work
+
+log = logging.getLogger("flair_peft")
+
+_LIBRARIES = ("flair", "torch", "transformers", "peft")
+
+# Characters that are split into words in the thread of the event loop: it takes less than going to another.
+_SPLIT_AT_ONCE = 4000
+
+_LONGEST_WAIT = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much at once, and how long to wait for more; see ``create_app``.
+
+    Raises:
+        AdapterConfigError: a number makes no sense.
+    """
+
+    max_wait: float
+    batch: int
+    batch_tokens: int | None
+    queue: int
+    max_texts: int
+    max_body: int
+
+    def __post_init__(self) -> None:
+        wait = self.max_wait
+        if isinstance(wait, bool) or not isinstance(wait, (int, float)) or not 0 <= wait <= _LONGEST_WAIT:
+            raise AdapterConfigError(
+                f"Cannot serve with max_wait={wait!r}. It is the time that a request waits for others. Pass seconds, "
+                f"from 0 to {_LONGEST_WAIT}."
+            )
+        for name, value in dataclasses.asdict(self).items():
+            is_left_out = name == "max_wait" or (name == "batch_tokens" and value is None)
+            if not is_left_out and (type(value) is not int or value < 1):
+                raise AdapterConfigError(
+                    f"Cannot serve with {name}={value!r}. It counts sentences, words or bytes. Pass an integer from 1 "
+                    "on."
+                )
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers, and by which models.
+
+    Attributes:
+        content: the body, as plain values.
+        models: that answered.
+        has_adapter: whether they did with theirs.
+    """
+
+    content: Any
+    models: Sequence[ServedModel]
+    has_adapter: bool
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What proves who answered."""
+        found = {
+            "X-Model": ",".join(_in_header(model.name) for model in self.models),
+            "X-Adapter-Digest": ",".join(model.digest for model in self.models),
+            "X-Base-Fingerprint": ",".join(model.base_fingerprint for model in self.models),
+        }
+        return found if self.has_adapter else {**found, "X-Adapter": "off"}
+
+
+def _in_header(name: str) -> str:
+    return name.encode("ascii", "backslashreplace").decode("ascii")
+
+
+class Service:
+    """Answers requests with the models that are served.
+
+    Attributes:
+        models: by name.
+        queue: where requests wait.
+        metrics: its figures.
+        limits: what users are told of it.
+    """
+
+    def __init__(self, models: ServedModels, limits: Limits) -> None:
+        self.models, self.limits = models, limits
+        self.metrics = Metrics(lambda: self.queue.waiting)
+        self.queue = BatchQueue(
+            max_wait=limits.max_wait,
+            batch=limits.batch,
+            batch_tokens=limits.batch_tokens,
+            limit=limits.queue,
+            watcher=self.metrics,
+        )
+        self._loading = asyncio.Lock()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be answered."""
+        return self.queue.is_alive and not self.queue.is_draining
+
+    def drain(self) -> None:
+        """Take no more requests; those that wait are answered."""
+        self.queue.drain()
+
+    def close(self) -> None:
+        """Answer what waits, and end."""
+        self.queue.close()
+
+    def info(self) -> dict[str, Any]:
+        """Return what users are told of models, versions and limits."""
+        versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+        return {
+            "models": [model.to_info() for model in self.models.all],
+            "versions": {"flair_peft": __version__, **versions},
+            "limits": dataclasses.asdict(self.limits),
+        }
+
+    def find_models(self, request: PredictionRequest) -> list[ServedModel]:
+        """Return the models that a request asks.
+
+        Raises:
+            RequestError: it asks none, or one that is not there.
+        """
+        asked = request.asked_models
+        if asked is not None:
+            return self.models.get([asked] if isinstance(asked, str) else asked)
+        served = self.models.all
+        if len(served) == 1:
+            return served
+        raise RequestError(
+            f"Cannot tell which model is meant: the request names none, and {len(served)} are served. Only where there "
+            "is one may its name be left out. Say 'model'; /info lists them.",
+            code="no_model",
+        )
+
+    async def predict(self, request: PredictionRequest) -> Answered:
+        """Return what the models say; cancelling this takes the request from the queue.
+
+        Raises:
+            RequestError: it cannot be answered.
+        """
+        models = self.find_models(request)
+        self._check(request, models)
+        with self.queue.using(models):
+            by_model = await self._ask(request, models)
+        is_list = isinstance(request.inputs, list)
+        contents = {model.name: by_model[model] if is_list else by_model[model][0] for model in models}
+        content = contents if isinstance(request.asked_models, list) else contents[models[0].name]
+        return Answered(content, models, request.parameters.adapter)
+
+    async def _ask(self, request: PredictionRequest, models: Sequence[ServedModel]) -> dict[ServedModel, list[Any]]:
+        size = sum(len(part) for item in request.items for part in item.parts) * len(models)
+        if size <= _SPLIT_AT_ONCE:
+            works = _works(request, models)
+        else:
+            works = await asyncio.to_thread(_works, request, models)
+        self.queue.submit(works)
+        try:
+            found = await asyncio.gather(*(asyncio.wrap_future(work.future) for work in works))
+        finally:
+            for work in works:
+                work.future.cancel()
+        return {
+            model: answers
+            for work, of_work in zip(works, found, strict=True)
+            for model, answers in zip(work.models, of_work, strict=True)
+        }
+
+    def _check(self, request: PredictionRequest, models: Sequence[ServedModel]) -> None:
+        most = self.limits.max_texts
+        if len(request.items) > most:
+            raise RequestError(
+                f"Cannot take {len(request.items)} texts in one request: {most} are the most. Longer requests would "
+                "keep others waiting. Send them in several.",
+                status=413,
+                code="too_many_texts",
+            )
+        without = [model.name for model in models if model.shared is None and not model.embeddings]
+        if not request.parameters.adapter and without:
+            raise RequestError(
+                f"Cannot switch off the adapter of '{without[0]}': it has none, or it is merged into its base. What is "
+                "compared would be the same. Leave out 'adapter'.",
+                code="no_adapter",
+            )
+        if request.wants_all_scores and not any(model.form.has_all_scores for model in models):
+            raise RequestError(
+                f"Cannot give 'top_k' labels with '{models[0].name}': it gives {models[0].form.kind}. Only models that "
+                "give labels to whole texts have scores for all of them. Leave out 'top_k'.",
+                code="no_top_k",
+            )
+
+    async def load(self, request: LoadRequest) -> ServedModel:
+        """Return a model that was loaded, has proven itself, and has its name from now on.
+
+        It is looked for, and downloaded, while others are answered. The load itself comes between two batches: what
+        loads models changes settings of the whole process.
+
+        Raises:
+            RequestError: it cannot be loaded.
+        """
+        async with self._loading:
+            try:
+                place = await asyncio.to_thread(self.models.find, request.source, request.revision)
+                served = await asyncio.wrap_future(self.queue.call(lambda: self._take_in(request.name, place)))
+            except RequestError:
+                raise
+            except (FlairPeftError, OSError, ValueError, RuntimeError, LookupError) as error:
+                log.warning("The model '%s' was not loaded: %s", request.name, error)
+                reason = str(error) if isinstance(error, FlairPeftError) else type(error).__name__
+                raise RequestError(
+                    f"Cannot load '{request.name}'. {reason} What was served before is served on.", code="not_loaded"
+                ) from error
+        return served
+
+    def _take_in(self, name: str, place: Any) -> ServedModel:
+        served = self.models.load(name, place)
+        before = self.models.put(served)
+        if before is not None:
+            self.queue.retire(before, self.models.release)
+        return served
+
+    def unload(self, name: str) -> ServedModel:
+        """Take the name from a model, which answers what was asked of it before, and return that.
+
+        Raises:
+            RequestError: there is none.
+        """
+        served = self.models.remove(name)
+        self.queue.retire(served, self.models.release)
+        return served
+
+
+def _works(request: PredictionRequest, models: Sequence[ServedModel]) -> list[Work]:
+    """Return what a request asks, by groups of models that can go into one call."""
+    has_adapter = request.parameters.adapter
+    groups: dict[Any, tuple[list[ServedModel], Mapping[str, Any]]] = {}
+    for model in models:
+        has_all = request.wants_all_scores and model.form.has_all_scores
+        options = {"return_probabilities_for_all_classes": True} if has_all else {}
+        is_mixed = model.shared is not None and has_adapter and not model.form.is_alone
+        key = (id(model.shared), has_all) if is_mixed else id(model)
+        groups.setdefault(key, ([], options))[0].append(model)
+    return [
+        Work(
+            models=of_group,
+            items=request.items,
+            options=options,
+            most_labels=request.most_labels,
+            has_adapter=has_adapter,
+        )
+        for of_group, options in groups.values()
+    ]
