@@ -166,6 +166,8 @@ class Soak:
         if any(thread.is_alive() for thread in threads):
             self.problems.append("a client still waits for its answer")
         self._end()
+        if "Traceback" in self.log.read_text(encoding="utf-8", errors="replace"):
+            self.problems.append("a traceback in the log of the service")
 
     def _keep(self, act: Callable[[random.Random], None], number: int) -> None:
         chance = random.Random(number)
@@ -215,8 +217,8 @@ class Soak:
         was_afoot = sent < self._told_to_end - AFOOT
         if was_afoot or not (self._restarting.is_set() or sent < self._began):
             self.problems.append(f"a request without an answer: {type(error).__name__}: {error}")
-        self.counted["refused"] += 1
-        time.sleep(0.05)
+        self.counted["connections refused"] += 1
+        time.sleep(0.2)
 
     def _ask(self, chance: random.Random) -> None:
         """Ask for one text or several, of one model or several, and compare."""
@@ -276,11 +278,10 @@ class Soak:
 
     def _read_slowly(self, _: random.Random) -> None:
         """Read an answer a few bytes at a time, and compare it."""
-        texts = TEXTS * 4
+        texts, sent = TEXTS * 4, time.monotonic()
         try:
             with socket.create_connection((HOST, self.port), timeout=PATIENCE) as connection:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-                sent = time.monotonic()
                 connection.sendall(_as_sent({"inputs": texts, "model": "ner"}, close=True))
                 received = b""
                 while part := connection.recv(512):
