@@ -128,6 +128,12 @@ class BatchQueue:
             self.waiting += rows
             self._wake(is_urgent=len(self._works) >= self._wanted or self.waiting >= self.batch)
 
+    def withdraw(self, given: Sequence[Work]) -> None:
+        """Forget the works that are not answered yet: their sender is gone."""
+        if any([work.future.cancel() or work.future.cancelled() for work in given]):
+            with self._changed:
+                self._drop_cancelled()
+
     def call(self, function: Callable[[], Any]) -> concurrent.futures.Future[Any]:
         """Let the thread call a function between two batches; return what gets the result."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()

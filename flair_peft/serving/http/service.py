@@ -179,8 +179,7 @@ class Service:
         try:
             found = await asyncio.gather(*(asyncio.wrap_future(work.future) for work in works))
         finally:
-            for work in works:
-                work.future.cancel()
+            self.queue.withdraw(works)
         return {
             model: answers
             for work, of_work in zip(works, found, strict=True)
