@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,3 +40,11 @@ class GatedModel:
         if errors:
             raise errors[0]
         self._predict(points, **options)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return once something is so."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)

@@ -130,7 +130,8 @@ class BatchQueue:
 
     def withdraw(self, given: Sequence[Work]) -> None:
         """Forget the works that are not answered yet: their sender is gone."""
-        if any([work.future.cancel() or work.future.cancelled() for work in given]):
+        gone = [work for work in given if work.future.cancel() or work.future.cancelled()]
+        if gone:
             with self._changed:
                 self._drop_cancelled()
 

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from flair_peft.errors import RequestError
 from flair_peft.serving.http.model_forms import ModelForm
 from flair_peft.serving.http.text_positions import TextPositions
-from flair_peft.serving.sentence_context import is_unicode
 
 _DEEPEST = 32
 _NAMES_OF_TEXTS = ("first", "second", "third")
@@ -192,8 +191,6 @@ def _check_item(item: Item, number: int) -> None:
     if sum(forms) != 1 or (item.text_pair is not None and item.text is None):
         raise _malformed(f"input {number} has none, or several, of 'text', 'texts' and 'tokens'")
     for text in item.parts:
-        if not is_unicode(text):
-            raise _malformed(f"input {number} holds half of a surrogate pair, which is no character")
         if "\0" in text:
             raise _malformed(f"input {number} holds the character NUL, which no text has")
 

@@ -15,7 +15,14 @@ from flair.nn import Model
 
 from flair_peft.adapter import config as configs
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
-from flair_peft.errors import AdapterConfigError, BaseMismatchError, ModelFileError, RequestError, name_some
+from flair_peft.errors import (
+    AdapterConfigError,
+    BaseMismatchError,
+    FlairPeftError,
+    ModelFileError,
+    RequestError,
+    name_some,
+)
 from flair_peft.export.merge import merge
 from flair_peft.inspection import report
 from flair_peft.inspection.adapters import Adapter
@@ -166,7 +173,7 @@ class ServedModels:
 
         What is neither is left to Flair, which knows names of its own.
         """
-        if isinstance(source, Model):
+        if not isinstance(source, (str, Path)):
             return source
         path = Path(source)
         if path.exists():
@@ -195,19 +202,19 @@ class ServedModels:
                 f"Cannot serve '{place}': it was replaced while it was loaded. It is not clear which of the two was "
                 "read. Load it again."
             )
-        model.eval()
         served = _describe(name, model, shared, before)
+        model.eval()
         if self.is_merged and served.adapter is not None:
             served = _merged(served)
         prove(served)
         return served
 
     def _load(self, place: Any) -> tuple[Model, SharedBase | None]:
-        if isinstance(place, Model):
+        if not isinstance(place, (str, Path)):
             return place, None
         found = report.inspect(place) if isinstance(place, Path) else None
         if found is None or not found.adapters:
-            return Model.load(place), None
+            return _load_plain(place), None
         if not self.is_merged and (shared := self._base_of(found.adapters[0])) is not None:
             try:
                 return shared.load(place, **self._options), shared
@@ -239,9 +246,21 @@ class ServedModels:
         return self._bases[key]
 
 
+def _load_plain(place: Any) -> Model:
+    try:
+        return Model.load(place)
+    except FlairPeftError:
+        raise
+    except Exception as error:  # Flair raises what it likes
+        raise ModelFileError(
+            f"Cannot load '{place}' ({type(error).__name__}): it is neither a checkpoint of flair_peft nor a model "
+            "that Flair finds or reads by itself. Flair's log says what it tried. Check the path or the name."
+        ) from error
+
+
 def _describe(name: str, model: Model, shared: SharedBase | None, digest: str | None) -> ServedModel:
-    embedded = [each for each in adapted_embeddings(model) if each.has_adapter]
     form = form_of(model)
+    embedded = [each for each in adapted_embeddings(model) if each.has_adapter]
     if not embedded:
         return ServedModel(name=name, model=model, form=form)
     record, config = embedded[0].base_record, configs.encode_config(embedded[0].adapter_config)

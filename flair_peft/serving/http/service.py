@@ -224,7 +224,7 @@ class Service:
                 served = await asyncio.wrap_future(self.queue.call(lambda: self._take_in(request.name, place)))
             except RequestError:
                 raise
-            except (FlairPeftError, OSError, ValueError, RuntimeError, LookupError) as error:
+            except Exception as error:  # what it is has no bearing on those that are served
                 log.warning("The model '%s' was not loaded: %s", request.name, error)
                 reason = str(error) if isinstance(error, FlairPeftError) else type(error).__name__
                 raise RequestError(

@@ -15,7 +15,7 @@ from flair.data import Sentence
 
 from flair_peft.serving import create_app
 from tests.support import tiny
-from tests.support.gated_model import GatedModel
+from tests.support.gated_model import GatedModel, wait_until
 from tests.support.http_server import client_of
 from tests.support.models import classifier
 
@@ -38,14 +38,6 @@ def serving(gated: GatedModel, **limits: Any) -> Iterator[tuple[httpx.Client, Se
             yield client, lambda inputs: pool.submit(client.post, "/predict", json={"inputs": inputs})
         finally:
             gated.gate.set()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Return once something is so."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def waiting(client: httpx.Client) -> int:

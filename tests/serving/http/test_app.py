@@ -1,0 +1,292 @@
+"""The app: who may ask, how models come and go, what is told of them, and how it lives in other apps."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import httpx
+import pytest
+from flair.models import LanguageModel
+from flair.nn import Model
+
+import flair_peft
+from flair_peft.errors import AdapterConfigError, FlairPeftError
+from flair_peft.serving import create_app
+from tests.support.direct_answers import assert_same, direct
+from tests.support.gated_model import GatedModel, wait_until
+from tests.support.http_server import client_of
+from tests.support.models import classifier, save_random
+
+ADMIN = {"Authorization": "Bearer the admin's"}
+TEXTS = ["Berlin is large .", "Who ?", "I love this wonderful movie , it is great !"]
+Directories = dict[str, str]
+
+
+def bearer(token: str | bytes) -> dict[str, Any]:
+    return {"Authorization": b"Bearer " + (token.encode() if isinstance(token, str) else token)}
+
+
+@pytest.fixture
+def live(base: Callable[[str], str]) -> Model:
+    """Return a classifier."""
+    return classifier(base("bert")).eval()
+
+
+def test_token_is_asked_of_everyone_who_wants_to_know(live: Model) -> None:
+    """Whether the process lives is for everyone, and so is the page, which holds nothing."""
+    with client_of(create_app({"m": live}, token="süß and secret")) as client:
+        for path in ("/health", "/ready", "/", "/docs", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        for headers in ({}, bearer("wrong"), bearer("süß and secre"), {"Authorization": "Basic x"}):
+            for path in ("/info", "/metrics"):
+                assert client.get(path, headers=headers).status_code == 401
+            refused = client.post("/predict", json={"inputs": "Who ?"}, headers=headers)
+            assert (refused.status_code, refused.json()["code"]) == (401, "no_token")
+            assert refused.headers["WWW-Authenticate"] == "Bearer"
+        answer = client.post("/predict", json={"inputs": "Who ?"}, headers=bearer("süß and secret"))
+        assert answer.status_code == 200
+
+
+def test_models_are_changed_by_those_with_the_admin_token_alone(live: Model, directories: Directories) -> None:
+    """Where there is none, by nobody; what a request names is not even looked for."""
+    load = {"name": "new", "source": directories["text-classifier"]}
+    with client_of(create_app({"m": live})) as client:
+        for headers in ({}, bearer("x")):
+            assert client.post("/models", json=load, headers=headers).status_code == 403
+            assert client.delete("/models/m", headers=headers).status_code == 403
+    with client_of(create_app({"m": live}, token="user", admin_token="admin")) as client:
+        assert client.post("/models", json=load).status_code == 401
+        for wrong in ("user", "x"):
+            assert client.post("/models", json=load, headers=bearer(wrong)).status_code == 403
+        assert client.delete("/models/m", headers=bearer("user")).status_code == 403
+        assert client.post("/predict", json={"inputs": "a"}, headers=bearer("admin")).status_code == 200
+        assert client.post("/models", json=load, headers=bearer("admin")).status_code == 200
+        assert len(client.get("/info", headers=bearer("user")).json()["models"]) == 2
+
+
+def test_model_that_is_replaced_answers_what_was_asked_of_it(
+    base: Callable[[str], str], tmp_path: Path, directories: Directories
+) -> None:
+    """Its digest says which of the two answered; it is gone once nobody asks it."""
+    directory, other = directories["text-classifier"], save_random("text-classifier", base("bert"), tmp_path / "o")[0]
+    app = create_app({"m": directory}, admin_token="the admin's")
+    found = {path: direct(flair_peft.from_pretrained(path), TEXTS, "labels", label_type="sentiment")
+             for path in (directory, other)}  # fmt: skip
+    old = app.state.service.models.get(["m"])[0]
+    gated, gone = GatedModel(old.model), weakref.ref(old.model)
+    with client_of(app) as client, ThreadPoolExecutor(4) as pool:
+        gated.close()
+        before = [pool.submit(client.post, "/predict", json={"inputs": TEXTS})]
+        assert gated.arrived.wait(20)
+        before += [pool.submit(client.post, "/predict", json={"inputs": TEXTS}) for _ in range(2)]
+        wait_until(lambda: app.state.service.queue.waiting == 2 * len(TEXTS))
+        load = pool.submit(client.post, "/models", json={"name": "m", "source": other}, headers=ADMIN)
+        gated.gate.set()
+        assert load.result().status_code == 200, load.result().text
+        assert load.result().json()["adapter_digest"] != old.digest
+        for answer in before:
+            assert answer.result().headers["X-Adapter-Digest"] == old.digest
+            assert_same(answer.result().json(), found[directory], "labels")
+        after = client.post("/predict", json={"inputs": TEXTS})
+        assert_same(after.json(), found[other], "labels")
+        assert after.headers["X-Adapter-Digest"] == load.result().json()["adapter_digest"]
+        assert old.shared is not None
+        shared = old.shared
+        del gated, old, before, load
+        client.post("/predict", json={"inputs": "Who ?"})
+        gc.collect()
+        assert gone() is None
+        assert len(shared.models) == 1
+
+
+def test_model_that_is_unloaded_is_not_there(directories: Directories) -> None:
+    """Nothing answers in its place; its name can be given again."""
+    names = ("sequence-tagger", "text-classifier")
+    with client_of(create_app({name: directories[name] for name in names}, admin_token="the admin's")) as client:
+        assert client.delete("/models/text-classifier", headers=ADMIN).status_code == 200
+        gone = client.post("/predict", json={"inputs": "Who ?", "model": "text-classifier"})
+        assert (gone.status_code, gone.json()["code"]) == (404, "unknown_model")
+        assert "'sequence-tagger'" in gone.json()["error"]
+        assert client.delete("/models/text-classifier", headers=ADMIN).status_code == 404
+        load = {"name": "text-classifier", "source": directories["text-classifier"]}
+        assert client.post("/models", json=load, headers=ADMIN).status_code == 200
+        assert client.post("/predict", json={"inputs": "Who ?", "model": names[1]}).status_code == 200
+
+
+def test_model_that_cannot_be_loaded_leaves_the_one_that_is_there(
+    live: Model, directories: Directories, tmp_path: Path
+) -> None:
+    """Whatever is wrong with it: what was served is served on."""
+    damaged = shutil.copytree(directories["text-classifier"], tmp_path / "damaged")
+    weights = damaged / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("no model")
+    sources = [
+        str(damaged),
+        str(tmp_path / "empty"),
+        str(tmp_path / "text.pt"),
+        str(tmp_path / "none"),
+        "no/such-model",
+    ]
+    with client_of(create_app({"m": live}, admin_token="the admin's")) as client:
+        for source in sources:
+            refused = client.post("/models", json={"name": "m", "source": source}, headers=ADMIN)
+            assert (refused.status_code, refused.json()["code"]) == (422, "not_loaded"), refused.text
+            assert "Traceback" not in refused.text
+        assert client.post("/predict", json={"inputs": "Who ?", "model": "m"}).status_code == 200
+
+
+def test_models_on_one_base_share_it(directories: Directories, live: Model) -> None:
+    """A file, too; and the base goes with the last of them."""
+    app = create_app({name: directories[name] for name in ("sequence-tagger", "text-classifier", "multitask")})
+    shared = {id(model.shared) for model in app.state.service.models.all}
+    assert len(shared) == 1
+
+
+def test_models_that_cannot_be_served_are_refused_with_the_reason(live: Model, tmp_path: Path) -> None:
+    """When the app is made, and not when somebody asks them."""
+    dictionary = flair_dictionary()
+    with pytest.raises(AdapterConfigError, match="Cannot serve a LanguageModel"):
+        create_app({"m": LanguageModel(dictionary, is_forward_lm=True, hidden_size=4, nlayers=1)})
+    broken = GatedModel(live)
+    broken.raises = lambda _: RuntimeError("out of order")
+    with pytest.raises(AdapterConfigError, match="it does not predict for a plain text"):
+        create_app({"m": live})
+    with pytest.raises(FlairPeftError):
+        create_app({"m": tmp_path / "nothing"})
+
+
+def flair_dictionary() -> Any:
+    from flair.data import Dictionary
+
+    dictionary = Dictionary(add_unk=True)
+    dictionary.add_item("a")
+    return dictionary
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"batch": 0}, {"queue": -1}, {"max_wait": -1}, {"max_wait": "5"}, {"max_texts": 1.5}, {"batch_tokens": 0}],
+)
+def test_numbers_that_make_no_sense_are_refused(live: Model, option: dict[str, Any]) -> None:
+    """Before anything is loaded."""
+    with pytest.raises(AdapterConfigError, match=next(iter(option))):
+        create_app({"m": live}, **option)
+
+
+def test_app_mounts_into_another_app(live: Model) -> None:
+    """Its thread starts with the first request, and ends when it is closed."""
+    outer, app = fastapi.FastAPI(), create_app({"m": live})
+    outer.mount("/nlp", app)
+    with client_of(outer) as client:
+        assert client.get("/nlp/ready").status_code == 200
+        answer = client.post("/nlp/predict", json={"inputs": "Who ?"})
+        assert answer.status_code == 200
+        assert client.post("/nlp/predict", json={"inputs": 1}).json()["code"] == "malformed"
+        for path in ("/nlp/", "/nlp/docs", "/nlp/openapi.json", "/nlp/info"):
+            assert client.get(path).status_code == 200
+        assert client.get("/nlp/health").headers["X-Content-Type-Options"] == "nosniff"
+    app.state.service.close()
+    assert not app.state.service.is_ready
+
+
+def test_two_apps_count_apart(base: Callable[[str], str]) -> None:
+    """Their figures do not meet, though they are in one process."""
+    apps = [create_app({"m": classifier(base("bert")).eval()}) for _ in range(2)]
+    with client_of(apps[0]) as first, client_of(apps[1]) as second:
+        for _ in range(3):
+            first.post("/predict", json={"inputs": ["Who ?", "You ."]})
+        first.post("/predict", json={"inputs": 1})
+        figures = first.get("/metrics").text
+        for line in (
+            'flair_peft_requests_total{model="m"} 3.0',
+            'flair_peft_sentences_total{model="m"} 6.0',
+            'flair_peft_errors_total{code="malformed"} 1.0',
+            "flair_peft_batch_sentences_count 3.0",
+            'flair_peft_request_seconds_count{model="m"} 3.0',
+            "flair_peft_queue_sentences 0.0",
+        ):
+            assert line in figures
+        assert "flair_peft_requests_total{" not in second.get("/metrics").text
+
+
+def test_info_says_what_is_served(client: httpx.Client, directories: Directories) -> None:
+    """What a client needs to ask, and to know who answers."""
+    info = client.get("/info").json()
+    assert [model["name"] for model in info["models"]] == sorted(directories)
+    assert info["versions"]["flair_peft"] == flair_peft.__version__
+    assert info["limits"]["batch"] == 32
+    by_name = {model["name"]: model for model in info["models"]}
+    assert by_name["sequence-tagger"]["labels"] == ["LOC", "PER", "ORG"]
+    assert by_name["sequence-tagger-rnn-crf"]["labels"] == ["LOC", "PER", "ORG"]
+    assert by_name["text-classifier-multi-label"]["multi_label"] is True
+    assert by_name["text-pair-regressor"]["takes"] == "pair"
+    assert by_name["text-classifier"]["adapter"]["method"] == "LORA"
+    assert by_name["text-classifier"]["adapter"]["r"] == 4
+
+
+def test_docs_and_page_ask_nobody_else(client: httpx.Client) -> None:
+    """Nothing is loaded from elsewhere, and the browser is told so; the schema of bodies is there."""
+    for path in ("/", "/docs"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+        assert 'src="http' not in answer.text
+        assert 'href="http' not in answer.text
+    schema = client.get("/openapi.json").json()
+    assert "top_k" in json.dumps(schema["paths"]["/predict"]["post"]["requestBody"])
+
+
+def test_pages_elsewhere_may_ask_if_they_are_named(live: Model) -> None:
+    """And no other may; without ``cors`` nobody may."""
+    ask = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    with client_of(create_app({"m": live}, cors=["https://example.org"])) as client:
+        allowed = client.options("/predict", headers=ask)
+        assert allowed.headers["Access-Control-Allow-Origin"] == "https://example.org"
+        answer = client.post("/predict", json={"inputs": "Who ?"}, headers={"Origin": "https://example.org"})
+        assert "X-Model" in answer.headers["Access-Control-Expose-Headers"]
+        other = client.options("/predict", headers={**ask, "Origin": "https://example.com"})
+        assert "Access-Control-Allow-Origin" not in other.headers
+    with client_of(create_app({"m": live})) as client:
+        assert "Access-Control-Allow-Origin" not in client.options("/predict", headers=ask).headers
+
+
+def test_digest_of_a_file_is_its_hash(base: Callable[[str], str], tmp_path: Path) -> None:
+    """As ``sha256sum`` prints it."""
+    model = classifier(base("bert")).eval()
+    model.save(tmp_path / "m.pt")
+    app = create_app({"m": tmp_path / "m.pt"})
+    expected = hashlib.sha256((tmp_path / "m.pt").read_bytes()).hexdigest()
+    assert app.state.service.models.get(["m"])[0].digest == expected
+
+
+def test_nothing_of_the_extra_is_imported_before_it_is_needed() -> None:
+    """Neither by the package nor by Flair, nor by the folder."""
+    code = (
+        "import sys, flair, flair_peft, flair_peft.serving, flair_peft.cli.serve_command\n"
+        "found = {name.partition('.')[0] for name in sys.modules}\n"
+        "assert not found & {'fastapi', 'uvicorn', 'prometheus_client', 'starlette', 'ray'}, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that installs it."""
+    find = flair_peft.serving._util.find_spec
+    monkeypatch.setattr(flair_peft.serving._util, "find_spec", lambda name: None if name == "fastapi" else find(name))
+    with pytest.raises(AdapterConfigError, match=r"pip install \"flair_peft\[serve\]\""):
+        flair_peft.serving.create_app  # noqa: B018
