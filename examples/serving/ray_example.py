@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported: nothing is told to anyone
@@ -148,7 +147,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5, help="of load before, during and after")
     parser.add_argument("--keep", action="store_true", help="go on until Ctrl-C")
     arguments = parser.parse_args()
-    models = {name: str(Path(path).resolve()) for name, path in (given.split("=", 1) for given in arguments.models)}
+    models = dict(given.split("=", 1) for given in arguments.models)
     expected = predict_here(models)
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
     try:

@@ -65,14 +65,14 @@ def ray_app(
     Args:
         models: name → checkpoint directory, ``.pt`` file or Hub id, which every machine of the cluster can reach.
         models_per_replica: that one replica holds at a time.
-        replicas: that hold models; "auto" leaves it to Ray. Not together with ``autoscaling_config``.
-        autoscaling_config: as for ``serve.deployment``.
-        ray_actor_options: of each of these replicas, such as ``{"num_cpus": 4}`` or ``{"num_gpus": 1}``.
+        replicas: that hold models; "auto" leaves it to Ray.
+        autoscaling_config: as for ``serve.deployment``; instead of ``replicas``.
+        ray_actor_options: of each replica, such as ``{"num_cpus": 4}`` or ``{"num_gpus": 1}``.
         dtype: as for :func:`create_app`.
-        adapter_memory: see there.
+        adapter_memory: of one replica.
         max_wait: seconds that a replica waits for more requests to share a batch.
         batch: sentences in one forward pass.
-        batch_tokens: words in one forward pass; None means no limit.
+        batch_tokens: words in one forward pass.
         queue: requests that may wait for a replica; beyond that they are refused.
         max_texts: in one request.
         max_body: bytes of a body.
@@ -94,18 +94,21 @@ def ray_app(
         return app_of(service, Access(token, None), cors)
 
     scale = {"num_replicas": replicas} if autoscaling_config is None else {"autoscaling_config": autoscaling_config}
-    holding = serve.deployment(
+    holding = _holding(models_per_replica, limits, ray_actor_options=dict(ray_actor_options or {}), **scale)
+    routing = serve.deployment(name="flair_peft", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=2 * queue)
+    return routing(serve.ingress(build)()).bind(holding.bind(sources, loading, limits))
+
+
+def _holding(models_per_replica: int, limits: Limits, **options: Any) -> serve.Deployment:
+    """Return the deployment of the replicas that hold models."""
+    decorate = serve.deployment(
         name=MODELS,
-        ray_actor_options=dict(ray_actor_options or {}),
         # One batch that is predicted, one that waits to be: Ray scales and refuses by what is beyond that.
-        max_ongoing_requests=2 * batch,
-        max_queued_requests=queue,
-        **scale,
-    )(_replica_class(models_per_replica, batch, max_wait))
-    routing = serve.deployment(name="flair_peft", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=2 * queue)(
-        serve.ingress(build)()
+        max_ongoing_requests=2 * limits.batch,
+        max_queued_requests=limits.queue,
+        **options,
     )
-    return routing.bind(holding.bind(sources, loading, limits))
+    return decorate(_replica_class(models_per_replica, limits.batch, limits.max_wait))
 
 
 def _sources(models: Mapping[str, Any]) -> dict[str, str]:
@@ -116,7 +119,8 @@ def _sources(models: Mapping[str, Any]) -> dict[str, str]:
             f"{'that is no path and no Hub id' if live else 'there is none'}. Replicas load models by themselves, on "
             "whatever machine they are. Pass names with paths or Hub ids."
         )
-    return {name: str(source) for name, source in models.items()}
+    # What processes of Ray start in is another folder.
+    return {name: str(Path(source).resolve() if Path(source).exists() else source) for name, source in models.items()}
 
 
 class _Proof(NamedTuple):
