@@ -1,5 +1,6 @@
 """Flair models inside a FastAPI app of one's own, below ``/nlp``.
 
+    pip install -c resources/constraints.txt -e ".[serve]" httpx
     python examples/quickstart.py --output models
     uvicorn --app-dir examples/serving mounted_app:app
     curl http://127.0.0.1:8000/reviews -H 'Content-Type: application/json' -d '["A fine film.", "A dull one."]'

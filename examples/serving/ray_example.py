@@ -1,6 +1,6 @@
 """Two replicas of the models on one machine with Ray Serve, asked by many clients while one of the two is killed.
 
-    pip install -c resources/constraints.txt -e ".[serve,ray]"
+    pip install -c resources/constraints.txt -e ".[ray]"
     python examples/quickstart.py --output models
     python examples/serving/ray_example.py sentiment=models/sentiment.pt ner=models/ner.pt
 
@@ -21,9 +21,9 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported: nothing is told to anyone
 
-import httpx
 import psutil
 import ray
+import requests
 from flair.data import Label, Sentence
 from flair.nn import Classifier
 from ray import serve
@@ -81,12 +81,12 @@ class Clients:
     def ask(self, number: int) -> None:
         """Ask until it is over."""
         chance = random.Random(number)
-        with httpx.Client(base_url=self.address, timeout=60) as client:
+        with requests.Session() as session:
             while not self.is_over.is_set():
                 name, text = chance.choice(list(self.expected))
                 try:
-                    answer = client.post("/predict", json={"model": name, "inputs": text})
-                except httpx.HTTPError as error:
+                    answer = session.post(self.address, json={"model": name, "inputs": text}, timeout=60)
+                except requests.RequestException as error:
                     self.wrong.append(error)
                     continue
                 if answer.status_code == 503:  # asked again, as Retry-After says
@@ -148,12 +148,12 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="go on until Ctrl-C")
     arguments = parser.parse_args()
     models = dict(given.split("=", 1) for given in arguments.models)
-    expected = predict_here(models)
+    expected, address = predict_here(models), f"http://127.0.0.1:{arguments.port}/predict"
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
         serve.run(ray_app(models, replicas=2, ray_actor_options={"num_cpus": 1}))
-        is_right = kill_one_under_load(f"http://127.0.0.1:{arguments.port}", expected, seconds=arguments.seconds)
+        is_right = kill_one_under_load(address, expected, seconds=arguments.seconds)
         if arguments.keep:
             signal.pause()
         return 0 if is_right else 1

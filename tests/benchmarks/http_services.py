@@ -113,7 +113,8 @@ def start(command: Sequence[object], port: int, *, log: Path | None = None) -> S
     Raises:
         RuntimeError: it ended, or is not ready after two minutes.
     """
-    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FLAIR_DEVICE": "cpu"}
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings["FLAIR_DEVICE"] = os.getenv("FLAIR_DEVICE", "cpu")
     with contextlib.ExitStack() as stack:
         output = subprocess.DEVNULL if log is None else stack.enter_context(log.open("ab"))
         process = subprocess.Popen(
