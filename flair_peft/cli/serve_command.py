@@ -6,11 +6,12 @@ import argparse
 import ipaddress
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flair_peft.cli.command import OK, add_command, add_load
+from flair_peft.cli.command import OK, TROUBLE, add_command, add_load
 from flair_peft.cli.terminal import echo, printable, showing, some
 from flair_peft.errors import AdapterConfigError, ModelFileError
 
@@ -80,13 +81,14 @@ def _serve(chosen: argparse.Namespace) -> int:
     names = some([printable(model["name"]) for model in served], 10)
     bases = some(sorted({printable(model["base"]) for model in served if model["adapter"]}), 3)
     on_bases = f" on {bases}" if bases else ""
-    DrainingServer(
-        app,
-        host=chosen.host,
-        port=chosen.port,
-        started=lambda address: echo(f"{address} answers with {names}{on_bases}."),
-    ).run()
-    return OK
+
+    def tell(address: str) -> None:
+        echo(f"{address} answers with {names}{on_bases}.")
+        sys.stdout.flush()  # whoever started it may read a pipe
+
+    server = DrainingServer(app, host=chosen.host, port=chosen.port, started=tell)
+    server.run()
+    return OK if server.started else TROUBLE
 
 
 def _named(given: Sequence[str]) -> dict[str, str]:

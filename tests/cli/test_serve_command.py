@@ -1,0 +1,119 @@
+"""``flair-peft serve``: what it refuses to do, and a server from its first line to its last answer."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flair_peft.cli import main
+from tests.support.files import save_as
+from tests.support.models import classifier
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function: arguments → exit code, output and errors on one line."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main.main(["serve", *map(str, arguments)])
+        found = capsys.readouterr()
+        return code, found.out, " ".join(found.err.split())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def directory(base: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_as("directory", classifier(base("bert")), tmp_path_factory.mktemp("saved"))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
+def test_serve_needs_a_token_to_listen_to_others(run: Run, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded; an empty one in the environment is none."""
+    monkeypatch.setenv("FLAIR_PEFT_TOKEN", "")
+    code, out, errors = run("nothing", "--host", host)
+    assert (code, out) == (2, "")
+    assert f"Cannot listen at {host} without a token" in errors
+
+
+def test_serve_refuses_a_token_file_without_a_token(run: Run, tmp_path: Path) -> None:
+    """It would be open to everyone, and whoever started it would not know."""
+    (tmp_path / "empty").write_text("\n")
+    assert "the file is empty" in run("nothing", "--token-file", tmp_path / "empty")[2]
+    assert "Cannot read the token" in run("nothing", "--admin-token-file", tmp_path / "none")[2]
+
+
+def test_serve_refuses_two_models_of_one_name(run: Run) -> None:
+    """It says how to name one of them."""
+    assert "Cannot serve two models as 'ner'" in run("ner=one", "two/ner.pt")[2]
+
+
+def test_serve_refuses_to_merge_several_models(run: Run) -> None:
+    """They would share nothing any more."""
+    assert "Cannot merge 2 models" in run("one", "two", "--merge")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--threads", "0"], "Cannot compute in 0 threads"),
+        (["--batch", "0"], "Cannot serve with batch=0"),
+        (["--max-wait", "-1"], "Cannot serve with max_wait=-0.001"),
+        ([], "Cannot load"),
+    ],
+)
+def test_serve_says_what_it_cannot_use(run: Run, arguments: list[Any], words: str, tmp_path: Path) -> None:
+    """In a paragraph, with an exit code of trouble."""
+    code, out, errors = run(tmp_path / "no.pt", *arguments)
+    assert (code, out) == (2, "")
+    assert words in errors
+
+
+@contextmanager
+def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Inside, a process serves: the process, and its first line."""
+    command = [sys.executable, "-m", "flair_peft", "serve", *map(str, arguments), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            yield process, process.stdout.readline()
+        finally:
+            process.kill()
+
+
+def test_serve_answers_until_it_is_told_to_end(directory: Path, tmp_path: Path) -> None:
+    """One line says where and with what; a signal makes it unready, then it ends well with all answers given."""
+    (tmp_path / "token").write_text("secret\n")
+    arguments = (f"my={directory}", directory, "--threads", 1, "--token-file", tmp_path / "token", "--max-wait", 1)
+    with serving(*arguments) as (process, line):
+        found = re.fullmatch(r"(http://127\.0\.0\.1:\d+) answers with (.+) on (.+)\.\n", line)
+        assert found, line
+        assert found[2] == ", ".join(sorted([directory.name, "my"]))
+        with httpx.Client(base_url=found[1], headers={"Authorization": "Bearer secret"}, timeout=60) as client:
+            assert client.post("/predict", json={"inputs": "Who ?", "model": "my"}).status_code == 200
+            assert httpx.post(f"{found[1]}/predict", json={"inputs": "Who ?", "model": "my"}).status_code == 401
+            process.send_signal(signal.SIGTERM)
+            statuses = set()
+            for _ in range(200):
+                try:
+                    ready = client.get("/ready").status_code
+                    statuses.add((ready, client.post("/predict", json={"inputs": "a", "model": "my"}).status_code))
+                except httpx.TransportError:
+                    break
+                time.sleep(0.01)
+            assert (503, 503) in statuses
+        assert process.wait(60) == 0
+        assert process.stdout
+        assert process.stdout.read() == ""
