@@ -46,8 +46,8 @@ MOVING = "moving"
 """The model that is loaded and unloaded: each time the other one of two."""
 
 ASKERS, TOLERANCE, GROWTH = 8, 1e-3, 1.02
-PATIENCE = 60
-"""Seconds in which every request has its answer, restarts included."""
+PATIENCE = http_services.START + http_services.ANSWER
+"""Seconds in which every request has its answer, also one that meets a restart."""
 
 AFOOT = 0.2
 """A request that was sent so many seconds before the service was told to end has to be answered by it."""
