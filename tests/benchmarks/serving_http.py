@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import itertools
 import logging
 import os
 import random
 import statistics
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -303,7 +303,10 @@ def main() -> None:
             write_models(folder, count=MIXED)
             write_tagger(folder)
         gc.collect(), gc.freeze()
-        rows = list(itertools.chain.from_iterable(GROUPS[name](folder, options.pairs) for name in options.groups))
+        rows: Rows = []
+        for name in options.groups:
+            rows += GROUPS[name](folder, options.pairs)
+            print(name, *(f"{row['median']:.2f}" for row in rows), file=sys.stderr, flush=True)
     report = {**heading(device_name()), "rounds": options.pairs, "rows": rows}
     write("serving_http", report, to_markdown(report), out=options.out)
 

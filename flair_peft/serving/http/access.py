@@ -25,7 +25,7 @@ _HEADERS = {
 
 
 class Access:
-    """Compares tokens.
+    """Compares tokens; FastAPI would run what is not ``async`` in another thread.
 
     Attributes:
         token: that whoever asks has to have; ``None`` lets everyone ask.
@@ -35,7 +35,7 @@ class Access:
     def __init__(self, token: str | None, admin_token: str | None) -> None:
         self.token, self.admin_token = token, admin_token
 
-    def check_user(self, request: Request) -> None:
+    async def check_user(self, request: Request) -> None:
         """Return if the sender may ask.
 
         Raises:
@@ -50,7 +50,7 @@ class Access:
             code="no_token",
         )
 
-    def check_admin(self, request: Request) -> None:
+    async def check_admin(self, request: Request) -> None:
         """Return if the sender may load and unload models.
 
         Raises:

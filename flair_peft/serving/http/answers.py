@@ -30,7 +30,8 @@ def answer_of(point: DataPoint, item: Item, form: ModelForm, *, most_labels: int
     if form.kind == "number":
         return {"value": _number(labels[0].value) if labels else None}
     if form.kind == "relations":
-        return [_relation(label, item, form) for label in labels if isinstance(label.data_point, Relation)]
+        relations = [_relation(label, item, form) for label in labels if isinstance(label.data_point, Relation)]
+        return sorted(relations, key=lambda relation: (relation["head"]["start"], relation["tail"]["start"]))
     kind = Token if form.kind == "tokens" else Span
     found = [_span(label, _tokens(label.data_point), item) for label in labels if isinstance(label.data_point, kind)]
     return sorted(found, key=lambda span: (span["start"], span["end"]))

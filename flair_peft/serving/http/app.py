@@ -45,6 +45,7 @@ def create_app(
     batch_tokens: int | None = None,
     queue: int = 1024,
     max_texts: int = 256,
+    max_length: int = 20_000,
     max_body: int = 1 << 20,
     token: str | None = None,
     admin_token: str | None = None,
@@ -66,6 +67,7 @@ def create_app(
         batch_tokens: words in one forward pass; None means no limit.
         queue: sentences that may wait; beyond that requests are refused.
         max_texts: in one request.
+        max_length: characters of a text: some models read it as a whole, whatever memory that takes.
         max_body: bytes of a body.
         token: that whoever asks has to send; None lets everyone ask.
         admin_token: of those who may load and unload models; None lets nobody.
@@ -76,12 +78,23 @@ def create_app(
         AdapterConfigError: a model cannot be served, or a number makes no sense.
         FlairPeftError: a model cannot be loaded.
     """
-    sizes = {"queue": queue, "max_texts": max_texts, "max_body": max_body}
+    sizes = {"queue": queue, "max_texts": max_texts, "max_length": max_length, "max_body": max_body}
     limits = Limits(max_wait=max_wait, batch=batch, batch_tokens=batch_tokens, **sizes)
     served = ServedModels(options=options, dtype=dtype, adapter_memory=adapter_memory, is_merged=merge)
     for name, source in models.items():
         served.put(served.load(name, served.find(source)))
     return app_of(Service(served, limits), Access(token, admin_token), cors)
+
+
+class _Page(StaticFiles):
+    """The files of the page."""
+
+    async def get_response(self, path: str, scope: Any) -> Response:
+        """Return a file; there is none of a name that the system cannot have."""
+        try:
+            return await super().get_response(path, scope)
+        except ValueError:
+            raise HTTPException(404) from None
 
 
 def app_of(service: Service, access: Access, cors: Sequence[str]) -> FastAPI:
@@ -107,7 +120,7 @@ def app_of(service: Service, access: Access, cors: Sequence[str]) -> FastAPI:
     _add_predict(app, service, access)
     _add_state(app, service, access)
     _add_admin(app, service, access)
-    app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    app.mount("/", _Page(directory=PAGE, html=True), name="page")
     return app
 
 
@@ -119,7 +132,13 @@ def _add_predict(app: FastAPI, service: Service, access: Access) -> None:
         """What one model or several say of one text or several."""
         start = time.monotonic()
         asked = requests.parse(await read_json(request, service.limits.max_body), PredictionRequest)
-        answered = await _unless_gone(request, service.predict(asked))
+        try:
+            answered = await _unless_gone(request, service.predict(asked))
+        except RequestError:
+            raise
+        except Exception as error:  # what the server logs of it would quote its message, and that may quote a text
+            log.error("A request failed with a %s.", type(error).__name__)
+            raise _unexpected(error) from None
         if answered is None:
             return Response(status_code=499)  # nobody reads it
         service.metrics.saw_request([model.name for model in answered.models], time.monotonic() - start)
@@ -215,14 +234,15 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        return answer(
-            RequestError(
-                f"Cannot answer this request: {type(error).__name__}. This was not expected. Tell whoever runs the "
-                "server.",
-                status=500,
-                code="failed",
-            )
-        )
+        return answer(_unexpected(error))
+
+
+def _unexpected(error: Exception) -> RequestError:
+    return RequestError(
+        f"Cannot answer this request: {type(error).__name__}. This was not expected. Tell whoever runs the server.",
+        status=500,
+        code="failed",
+    )
 
 
 def _json(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -86,7 +86,8 @@ class BatchQueue:
         self._retired: list[tuple[ServedModel, Callable[[ServedModel], None]]] = []
         self._users: Counter[ServedModel] = Counter()
         self._changed = threading.Condition()
-        self._company, self._free_since, self._seconds_each = 0, 0.0, 0.01
+        self._company: tuple[Any, int] = None, 0  # a group, and how many works of it can be expected
+        self._free_since, self._seconds_each = 0.0, 0.01
         self._wanted = 1  # works for which the thread is to be woken
         self._is_closed = self._is_draining = False
         self._thread: threading.Thread | None = None
@@ -203,8 +204,17 @@ class BatchQueue:
             if call:
                 _call(*call)
             if parts:
-                self._predict(parts)
+                self._predict_safely(parts)
             self._release_retired()
+
+    def _predict_safely(self, parts: Sequence[Part]) -> None:
+        """Predict; whatever happens, the thread goes on, and nobody waits for ever."""
+        try:
+            self._predict(parts)
+        except Exception as error:
+            log.error("The predictions of a batch failed with a %s.", type(error).__name__)
+            for part in parts:
+                self._fail(part.work, works.failure(part.work, error))
 
     def _wait(self) -> None:
         """Return when there is something to do, and no reason to wait for more."""
@@ -213,14 +223,12 @@ class BatchQueue:
             self._wanted = 1
             self._changed.wait()
             self._drop_cancelled()
-        until = self._free_since + self.max_wait
-        while not (self._calls or self._is_draining) and 0 < len(self._works) < self._company:
-            if self.waiting >= self.batch:
+        until, (group, company) = self._free_since + self.max_wait, self._company
+        while not (self._calls or self._is_draining) and self._works and self._works[0].group == group:
+            left, here = until - time.monotonic(), sum(work.group == group for work in self._works)
+            if left <= 0 or here >= company or self.waiting >= self.batch:
                 return
-            left = until - time.monotonic()
-            if left <= 0:
-                return
-            self._wanted = self._company
+            self._wanted = len(self._works) + company - here
             self._changed.wait(left)
             self._drop_cancelled()
 
@@ -253,28 +261,28 @@ class BatchQueue:
         start = time.monotonic()
         try:
             works.predict_together(parts, self.batch)
-            finished = [part for part in parts if works.answer(part)]
+            for part in parts:
+                works.answer(part)
         except Exception as error:
             _forget_frames(error)
             if len(parts) > 1:
-                log.info(
-                    "A batch of %d requests failed (%s); trying them one by one.", len(parts), type(error).__name__
-                )
-            finished = [part for part in parts if self._predict_alone(part)]
+                log.info("A batch of %d failed (%s); trying its requests one by one.", len(parts), type(error).__name__)
+            for part in parts:
+                self._predict_alone(part)
         self._note(parts, time.monotonic() - start)
-        for part in finished:
-            _settle(part.work)
+        for part in parts:
+            if part.work.done == len(part.work.items):
+                _settle(part.work)
 
-    def _predict_alone(self, part: Part) -> bool:
-        """Predict, once more, what one work asks; return whether it is answered whole."""
+    def _predict_alone(self, part: Part) -> None:
+        """Predict, once more, what one work asks."""
         try:
             part.work.points = part.work.new_points()
             works.predict_together([part], self.batch)
-            return works.answer(part)
+            works.answer(part)
         except Exception as error:
             _forget_frames(error)
             self._fail(part.work, error)
-            return False
 
     def _fail(self, work: Work, cause: Exception) -> None:
         with self._changed:
@@ -289,8 +297,10 @@ class BatchQueue:
             names = [model.name for part in parts for model in part.work.models for _ in range(part.start, part.stop)]
             self._watcher.saw_batch(models=names, sentences=rows, requests=len(parts), seconds=seconds)
         with self._changed:
-            # Those who wait already, and those who are answered now and may ask again.
-            self._company = len({id(each) for each in (*(part.work for part in parts), *self._works)})
+            # Those who wait for the same already, and those who are answered now and may ask it again.
+            group = parts[0].work.group
+            same = [work for work in self._works if work.group == group]
+            self._company = group, len({id(work) for work in (*same, *(part.work for part in parts))})
             self._free_since = time.monotonic()
             if rows:
                 self._seconds_each += 0.2 * (seconds / rows - self._seconds_each)
@@ -315,6 +325,8 @@ def _settle(work: Work) -> None:
 
 
 def _call(function: Callable[[], Any], future: concurrent.futures.Future[Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         future.set_result(function())
     except Exception as error:

@@ -15,7 +15,6 @@ from flair_peft.errors import RequestError
 from flair_peft.serving.http.model_forms import ModelForm
 from flair_peft.serving.http.text_positions import TextPositions
 
-_DEEPEST = 32
 _NAMES_OF_TEXTS = ("first", "second", "third")
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -121,7 +120,6 @@ def parse(body: bytes, kind: type[_Part]) -> Any:
     """
     try:
         text = body.decode("utf-8")
-        _refuse_deep(text)
         found = json.loads(text, object_pairs_hook=_Pairs.unique, parse_constant=_refuse_constant)
         request = kind.model_validate(found)
     except ValidationError as error:
@@ -135,26 +133,6 @@ def parse(body: bytes, kind: type[_Part]) -> Any:
     if isinstance(request, PredictionRequest):
         _check(request)
     return request
-
-
-def _refuse_deep(text: str) -> None:
-    """Return if brackets are not nested so deeply that a parser would give up; those in strings count, too."""
-    if text.count("[") + text.count("{") <= _DEEPEST:
-        return
-    depth, is_quoted, is_escaped = 0, False, False
-    for character in text:
-        if is_escaped:
-            is_escaped = False
-        elif is_quoted:
-            is_escaped, is_quoted = character == "\\", character != '"'
-        elif character == '"':
-            is_quoted = True
-        elif character in "[{":
-            depth += 1
-            if depth > _DEEPEST:
-                raise _malformed(f"it is nested more than {_DEEPEST} deep")
-        elif character in "]}":
-            depth -= 1
 
 
 def _refuse_constant(name: str) -> Any:

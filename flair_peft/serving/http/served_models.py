@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ from flair_peft.storage import hub, manifest
 
 NONE = "none"
 """Stands for a digest or fingerprint of what a model does not have."""
+
+_NAME = re.compile(r"[\w.-]{1,200}")
 
 _PROOF = "Berlin is large."
 _SHOWN_SETTINGS = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
@@ -165,8 +168,11 @@ class ServedModels:
         """Free what a model holds that nobody asks any more; its base goes with the last model on it."""
         if served.shared is not None:
             served.shared.unload(served.model)
-            in_use = {id(each.shared) for each in self._by_name.values()}
-            self._bases = {key: base for key, base in self._bases.items() if id(base) in in_use}
+            self._forget_unused()
+
+    def _forget_unused(self) -> None:
+        in_use = {id(each.shared) for each in list(self._by_name.values())}
+        self._bases = {key: base for key, base in self._bases.items() if id(base) in in_use}
 
     def find(self, source: Any, revision: str | None = None) -> Any:
         """Return where a model lies on this machine, downloaded if it is a checkpoint on the Hub; or the model itself.
@@ -195,18 +201,27 @@ class ServedModels:
             AdapterConfigError: it cannot be served.
             FlairPeftError: it cannot be loaded.
         """
-        before = digest_of(place)
-        model, shared = self._load(place)
-        if before != digest_of(place):
-            raise ModelFileError(
-                f"Cannot serve '{place}': it was replaced while it was loaded. It is not clear which of the two was "
-                "read. Load it again."
+        if not _NAME.fullmatch(name):
+            raise AdapterConfigError(
+                f"Cannot serve a model as {name!r:.100}: names stand in headers and addresses. They have letters, "
+                "digits, points, dashes and underscores. Choose another one."
             )
-        served = _describe(name, model, shared, before)
-        model.eval()
-        if self.is_merged and served.adapter is not None:
-            served = _merged(served)
-        prove(served)
+        before = digest_of(place)
+        try:
+            model, shared = self._load(place)
+            if before != digest_of(place):
+                raise ModelFileError(
+                    f"Cannot serve '{place}': it was replaced while it was loaded. It is not clear which of the two "
+                    "was read. Load it again."
+                )
+            served = _describe(name, model, shared, before)
+            model.eval()
+            if self.is_merged and served.adapter is not None:
+                served = _merged(served)
+            prove(served)
+        except Exception:
+            self._forget_unused()
+            raise
         return served
 
     def _load(self, place: Any) -> tuple[Model, SharedBase | None]:

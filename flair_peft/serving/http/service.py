@@ -41,6 +41,7 @@ class Limits:
     batch_tokens: int | None
     queue: int
     max_texts: int
+    max_length: int
     max_body: int
 
     def __post_init__(self) -> None:
@@ -54,8 +55,8 @@ class Limits:
             is_left_out = name == "max_wait" or (name == "batch_tokens" and value is None)
             if not is_left_out and (type(value) is not int or value < 1):
                 raise AdapterConfigError(
-                    f"Cannot serve with {name}={value!r}. It counts sentences, words or bytes. Pass an integer from 1 "
-                    "on."
+                    f"Cannot serve with {name}={value!r}. It counts sentences, words, characters or bytes. Pass an "
+                    "integer from 1 on."
                 )
 
 
@@ -194,6 +195,14 @@ class Service:
                 "keep others waiting. Send them in several.",
                 status=413,
                 code="too_many_texts",
+            )
+        longest = max((len(part) for item in request.items for part in item.parts), default=0)
+        if longest > self.limits.max_length:
+            raise RequestError(
+                f"Cannot take a text of {longest} characters: {self.limits.max_length} are the most. A model may read "
+                "a text as a whole, whatever memory that takes. Send it in parts.",
+                status=413,
+                code="text_too_long",
             )
         without = [model.name for model in models if model.shared is None and not model.embeddings]
         if not request.parameters.adapter and without:

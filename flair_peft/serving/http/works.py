@@ -102,7 +102,7 @@ def predict_together(parts: Sequence[Part], batch: int) -> None:
     first = parts[0].work
     options = {"mini_batch_size": batch, **first.options}
     shared = first.models[0].shared
-    if shared is not None and first.has_adapter:
+    if shared is not None and first.has_adapter and len(points) > 1:
         shared.predict({model.model: its_points for model, its_points in points.items()}, **options)
         return
     for model, its_points in points.items():
@@ -110,13 +110,20 @@ def predict_together(parts: Sequence[Part], batch: int) -> None:
             model.model.predict(its_points, **options)
 
 
-def answer(part: Part) -> bool:
-    """Add the answers of a part to its work, and return whether that is answered whole."""
+def answer(part: Part) -> None:
+    """Add the answers of a part to its work, those that are not there yet, and all or none of them."""
     work, start, stop = part
-    for model, points, answers in zip(work.models, work.points, work.answers, strict=True):
-        for point, item in zip(points[start:stop], work.items[start:stop], strict=True):
-            answers.append(answer_of(point, item, model.form, most_labels=work.most_labels))
-    return work.done == len(work.items)
+    if work.done >= stop:
+        return
+    found = [
+        [
+            answer_of(point, item, model.form, most_labels=work.most_labels)
+            for point, item in zip(points[start:stop], work.items[start:stop], strict=True)
+        ]
+        for model, points in zip(work.models, work.points, strict=True)
+    ]
+    for answers, new in zip(work.answers, found, strict=True):
+        answers.extend(new)
 
 
 def words_of(point: DataPoint) -> int:
@@ -138,14 +145,20 @@ def explain(work: Work, cause: Exception) -> RequestError:
         for model in work.models:
             served_models.prove(model)
     except Exception:
-        return RequestError(
-            f"Cannot predict with {names}: {type(cause).__name__}. It is not the text: a plain one fails as well. The "
-            "server's log says where; tell whoever runs it.",
-            status=500,
-            code="prediction_failed",
-        )
+        return failure(work, cause)
     return RequestError(
         f"Cannot predict with {names} for this request: {type(cause).__name__}. A plain text has an answer, so that "
         "something in this one cannot be read. Leave out unusual characters, or send its parts one by one.",
         code="unreadable_text",
+    )
+
+
+def failure(work: Work, cause: Exception) -> RequestError:
+    """Return the error for what is nobody's fault who asks."""
+    names = ", ".join(f"'{model.name}'" for model in work.models)
+    return RequestError(
+        f"Cannot predict with {names}: {type(cause).__name__}. It is not the text: a plain one fails as well. The "
+        "server's log says where; tell whoever runs it.",
+        status=500,
+        code="prediction_failed",
     )

@@ -168,6 +168,9 @@ def test_models_that_cannot_be_served_are_refused_with_the_reason(live: Model, t
         create_app({"m": live})
     with pytest.raises(FlairPeftError):
         create_app({"m": tmp_path / "nothing"})
+    for name in ("", "a b", "a,b", "a\nb", "../a"):
+        with pytest.raises(AdapterConfigError, match="names stand in headers"):
+            create_app({name: live})
 
 
 def flair_dictionary() -> Any:
@@ -202,6 +205,23 @@ def test_app_mounts_into_another_app(live: Model) -> None:
         assert client.get("/nlp/health").headers["X-Content-Type-Options"] == "nosniff"
     app.state.service.close()
     assert not app.state.service.is_ready
+
+
+def test_what_nobody_expected_is_answered_and_not_quoted(
+    live: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A 500 in sentences; neither it nor the log repeats a message, which may quote the text."""
+    app = create_app({"m": live})
+
+    def submit(_: Any) -> None:
+        raise KeyError("a secret")
+
+    monkeypatch.setattr(app.state.service.queue, "submit", submit)
+    with client_of(app) as client:
+        failed = client.post("/predict", json={"inputs": "a secret"})
+    assert (failed.status_code, failed.json()["code"]) == (500, "failed")
+    assert "secret" not in failed.text + caplog.text
+    assert "KeyError" in caplog.text
 
 
 def test_two_apps_count_apart(base: Callable[[str], str]) -> None:

@@ -63,6 +63,7 @@ HOSTILE: dict[str, tuple[bytes, int]] = {
     "top_k is true": (body(parameters={"top_k": True}), 422),
     "adapter is a text": (body(parameters={"adapter": "no"}), 422),
     "too many texts": (body(inputs=["a"] * 257), 413),
+    "a long text": (body(inputs=["a", "b " * 10_001]), 413),
     "too long": (body(inputs="a " * (1 << 19)), 413),
     "ten megabytes": (b" " * (10 << 20), 413),
 }
