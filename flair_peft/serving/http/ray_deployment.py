@@ -55,6 +55,7 @@ def ray_app(
     batch_tokens: int | None = None,
     queue: int = 1024,
     max_texts: int = 256,
+    max_length: int = 20_000,
     max_body: int = 1 << 20,
     token: str | None = None,
     cors: Sequence[str] = (),
@@ -75,6 +76,7 @@ def ray_app(
         batch_tokens: words in one forward pass.
         queue: requests that may wait for a replica; beyond that they are refused.
         max_texts: in one request.
+        max_length: characters of a text.
         max_body: bytes of a body.
         token: that whoever asks has to send; None lets everyone ask.
         cors: origins of pages elsewhere that may ask.
@@ -84,7 +86,7 @@ def ray_app(
         AdapterConfigError: a model is none that can be sent to another machine.
     """
     sources = _sources(models)
-    sizes = {"queue": queue, "max_texts": max_texts, "max_body": max_body}
+    sizes = {"queue": queue, "max_texts": max_texts, "max_length": max_length, "max_body": max_body}
     limits = Limits(max_wait=max_wait, batch=batch, batch_tokens=batch_tokens, **sizes)
     loading = {"options": options, "dtype": dtype, "adapter_memory": adapter_memory}
 
@@ -270,9 +272,13 @@ class Replica:
             except RequestError as error:  # no fault of whoever asks
                 raise RequestError(str(error), status=500, code=error.code) from error
             held = self._leases[name] = _Lease(served)
-            loop = asyncio.get_running_loop()
-            weakref.finalize(held, loop.call_soon_threadsafe, self._free, served).atexit = False
+            weakref.finalize(held, self._drop, served, asyncio.get_running_loop()).atexit = False
         return held
+
+    def _drop(self, served: ServedModel, loop: asyncio.AbstractEventLoop) -> None:
+        """Have a model freed by the loop: whoever held it last may be another thread, or hold it to the end."""
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._free, served)
 
     def _free(self, served: ServedModel) -> None:
         if any(served is model for model in self._service.models.all):

@@ -41,7 +41,7 @@ KINDS = {"ner": "spans", "sentiment": "labels", "score": "number"}
 TEXTS = ["Berlin is large .", "George Washington went to Washington ."]
 PROOF = ("x-model", "x-adapter-digest", "x-base-fingerprint")
 SECONDS = 300
-LIMITS = Limits(max_wait=0.05, batch=32, batch_tokens=None, queue=64, max_texts=8, max_body=10_000)
+LIMITS = Limits(max_wait=0.05, batch=32, batch_tokens=None, queue=64, max_texts=8, max_length=10_000, max_body=10_000)
 
 
 @pytest.fixture(scope="module")
