@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -142,7 +143,8 @@ def _add_predict(app: FastAPI, service: Service, access: Access) -> None:
         if answered is None:
             return Response(status_code=499)  # nobody reads it
         service.metrics.saw_request([model.name for model in answered.models], time.monotonic() - start)
-        return _json(answered.content, headers=answered.headers)
+        told = BackgroundTask(service.queue.delivered)
+        return JSONResponse(answered.content, headers=answered.headers, background=told)
 
 
 async def _unless_gone(request: Request, answering: Any) -> Answered | None:

@@ -3,8 +3,9 @@
 1. A request becomes a :class:`Work` for each group of models that can share a call, and waits its turn.
 2. The thread takes what is first, and whatever else goes with it in one call, up to a batch. What is longer than a
    batch is predicted in parts, and goes to the end of the queue after each.
-3. If nobody else can be expected, it does not wait. Else it waits a moment for those who were just answered: clients
-   ask again one by one, and a batch that starts with the first of them would leave the others for the next.
+3. If nobody else can be expected, it does not wait. Else it waits a moment, from when the last answer went out, for
+   those who were just answered: clients ask again one by one, and a batch that starts with the first of them would
+   leave the others for the next.
 4. A batch that fails is tried again one work at a time, with new data points: one alone gets the error.
 """
 
@@ -129,6 +130,10 @@ class BatchQueue:
             self.waiting += rows
             self._wake(is_urgent=len(self._works) >= self._wanted or self.waiting >= self.batch)
 
+    async def delivered(self) -> None:
+        """Take note that an answer is out: whoever got it may ask again, and is waited for, from now on."""
+        self._free_since = time.monotonic()
+
     def withdraw(self, given: Sequence[Work]) -> None:
         """Forget the works that are not answered yet: their sender is gone."""
         gone = [work for work in given if work.future.cancel() or work.future.cancelled()]
@@ -223,9 +228,10 @@ class BatchQueue:
             self._wanted = 1
             self._changed.wait()
             self._drop_cancelled()
-        until, (group, company) = self._free_since + self.max_wait, self._company
+        group, company = self._company
         while not (self._calls or self._is_draining) and self._works and self._works[0].group == group:
-            left, here = until - time.monotonic(), sum(work.group == group for work in self._works)
+            left = self._free_since + self.max_wait - time.monotonic()
+            here = sum(work.group == group for work in self._works)
             if left <= 0 or here >= company or self.waiting >= self.batch:
                 return
             self._wanted = len(self._works) + company - here

@@ -204,8 +204,9 @@ class Service:
                 status=413,
                 code="text_too_long",
             )
-        without = [model.name for model in models if model.shared is None and not model.embeddings]
-        if not request.parameters.adapter and without:
+        has_adapter = request.parameters.adapter
+        without = [] if has_adapter else [model.name for model in models if not model.embeddings]
+        if without:
             raise RequestError(
                 f"Cannot switch off the adapter of '{without[0]}': it has none, or it is merged into its base. What is "
                 "compared would be the same. Leave out 'adapter'.",
