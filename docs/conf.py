@@ -36,6 +36,7 @@ nb_execution_mode = "off"  # notebooks show what they printed when they were com
 
 toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["ray"]  # half a gigabyte, for the signature of one function
 autodoc_typehints = "none"  # docstrings say what is meant; signatures with all types fill the screen
 napoleon_include_init_with_doc = False
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from flair.data import Dictionary, Sentence
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import SequenceTagger, TextClassifier
@@ -168,6 +170,20 @@ def _two_on_one_base(world: World) -> None:
     world.names["shared"] = shared
 
 
+def _served(world: World) -> None:
+    """Save the two models of the first command of the README."""
+    Path("models").mkdir()
+    world.classifier().save("models/sentiment.pt")
+    world.tagger("bert-base-uncased").save("models/ner.pt")
+
+
+def _on_ray(world: World) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own models are written for an older pydantic
+        pytest.importorskip("ray.serve")
+    _served(world)
+
+
 def _spread(world: World) -> None:
     flair_peft.save_pretrained(world.tagger().eval(), "my-tagger")
 
@@ -222,6 +238,8 @@ READERS: dict[str, Callable[[World], None]] = {
     "small.onnx": _model,
     "four_bits": _nothing,
     "spread": _spread,
+    "create_app": _served,
+    "ray_app": _on_ray,
     "SharedBase": _shared,
     "from_adapter": _adapters,
     '"xlm-roberta-large", ': _nothing,
@@ -261,8 +279,12 @@ def test_every_block_has_a_reader() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1])
-def test_command_of_a_page_runs(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 0, or 1 where ``diff`` finds what differs."""
+def test_command_of_a_page_runs(
+    command: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 0, or 1 where ``diff`` finds what differs; a server is made, and ended before it listens."""
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+    _served(world)
     model = world.classifier()
     model.save("final-model.pt")
     with torch.no_grad():

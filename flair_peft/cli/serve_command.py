@@ -77,7 +77,7 @@ def _serve(chosen: argparse.Namespace) -> int:
         )
     from flair_peft.serving.http.server import DrainingServer
 
-    served = app.state.service.info()["models"]
+    served = [model.to_info() for model in app.state.service.models.all]
     names = some([printable(model["name"]) for model in served], 10)
     bases = some(sorted({printable(model["base"]) for model in served if model["adapter"]}), 3)
     on_bases = f" on {bases}" if bases else ""

@@ -12,11 +12,15 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from flair_peft.serving.http.app import create_app
+    from flair_peft.serving.http.ray_deployment import ray_app
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "ray_app"]
 
 # What an extra brings along is imported with the first of these names, and not before.
-_NAMES_IN = {"create_app": ("http.app", "serve", ("fastapi", "prometheus_client"))}
+_NAMES_IN = {
+    "create_app": ("http.app", "serve", ("fastapi", "prometheus_client")),
+    "ray_app": ("http.ray_deployment", "ray", ("ray", "fastapi", "prometheus_client")),
+}
 
 
 if not _typing.TYPE_CHECKING:

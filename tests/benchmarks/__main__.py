@@ -38,6 +38,10 @@ BENCHMARKS = {
     "training": Benchmark("a training step, beside a bare loop of PEFT"),
     "prediction": Benchmark("streams of sentences: time, and memory over their length"),
     "serving": Benchmark("many models on one base"),
+    "serving_http": Benchmark("models served over HTTP, beside a service by hand"),
+    "serving_soak": Benchmark(
+        "a service under load, with loads, restarts and hostile clients", ("--minutes", "0.5", "--restarts", "1")
+    ),
     "quantised": Benchmark("a 4-bit base in memory", ()),
     "methods": Benchmark("what each method of PEFT costs"),
     "quality": Benchmark(

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 
 from flair_peft.errors import RequestError
 
@@ -98,6 +99,12 @@ async def read_json(request: Request, limit: int) -> bytes:
             status=408,
             code="slow_body",
         ) from None
+    except ClientDisconnect as error:
+        raise RequestError(
+            "Cannot read the body: its sender went away before all of it was there. Nobody reads this. Send it again.",
+            status=499,
+            code="gone",
+        ) from error
     if kind != "application/json":
         # Pages elsewhere may make a browser send other kinds without asking first.
         raise RequestError(

@@ -84,7 +84,7 @@ def create_app(
     served = ServedModels(options=options, dtype=dtype, adapter_memory=adapter_memory, is_merged=merge)
     for name, source in models.items():
         served.put(served.load(name, served.find(source)))
-    return _app_of(Service(served, limits), Access(token, admin_token), cors)
+    return app_of(Service(served, limits), Access(token, admin_token), cors)
 
 
 class _Page(StaticFiles):
@@ -98,7 +98,9 @@ class _Page(StaticFiles):
             raise HTTPException(404) from None
 
 
-def _app_of(service: Service, access: Access, cors: Sequence[str]) -> FastAPI:
+def app_of(service: Service, access: Access, cors: Sequence[str]) -> FastAPI:
+    """Return the app over a service."""
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
@@ -180,7 +182,7 @@ def _add_state(app: FastAPI, service: Service, access: Access) -> None:
 
     @app.get("/info", dependencies=user, summary="Models, versions and limits")
     async def info() -> Response:
-        return _json(service.info())
+        return _json(await service.info())
 
     @app.get("/metrics", dependencies=user, summary="Figures for Prometheus")
     async def metrics() -> Response:

@@ -124,7 +124,7 @@ class Service:
         """Answer what waits, and end."""
         self.queue.close()
 
-    def info(self) -> dict[str, Any]:
+    async def info(self) -> dict[str, Any]:
         """Return what users are told of models, versions and limits."""
         versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
         return {
@@ -151,13 +151,17 @@ class Service:
             code="no_model",
         )
 
-    async def predict(self, request: PredictionRequest) -> Answered:
+    async def predict(self, request: PredictionRequest, models: Sequence[ServedModel] | None = None) -> Answered:
         """Return what the models say; cancelling this takes the request from the queue.
+
+        Args:
+            request: for them.
+            models: that it asks, if they were found before.
 
         Raises:
             RequestError: it cannot be answered.
         """
-        models = self.find_models(request)
+        models = self.find_models(request) if models is None else models
         self._check(request, models)
         with self.queue.using(models):
             by_model = await self._ask(request, models)
