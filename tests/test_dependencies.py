@@ -15,8 +15,12 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flair_peft"
 
-# Imported by one module alone, which is itself imported only where a picture is asked for.
-OPTIONAL = {"matplotlib": "plot"}
+# Imported by some modules alone, which are themselves imported only where a picture or a server is asked for.
+OPTIONAL = {
+    "matplotlib": "plot",
+    **dict.fromkeys(("fastapi", "prometheus-client", "pydantic", "starlette", "uvicorn"), "serve"),
+    "ray": "ray",
+}
 
 
 def imported(path: Path) -> Iterator[str]:
