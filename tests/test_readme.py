@@ -283,7 +283,7 @@ def test_command_of_a_page_runs(
     command: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 0, or 1 where ``diff`` finds what differs; a server is made, and ended before it listens."""
-    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: setattr(server, "started", True))
     _served(world)
     model = world.classifier()
     model.save("final-model.pt")
