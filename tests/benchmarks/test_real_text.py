@@ -148,6 +148,7 @@ def test_upper_layers_page_names_a_training_that_came_to_nothing_and_the_median_
     records = _records(1, 2, 3)
     records[-4]["accuracy"] = 0.14
     rows = upper_layers.rows(records)
+    assert upper_layer_table.collapsed({"rows": rows}).startswith(" 1 of 24 trainings")
     assert upper_layer_table.collapsed({"rows": rows}).endswith(": one on UD-EWT with all 12 layers, at 14.0 %.")
     (eight,) = (row for row in rows if (row["task"], row["layers"]) == ("UD-EWT", 8))
     assert upper_layer_table.difference(eight) == "-0.4 (-0.4 to +78.6)"

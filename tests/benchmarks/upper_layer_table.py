@@ -10,7 +10,7 @@ LAYERS, RANK = 12, 16
 COUNTS = (LAYERS, 8, 6, 4)
 """How many layers have an adapter, counted from the last."""
 WANTED_POINTS, WANTED_TIME = -0.5, 0.5
-COLLAPSED = 0.5
+COLLAPSED = 0.7
 """Share of the median below which a training came to nothing."""
 
 
@@ -71,7 +71,12 @@ def collapsed(report: dict[str, Any]) -> str:
         for score in r["scores"]
         if score < COLLAPSED * statistics.median(r["scores"])
     ]
-    return f" Trainings that came to nothing at this learning rate: {' and '.join(found)}." if found else ""
+    trainings = sum(len(r["scores"]) for r in report["rows"])
+    return (
+        f" {len(found)} of {trainings} trainings came to nothing at this learning rate: {'; '.join(found)}."
+        if found
+        else ""
+    )
 
 
 def saved(timed: dict[str, list[dict[str, Any]]], r: dict[str, Any]) -> str:
