@@ -28,8 +28,8 @@ def add_serve(commands: Any, name: str) -> None:
         "--host", default="127.0.0.1", help="address to listen at; others than this machine's need a token"
     )
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    text = "milliseconds that a request waits for others, if some are expected (5)"
-    parser.add_argument("--max-wait", type=float, default=5.0, metavar="MS", help=text)
+    text = "milliseconds that a request waits for others, if some are expected (20)"
+    parser.add_argument("--max-wait", type=float, default=20.0, metavar="MS", help=text)
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="sentences in one forward pass (32)")
     parser.add_argument("--batch-tokens", type=int, metavar="N", help="words in one forward pass")
     parser.add_argument("--queue", type=int, default=1024, metavar="N", help="sentences that may wait (1024)")

@@ -41,7 +41,7 @@ def create_app(
     dtype: DtypeLike | None = None,
     adapter_memory: int | str | None = None,
     merge: bool = False,
-    max_wait: float = 0.005,
+    max_wait: float = 0.02,
     batch: int = 32,
     batch_tokens: int | None = None,
     queue: int = 1024,
