@@ -135,9 +135,9 @@ def measure_steps(sizes: Sequence[int], shapes: Sequence[str], *, pairs: int, de
                 loops = Loops(task, task_of(task), base, device=device)
                 for size in sizes:
                     found = time_steps(loops, size=size, pairs=pairs, device=device)
-                    rows.append({"base": shape, "task": task, "size": size, **row(found, size)})
+                    rows.append({"base": shape, "task": task, "size": size, "pairs": pairs, **row(found, size)})
                     print(json.dumps(rows[-1]), flush=True)
-    return {**conditions(device), "pairs": pairs, "rows": rows}
+    return {**conditions(device), "rows": rows}
 
 
 def base_of(shape: str, folder: Path) -> str:
@@ -183,15 +183,17 @@ def steps_page(found: dict[str, Any]) -> list[str]:
         "fp32. The bare loop is transformers and PEFT alone, and pads each batch to its longest sentence. Batches are",
         "those of a shuffled epoch; cut by length is packed rows or groups of similar length, whichever the embeddings",
         "choose. Without dropout all ways have the same loss and gradients. Ratios are medians of",
-        f"{found['pairs']} interleaved steps on different batches, with 95 % bootstrap intervals.",
+        "interleaved steps on different batches, with 95 % bootstrap intervals.",
         "",
-        "| base | text | batch | padding | bare loop | " + " | ".join(f"{cut} / bare" for cut in CUTS) + " | wanted |",
-        "|---|---|---|---|---|" + "---|" * len(CUTS) + "---|",
+        "| base | text | batch | steps | padding | bare loop | "
+        + " | ".join(f"{cut} / bare" for cut in CUTS)
+        + " | wanted |",
+        "|---|---|---|---|---|---|" + "---|" * len(CUTS) + "---|",
     ]
     for r in found["rows"]:
         ratios = [f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in r["ratios"].values()]
         lines.append(
-            f"| {r['base']} | {r['task']} | {r['size']} | {r['padding']:.0%} | {r['bare']:.2f} s | "
+            f"| {r['base']} | {r['task']} | {r['size']} | {r['pairs']} | {r['padding']:.0%} | {r['bare']:.2f} s | "
             f"{' | '.join(ratios)} | {wanted(r)} |"
         )
     return [*lines, ""]
