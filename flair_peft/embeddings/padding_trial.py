@@ -26,7 +26,7 @@ from flair_peft.embeddings.length_groups import Division, Inputs, Run
 log = logging.getLogger("flair_peft")
 
 # Largest distance, as a share of the norm: sums in another order.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass
@@ -82,7 +82,7 @@ def find_groups(
     for way in sorted(ways, key=lambda way: way.cost(price)):
         if way.cost(price) >= whole:
             return None
-        if _is_same(run, inputs, way, model=model, kinds=kinds, tolerance=_TOLERANCE.get(dtype, 0.0)):
+        if _is_same(run, inputs, way, model=model, kinds=kinds, tolerance=TOLERANCE.get(dtype, 0.0)):
             return way
     return None
 

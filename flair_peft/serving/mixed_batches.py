@@ -50,9 +50,6 @@ from flair_peft.serving.gathered_lora import GatheredLora, PlainLora
 
 log = logging.getLogger("flair_peft")
 
-# Largest distance of a mixed from a separate pass, as a share of the norm: sums in another order.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
 # Inputs that can be padded without a change of what the others give.
 _PADDABLE = frozenset({"input_ids", "attention_mask"})
 _SETTINGS = frozenset({"output_hidden_states", "return_dict", "use_cache", "use_mems"})
@@ -299,7 +296,7 @@ class MixingModel:
         for sentence, output in zip(sentences, mixed, strict=True):
             expected = torch.stack([*transformer.states_of(sentence.run())[0]]).float()
             apart = vector_probe.distance(torch.stack([*output["hidden_states"]]).float(), expected)
-            if not apart <= _TOLERANCE.get(embeddings.base_dtype, 0.0):
+            if not apart <= padding_trial.TOLERANCE.get(embeddings.base_dtype, 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")
 
 

@@ -32,7 +32,7 @@ from flair_peft.storage import file_names, hub
 log = logging.getLogger("flair_peft")
 
 # Models that read words and no labels, and embed each sentence once: they may predict for one sentence in turns.
-_READ_ONLY_TEXT = (SequenceTagger, TextClassifier, TextRegressor, TokenClassifier)
+READ_WORDS_ONLY = frozenset((SequenceTagger, TextClassifier, TextRegressor, TokenClassifier))
 
 # Mini-batches that one call of Flair's predict gets: its SequenceTagger is quadratic in their number.
 _BATCHES_AT_ONCE = 16
@@ -259,7 +259,7 @@ class _Job:
 
     @functools.cached_property
     def _reads_words_once(self) -> bool:
-        return type(self.model) in _READ_ONLY_TEXT and len(adapted_embeddings(self.model)) == 1
+        return type(self.model) in READ_WORDS_ONLY and len(adapted_embeddings(self.model)) == 1
 
 
 def _waves(jobs: Sequence[_Job], *, limit: int) -> Iterator[list[_Job]]:

@@ -27,6 +27,7 @@ from flair.models import (
 from flair.nn import Model
 
 from flair_peft.errors import AdapterConfigError, name_some
+from flair_peft.serving.shared_base import READ_WORDS_ONLY
 
 _LABELS = (TextClassifier, TextPairClassifier, TextTripleClassifier)
 _RELATIONS = (RelationClassifier, RelationExtractor)
@@ -34,7 +35,6 @@ _NUMBERS = (TextRegressor, TextPairRegressor)
 
 # What they say of a data point does not depend on what else their predict is given, once context is set.
 _MAY_SHARE_CALLS = frozenset((*_LABELS, *_RELATIONS, *_NUMBERS, SequenceTagger, TokenClassifier, SpanClassifier))
-_READ_WORDS_ONLY = frozenset((SequenceTagger, TextClassifier, TextRegressor, TokenClassifier))
 _NO_LABELS = frozenset({"O", "<unk>", "<START>", "<STOP>", "_"})
 _POSITION_IN_SPAN = re.compile("[BIES]-")
 
@@ -97,7 +97,7 @@ def form_of(model: Any) -> ModelForm:
         entity_types=entity_types,
         has_all_scores=kind == "labels",
         is_alone=type(model) not in _MAY_SHARE_CALLS,
-        reads_words_only=type(model) in _READ_WORDS_ONLY,
+        reads_words_only=type(model) in READ_WORDS_ONLY,
     )
 
 

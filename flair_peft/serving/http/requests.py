@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -100,16 +99,12 @@ class LoadRequest(_Part):
     revision: Name | None = None
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Makes objects of JSON; names that come twice are refused."""
-
-    @staticmethod
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise _malformed("a name stands twice in one object")
-        return found
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; names that come twice are refused."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _malformed("a name stands twice in one object")
+    return found
 
 
 def parse(body: bytes, kind: type[_Part]) -> Any:
@@ -120,7 +115,7 @@ def parse(body: bytes, kind: type[_Part]) -> Any:
     """
     try:
         text = body.decode("utf-8")
-        found = json.loads(text, object_pairs_hook=_Pairs.unique, parse_constant=_refuse_constant)
+        found = json.loads(text, object_pairs_hook=_object_of, parse_constant=_refuse_constant)
         request = kind.model_validate(found)
     except ValidationError as error:
         raise _malformed(_first_problem(error)) from None

@@ -232,16 +232,12 @@ class ServedModels:
             return _load_plain(place), None
         if not self.is_merged and (shared := self._base_of(found.adapters[0])) is not None:
             try:
-                return shared.load(place, **self._options), shared
+                return shared.load(place, **self.options), shared
             except BaseMismatchError:
-                if shared.models or self.dtype is not None:
+                if self.dtype is not None:
                     raise
-                self._bases = {key: base for key, base in self._bases.items() if base is not shared}
-        return load.from_pretrained(place, **self._options), None
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return dict(self.options)
+                self._forget_unused()  # it holds a base of its own, or loading it says what is wrong
+        return load.from_pretrained(place, **self.options), None
 
     def _base_of(self, adapter: Adapter) -> SharedBase | None:
         """Return the shared base of an adapter; ``None`` if it has to be loaded with one of its own."""

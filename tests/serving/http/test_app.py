@@ -19,6 +19,7 @@ import httpx
 import pytest
 from flair.models import LanguageModel
 from flair.nn import Model
+from safetensors.torch import load_file, save_file
 
 import flair_peft
 from flair_peft.errors import AdapterConfigError, FlairPeftError
@@ -41,6 +42,27 @@ def bearer(token: str | bytes) -> dict[str, Any]:
 def live(base: Callable[[str], str]) -> Model:
     """Return a classifier."""
     return classifier(base("bert")).eval()
+
+
+def test_model_that_holds_a_base_of_its_own_is_served_beside_those_that_share_one_of_that_name(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """What lies under a name was trained on; the file has what it was then."""
+    folder = Path(shutil.copytree(base("bert"), tmp_path / "base"))
+    weights, models = load_file(folder / "model.safetensors"), {}
+    for name, shift in (("own", 0.01), ("shared", 0.0)):
+        save_file(
+            {key: w + shift for key, w in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+        )
+        _, model = save_random("text-classifier", str(folder), tmp_path / name)
+        model.save(tmp_path / f"{name}.pt", save_base=name == "own")
+        models[name] = tmp_path / f"{name}.pt"
+    with client_of(create_app(dict(reversed(models.items())))) as client:
+        for name, path in models.items():
+            answers = client.post("/predict", json={"inputs": TEXTS, "model": name}).json()
+            model = flair_peft.from_pretrained(path)
+            expected = direct(model, TEXTS, "labels", label_type=model.label_type)
+            assert_same(answers, expected, "labels")
 
 
 def test_token_is_asked_of_everyone_who_wants_to_know(live: Model) -> None:
