@@ -13,7 +13,7 @@ from peft import LoftQConfig, PrefixTuningConfig, PromptTuningConfig
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings
-from flair_peft.embeddings import length_groups
+from flair_peft.embeddings import pass_cost
 from tests.support import round_trip, tiny
 from tests.support.configs import lora
 from tests.support.places import addresses_of
@@ -101,12 +101,13 @@ def test_document_pooling_leaves_vectors_on_the_gpu(pooling: str, base: Callable
     assert sentence.get_embedding().device.type == "cuda"
 
 
+@pytest.mark.parametrize("fixed", [1.0, 12.0], ids=["groups", "packed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_groups_of_similar_length_give_the_vectors_of_one_pass_on_a_gpu(
-    dtype: torch.dtype, base: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+def test_divided_batch_has_the_vectors_of_one_pass_on_a_gpu(
+    dtype: torch.dtype, fixed: float, base: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is put together again is on the GPU, in the order of the sentences."""
-    monkeypatch.setattr(length_groups, "cost_of", lambda *_: length_groups.Cost(1.0, 0.0))
+    monkeypatch.setattr(pass_cost, "cost_of", lambda *_: pass_cost.Cost(fixed, 0.0))
     embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=LORA, dtype=dtype)
     vectors = []
     for is_grouped in (True, False):

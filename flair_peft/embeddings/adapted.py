@@ -20,9 +20,9 @@ from typing_extensions import Self
 from flair_peft.adapter import injection, keys, methods, refusals
 from flair_peft.base import placement, quantisation, tokenizers, transformer
 from flair_peft.base.frozen_base import FrozenBase
-from flair_peft.embeddings import cooperative_threads, exact_values, flair_pooling, length_groups, padding_trial
+from flair_peft.embeddings import batch_division, cooperative_threads, division_trial, exact_values, flair_pooling
 from flair_peft.embeddings.base_source import BaseSource
-from flair_peft.embeddings.length_groups import Division
+from flair_peft.embeddings.batch_division import Division
 from flair_peft.embeddings.offload import AdapterMemory
 from flair_peft.embeddings.pending_load import PendingLoad, canonical
 from flair_peft.errors import AdapterConfigError, ModelFileError
@@ -304,22 +304,22 @@ class ForwardPass:
 
     def run(self) -> Any:
         """Return the output, as :mod:`transformers` gives it; of a divided batch, its hidden states alone."""
-        groups = self.groups
+        division = self.division
         with self.embeddings.in_use():
-            return length_groups.run_in_groups(self._forward, self.inputs, groups)
+            return batch_division.run_divided(self._forward, self.inputs, division)
 
     @functools.cached_property
-    def groups(self) -> Division | None:
+    def division(self) -> Division | None:
         """How the batch is divided, ``None`` for one pass as it is: the same for the same inputs.
 
         The model may be run, to see whether that makes a difference.
         """
-        if not may_be_grouped(self.embeddings):
+        if not may_be_divided(self.embeddings):
             return None
         model = self._model
         is_adapted = isinstance(model, PeftModel)
         with self.embeddings.in_use():
-            return padding_trial.find_groups(
+            return division_trial.find_division(
                 self._forward,
                 self.inputs,
                 model=model,
@@ -336,7 +336,7 @@ class ForwardPass:
         return injection.forward(self._model, inputs)
 
 
-def may_be_grouped(embeddings: AdaptedEmbeddings) -> bool:
+def may_be_divided(embeddings: AdaptedEmbeddings) -> bool:
     """Whether the forward pass may be several, whatever the inputs."""
     model, base = embeddings.model, embeddings.base_model
     is_whole = (

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from flair_peft.embeddings import length_groups
-from flair_peft.embeddings.length_groups import BY_POSITION, Cost, Division, Inputs, JoinedOutput, Run
+from flair_peft.embeddings import batch_division, pass_cost
+from flair_peft.embeddings.batch_division import BY_POSITION, Division, Inputs, JoinedOutput, Run
+from flair_peft.embeddings.pass_cost import Cost
 
 # To sort a batch into rows and back, as a share of what any pass costs.
 _SORTING = 0.1
@@ -59,7 +60,7 @@ class Form:
 def forms_of(base: Any) -> list[Form]:
     """Return the forms in which a transformer may take packed rows."""
     has_positions = "position_ids" in inspect.signature(base.forward).parameters
-    dtype, padding = length_groups.compute_dtype(base), _counting_from(base)
+    dtype, padding = pass_cost.compute_dtype(base), _counting_from(base)
     return [Form(is_causal, dtype, has_positions, padding) for is_causal in (False, True)]
 
 
@@ -158,7 +159,7 @@ class PackedRows(Division):
         """
         longest = max(range(len(self.lengths)), key=self.lengths.__getitem__)
         lengths = (*(max(1, self.limit // share) for share in (4, 6, 2)), self.lengths[longest])
-        batch = length_groups.cut(inputs, [longest] * len(lengths), self.width)
+        batch = batch_division.cut(inputs, [longest] * len(lengths), self.width)
         ends = torch.tensor(lengths, device=batch["input_ids"].device)[:, None]
         is_token = torch.arange(self.width, device=ends.device) < ends
         batch["attention_mask"] = is_token.to(batch["attention_mask"].dtype)

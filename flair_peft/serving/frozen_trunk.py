@@ -135,7 +135,7 @@ class FrozenTrunks:
         view._modules["model"] = _with_modules(_read_model(embeddings), parts)
         with embeddings.in_use():
             seen = dataclasses.replace(forward_pass, embeddings=view)
-            vars(seen)["groups"] = forward_pass.groups  # to find them may take passes, which are not to be recorded
+            vars(seen)["division"] = forward_pass.division  # to find them may take passes, which are not to be recorded
             return _what_is_read(embeddings, seen.run())
 
     def _depth(self, one: ForwardPass, other: ForwardPass) -> int:

@@ -40,8 +40,8 @@ from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, keys, methods, refusals
 from flair_peft.base import transformer
 from flair_peft.base.frozen_base import FrozenBase
-from flair_peft.embeddings import length_groups, padding_trial, vector_probe
-from flair_peft.embeddings.adapted import ForwardPass, may_be_grouped
+from flair_peft.embeddings import batch_division, division_trial, vector_probe
+from flair_peft.embeddings.adapted import ForwardPass, may_be_divided
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError
 from flair_peft.serving.adapter_slots import AdapterSlot
@@ -187,7 +187,7 @@ class MixingModel:
                 self._tried.add(kind)
             except _TRIAL_ERRORS as error:
                 self._slots, self._model = {}, None
-                if padding_trial.is_for_want_of_memory(error):
+                if division_trial.is_for_want_of_memory(error):
                     return "there was no memory to try whether it can be mixed"  # there may be the next time
                 self._refused[kind] = f"PEFT cannot mix it ({type(error).__name__}: {str(error)[:200]})"
         return self._refused.get(kind)
@@ -207,7 +207,7 @@ class MixingModel:
                 taken[adapter.kind] += 1
                 slots[adapter].fill_(adapter)
             names = [slots[adapter].name for adapter in adapters]
-            is_grouped = all(may_be_grouped(each.embeddings) for each in passes)
+            is_grouped = all(may_be_divided(each.embeddings) for each in passes)
             return self._forward([each.inputs for each in passes], names, is_grouped=is_grouped)
         except BaseException:
             # PEFT leaves its hooks in place when a pass fails (huggingface/peft#3475): the model is built anew.
@@ -232,8 +232,8 @@ class MixingModel:
         def run(given: Mapping[str, Any], rows: Sequence[int]) -> Output:
             return self._call([by_row[row] for row in rows], given)
 
-        groups = padding_trial.find_groups(run, batch, model=model) if is_grouped else None
-        output = length_groups.run_in_groups(run, batch, groups)
+        division = division_trial.find_division(run, batch, model=model) if is_grouped else None
+        output = batch_division.run_divided(run, batch, division)
         states, last = transformer.states_of(output)
         outputs, first = list[Output](), 0
         for given, count in zip(inputs, counts, strict=True):
@@ -296,7 +296,7 @@ class MixingModel:
         for sentence, output in zip(sentences, mixed, strict=True):
             expected = torch.stack([*transformer.states_of(sentence.run())[0]]).float()
             apart = vector_probe.distance(torch.stack([*output["hidden_states"]]).float(), expected)
-            if not apart <= padding_trial.TOLERANCE.get(embeddings.base_dtype, 0.0):
+            if not apart <= division_trial.TOLERANCE.get(embeddings.base_dtype, 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")
 
 
@@ -308,7 +308,7 @@ class GatheringModel(MixingModel):
 
     def run(self, passes: Sequence[ForwardPass], adapters: Sequence[Any]) -> list[Output]:
         """Return the outputs of passes that are padded to one length, each cut to the length that it has itself."""
-        is_grouped = all(may_be_grouped(each.embeddings) for each in passes)
+        is_grouped = all(may_be_divided(each.embeddings) for each in passes)
         return self._forward([each.inputs for each in passes], adapters, is_grouped=is_grouped)
 
     def _call(self, rows: Sequence[Any], inputs: Mapping[str, Any]) -> Any:
@@ -332,7 +332,7 @@ class GatheringModel(MixingModel):
 
 def _part_of(states: Sequence[torch.Tensor], part: tuple[slice, slice]) -> Sequence[torch.Tensor]:
     """Return rows and columns of the hidden states of each layer."""
-    return length_groups.LazyStates(len(states), lambda index: states[index][part])
+    return batch_division.LazyStates(len(states), lambda index: states[index][part])
 
 
 def _as_pass(embeddings: PeftTransformerEmbeddings, ids: Sequence[int]) -> ForwardPass:

@@ -26,7 +26,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, from_pretrained
 from flair_peft.base import memory_check
-from flair_peft.embeddings import length_groups
+from flair_peft.embeddings import pass_cost
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, PredictionSetupError
 from flair_peft.primitives import mapped_memory
@@ -109,7 +109,7 @@ def test_predict_together_divides_the_mixed_batch_by_length(
     separate = {model: [Sentence(text) for text in texts[number:]] for number, model in enumerate(models)}
     for model, points in separate.items():
         model.predict(points)
-    monkeypatch.setattr(length_groups, "cost_of", lambda *_: length_groups.Cost(1.0, 0.0))
+    monkeypatch.setattr(pass_cost, "cost_of", lambda *_: pass_cost.Cost(1.0, 0.0))
     together = {model: [Sentence(point.text) for point in points] for model, points in separate.items()}
     with counting_forward_passes() as passes:
         shared.predict(together)

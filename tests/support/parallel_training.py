@@ -34,7 +34,7 @@ from flair_peft import (
     RankAllocationPlugin,
     ResumePlugin,
 )
-from flair_peft.embeddings import length_groups
+from flair_peft.embeddings import batch_division, pass_cost
 from tests.support.configs import lora
 
 GLOBAL_BATCH = 8
@@ -198,18 +198,18 @@ def run(
 
 def _in_groups(base: str, directory: Path) -> Result:
     """Train with batches that are divided by length, in each process in another way."""
-    cost_of, run_in_groups, passes = length_groups.cost_of, length_groups.run_in_groups, list[int]()
+    cost_of, run_divided, passes = pass_cost.cost_of, batch_division.run_divided, list[int]()
 
     def counted(run_group: Any, inputs: Any, groups: Any) -> Any:
         passes.append(1 if groups is None else len(groups.rows))
-        return run_in_groups(run_group, inputs, groups)
+        return run_divided(run_group, inputs, groups)
 
-    length_groups.cost_of = lambda *_: length_groups.Cost(1.0, 0.0)
-    length_groups.run_in_groups = counted
+    pass_cost.cost_of = lambda *_: pass_cost.Cost(1.0, 0.0)
+    batch_division.run_divided = counted
     try:
         result = run(base, directory, optimizer=torch.optim.SGD, learning_rate=0.05, watches=True)
     finally:
-        length_groups.cost_of, length_groups.run_in_groups = cost_of, run_in_groups
+        pass_cost.cost_of, batch_division.run_divided = cost_of, run_divided
     return {**result, "passes": passes}
 
 

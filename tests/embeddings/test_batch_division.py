@@ -21,10 +21,12 @@ from peft import PromptTuningConfig
 from torch import nn
 
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings
-from flair_peft.embeddings import adapted, length_groups, packed_rows, padding_trial
+from flair_peft.embeddings import adapted, batch_division, division_trial, length_groups, packed_rows, pass_cost
 from flair_peft.embeddings.adapted import ForwardPass
-from flair_peft.embeddings.length_groups import Cost, Division, LengthGroups
+from flair_peft.embeddings.batch_division import Division
+from flair_peft.embeddings.length_groups import LengthGroups
 from flair_peft.embeddings.packed_rows import PackedRows
+from flair_peft.embeddings.pass_cost import Cost
 from tests.support import tiny
 from tests.support.configs import lora
 from tests.support.method_cases import make_embeddings, one_kind_each
@@ -78,7 +80,7 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> Divided:
 
 def watch(monkeypatch: pytest.MonkeyPatch, price: str) -> Divided:
     found: Divided = []
-    find = padding_trial.find_groups
+    find = division_trial.find_division
 
     def spy(run: Any, inputs: Any, **kwargs: Any) -> Division | None:
         groups = find(run, inputs, **kwargs)
@@ -86,9 +88,9 @@ def watch(monkeypatch: pytest.MonkeyPatch, price: str) -> Divided:
             found.append(groups)
         return groups
 
-    monkeypatch.setattr(length_groups, "cost_of", lambda *_: Cost(PRICES[price], 0.0))
-    monkeypatch.setattr(padding_trial, "find_groups", spy)
-    monkeypatch.setattr(padding_trial, "_verdicts", {})
+    monkeypatch.setattr(pass_cost, "cost_of", lambda *_: Cost(PRICES[price], 0.0))
+    monkeypatch.setattr(division_trial, "find_division", spy)
+    monkeypatch.setattr(division_trial, "_verdicts", {})
     return found
 
 
@@ -141,12 +143,12 @@ def test_divide_keeps_a_batch_whole_where_passes_cost_more_than_padding() -> Non
 def test_cost_is_higher_on_a_gpu_in_half_precision_and_quantised(base: Base) -> None:
     """A pass costs more tokens wherever tokens are computed faster, and the more the smaller the base is."""
     model = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora()).base_model
-    on_cpu, on_gpu = (length_groups.cost_of(model, torch.device(kind)) for kind in ("cpu", "cuda"))
+    on_cpu, on_gpu = (pass_cost.cost_of(model, torch.device(kind)) for kind in ("cpu", "cuda"))
     assert 1000 < on_cpu.fixed < on_gpu.fixed
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert length_groups.cost_of(model, torch.device("cpu")).fixed > on_cpu.fixed
+        assert pass_cost.cost_of(model, torch.device("cpu")).fixed > on_cpu.fixed
     model.quantization_method = "bitsandbytes"
-    assert length_groups.cost_of(model, torch.device("cpu")).fixed == pytest.approx(4 * on_cpu.fixed)
+    assert pass_cost.cost_of(model, torch.device("cpu")).fixed == pytest.approx(4 * on_cpu.fixed)
 
 
 @pytest.mark.parametrize("kind", [PeftTransformerWordEmbeddings, PeftTransformerDocumentEmbeddings])
@@ -482,7 +484,7 @@ def test_trial_leaves_methods_that_another_thread_put_into_the_model(base: Base,
         return inner(*args, **kwargs)
 
     layer.forward = forward
-    assert isinstance(forward_pass(embeddings).groups, PackedRows)
+    assert isinstance(forward_pass(embeddings).division, PackedRows)
     assert layer.forward is inner
 
 
@@ -516,7 +518,7 @@ def test_dropout_of_scores_counts_in_training(base: Base) -> None:
     """It draws a number for each score, which long rows have more of."""
     model = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora()).base_model
     model.config.attention_probs_dropout_prob = 0.1
-    costs = {mode: length_groups.cost_of(model.train(mode), torch.device("cpu")) for mode in (True, False)}
+    costs = {mode: pass_cost.cost_of(model.train(mode), torch.device("cpu")) for mode in (True, False)}
     assert costs[True].attention > 2 * costs[False].attention > 0
 
 
@@ -529,7 +531,7 @@ def test_trial_leaves_the_model_and_random_numbers_as_they_were(base: Base, divi
     noted, drawn = layer.longest, torch.get_rng_state()
     asking = forward_pass(embeddings)
     given = {name: value.clone() for name, value in asking.inputs.items() if isinstance(value, torch.Tensor)}
-    assert asking.groups is not None
+    assert asking.division is not None
     assert modes == {name: module.training for name, module in embeddings.named_modules()}
     assert (layer.longest is noted, layer.passes) == (True, 0)
     assert torch.equal(drawn, torch.get_rng_state())
@@ -613,8 +615,8 @@ def test_inputs_that_nobody_can_cut_have_one_pass(change: dict[str, Any]) -> Non
     mask = torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]])
     inputs = {"input_ids": torch.ones(2, 6, dtype=torch.long), "attention_mask": mask}
     free = Cost(0.5, 0)
-    assert length_groups.find_lengths(inputs, lambda: free) is not None
-    assert length_groups.find_lengths({**inputs, **change}, lambda: free) is None
+    assert batch_division.find_lengths(inputs, lambda: free) is not None
+    assert batch_division.find_lengths({**inputs, **change}, lambda: free) is None
 
 
 def test_graph_that_is_traced_has_one_pass(base: Base, divided: Divided) -> None:
@@ -629,21 +631,21 @@ def test_graph_that_is_traced_has_one_pass(base: Base, divided: Divided) -> None
             self.embeddings = embeddings
 
         def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            traced.append(adapted.may_be_grouped(self.embeddings))
+            traced.append(adapted.may_be_divided(self.embeddings))
             return ids + mask
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, in favour of torch.export
         torch.jit.trace(Asking(), (tensors["input_ids"], tensors["attention_mask"]))
     assert False in traced
-    assert adapted.may_be_grouped(embeddings)
+    assert adapted.may_be_divided(embeddings)
 
 
 def test_checkpoints_within_a_process_group_have_one_pass(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reentrant checkpoints would tell DistributedDataParallel of a parameter once for each group."""
     embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=lora()).train()
     embeddings.base_model.gradient_checkpointing_enable()
-    assert adapted.may_be_grouped(embeddings)
+    assert adapted.may_be_divided(embeddings)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert not adapted.may_be_grouped(embeddings)
-    assert adapted.may_be_grouped(embeddings.eval())
+    assert not adapted.may_be_divided(embeddings)
+    assert adapted.may_be_divided(embeddings.eval())

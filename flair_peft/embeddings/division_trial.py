@@ -20,8 +20,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from flair_peft.base import transformer
-from flair_peft.embeddings import length_groups, packed_rows
-from flair_peft.embeddings.length_groups import Division, Inputs, Run
+from flair_peft.embeddings import batch_division, length_groups, packed_rows, pass_cost
+from flair_peft.embeddings.batch_division import Division, Inputs, Run
 
 log = logging.getLogger("flair_peft")
 
@@ -43,7 +43,7 @@ _lock = threading.Lock()
 _descriptions: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
-def find_groups(
+def find_division(
     run: Run,
     inputs: Inputs,
     *,
@@ -68,8 +68,8 @@ def find_groups(
         is_packable: whether ``run`` takes several sentences in one row.
     """
     base, device = _base_of(model), inputs["input_ids"].device
-    cost = functools.partial(length_groups.cost_of, base, device)
-    lengths = length_groups.find_lengths(inputs, cost)
+    cost = functools.partial(pass_cost.cost_of, base, device)
+    lengths = batch_division.find_lengths(inputs, cost)
     if lengths is None:
         return None
     price, width = cost(), inputs["input_ids"].shape[1]
@@ -77,7 +77,7 @@ def find_groups(
     if is_packable and not before:
         ways += packed_rows.find(inputs, lengths, price, base)
     whole = price.of(len(lengths), before + width)
-    dtype = length_groups.compute_dtype(base)
+    dtype = pass_cost.compute_dtype(base)
     kinds = (*_describe(model, base), dtype, device.type, frozenset(inputs), first)
     for way in sorted(ways, key=lambda way: way.cost(price)):
         if way.cost(price) >= whole:
@@ -124,11 +124,11 @@ def _try_out(run: Run, inputs: Inputs, way: Division, *, model: torch.nn.Module,
     batch, division, lengths = way.sample(inputs)
     try:
         with _undisturbed(model, inputs["input_ids"].device):
-            together = _states(length_groups.run_in_groups(run, batch, division))
+            together = _states(batch_division.run_divided(run, batch, division))
             return all(
                 _are_close(_of_sentence(together, row, length, way), _states(run(alone, (row,))), tolerance)
                 for row, length in enumerate(lengths)
-                for alone in [length_groups.cut(batch, (row,), length)]
+                for alone in [batch_division.cut(batch, (row,), length)]
             )
     except Exception as error:  # such as of a model that takes no such mask, or no single row
         log.info("%s could not be tried out: %s: %.200s", type(model).__name__, type(error).__name__, error)
