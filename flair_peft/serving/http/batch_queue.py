@@ -221,7 +221,7 @@ class BatchQueue:
         """Predict; whatever happens, the thread goes on, and nobody waits for ever."""
         try:
             self._predict(parts)
-        except Exception as error:
+        except Exception as error:  # such as of what counts: a thread that ended would answer nobody
             log.error("The predictions of a batch failed with a %s.", type(error).__name__)
             for part in parts:
                 self._fail(part.work, works.failure(part.work, error))
@@ -276,7 +276,7 @@ class BatchQueue:
             works.predict_together(parts, self.batch)
             for part in parts:
                 works.answer(part)
-        except Exception as error:
+        except Exception as error:  # a text or a model may fail in any way, which costs the others nothing
             _forget_frames(error)
             if len(parts) > 1:
                 log.info("A batch of %d failed (%s); trying its requests one by one.", len(parts), type(error).__name__)
@@ -293,7 +293,7 @@ class BatchQueue:
             part.work.points = part.work.new_points()
             works.predict_together([part], self.batch)
             works.answer(part)
-        except Exception as error:
+        except Exception as error:  # whoever asked is told
             _forget_frames(error)
             self._fail(part.work, error)
 
@@ -328,7 +328,7 @@ class BatchQueue:
         for model, release in free:
             try:
                 release(model)
-            except Exception as error:
+            except Exception as error:  # those that are served go on
                 log.warning("The model '%s' was not released whole: %s", model.name, type(error).__name__)
 
 
@@ -342,7 +342,7 @@ def _call(function: Callable[[], Any], future: concurrent.futures.Future[Any]) -
         return
     try:
         future.set_result(function())
-    except Exception as error:
+    except Exception as error:  # whoever waits for it gets it
         future.set_exception(error)
 
 

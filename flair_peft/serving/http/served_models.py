@@ -219,7 +219,7 @@ class ServedModels:
             if self.is_merged and served.adapter is not None:
                 served = _merged(served)
             prove(served)
-        except Exception:
+        except Exception:  # it goes on, without a base that was made for it
             self._forget_unused()
             raise
         return served
@@ -328,7 +328,7 @@ def prove(served: ServedModel) -> None:
         points = requests.points_of([item], served.form)
         served.model.predict(points)
         answer_of(points[0], item, served.form)
-    except Exception as error:
+    except Exception as error:  # a model of anybody's, which is not served then
         raise AdapterConfigError(
             f"Cannot serve '{served.name}': it loads, but it does not predict for a plain text "
             f"({type(error).__name__}: {str(error)[:200]}). Nobody would get an answer from it. Try its predict in "

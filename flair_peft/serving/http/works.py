@@ -144,7 +144,7 @@ def explain(work: Work, cause: Exception) -> RequestError:
     try:
         for model in work.models:
             served_models.prove(model)
-    except Exception:
+    except Exception:  # then it is the model, whatever it is
         return failure(work, cause)
     return RequestError(
         f"Cannot predict with {names} for this request: {type(cause).__name__}. A plain text has an answer, so that "
