@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModel, AutoTokenizer
 
-from tests.benchmarks.ways import Tagged
+from tests.benchmarks.text_tasks import Tagged
 
 
 class BareModel(torch.nn.Module):

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flair_peft import PeftTransformerEmbeddings
+from tests.benchmarks.text_tasks import TASKS, Task
 from tests.benchmarks.trainings import Record, kept, lacking, lead, run
-from tests.benchmarks.ways import LORA, TASKS, Task, Way, train
+from tests.benchmarks.ways import LORA, Way, train
 from tests.support.minilm import find_minilm
 
 RATE, HEAD_RATE, BATCH = 1e-3, 1e-2, 32
@@ -29,7 +30,7 @@ def one(plan: Record) -> Record:
     settings, task = plan["settings"], task_of(plan["task"])
     found = train(
         task,
-        Way(lambda: {"peft_config": LORA(), **CUTS[plan["cut"]]}, (RATE,)),
+        Way(lambda: {"peft_config": LORA(), **CUTS[plan["cut"]]}),
         find_minilm(),
         rate=RATE,
         head_rate=HEAD_RATE,
@@ -38,7 +39,8 @@ def one(plan: Record) -> Record:
         epochs=settings["epochs"],
         measured=task.test[: settings["test"]],
         prove=False,
-        shuffled=BATCH,
+        batch=BATCH,
+        shuffled=True,
     )
     return {**plan, **found}
 
@@ -63,7 +65,7 @@ def measure_scores(settings: dict[str, Any], runs: Path, *, seeds: int, workers:
 def scores(records: Sequence[Record], task: str) -> dict[str, Any]:
     """Return the mean accuracy of each way in percent, and, of two, the lead and the ratio of the times."""
     those = sorted((r for r in records if r["task"] == task), key=lambda r: r["seed"])
-    accuracy = {cut: [100 * r["accuracy"] for r in those if r["cut"] == cut] for cut in CUTS}
+    accuracy = {cut: [100 * r["score"] for r in those if r["cut"] == cut] for cut in CUTS}
     found: dict[str, Any] = {"task": task, "accuracy": {cut: statistics.mean(a) for cut, a in accuracy.items()}}
     if len(CUTS) > 1:
         taken = [[r["seconds"] for r in those if r["cut"] == cut] for cut in CUTS]

@@ -44,7 +44,8 @@ import flair_peft
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from tests.benchmarks import faster_rows as rows
 from tests.benchmarks.report import RESULTS, heading, ratio, write
-from tests.benchmarks.ways import LORA, TASKS, OfOneLength, Task, Way, adapter, build, sentences
+from tests.benchmarks.text_tasks import TASKS, Task, sentences
+from tests.benchmarks.ways import LORA, OfOneLength, Way, adapter, build
 from tests.support import tiny
 from tests.support.minilm import find_minilm
 from tests.support.mpnet import find_mpnet
@@ -126,7 +127,7 @@ def train(bench: Bench, base: str, task: Task, folder: Path, *, layers: list[int
     drawn = sorted(random.Random(1).sample(task.pool, bench.training), key=lambda those: len(those[0]))
     corpus = Corpus(train=FlairDatapointDataset(sentences(drawn, task.label_type)), sample_missing_splits=False)
     upper = {"layers_to_transform": layers, "r": 32, "lora_alpha": 64, "target_modules": linear_modules(base)}
-    way = Way(adapter(LORA, **(upper if layers else {})), (RATE,))
+    way = Way(adapter(LORA, **(upper if layers else {})))
     model: Any = build(task, way, base, seed=1)
     options = {"mini_batch_size": 8, "max_epochs": EPOCHS, "sampler": OfOneLength(), "save_final_model": False}
     with tempfile.TemporaryDirectory() as temporary:

@@ -28,13 +28,15 @@ import flair
 import torch
 from transformers import AutoTokenizer
 
-from tests.benchmarks import bare_loops, quality
+from tests.benchmarks import bare_loops
 from tests.benchmarks.bare_loops import POOLS, BareModel
 from tests.benchmarks.cut_batches import BATCH, CUTS, RATE, measure_scores, scores_page, task_of
 from tests.benchmarks.report import RESULTS, heading, ratio, write
 from tests.benchmarks.shapes import SHAPES
+from tests.benchmarks.steps import step
+from tests.benchmarks.text_tasks import TASKS, Tagged, Task, sentences
 from tests.benchmarks.training import check_gradients, make_equal_
-from tests.benchmarks.ways import LORA, TASKS, Tagged, Task, Way, build, sentences
+from tests.benchmarks.ways import LORA, Way, build
 from tests.support.minilm import find_minilm
 
 WANTED = {32: 0.6, 16: 0.7}
@@ -48,7 +50,7 @@ class Loops:
 
     def __init__(self, name: str, task: Task, base: str, *, device: torch.device) -> None:
         self.task = task
-        self.ours: Any = build(self.task, Way(lambda: {"peft_config": LORA()}, (RATE,)), base, seed=1)
+        self.ours: Any = build(self.task, Way(lambda: {"peft_config": LORA()}), base, seed=1)
         for weight, parameter in self.ours.named_parameters():
             if "lora_B" in weight:  # from zero, lora_A would have no gradient to compare
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -85,7 +87,7 @@ class Loops:
 
         def ours(cut: str) -> None:
             self.cut_(cut)
-            quality.step(self.ours, known, self.optimizers[0])
+            step(self.ours, known, self.optimizers[0])
 
         steps: dict[str, Callable[[], None]] = {cut: functools.partial(ours, cut) for cut in CUTS}
         return steps | {"bare": lambda: bare_loops.step(self.bare, batch, self.optimizers[1])}

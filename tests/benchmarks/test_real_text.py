@@ -10,10 +10,10 @@ import torch
 from peft import get_peft_model
 from transformers import MPNetConfig, MPNetModel
 
-from tests.benchmarks import upper_layer_table, upper_layers
+from tests.benchmarks import upper_layer_table, upper_layers, ways
 from tests.benchmarks.real_text import Loops, shuffled
+from tests.benchmarks.text_tasks import Tagged, Task, classification, tagging
 from tests.benchmarks.trainings import kept, lacking, lead, run
-from tests.benchmarks.ways import Tagged, Task, classification, tagging
 from tests.support import tiny
 
 WORDS = ["a", "bb", "ab", "ba", "aaab", "aba"]
@@ -74,7 +74,7 @@ def test_shuffled_batches_are_whole_and_in_no_order_of_length() -> None:
 
 
 def _number(plan: dict[str, Any]) -> dict[str, Any]:
-    return {**plan, "accuracy": plan["seed"] / 10}
+    return {**plan, "score": plan["seed"] / 10}
 
 
 def test_trainings_that_are_done_are_not_done_again_unless_settings_changed(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_upper_layers_have_as_many_weights_on_them_alone() -> None:
     config = MPNetConfig(hidden_size=8, num_hidden_layers=12, num_attention_heads=2, intermediate_size=32, vocab_size=9)
     counts = set()
     for count in upper_layer_table.COUNTS:
-        (adapter,) = upper_layers.upper(count).options().values()
+        (adapter,) = ways.upper(count).options().values()
         model = get_peft_model(MPNetModel(config), adapter)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         layers = {int(name.split(".layer.")[1].split(".")[0]) for name in names}
@@ -119,7 +119,7 @@ def _records(*seeds: int, **changes: float) -> list[dict[str, Any]]:
             "task": task,
             "layers": count,
             "seed": seed,
-            "accuracy": 0.9 - (12 - count) * 0.001 + seed / 100,
+            "score": 0.9 - (12 - count) * 0.001 + seed / 100,
             "seconds": 30.0 - (12 - count),
             "trained": 1000,
             "parameters": 10_000,
@@ -146,7 +146,7 @@ def test_upper_layers_rows_are_of_seeds_that_all_ways_have() -> None:
 def test_upper_layers_page_names_a_training_that_came_to_nothing_and_the_median_stands() -> None:
     """One training of three that does not learn is said, and is not averaged with the others."""
     records = _records(1, 2, 3)
-    records[-4]["accuracy"] = 0.14
+    records[-4]["score"] = 0.14
     rows = upper_layers.rows(records)
     assert upper_layer_table.collapsed({"rows": rows}).startswith(" 1 of 24 trainings")
     assert upper_layer_table.collapsed({"rows": rows}).endswith(": one on UD-EWT with all 12 layers, at 14.0 %.")

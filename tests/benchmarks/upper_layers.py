@@ -24,37 +24,20 @@ from typing import Any
 
 import flair
 import torch
-from peft import LoraConfig
 
 from flair_peft.compat import versions
-from tests.benchmarks.quality import step
 from tests.benchmarks.report import RESULTS, heading, ratio, write
+from tests.benchmarks.steps import step
+from tests.benchmarks.text_tasks import TASKS, Task, sentences
 from tests.benchmarks.trainings import Record, kept, lacking, run
-from tests.benchmarks.upper_layer_table import COUNTS, LAYERS, RANK, to_markdown
-from tests.benchmarks.ways import BATCH, TASKS, Task, Way, adapter, build, sentences, train
+from tests.benchmarks.upper_layer_table import COUNTS, to_markdown
+from tests.benchmarks.ways import BATCH, LAYERS, RANK, build, train, upper
 from tests.support.mpnet import find_mpnet
 
-TARGETS = ["q", "k", "v", "o", "intermediate.dense", "output.dense"]
 RATE, HEAD_RATE = 1e-3, 1e-2
 
 conditions = functools.partial(heading, "one core used", "no GPU used")
 task_of: Callable[[str], Task] = functools.cache(lambda name: TASKS[name]())
-
-
-def upper(count: int) -> Way:
-    """Return LoRA on as many layers, counted from the last, that trains as many weights as on all of them."""
-    rank = RANK * LAYERS // count
-    return Way(
-        adapter(
-            LoraConfig,
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=TARGETS,
-            layers_to_transform=list(range(LAYERS - count, LAYERS)),
-            layers_pattern="layer",
-        ),
-        (RATE,),
-    )
 
 
 def plans(settings: dict[str, Any], seeds: int) -> list[Record]:
@@ -111,7 +94,7 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def row(own: Sequence[Record], full: Sequence[Record]) -> dict[str, Any]:
     """Return the figures of one way beside those of all layers with the same seeds."""
-    scores, others = ([100 * record["accuracy"] for record in those] for those in (own, full))
+    scores, others = ([100 * record["score"] for record in those] for those in (own, full))
     seconds, of_full = ([record["seconds"] for record in those] for those in (own, full))
     return {
         "seeds": len(own),
