@@ -4,9 +4,10 @@
 all-mpnet-base-v2 (``tests/support/mpnet.py`` says how to get it) on sentiment, parts of speech and names
 (``shared/data`` beside the project), each training in a process of its own, on one core. First it chooses the learning
 rates of the base and of the head for each way, on sentences apart from those of training and test; then it trains with
-several seeds and measures on the test part. It takes many hours. What is done stands in a file of lines, from which the
-same command goes on; the report is that of what is done (``--only report`` does no training). ``--bases`` and
-``--tasks`` do a part. ``--only step`` takes the time of a training step in the shape of BERT-base, in minutes.
+several seeds and measures on the test part. It takes many hours. What is done stands in a file of lines, which is kept
+with the report, and from which the same command goes on; the report is that of what is done (``--only report`` does no
+training). ``--bases`` and ``--tasks`` do a part. ``--only step`` takes the time of a training step in the shape of
+BERT-base, in minutes.
 """
 
 from __future__ import annotations
@@ -198,9 +199,9 @@ def report_of(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for base in BASES:
         settings = settings_of(base, options)
-        done = [{k: v for k, v in record.items() if k != "settings"} for record in kept(runs, settings)]
-        if done:
-            found[base] = {"settings": settings, "rows": quality_table.rows(done, ALL_TASKS), "runs": done}
+        rows = quality_table.rows([r for r in kept(runs, settings) if r["base"] == base], ALL_TASKS)
+        if rows:
+            found[base] = {"settings": settings, "rows": rows}
     return {**conditions(), "load": f"{os.getloadavg()[0]:.1f}", "bases": found}
 
 

@@ -1,0 +1,133 @@
+"""The plan of the trainings on real text, what they are made of, and the table of what came out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from flair.data import Sentence
+from flair.models import SequenceTagger
+
+from tests.benchmarks import quality, quality_table
+from tests.benchmarks.text_tasks import BOUNDARY, Tagged, dictionary, score, sentences, tagging
+
+NAMES: list[Tagged] = [
+    ([BOUNDARY], ["O"]),
+    (["Ada", "Lovelace", "wrote"], ["B-PER", "I-PER", "O"]),
+    (["to", "London"], ["O", "B-LOC"]),
+    ([BOUNDARY], ["O"]),
+    (["hello"], ["O"]),
+]
+
+
+def _choice(rate: float, head_rate: float, reached: float, **changes: Any) -> dict[str, Any]:
+    plan = {"part": "choice", "base": "MiniLM", "task": "SST-2", "way": "LoRA", "rate": rate, "head_rate": head_rate}
+    return {**plan, "score": reached, **changes}
+
+
+def test_choice_begins_with_the_rates_of_the_base_at_one_rate_of_the_head() -> None:
+    """Nothing is known before these are done."""
+    assert quality.pairs([], "MiniLM", "SST-2", "LoRA") == [(3e-4, 1e-2), (1e-3, 1e-2), (3e-3, 1e-2)]
+
+
+def test_choice_whose_best_is_the_last_of_a_side_tries_one_further_and_two_at_most() -> None:
+    """The best rate is not the edge of what was looked at, unless two further ones did not find an end."""
+    records = [_choice(3e-4, 1e-2, 0.8), _choice(1e-3, 1e-2, 0.7), _choice(3e-3, 1e-2, 0.7)]
+    assert quality.pairs(records, "MiniLM", "SST-2", "LoRA")[0] == (1e-4, 1e-2)
+    records.append(_choice(1e-4, 1e-2, 0.81))
+    records.append(_choice(3e-5, 1e-2, 0.82))
+    assert quality.pairs(records, "MiniLM", "SST-2", "LoRA")[5:] == [(3e-5, 1e-3), (3e-5, 3e-2)]
+
+
+def test_choice_of_the_heads_rate_is_made_at_the_best_rate_of_the_base() -> None:
+    """Five trainings choose both rates, and the best of all of them is taken; of equals, the lowest."""
+    records = [_choice(3e-4, 1e-2, 0.7), _choice(1e-3, 1e-2, 0.8), _choice(3e-3, 1e-2, 0.7)]
+    assert quality.pairs(records, "MiniLM", "SST-2", "LoRA")[3:] == [(1e-3, 1e-3), (1e-3, 3e-2)]
+    records += [_choice(1e-3, 1e-3, 0.75), _choice(1e-3, 3e-2, 0.8)]
+    assert quality.chosen(records, "MiniLM", "SST-2", "LoRA") == (1e-3, 1e-2)
+    assert quality.chosen([*records, _choice(3e-3, 3e-2, 0.9)], "MiniLM", "SST-2", "DoRA") == (3e-3, 3e-2)
+
+
+def test_choice_of_other_ways_tasks_and_bases_is_not_mixed_in() -> None:
+    """Each way has its own rates, where it does not take those of another."""
+    records = [_choice(1e-3, 1e-2, 0.9), _choice(1e-2, 1e-2, 0.5, way="IA³"), _choice(3e-4, 1e-2, 0.95, base="MPNet")]
+    assert quality.chosen(records, "MiniLM", "SST-2", "IA³") == (1e-2, 1e-2)
+    assert quality.chosen(records, "MiniLM", "SST-2", "LoRA") == (1e-3, 1e-2)
+    named = [_choice(3e-3, 1e-2, 0.4, task="NER, linear")]
+    assert quality.chosen(named, "MiniLM", "NER, CRF, context", "DoRA") == (3e-3, 1e-2)
+
+
+def test_measurements_train_every_way_with_a_seed_before_the_next_seed() -> None:
+    """A run that is stopped has whole rows; upper layers are those of the deep base, and few ways leave names out."""
+    rates = [
+        _choice(1e-3, 1e-2, 0.5, base=base, task=task, way=way)
+        for base in quality.BASES
+        for task in ("SST-2", "NER, linear")
+        for way in ("full fine-tuning", "frozen encoder", "LoRA", "IA³", "prompt tuning", "prefix tuning")
+    ]
+    plans = list(quality.measurements(rates, "MiniLM", ["SST-2", "NER, linear"]))
+    assert [plan["seed"] for plan in plans] == sorted(plan["seed"] for plan in plans)
+    first = [(plan["task"], plan["way"]) for plan in plans if plan["seed"] == 1]
+    assert ("SST-2", "prompt tuning") in first
+    assert ("NER, linear", "prompt tuning") not in first
+    assert not any("upper" in way for _, way in first)
+    deep = [plan["way"] for plan in quality.measurements(rates, "MPNet", ["SST-2"]) if plan["seed"] == 1]
+    assert len(deep) == 8
+    assert "LoRA, upper 6 layers" in deep
+
+
+def test_sentences_with_names_have_spans_and_know_their_document() -> None:
+    """What a model with context reads is what stands before in the same document; marks are no sentences."""
+    first, second, third = sentences(NAMES, "ner")
+    assert [(span.text, span.get_label("ner").value) for span in first.get_spans("ner")] == [("Ada Lovelace", "PER")]
+    assert [token.text for token in second.left_context(2, True)] == ["Lovelace", "wrote"]
+    assert third.left_context(2, True) == []
+    task = tagging(NAMES, [], [], label_type="ner", in_documents=True)
+    assert dictionary(task).get_items() == ["LOC", "PER"]
+    assert dictionary(task).span_labels
+
+
+class _Knowing(SequenceTagger):
+    """Knows the names of London alone, and takes a verb for one."""
+
+    def __init__(self) -> None:  # without a network, which predicts nothing here
+        pass
+
+    def evaluate(self, test: Any, **_: Any) -> Any:
+        for sentence in test:
+            for token in sentence:
+                if token.text in ("London", "wrote"):
+                    sentence[token.idx - 1 : token.idx].add_label("predicted", "LOC")
+        return type("Result", (), {"main_score": 0.5})()
+
+
+def test_score_of_names_is_the_micro_f1_of_spans() -> None:
+    """One of two names found, and one that is none: both precision and recall are a half."""
+    assert score(_Knowing(), sentences(NAMES, "ner"), "ner") == 0.5
+
+
+def test_score_that_flair_counts_otherwise_is_refused() -> None:
+    """A score is what both say."""
+    test = sentences(NAMES, "ner")
+    test.append(Sentence(["wrote"], use_tokenizer=False))
+    with pytest.raises(AssertionError):
+        score(_Knowing(), test, "ner")
+
+
+def _measured(way: str, seed: int, reached: float) -> dict[str, Any]:
+    cost = {"trained": 10, "parameters": 100, "seconds": 2.0 + seed, "memory": 10**6, "file": 10**5}
+    plan = {"part": "test", "task": "SST-2", "way": way, "seed": seed, "rate": 1e-3, "head_rate": 1e-2}
+    return {**plan, "score": reached, **cost}
+
+
+def test_rows_pair_ways_with_full_fine_tuning_by_seed() -> None:
+    """A seed that one of both lacks says nothing of the difference; one common seed has no interval."""
+    records = [_measured("full fine-tuning", seed, 0.8 + seed / 100) for seed in (1, 2)]
+    records += [_measured("LoRA", 3, 0.99), _measured("LoRA", 2, 0.83), _measured("LoRA", 1, 0.8)]
+    full, lora = quality_table.rows(records, ["SST-2", "UD-EWT"])
+    assert full["lead"] is None
+    assert lora["lead"]["pairs"] == pytest.approx([-1.0, 1.0])
+    assert lora["scores"] == pytest.approx([80.0, 83.0, 99.0])
+    assert lora["seconds"] == 4.0
+    assert quality_table.rows(records[1:4], ["SST-2"])[1]["lead"] is None
+    assert "+0.00 points over 2 seeds (wanted: ≥ -0.5; reached)" in quality_table.verdict("SST-2", [full, lora])[0]
