@@ -19,19 +19,20 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import flair
 import torch
+from peft import IA3Config
 
 from flair_peft.compat import versions
 from tests.benchmarks import quality_table, steps
 from tests.benchmarks.report import RESULTS, heading, write
 from tests.benchmarks.text_tasks import NER_TASKS, TASKS, Task
 from tests.benchmarks.trainings import Record, kept, lacking, run
-from tests.benchmarks.ways import WAYS, train
+from tests.benchmarks.ways import WAYS, Way, adapter, train, upper
 from tests.support.minilm import find_minilm
 from tests.support.mpnet import find_mpnet
 
@@ -43,7 +44,9 @@ HEAD_RATE, OTHER_HEAD_RATES = 1e-2, (1e-3, 3e-2)
 ALL_TASKS = {**TASKS, **NER_TASKS}
 SMALL_TASKS = tuple(TASKS)
 
-UPPER = ("LoRA, upper 8 layers", "LoRA, upper 6 layers", "LoRA, upper 4 layers")
+UPPER = {f"LoRA, upper {count} layers": upper(count) for count in (8, 6, 4)}
+# PEFT has no default targets for MPNet: these are those of BERT, under its names.
+MPNET_IA3 = Way(adapter(IA3Config, target_modules=["k", "v", "output.dense"], feedforward_modules=["output.dense"]))
 RATES_OF = {**dict.fromkeys(UPPER, "LoRA"), "DoRA": "LoRA", **dict.fromkeys(NER_TASKS, "NER, linear")}
 """A way or a task → that whose rates it takes: the same method on fewer layers, the same names with another head."""
 
@@ -60,6 +63,7 @@ class Base:
         epochs: of each training.
         seeds: how many trainings of each way are measured.
         rates: the learning rates to start the choice from, of the ways that choose; a frozen encoder has none.
+        own: ways that it has apart from the others, or in a form of its own.
         few: ways that are trained on the two smaller tasks alone.
     """
 
@@ -67,17 +71,14 @@ class Base:
     epochs: int
     seeds: int
     rates: dict[str, tuple[float, ...]]
+    own: dict[str, Way] = field(default_factory=dict)
     few: tuple[str, ...] = ()
 
     def ways(self, task: str) -> list[str]:
-        """Return the ways to train on a task, in the order of the table."""
-        return [
-            name
-            for name in WAYS
-            if RATES_OF.get(name, name) in {*self.rates, "frozen encoder"}
-            and (name not in UPPER or self is BASES["MPNet"])
-            and (name not in self.few or task in SMALL_TASKS)
-        ]
+        """Return the ways to train on a task."""
+        with_rates = {*self.rates, "frozen encoder"}
+        names = [name for name in {**WAYS, **self.own} if RATES_OF.get(name, name) in with_rates]
+        return [name for name in names if name not in self.few or task in SMALL_TASKS]
 
 
 IN_FRONT = {"prompt tuning": (3e-3, 1e-2, 3e-2), "prefix tuning": (3e-3, 1e-2, 3e-2)}
@@ -99,6 +100,7 @@ BASES = {
         epochs=2,
         seeds=3,
         rates={"full fine-tuning": (3e-5, 1e-4), "LoRA": (3e-4, 1e-3), "IA³": (3e-3, 1e-2)},
+        own={**UPPER, "IA³": MPNET_IA3},
     ),
 }
 
@@ -159,7 +161,7 @@ def one(plan: Record) -> Record:
     task, settings = task_of(plan["task"]), plan["settings"]
     found = train(
         task,
-        WAYS[plan["way"]],
+        {**WAYS, **BASES[plan["base"]].own}[plan["way"]],
         BASES[plan["base"]].find(),
         rate=plan["rate"],
         head_rate=plan["head_rate"],

@@ -24,7 +24,7 @@ NAMES = {
 def rows(records: Sequence[Record], tasks: Iterable[str]) -> list[dict[str, Any]]:
     """Return what each way of one base reached on each task, in percent, and the medians of what it cost."""
     measured = [record for record in records if record["part"] == "test"]
-    ways = list(dict.fromkeys(record["way"] for record in measured))
+    ways = {record["way"] for record in measured}
     found = []
     for task in tasks:
         by_way = {
@@ -35,9 +35,9 @@ def rows(records: Sequence[Record], tasks: Iterable[str]) -> list[dict[str, Any]
 
 
 def sorted_ways(ways: Iterable[str]) -> list[str]:
-    """Return the ways with the whole encoder first, then the head alone, then the methods."""
-    first = [FULL, "frozen encoder"]
-    return [*first, *(way for way in ways if way not in first)]
+    """Return the ways with the whole encoder first, then the head alone, then LoRA, then the others."""
+    order = [FULL, "frozen encoder", LORA, *(f"LoRA, upper {count} layers" for count in (8, 6, 4)), "DoRA", "IA³"]
+    return sorted(ways, key=lambda way: (order.index(way) if way in order else len(order), way))
 
 
 def row(task: str, way: str, those: dict[int, Record], full: dict[int, Record]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from unittest import mock
 
 import peft
 from peft import LoraConfig, PeftConfig, PeftType
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from transformers import CONFIG_MAPPING
 
 import flair_peft
 from flair_peft import errors
@@ -29,7 +31,7 @@ from flair_peft.adapter import refusals
 from flair_peft.adapter.methods import why_not_mixed
 from flair_peft.cli import main
 from tests.benchmarks import faster_rows, upper_layer_table
-from tests.support import house_picture
+from tests.support import house_picture, tiny
 from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,6 +208,16 @@ def _without_sets(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
 
+def without_default_targets() -> str:
+    """Return the table of architectures for which PEFT names no layers, and what they can be given."""
+    targets = {**tiny.ATTENTION_TARGETS, **tiny.MORE_TARGETS}
+    rows = [
+        [f"`{architecture}`", f"`target_modules={targets[architecture]!r}`"]
+        for architecture in sorted(targets.keys() & CONFIG_MAPPING.keys() - LORA_TARGETS.keys())
+    ]
+    return _table(["model type", "what LoRA was tried on"], rows)
+
+
 def commands() -> str:
     """Return what each command of ``flair-peft`` says of itself."""
     return "\n\n".join(f"## {name}\n\n```text\n{_help(name)}\n```" for name in main._COMMANDS)
@@ -266,6 +278,7 @@ MADE: dict[str, Callable[[], str]] = {
     "methods": methods,
     "settings_measured": settings_measured,
     "upper_layers": upper_layers,
+    "without_default_targets": without_default_targets,
     "lora_options": lora_options,
     "refused": refused,
     "commands": commands,
