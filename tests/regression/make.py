@@ -67,22 +67,21 @@ def make_tasks(base: str) -> Model:
     return MultitaskModel([tagger, other], task_ids=["names", "words"], loss_factors=[1.0, 0.5])
 
 
-def make_whole(base: str) -> Model:
-    """Return a model that is stored with its base, which is small for that and lies beside the other one."""
+def small_encoder(base: str) -> str:
+    """Return where an encoder with the same tokenizer lies that is small enough to be stored with a model."""
     small = Path(base).with_name("small-encoder")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.save_pretrained(small)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     BertModel(BertConfig(vocab_size=len(tokenizer), **sizes), add_pooling_layer=False).save_pretrained(small)
+    return str(small)
+
+
+def make_whole(base: str) -> Model:
     config = IA3Config(target_modules=["key", "value"], feedforward_modules=[], init_ia3_weights=False)
-    embeddings = PeftTransformerDocumentEmbeddings(str(small), peft_config=config, save_base=True)
-    return TextClassifier(
-        embeddings,
-        label_dictionary=labels("food", "price"),
-        label_type="topic",
-        multi_label=True,
-        multi_label_threshold=0.4,
-    )
+    embeddings = PeftTransformerDocumentEmbeddings(small_encoder(base), peft_config=config, save_base=True)
+    options = {"multi_label": True, "multi_label_threshold": 0.4}
+    return TextClassifier(embeddings, label_dictionary=labels("food", "price"), label_type="topic", **options)
 
 
 MODELS: dict[str, Callable[[str], Model]] = {
