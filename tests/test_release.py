@@ -50,7 +50,7 @@ def test_changelog_has_a_section_for_each_version_that_has_regression_files() ->
 def test_wheel_holds_every_file_of_the_package() -> None:
     """What is no module has to be named: without it, an installed server has no page, though all tests here pass."""
     patterns = [each.strip() for each in settings()["options.package_data"]["flair_peft"].split(",")]
-    package = ROOT / "flair_peft"
+    package = Path(flair_peft.__file__).parent
     others = [path.relative_to(package) for path in package.rglob("*") if path.is_file()]
     others = [path for path in others if path.suffix != ".py" and "__pycache__" not in path.parts]
     assert others
