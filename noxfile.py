@@ -7,6 +7,7 @@ machine without a GPU, another one may come with gigabytes for CUDA.
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import nox
@@ -17,12 +18,14 @@ LOWEST = Path("resources/constraints-lowest.txt")
 # What depends most on the versions of the libraries; one list for this file and for continuous integration.
 CLOSE_TO_LIBRARIES = Path("resources/tests-close-to-libraries.txt")
 
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+
 nox.options.sessions = ["lint", "tests", "docs"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = False
 
 
-@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+@nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests with the exact versions of the constraints."""
     session.install("-c", str(CONSTRAINTS), "-e", ".[test]")
@@ -58,6 +61,24 @@ def transformers5(session: nox.Session) -> None:
         python, "-m", "pip", "install", "transformers>=5", "peft", torch[0] if torch else "torch", external=True
     )
     session.run("python", "-m", "tests.export.newer_transformers", python)
+
+
+@nox.session(python=PYTHONS)
+def wheel(session: nox.Session) -> None:
+    """Build both distributions, and have the tests of the one try the package of the other."""
+    session.install("-c", str(CONSTRAINTS), "build")
+    place = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(place, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(place))
+    [built], [source] = place.glob("*.whl"), place.glob("*.tar.gz")
+    session.install("--force-reinstall", "--no-deps", str(built))
+    session.install("-c", str(CONSTRAINTS), f"{built}[test]")
+    shutil.unpack_archive(source, place)
+    session.chdir(place / source.name.removesuffix(".tar.gz"))
+    shutil.rmtree("flair_peft")
+    session.run("python", "examples/quickstart.py")
+    session.run("flair-peft", "--version")
+    session.run("python", "-m", "pytest", *(session.posargs or _close_to_libraries()))
 
 
 def _close_to_libraries() -> list[str]:

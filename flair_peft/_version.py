@@ -1,3 +1,3 @@
 """The version of this package, readable without importing what it stands on."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import logging
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,11 +18,17 @@ from flair_peft.cli.command import CLOSED, DIFFERENT, INTERRUPTED, TROUBLE
 from flair_peft.cli.convert_command import add_convert
 from flair_peft.cli.read_commands import add_diff, add_inspect, add_verify
 from flair_peft.cli.serve_command import add_serve
-from flair_peft.cli.terminal import complain, print_plainly
+from flair_peft.cli.terminal import complain, echo, print_plainly
 from flair_peft.cli.write_commands import add_export, add_merge, add_push
 from flair_peft.errors import FlairPeftError, StateMismatchError
 
 log = logging.getLogger("flair_peft")
+
+# What decides how a model is trained and read; those that are not installed are not named.
+_LIBRARIES = (
+    *("flair", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "huggingface_hub"),
+    *("bitsandbytes", "torchao"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,12 +74,25 @@ def _make_parser() -> argparse.ArgumentParser:
         prog="flair-peft",
         description="Look into, prove, compare, publish, convert and serve Flair models with adapters.",
     )
-    parser.add_argument("--version", action="version", version=f"flair_peft {__version__}")
+    parser.add_argument("--version", action=_Versions, nargs=0, help="show the versions that a bug report asks for")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add in _COMMANDS.items():
         add(commands, name)
     return parser
+
+
+class _Versions(argparse.Action):
+    """Prints the versions of the package, of Python and of the libraries, which are not imported for that."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print a line for each, and end."""
+        echo(f"flair_peft {__version__}")
+        echo(f"Python {platform.python_version()} on {platform.platform()}")
+        for name in _LIBRARIES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                echo(f"{name} {importlib.metadata.version(name)}")
+        parser.exit()
 
 
 _COMMANDS: dict[str, Callable[[Any, str], None]] = {

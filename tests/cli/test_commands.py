@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
 import os
+import platform
 import random
 import re
 import shutil
@@ -19,6 +21,7 @@ import pytest
 import torch
 from flair.data import Sentence
 from flair.nn import Model
+from packaging.version import Version
 from peft import GraloraConfig, HRAConfig, IA3Config, LoraConfig, PeftConfig, UniLoraConfig
 
 import flair_peft
@@ -665,8 +668,16 @@ def test_module_survives_a_closed_pipe(file: Path) -> None:
     assert b"BrokenPipe" not in errors
 
 
-def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
-    """And nothing else is printed."""
-    with pytest.raises(SystemExit):
+def test_version_is_that_of_the_package_and_of_what_it_stands_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a report of a bug asks for, a line for each, and nothing of what is not installed."""
+    with pytest.raises(SystemExit) as ended:
         main.main(["--version"])
-    assert capsys.readouterr().out == f"flair_peft {flair_peft.__version__}\n"
+    first, second, *libraries = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    assert first == f"flair_peft {flair_peft.__version__}"
+    assert second.startswith(f"Python {platform.python_version()} on ")
+    found = dict(line.split(" ") for line in libraries)
+    required = {"flair", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "huggingface_hub"}
+    assert required <= set(found) <= required | {"bitsandbytes", "torchao"}
+    assert Version(found["torch"]).public == Version(torch.__version__).public  # the name of a build may be missing
+    assert ("torchao" in found) == (importlib.util.find_spec("torchao") is not None)

@@ -27,7 +27,7 @@ Call = tuple[str, str]
 """Module of the package, such as ``models/load``, and function."""
 
 PACKAGE = Path(flair_peft.__file__).parent
-CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
+CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 STATION = re.compile(r"^\d+\. `([\w/]+?)(?:\.py)?` `(\w+)`", re.MULTILINE)
 
 # Everything calls these, or a station asks them for the transformer.
