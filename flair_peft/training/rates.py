@@ -98,7 +98,8 @@ def rates_of(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Par
 def report_far_ones(model: Model, optimizer: torch.optim.Optimizer) -> None:
     """Say at which rates adapter or head will hardly learn, or will not settle.
 
-    Not where they are too low and the adapter has learned already: it may be meant to change little.
+    Not where they are too low and the adapter has learned already: it may be meant to change little. Nor where a whole
+    transformer learns with the adapter's rate, and no higher one would do.
     """
     # Optimisers of other libraries may mean another thing by a learning rate.
     if not type(optimizer).__module__.startswith("torch.optim"):
@@ -106,7 +107,7 @@ def report_far_ones(model: Model, optimizer: torch.optim.Optimizer) -> None:
     every = adapted_embeddings(model)
     new = [embeddings for embeddings in every if untrained.never_updated(embeddings.model, embeddings._start)]
     for embeddings in every:
-        if embeddings.fine_tune:
+        if embeddings.fine_tune and not _is_transformer_trained(model):
             trained = injection.trainable_parameters(embeddings.model)
             _report_adapter(embeddings, rates_of(optimizer, trained.values()), type(optimizer), embeddings in new)
     _report_head(rates_of(optimizer, head_parameters(model)), type(optimizer), is_new=bool(new))

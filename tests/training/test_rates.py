@@ -50,10 +50,10 @@ class Rates(TrainerPlugin):
 
 
 def trained(base: Base, folder: Path, *, start: str = "fine_tune", **options: Any) -> tuple[list[float], Any]:
-    """Return the rates of the groups, and what a training of two epochs from the same seed ends with."""
+    """Return the rates of the groups, and what a training from the same seed ends with."""
     model, seen = classifier(base("bert")), Rates()
     torch.manual_seed(2)
-    settings = {"max_epochs": 2, "mini_batch_size": 8, "plugins": [seen], **options}
+    settings = {"max_epochs": 1, "mini_batch_size": 8, "plugins": [seen], **options}
     getattr(ModelTrainer(model, opinion_corpus()), start)(folder, **settings)
     return seen.found, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -214,6 +214,21 @@ FAR: dict[str, tuple[Callable[[], Any], Options, str | None]] = {
 }
 
 
+def test_rate_of_a_transformer_is_none_that_is_far_where_one_is_trained(
+    base: Base, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Embeddings have one rate, and what suits the adapter beside it would undo a transformer."""
+    told = []
+    for build in (lambda base: stacked(base, fine_tune=True), lambda base: stacked(base, fine_tune=False)):
+        model = build(base("bert"))
+        parts = [{"params": rates.head_parameters(model), "lr": 1e-2}, {"params": model.embeddings.parameters()}]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="flair_peft"):
+            rates.report_far_ones(model, torch.optim.AdamW(parts, lr=5e-5))
+        told.append("hardly learns" in caplog.text)
+    assert told == [False, True]
+
+
 @pytest.mark.parametrize(
     "name", few(FAR, ["Flair's own", "of LoRA", "too high", "of a transformer for the head", "raised by LoRA+"])
 )
@@ -224,7 +239,7 @@ def test_learning_rate_that_is_far_from_good_is_said_when_the_training_starts(
     config, options, said = FAR[name]
     model = classifier(base("bert"), peft_config=config())
     with caplog.at_level(logging.WARNING, logger="flair_peft"):
-        settings = {"max_epochs": 2, "mini_batch_size": 8, **options}
+        settings = {"max_epochs": 1 + options.get("epoch", 0), "mini_batch_size": 8, **options}
         ModelTrainer(model, opinion_corpus()).fine_tune(tmp_path, **settings)
     warned = [text for text in (record.getMessage() for record in caplog.records) if "Try " in text]
     assert len(warned) == (said is not None)
