@@ -43,7 +43,9 @@ def shown(what: str, *, total: int | None = None, **options: Any) -> Iterator[No
         yield
         return
     bar_of_bytes = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False, "delay": _PATIENCE}
-    settings = {**bar_of_bytes, "disable": _is_switched_off(), **options}
+    # Much of what takes time reads nothing, so that bytes in a second would say something else.
+    layout = {} if total else {"bar_format": "{desc}: {n_fmt}{unit} [{elapsed}]"}
+    settings = {**bar_of_bytes, **layout, "disable": _is_switched_off(), **options}
     with tqdm(desc=what, total=total, **settings) as bar, watched_by(bar.update), _ticking(bar):
         yield
 

@@ -46,7 +46,7 @@ def test_bar_is_shown_for_what_takes_long_only(terminal: Terminal) -> None:
     assert terminal.getvalue() == ""
     with progress.shown("long", file=terminal):
         take(0.3)
-    assert "long: 1.00kB [00:00" in terminal.getvalue()
+    assert "long: 1.00kB [00:00]" in terminal.getvalue()
     assert terminal.getvalue().count("\rlong") > 3
     assert terminal.getvalue().endswith("\r")
 
