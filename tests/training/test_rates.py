@@ -19,6 +19,7 @@ from peft import IA3Config, OSFConfig, PromptTuningConfig
 
 import flair_peft
 from flair_peft import LoraPlusPlugin, PeftTransformerWordEmbeddings
+from flair_peft.adapter.traits import LORA_RATE
 from flair_peft.training import plugins, rates, start_line
 from tests.support.configs import lora
 from tests.support.opinions import classifier, opinion_corpus, train
@@ -26,6 +27,8 @@ from tests.support.quantised import quantised_classifier
 from tests.support.round_trip import Factories
 from tests.support.selection import few
 from tests.support.zoo import ZOO
+
+SUITED_RATE = rates.as_written(LORA_RATE)
 
 Base = Callable[[str], str]
 Options = dict[str, Any]
@@ -62,10 +65,10 @@ ADAMW = {"start": "train", "optimizer": torch.optim.AdamW}
 
 # What is asked for → the rates with which it is the same.
 ASKED: dict[str, tuple[Options, Options]] = {
-    "nothing": ({}, {"learning_rate": 1e-3, "decoder_learning_rate": 1e-2}),
+    "nothing": ({}, {"learning_rate": LORA_RATE, "decoder_learning_rate": 1e-2}),
     "the adapter's": ({"learning_rate": 5e-3}, {"learning_rate": 5e-3, "decoder_learning_rate": 1e-2}),
     "Flair's own for it": ({"learning_rate": 5e-5}, {"learning_rate": 5e-5, "decoder_learning_rate": 1e-2}),
-    "the head's": ({"decoder_learning_rate": 3e-3}, {"learning_rate": 1e-3, "decoder_learning_rate": 3e-3}),
+    "the head's": ({"decoder_learning_rate": 3e-3}, {"learning_rate": LORA_RATE, "decoder_learning_rate": 3e-3}),
     "train": ({**ADAMW, "learning_rate": 5e-3}, {**ADAMW, "learning_rate": 5e-3, "decoder_learning_rate": 1e-2}),
 }
 
@@ -151,7 +154,7 @@ def unfrozen(base: str) -> TextClassifier:
     return model
 
 
-BOTH = {"learning_rate": 1e-3, "decoder_learning_rate": 1e-2}
+BOTH = {"learning_rate": LORA_RATE, "decoder_learning_rate": 1e-2}
 HEAD_ALONE = {"decoder_learning_rate": 1e-2}
 SUITED: dict[str, tuple[Callable[[str], Model], Options]] = {
     "LoRA": (classifier, BOTH),
@@ -165,7 +168,7 @@ SUITED: dict[str, tuple[Callable[[str], Model], Options]] = {
     "beside a transformer that is trained": (lambda base: stacked(base, fine_tune=True), HEAD_ALONE),
     "on a base that is trained": (unfrozen, HEAD_ALONE),
     "matrices as large as the base's": (lambda base: classifier(base, peft_config=OSFConfig()), HEAD_ALONE),
-    "a head with an adapter": (with_encoded_labels, {"learning_rate": 1e-3}),
+    "a head with an adapter": (with_encoded_labels, {"learning_rate": LORA_RATE}),
     "an adapter that does not learn": (lambda base: classifier(base, fine_tune=False), {}),
 }
 
@@ -184,13 +187,17 @@ def test_rates_are_for_optimisers_that_mean_the_same_by_them(optimizer: type) ->
 
 
 FAR: dict[str, tuple[Callable[[], Any], Options, str | None]] = {
-    "Flair's own": (lora, {"learning_rate": 5e-5}, "hardly learns with learning_rate=5e-5.*learning_rate=1e-3"),
+    "Flair's own": (
+        lora,
+        {"learning_rate": 5e-5},
+        f"hardly learns with learning_rate=5e-5.*learning_rate={SUITED_RATE}",
+    ),
     "nothing given": (lora, {}, None),
     "lower": (lora, {"learning_rate": 1.25e-5, "decoder_learning_rate": 1e-2}, "learning_rate=1.25e-5"),
-    "of LoRA": (lora, {"learning_rate": 1e-3}, None),
+    "of LoRA": (lora, {"learning_rate": LORA_RATE}, None),
     "low": (lora, {"learning_rate": 1e-4}, None),
     "high": (lora, {"learning_rate": 5e-3}, None),
-    "too high": (lora, {"learning_rate": 3e-2}, "learning_rate=3e-2: that is 30 times what suits LORA.*=1e-3"),
+    "too high": (lora, {"learning_rate": 30 * LORA_RATE}, f"30 times what suits LORA.*learning_rate={SUITED_RATE}"),
     "too high for SGD": (lora, {"learning_rate": 3e-2, "optimizer": torch.optim.SGD}, None),
     "of a transformer for the head": (
         lora,
@@ -275,11 +282,11 @@ def test_start_of_a_training_is_one_line_in_flairs_log(base: Base, tmp_path: Pat
     ModelTrainer(model, opinion_corpus()).fine_tune(tmp_path, max_epochs=1)
     (line,) = start_lines(tmp_path)
     assert line == (
-        f"{LORA_LINE} '{source}' at learning rate 1e-3 (no learning_rate was given); the head at 1e-2 (no "
+        f"{LORA_LINE} '{source}' at learning rate {SUITED_RATE} (no learning_rate was given); the head at 1e-2 (no "
         f"decoder_learning_rate was given). Trained: {trained:,} of {every:,} parameters ({trained / every:.2%}), "
         f"{head:,} of them outside of the adapter. Frozen: {every - trained:,} of '{source}'."
     )
-    assert model.model_card["training_parameters"]["learning_rate"] == 1e-3
+    assert model.model_card["training_parameters"]["learning_rate"] == LORA_RATE
     assert model.model_card["training_parameters"]["decoder_learning_rate"] == 1e-2
 
 
@@ -337,7 +344,7 @@ def test_start_line_gives_the_range_where_rates_differ(base: Base, tmp_path: Pat
     assert "at learning rate 5e-3 to 2e-2; the head at 1e-2 (no" in start_lines(tmp_path / "plus")[0]
     model, corpus = over_documents(base("bert")), ZOO["text-classifier-rnn"].corpus()
     ModelTrainer(model, corpus).fine_tune(tmp_path / "rnn", max_epochs=1, mini_batch_size=2)
-    assert "; the head at 1e-3 to 1e-2 (no" in start_lines(tmp_path / "rnn")[0]
+    assert f"; the head at {SUITED_RATE} to 1e-2 (no" in start_lines(tmp_path / "rnn")[0]
 
 
 def test_start_line_counts_quantised_weights_as_they_were(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
