@@ -12,7 +12,8 @@ These attributes of Flair are replaced, each by a function that calls the origin
 ``Embeddings._everything_embedded``            never reuses vectors that depend on an adapter that can change
 ``TransformerEmbeddings.to_params``            keeps the PEFT config of stock embeddings
 ``TransformerEmbeddings.from_params``          rebuilds stock embeddings that have a PEFT config, with an adapter
-``ModelTrainer.train_custom``                  checks settings, attaches :class:`.AdapterGuard`
+``ModelTrainer.train_custom``                  checks settings, attaches :class:`.AdapterGuard`, gives the head a rate
+``ModelTrainer.fine_tune``                     gives the adapter the rate of its method, where none was given
 ``ModelTrainer._save_model``                   leaves a best model that a training which goes on has not beaten
 ``ModelTrainer._load_model``                   reloads the best model into the live one, without a second base
 ``trainer.DistributedDataParallel``            in several processes, on CPUs too: sends what is trained, not the base
@@ -56,7 +57,7 @@ from flair_peft.models.model_class import subclasses
 from flair_peft.primitives import host_internals, mapped_memory
 from flair_peft.storage import checkpoint_directory as checkpoint_files
 from flair_peft.torchfile import unpickle
-from flair_peft.training import ddp, plugins, position, resume
+from flair_peft.training import ddp, plugins, position, rates, resume
 
 log = logging.getLogger("flair_peft")
 
@@ -66,6 +67,8 @@ _MISSING = object()
 _IRREPLACEABLE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
 _lock = threading.RLock()
 _trainers: weakref.WeakKeyDictionary[Model, ModelTrainer] = weakref.WeakKeyDictionary()
+# Trainers whose fine_tune was called without a learning rate.
+_without_rate: weakref.WeakSet[ModelTrainer] = weakref.WeakSet()
 _installed: list[_Replacement] = []
 
 
@@ -145,6 +148,7 @@ def _other_replacements() -> Iterator[_Replacement]:
         TransformerEmbeddings, "from_params", _rebuilding_adapter(vars(TransformerEmbeddings)["from_params"])
     )
     yield _Replacement(ModelTrainer, "train_custom", _training_guarded(vars(ModelTrainer)["train_custom"]))
+    yield _Replacement(ModelTrainer, "fine_tune", _tuning_at_suited_rates(vars(ModelTrainer)["fine_tune"]))
     yield _Replacement(ModelTrainer, "_save_model", _keeping_the_best(vars(ModelTrainer)["_save_model"]))
     yield _Replacement(ModelTrainer, "_load_model", _reloading_in_place(vars(ModelTrainer)["_load_model"]))
     trainer = flair.trainers.trainer
@@ -254,14 +258,23 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         settings = arguments.arguments
         inputs.check_embeddings(self.model)
         self.model.train()  # in fp32, before an optimiser or DistributedDataParallel takes note of dtypes
+        optimizer = settings.get("optimizer", signature.parameters["optimizer"].default)
         plugins.check_training(
             self.model,
             reduce_transformer_vocab=settings.get("reduce_transformer_vocab", False),
-            optimizer=settings.get("optimizer", signature.parameters["optimizer"].default),
+            optimizer=optimizer,
         )
         settings.update(resume.prepare_settings({**settings}))
+        chosen = rates.choose(
+            self.model,
+            settings,
+            optimizer=optimizer,
+            is_given=self not in _without_rate,
+            past=resume.past_rates(settings),
+        )
+        settings.update(chosen)
         ddp.prepare(self.model, settings)
-        added = [plugins.AdapterGuard(), *([ddp.GlobalSchedule()] if ddp.is_parallel(settings) else [])]
+        added = [plugins.AdapterGuard(chosen), *([ddp.GlobalSchedule()] if ddp.is_parallel(settings) else [])]
         settings["plugins"] = [*(settings.get("plugins") or []), *added]
         _trainers[self.model] = self
         try:
@@ -270,6 +283,24 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
             _trainers.pop(self.model, None)
 
     return train_custom
+
+
+def _tuning_at_suited_rates(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def fine_tune(self: ModelTrainer, *args: Any, **kwargs: Any) -> Any:
+        has_adapter = _installed and bool(adapted_embeddings(self.model))
+        if not has_adapter or "learning_rate" in signature.bind(self, *args, **kwargs).arguments:
+            return original(self, *args, **kwargs)
+        # What Flair takes then is made for whole transformers; train_custom cannot tell it from one that was given.
+        _without_rate.add(self)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _without_rate.discard(self)
+
+    return fine_tune
 
 
 def _keeping_the_best(original: Callable[..., None]) -> Callable[..., None]:

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 ADAPTER_NAME = "default"
 
 HEAD_RATE = 1e-2
-"""A learning rate to try for a head, which starts at random on top of an adapter."""
+"""The learning rate that suits a head, which starts at random on top of an adapter; traits have those of methods."""
+
+TOO_LOW, TOO_HIGH = 20, 10
+"""How many times below or above what suits a learning rate is too far from it.
+
+Flair's 5e-5, made for whole transformers, is a twentieth of what suits LoRA, and an adapter hardly learns with it. The
+other way it is less: LoRA on SST-2 lost 22 points at 3e-3 (resources/benchmarks/quality.json).
+"""
 
 
 def method_name(config: PeftConfig) -> str:
@@ -92,13 +99,19 @@ def needs_step_hook(config: PeftConfig) -> bool:
     return method.needs_step or bool(method.needs_step_with and getattr(config, method.needs_step_with, False))
 
 
-def rate_to_try(config: PeftConfig, rate: float) -> float | None:
-    """Return a learning rate to try, where an adapter hardly learns with this one; ``None`` where it may.
+def suited_rate(config: PeftConfig) -> float | None:
+    """Return the learning rate that suits the method; ``None`` where that of a whole transformer does."""
+    return method_traits(config).learning_rate
 
-    Flair's 5e-5 is made for whole transformers; it is a twentieth of what suits LoRA.
-    """
-    suited = method_traits(config).learning_rate
-    return suited if suited is not None and 20 * rate < 1.001 * suited else None
+
+def is_too_low(rate: float, suited: float | None) -> bool:
+    """Whether what a rate suits hardly learns with this one."""
+    return suited is not None and TOO_LOW * rate < 1.001 * suited
+
+
+def is_too_high(rate: float, suited: float | None) -> bool:
+    """Whether what a rate suits may be thrown about by this one."""
+    return suited is not None and rate > 0.999 * TOO_HIGH * suited
 
 
 def depends_on_batch(config: PeftConfig) -> bool:

@@ -22,7 +22,7 @@ from flair_peft.adapter import injection
 from flair_peft.base import config_safety, config_versions
 from flair_peft.base.unusable import UNUSABLE, not_found
 from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, FlairPeftError
-from flair_peft.primitives import host_internals
+from flair_peft.primitives import host_internals, progress
 from flair_peft.primitives.dtypes import DtypeLike
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -90,6 +90,7 @@ def _read_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
     return CONFIG_MAPPING[described["model_type"]].from_dict(described, **settings)
 
 
+@progress.shown("reading the base")
 def find_model(
     source: str, config: PretrainedConfig, *, dtype: DtypeLike | None, kwargs: KeywordArguments
 ) -> tuple[PreTrainedModel, frozenset[str]]:

@@ -56,7 +56,7 @@ def showing(text: str, total: int | None = None) -> Iterator[None]:
     """Show on a terminal how many bytes were read."""
     from flair_peft.primitives import progress
 
-    with progress.shown(text, total=total, leave=False, file=sys.stderr):
+    with progress.shown(text, total=total, file=sys.stderr):
         yield
 
 

@@ -20,7 +20,7 @@ from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, ad
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError, name_some
 from flair_peft.models import build, save_plan
 from flair_peft.models.stored import Stored
-from flair_peft.primitives import dtypes, mapped_memory
+from flair_peft.primitives import dtypes, mapped_memory, progress
 
 # Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
 _TOLERANCE = 1e-4
@@ -31,6 +31,7 @@ _made: weakref.WeakSet[Model] = weakref.WeakSet()
 _STOCK: tuple[type[TransformerEmbeddings], ...] = (TransformerWordEmbeddings, TransformerDocumentEmbeddings)
 
 
+@progress.shown("merging")
 def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
     """Return a plain Flair model that predicts what this one does; this one stays as it is.
 

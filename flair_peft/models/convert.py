@@ -60,7 +60,7 @@ def convert_legacy(
     # The file is summed, its weights are compared with the base's, and these are hashed.
     total = 3 * Path(path).stat().st_size if Path(path).is_file() else 0
     chosen = dataclasses.replace(load.choose(**options), trust_file=trust_pickle, is_sparing=True)
-    with progress.shown("convert", total=total):
+    with progress.shown("converting", total=total):
         model = load.load_any_file(Path(path), chosen, peft_config)
 
         def stored_base(embeddings: PeftTransformerEmbeddings) -> StoredBase:

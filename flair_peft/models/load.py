@@ -19,6 +19,7 @@ from flair_peft.errors import AdapterConfigError, FlairPeftError, ModelFileError
 from flair_peft.models import build, directory_layout
 from flair_peft.models import model_class as model_classes
 from flair_peft.models.stored import Stored, complete, explain_mismatch
+from flair_peft.primitives import progress
 from flair_peft.primitives.base_record import StoredBase
 from flair_peft.primitives.load_context import LoadOptions, current, within_load
 from flair_peft.storage import checkpoint_directory, file_names, hub
@@ -94,6 +95,7 @@ def load_stored(
             raise explain_mismatch(error, stored) from error
 
 
+@progress.shown("loading")
 def load_for_flair(
     model_class: type[Model],
     source: Any,
@@ -159,6 +161,7 @@ def refuse_useless(options: Mapping[str, Any], names: Collection[str], source: s
         )
 
 
+@progress.shown("loading")
 def from_pretrained(
     source: str | Path,
     *,
@@ -248,6 +251,7 @@ def choose(
     )
 
 
+@progress.shown("verifying")
 def verify(source: str | Path, *, base_model: str | Mapping[str, str] | None = None, **options: Any) -> None:
     """Return if a checkpoint or ``.pt`` file, and every single weight of its base model, is as it was.
 
@@ -273,6 +277,7 @@ def verify(source: str | Path, *, base_model: str | Mapping[str, str] | None = N
         )
 
 
+@progress.shown("loading")
 def load_legacy(
     path: str | Path, *, peft_config: PeftConfig | None = None, trust_pickle: bool = False, **options: Any
 ) -> Model:

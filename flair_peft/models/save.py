@@ -18,7 +18,7 @@ from flair_peft.errors import SaveError
 from flair_peft.models import card, directory_layout
 from flair_peft.models.save_plan import Description, encode, plan_save
 from flair_peft.models.stored import report_not_finite
-from flair_peft.primitives import mapped_memory
+from flair_peft.primitives import mapped_memory, progress
 from flair_peft.storage import checkpoint_directory, hub
 
 # Flair's trainer writes these at protocol 4, whose frames torch's restricted unpickler does not read.
@@ -54,6 +54,7 @@ def save_pretrained(model: Model, directory: str | Path, *, save_base: bool | No
     write_directory(model, Path(directory), save_base=save_base)
 
 
+@progress.shown("saving")
 def write_directory(model: Model, directory: Path, **how: Any) -> None:
     """The directory holds the model, as :func:`flair_peft.models.save_plan.plan_save` plans it if it is told how."""
     _refuse_base_directory(directory)
@@ -114,6 +115,7 @@ def push_to_hub(
         )
 
 
+@progress.shown("saving")
 def save_file(
     model: Model, path: Path, *, save_base: bool | None = None, training_state: Mapping[str, Any] | None = None
 ) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +17,11 @@ from peft.optimizers import create_loraplus_optimizer
 
 from flair_peft.adapter import injection, methods, refusals
 from flair_peft.base import quantisation
-from flair_peft.embeddings import head_dtype, untrained
+from flair_peft.embeddings import head_dtype
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import TrainingSetupError, name_some
 from flair_peft.models import save
+from flair_peft.training import rates, start_line
 
 log = logging.getLogger("flair_peft")
 
@@ -176,10 +176,15 @@ class LoraPlusPlugin(TrainerPlugin):
 
 
 class AdapterGuard(TrainerPlugin):
-    """Checks at the start of a training what would otherwise show only at its end: dtypes, rates, gradients."""
+    """Checks at the start of a training what would otherwise show only at its end: dtypes, rates, gradients.
 
-    def __init__(self) -> None:
+    Args:
+        chosen_rates: learning rates that nobody gave, by Flair's names.
+    """
+
+    def __init__(self, chosen_rates: Mapping[str, float] | None = None) -> None:
         super().__init__()
+        self._chosen_rates = chosen_rates or {}
         self._has_seen_gradients = False
 
     @TrainerPlugin.hook("after_setup")
@@ -199,31 +204,13 @@ class AdapterGuard(TrainerPlugin):
             injection.report_without_effect(peft_model)
 
     @TrainerPlugin.hook("after_setup")
-    def check_rates(self, max_epochs: int, epoch: int = 0, **_: Any) -> None:
-        """Say, where a training starts anew, if the adapter will hardly learn at its learning rate."""
-        # Optimisers of other libraries may mean another thing by a learning rate.
-        is_known = type(self.trainer.optimizer).__module__.startswith("torch.optim")
-        if not is_known or not 0 == epoch < max_epochs or not is_main_process():
+    def say_what_is_trained(self, max_epochs: int, epoch: int = 0, **_: Any) -> None:
+        """Say what learns at which rate, and, where a training starts anew, which rates are far from good."""
+        if epoch >= max_epochs or not is_main_process():
             return
-        for embeddings in adapted_embeddings(self.model):
-            parameters = injection.trainable_parameters(embeddings.model)
-            rate = self._rate_of(parameters.values())
-            # An adapter that has learned already may be meant to change little.
-            is_new = embeddings.fine_tune and bool(untrained.never_updated(embeddings.model, embeddings._start))
-            wanted = methods.rate_to_try(embeddings.adapter_config, rate) if is_new else None
-            if wanted is not None:
-                log.warning(
-                    "The adapter of '%s' hardly learns with learning_rate=%s: that is made for the weights of a whole "
-                    "transformer. Try learning_rate=%s, and decoder_learning_rate=%s for the head.",
-                    embeddings.name,
-                    *map(_as_written, (rate, wanted, methods.HEAD_RATE)),
-                )
-
-    def _rate_of(self, parameters: Iterable[torch.nn.Parameter]) -> float:
-        """Return the highest learning rate of these parameters, before schedules change it."""
-        wanted, groups = set(map(id, parameters)), self.trainer.optimizer.param_groups
-        found = [g.get("initial_lr", g["lr"]) for g in groups if not wanted.isdisjoint(map(id, g["params"]))]
-        return max(map(float, found), default=math.inf)
+        start_line.say(self.model, self.trainer.optimizer, self._chosen_rates)
+        if epoch == 0:
+            rates.report_far_ones(self.model, self.trainer.optimizer)
 
     @TrainerPlugin.hook("after_evaluation")
     def note_scores(self, epoch: int, validation_scores: tuple[float, ...], **_: Any) -> None:
@@ -301,10 +288,6 @@ def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: A
             "frozen: it has no gradient and no optimiser state that a smaller one would save, and checkpoints written "
             "during the training would hold the reduced matrix. Leave out reduce_transformer_vocab=True."
         )
-
-
-def _as_written(rate: float) -> str:
-    return f"{rate:.2g}" if rate >= 0.1 else f"{rate:.0e}".replace("e-0", "e-")
 
 
 def _peft_models(model: torch.nn.Module) -> list[PeftModel]:

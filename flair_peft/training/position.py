@@ -9,7 +9,7 @@ from typing import Any
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import BasePlugin, TrainerPlugin
 
-from flair_peft.training import trainer_state
+from flair_peft.training import rates, trainer_state
 
 State = dict[str, Any]
 
@@ -69,7 +69,7 @@ class ProgressPlugin(TrainerPlugin):
             "is_interrupted": self.is_interrupted,
             "train_loss": self._train_loss,
             "random_at_epoch": None if self.is_complete else self._random_at_epoch,
-            "settings": {name: self._settings.get(name) for name in PLANNED},
+            "settings": {name: self._settings.get(name) for name in (*PLANNED, *rates.NAMES)},
         }
         return trainer_state.plain(state, "the progress of the training")
 

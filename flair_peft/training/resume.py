@@ -29,7 +29,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 
 from flair_peft.errors import FormatVersionError, TrainingSetupError, name_some
 from flair_peft.torchfile import unpickle
-from flair_peft.training import trainer_state
+from flair_peft.training import rates, trainer_state
 from flair_peft.training.position import BEST_MODEL, PLANNED, ProgressPlugin, find_progress, plugins_behind
 
 log = logging.getLogger("flair_peft")
@@ -91,6 +91,18 @@ def prepare_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     others = [plugin for plugin in plugins if plugin is not following[0]]
     return {**settings, "plugins": [*following, *others], **following[0].starting_point(settings)}
+
+
+def past_rates(settings: Mapping[str, Any]) -> dict[str, float | None] | None:
+    """Return the learning rates of the training that goes on with these settings; ``None`` where one starts anew.
+
+    Its optimiser goes on with the groups of parameters that it had. Files of older versions name no rates: theirs were
+    those that were given, or Flair's.
+    """
+    resuming = next((plugin for plugin in settings["plugins"] if isinstance(plugin, ResumePlugin)), None)
+    if resuming is None:
+        return None
+    return {name: rate for name, rate in resuming._past["settings"].items() if name in rates.NAMES}
 
 
 def _read_training_state(path: Path) -> State | None:

@@ -208,7 +208,8 @@ def test_every_kind_of_adapter_made_by_other_code_comes_back(method: str, dtype:
 def test_model_with_a_transformer_made_by_other_code_trains_and_its_best_model_loads(tmp_path: Path) -> None:
     """Flair's trainer saves and reloads it, and the converted model loads as well."""
     model = classifier(Projected())
-    settings = {"max_epochs": 2, "mini_batch_size": 4, "learning_rate": 5e-3, "use_final_model_for_eval": False}
+    rates = {"learning_rate": 5e-3, "decoder_learning_rate": 5e-3}
+    settings = {**rates, "max_epochs": 2, "mini_batch_size": 4, "use_final_model_for_eval": False}
     ModelTrainer(model, sentence_corpus()).fine_tune(tmp_path, **settings)
     assert predicted(TextClassifier.load(tmp_path / "best-model.pt")) == predicted(model)
     model.half()

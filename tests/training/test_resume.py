@@ -21,9 +21,10 @@ from flair.trainers.plugins.base import TrainerPlugin, TrainingInterrupt
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig
 
 from flair_peft import LoraPlusPlugin, RankAllocationPlugin
+from flair_peft.adapter import methods
 from flair_peft.errors import FormatVersionError, TrainingSetupError, UnsupportedStateError
 from flair_peft.torchfile import unpickle
-from flair_peft.training import position, resume, trainer_state
+from flair_peft.training import position, rates, resume, trainer_state
 from flair_peft.training.resume import ResumePlugin
 from tests.support.configs import lora
 from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS
@@ -395,6 +396,47 @@ def test_resumed_training_with_two_learning_rates_keeps_both(journey: Journeys) 
     travel.plugins = list
     with pytest.raises(TrainingSetupError, match="groups of parameters"):
         travel.resumed("parts")
+
+
+@pytest.mark.parametrize("is_given", [True, pytest.param(False, marks=pytest.mark.matrix)])
+def test_resumed_training_of_an_older_version_keeps_the_rates_of_flair(
+    is_given: bool, journey: Journeys, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Adapter and head had one rate where none was given for the head, and its files do not name any."""
+    travel = journey()
+    if not is_given:
+        del travel.options["learning_rate"]
+    with monkeypatch.context() as patch:
+        patch.setattr(rates, "choose", lambda *_, **__: {})
+        patch.setattr(rates, "NAMES", ())
+        whole = travel.seeded("whole")
+        done = len(travel.seeded("parts", Stop("before_training_batch", 2, 1)).losses)
+    assert not read_state(travel.root / "parts" / "final-model.pt")["progress"]["settings"].keys() & set(rates.NAMES)
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        resumed = travel.resumed("parts")
+    assert "other settings" not in caplog.text
+    assert resumed.losses == whole.losses[done:]
+    assert resumed.rates == whole.rates[done:]
+    assert {len(groups) for groups in resumed.rates} == {1}
+    assert_same_tensors(travel.tensors("whole"), travel.tensors("parts"))
+
+
+def test_resumed_training_keeps_the_rates_that_were_chosen_for_it(
+    journey: Journeys, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A later version may choose others: the optimiser goes on with those of the file."""
+    travel = journey()
+    del travel.options["learning_rate"]
+    stop = Stop("after_evaluation", 2)
+    whole, done = travel.seeded("whole"), len(travel.seeded("parts", stop).losses)
+    monkeypatch.setattr(methods, "HEAD_RATE", 0.5)
+    monkeypatch.setattr(methods, "suited_rate", lambda _: None)
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        resumed = travel.resumed("parts")
+    assert not caplog.text
+    assert max(map(max, whole.rates)) == 1e-2
+    assert resumed.rates == whole.rates[done:]
+    assert_same_tensors(travel.tensors("whole"), travel.tensors("parts"))
 
 
 def test_ranks_masked_by_adamss_stay_frozen(journey: Journeys) -> None:

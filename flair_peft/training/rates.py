@@ -1,0 +1,161 @@
+"""Learning rates of adapter and head: those that a training gets where none was given, and which are far from good."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from flair.embeddings import FlairEmbeddings, TransformerEmbeddings
+from flair.nn import Model
+
+from flair_peft.adapter import injection, keys, methods
+from flair_peft.embeddings import untrained
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings, modules_around
+
+log = logging.getLogger("flair_peft")
+
+NAMES = ("learning_rate", "decoder_learning_rate")
+"""What Flair's trainer calls the rate of all parameters, and that of those outside of the embeddings."""
+
+_LIKE_ADAM = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam")
+
+
+def choose(
+    model: Model,
+    settings: Mapping[str, Any],
+    *,
+    optimizer: Any,
+    is_given: bool,
+    past: Mapping[str, float | None] | None,
+) -> dict[str, float]:
+    """Return the learning rates that nobody gave and that are to be others than Flair's, by Flair's names.
+
+    Args:
+        model: the one that is trained.
+        settings: of ``ModelTrainer.train_custom``.
+        optimizer: the class of the training's.
+        is_given: whether the ``learning_rate`` among them was asked for.
+        past: those of the training that goes on, empty where they were Flair's; ``None`` where one starts anew.
+    """
+    wanted = suited_rates(model, optimizer) if past is None else past
+    is_free = {"learning_rate": not is_given, "decoder_learning_rate": settings.get("decoder_learning_rate") is None}
+    return {name: rate for name, rate in wanted.items() if rate is not None and is_free[name]}
+
+
+def suited_rates(model: Model, optimizer: Any) -> dict[str, float]:
+    """Return the rates that suit adapter and head, by Flair's names, as far as Flair can train them with these.
+
+    None is for optimisers that mean something else by a rate, and none for a model whose adapter does not learn. Of
+    several adapters, all have the lowest, as Flair has one rate for all embeddings.
+    """
+    learning = [embeddings for embeddings in adapted_embeddings(model) if embeddings.fine_tune]
+    if not learning or not is_like_adam(optimizer):
+        return {}
+    suited = [methods.suited_rate(embeddings.adapter_config) for embeddings in learning]
+    found = {} if None in suited or _is_transformer_trained(model) else {"learning_rate": min(filter(None, suited))}
+    return {**found, "decoder_learning_rate": methods.HEAD_RATE} if head_parameters(model) else found
+
+
+def is_like_adam(optimizer: Any) -> bool:
+    """Whether this is one of torch's own optimisers that divide gradients by their size, as those of the rates do."""
+    return getattr(optimizer, "__module__", "").startswith("torch.optim") and optimizer.__name__ in _LIKE_ADAM
+
+
+def head_parameters(model: Model) -> list[torch.nn.Parameter]:
+    """Return what ``decoder_learning_rate`` trains; nothing where there is a transformer among it.
+
+    Flair goes by the names of parameters: those without "embeddings". That may be what encodes labels, too.
+    """
+    head = [p for name, p in model.named_parameters() if "embeddings" not in name and p.requires_grad]
+    pretrained = {id(p) for module in _learning_language_models(model) for p in module.parameters()}
+    return [] if any(id(parameter) in pretrained for parameter in head) else head
+
+
+def _is_transformer_trained(model: Model) -> bool:
+    """Whether weights of a whole language model are trained, beside an adapter or beneath it."""
+    return any(
+        parameter.requires_grad and parameter.ndim > 1 and not keys.is_adapter_key(name)
+        for module in _learning_language_models(model)
+        for name, parameter in module.named_parameters()
+    )
+
+
+def _learning_language_models(model: Model) -> list[Any]:
+    kinds = (TransformerEmbeddings, FlairEmbeddings)
+    return [module for _, module in modules_around(model) if isinstance(module, kinds) and module.fine_tune]
+
+
+def rates_of(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]) -> list[float]:
+    """Return the learning rates of these parameters, before schedules change them, in ascending order."""
+    wanted = set(map(id, parameters))
+    groups = [group for group in optimizer.param_groups if not wanted.isdisjoint(map(id, group["params"]))]
+    return sorted({float(group.get("initial_lr", group["lr"])) for group in groups})
+
+
+def report_far_ones(model: Model, optimizer: torch.optim.Optimizer) -> None:
+    """Say at which rates adapter or head will hardly learn, or will not settle.
+
+    Not where they are too low and the adapter has learned already: it may be meant to change little. Nor where a whole
+    transformer learns with the adapter's rate, and no higher one would do.
+    """
+    # Optimisers of other libraries may mean another thing by a learning rate.
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    every = adapted_embeddings(model)
+    new = [embeddings for embeddings in every if untrained.never_updated(embeddings.model, embeddings._start)]
+    for embeddings in every:
+        if embeddings.fine_tune and not _is_transformer_trained(model):
+            trained = injection.trainable_parameters(embeddings.model)
+            _report_adapter(embeddings, rates_of(optimizer, trained.values()), type(optimizer), embeddings in new)
+    _report_head(rates_of(optimizer, head_parameters(model)), type(optimizer), is_new=bool(new))
+
+
+def _report_adapter(embeddings: PeftTransformerEmbeddings, rates: list[float], optimizer: type, is_new: bool) -> None:
+    suited = methods.suited_rate(embeddings.adapter_config)
+    if suited is None or not rates:
+        return
+    if is_new and methods.is_too_low(rates[-1], suited):
+        log.warning(
+            "The adapter of '%s' hardly learns with learning_rate=%s: that is made for the weights of a whole "
+            "transformer. Try learning_rate=%s.",
+            embeddings.name,
+            *map(as_written, (rates[-1], suited)),
+        )
+    elif is_like_adam(optimizer) and methods.is_too_high(rates[0], suited):
+        log.warning(
+            "The adapter of '%s' may come to nothing with learning_rate=%s: that is %.0f times what suits %s. Try "
+            "learning_rate=%s.",
+            embeddings.name,
+            as_written(rates[0]),
+            rates[0] / suited,
+            methods.method_name(embeddings.adapter_config),
+            as_written(suited),
+        )
+
+
+def _report_head(rates: list[float], optimizer: type, *, is_new: bool) -> None:
+    suited = methods.HEAD_RATE
+    if rates and is_new and methods.is_too_low(rates[-1], suited):
+        log.warning(
+            "The head hardly learns with a learning rate of %s: it starts at random. Try decoder_learning_rate=%s.",
+            *map(as_written, (rates[-1], suited)),
+        )
+    elif rates and is_like_adam(optimizer) and methods.is_too_high(rates[0], suited):
+        log.warning(
+            "The head may not settle with a learning rate of %s: that is %.0f times what suits one. Try "
+            "decoder_learning_rate=%s.",
+            as_written(rates[0]),
+            rates[0] / suited,
+            as_written(suited),
+        )
+
+
+def as_written(rate: float) -> str:
+    """Return a rate as one writes it, such as ``5e-5``."""
+    if not 0 < rate < 0.1 or not math.isfinite(rate):
+        return f"{rate:.3g}"
+    digits, exponent = f"{rate:.2e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
