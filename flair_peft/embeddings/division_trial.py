@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from flair_peft.base import transformer
+from flair_peft.base import changed_modules, transformer
 from flair_peft.embeddings import batch_division, length_groups, packed_rows, pass_cost
 from flair_peft.embeddings.batch_division import Division, Inputs, Run
 
@@ -145,27 +145,12 @@ def _composition(model: torch.nn.Module) -> tuple[Any, ...]:
         kinds.append(module.__class__)
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             others += [*own["_forward_hooks"], *own["_forward_pre_hooks"]]  # numbers that torch gives once
-        if "forward" in own and (forward := _method_of_others(module)) is not None:
+        if "forward" in own and (forward := changed_modules.method_of_others(module)) is not None:
             others.append(_number_of(forward))
         if own["_modules"]:
             waiting += [child for child in own["_modules"].values() if child is not None]
     methods = tuple(kind.forward for kind in dict.fromkeys(kinds))  # of classes, which can be patched as well
     return tuple(kinds), methods, tuple(others)
-
-
-def _method_of_others(module: torch.nn.Module) -> Any:
-    """Return the forward method that was put into a module, ``None`` if it is that of its class.
-
-    While a model runs, in another thread maybe, transformers wraps those of layers; then it puts them back.
-    """
-    forward, own = vars(module)["forward"], type(module).forward
-    while getattr(forward, "__func__", None) is not own:
-        if not getattr(forward, "__globals__", {}).get("__name__", "").startswith("transformers."):
-            return getattr(forward, "__func__", forward)
-        if not hasattr(forward, "__wrapped__"):
-            return forward
-        forward = forward.__wrapped__
-    return None
 
 
 def _number_of(method: Any) -> int:
