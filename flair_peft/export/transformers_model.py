@@ -65,7 +65,7 @@ def to_transformers(
     Args:
         model: a ``SequenceTagger`` without RNN and CRF, a ``TokenClassifier``, ``TextClassifier`` or ``TextRegressor``
             on the last layer of one transformer, with an adapter or without. It stays as it is.
-        directory: is made where it is missing; an earlier export in it is replaced as a whole.
+        directory: is made where it is missing; an earlier export in it is replaced as a whole, if it is unchanged.
         merged: merge the adapter into the weights. Otherwise it is written for PEFT, with the head in its
             ``modules_to_save``: ``AutoPeftModelForTokenClassification`` and ``…ForSequenceClassification`` load it with
             the settings that the card names.
