@@ -123,7 +123,7 @@ def _config_of(head: LinearHead, config: PretrainedConfig) -> PretrainedConfig:
     names = head.names
     config.id2label = dict(enumerate(names))
     config.label2id = {name: names.index(name) for name in names}
-    config.output_hidden_states = False
+    config.output_hidden_states, config.return_dict = False, True
     if not head.reads_words:
         config.problem_type = head.problem
         if config.pad_token_id is None:
@@ -155,6 +155,9 @@ def fill_(headed: HeadedModel, head: LinearHead, is_right: Callable[[], bool]) -
         )
     if not more:
         _set_(first, head.weight, head.bias)
+        if not head.reads_words and not is_right():
+            # Decoders look for the token in front of the padding, of which some configs have another idea.
+            headed.model.config.pad_token_id = head.embeddings.tokenizer.pad_token_id
         return is_right()
     if 2 * len(head.labels) > first.out_features:
         raise _refused(kind, f"its first layer has no room for {len(head.labels)} labels")

@@ -224,7 +224,7 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, head: LinearHead) ->
     """Return what a model of transformers scores, as :func:`live_scores` does."""
     encoding = tokenizer([[*words] for words in _PROBES], is_split_into_words=True, padding=True, return_tensors="pt")
     with vector_probe.evaluating(model), torch.no_grad():
-        scores = model(**encoding.to(model.device)).logits.float().cpu()
+        scores = model(**encoding.to(model.device), return_dict=True).logits.float().cpu()
     if not head.reads_words:
         return scores
     of_words = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,22 @@ def test_classifier_on_a_decoder_scores_texts_as_its_live_model_does(
 ) -> None:
     """Both read the last token, in padded batches too; transformers has no bias there."""
     _assert_same(_without_bias(_documents(base(architecture), architecture)), tmp_path / "out", is_merged=is_merged)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_merged"),
+    [({"pad_token_id": 7}, False), ({"pad_token_id": 7, "return_dict": False}, True)],
+    ids=["adapter", "merged"],
+)
+def test_settings_of_a_base_that_classes_read_in_their_own_way_are_set_right(
+    settings: dict[str, Any], is_merged: bool, base: Base, tmp_path: Path
+) -> None:
+    """Decoders look for padding that their tokenizer does not use, and outputs can be tuples."""
+    path = tmp_path / "base"
+    shutil.copytree(base("llama"), path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **settings}))
+    _assert_same(_without_bias(_documents(str(path), "llama")), tmp_path / "out", is_merged=is_merged)
 
 
 @pytest.mark.parametrize("scale", [0.01, 30.0])
