@@ -11,6 +11,7 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -1124,6 +1125,23 @@ def test_embeddings_whose_adapter_peft_took_away_embed_on_and_are_stored_by_no_f
         with pytest.raises(AdapterConfigError, match=r"flair_peft\.merge\(model\)"):
             model.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_threads_with_one_model_get_what_it_gives_alone(base: Base) -> None:
+    """transformers puts methods into the layers of Llama during a pass, and there would be those of two threads."""
+    config = lora(target_modules=["q_proj", "v_proj"])
+    embeddings = PeftTransformerWordEmbeddings(base("llama"), peft_config=config).eval()
+
+    def vectors(text: str) -> list[torch.Tensor]:
+        sentence = Sentence(text)
+        embeddings.embed(sentence)
+        return [token.embedding for token in sentence]
+
+    texts = [*TEXTS] * 30
+    expected = {text: vectors(text) for text in TEXTS}
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(vectors, texts))
+    assert all(is_same(each, expected[text]) for text, each in zip(texts, found, strict=True))
 
 
 def test_moving_embeddings_to_where_they_are_assigns_no_tensor(base: Base) -> None:
