@@ -117,7 +117,7 @@ def _matrices_of(layer: Linear, name: str) -> LowRank | None:
 
 def _only_weight(layer: torch.nn.Module | None) -> torch.Tensor | None:
     """Return the weight of a plain linear layer that has nothing else."""
-    if type(layer) is not torch.nn.Linear or layer._parameters.get("bias") is not None:
+    if type(layer) is not torch.nn.Linear or layer._parameters.get("bias") is not None or is_changed(layer):
         return None
     return layer._parameters.get("weight")
 

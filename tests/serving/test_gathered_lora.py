@@ -126,6 +126,9 @@ _CHANGES: dict[str, Callable[[Any], object]] = {
     "a hook of a layer with LoRA": lambda e: e.base_model.encoder.layer[0].attention.self.query.register_forward_hook(
         _double
     ),
+    "a hook within LoRA": lambda e: (
+        e.base_model.encoder.layer[0].attention.self.query.lora_A["default"].register_forward_hook(_double)
+    ),
     "a hook of the model": lambda e: e.model.register_forward_hook(_double),
     "a method": _put_in_method,
     "a module": _put_in_module,
