@@ -26,7 +26,7 @@ from flair_peft.embeddings.batch_division import Division
 from flair_peft.embeddings.offload import AdapterMemory
 from flair_peft.embeddings.pending_load import PendingLoad, canonical
 from flair_peft.errors import AdapterConfigError, ModelFileError
-from flair_peft.primitives import mapped_memory
+from flair_peft.primitives import host_internals, mapped_memory
 from flair_peft.primitives.base_record import BaseRecord, StoredBase
 
 
@@ -333,7 +333,8 @@ class ForwardPass:
         return self.embeddings.model if self.embeddings.has_adapter else self.embeddings.base_model
 
     def _forward(self, inputs: Mapping[str, Any], rows: Sequence[int]) -> Any:
-        return injection.forward(self._model, inputs)
+        with host_internals.one_pass_at_a_time(self.embeddings.base_model):
+            return injection.forward(self._model, inputs)
 
 
 def may_be_divided(embeddings: AdaptedEmbeddings) -> bool:

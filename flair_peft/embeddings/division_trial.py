@@ -7,7 +7,9 @@ are not for models that take no such mask or no positions, nor for those with wi
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import itertools
 import logging
 import threading
 import weakref
@@ -19,7 +21,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from flair_peft.base import transformer
+from flair_peft.base import changed_modules, transformer
 from flair_peft.embeddings import batch_division, length_groups, packed_rows, pass_cost
 from flair_peft.embeddings.batch_division import Division, Inputs, Run
 
@@ -40,7 +42,10 @@ class _Verdict:
 # What makes models alike → what was found of them, for as long as the process runs.
 _verdicts: dict[tuple[Any, ...], _Verdict] = {}
 _lock = threading.Lock()
-_descriptions: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+# Model → a copy of its settings and its adapters', and what they tell: to write that takes longer than to compare.
+_descriptions: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+_numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_counter = itertools.count()
 
 
 def find_division(
@@ -73,16 +78,19 @@ def find_division(
     if lengths is None:
         return None
     price, width = cost(), inputs["input_ids"].shape[1]
-    ways: list[Division] = [length_groups.group(lengths, price, width=width, first=first, before=before)]
+    groups = length_groups.group(lengths, price, width=width, first=first, before=before)
+    ways: list[Division] = [groups]
     if is_packable and not before:
         ways += packed_rows.find(inputs, lengths, price, base)
     whole = price.of(len(lengths), before + width)
     dtype = pass_cost.compute_dtype(base)
     kinds = (*_describe(model, base), dtype, device.type, frozenset(inputs), first)
+    is_same = functools.partial(_is_same, run, inputs, model=model, kinds=kinds, tolerance=TOLERANCE.get(dtype, 0.0))
     for way in sorted(ways, key=lambda way: way.cost(price)):
-        if way.cost(price) >= whole:
+        # In either way sentences lose their padding, which may make a difference in one pass for all.
+        if way.cost(price) >= whole or not is_same(groups):
             return None
-        if _is_same(run, inputs, way, model=model, kinds=kinds, tolerance=TOLERANCE.get(dtype, 0.0)):
+        if way is groups or is_same(way):
             return way
     return None
 
@@ -108,15 +116,49 @@ def _base_of(model: torch.nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _describe(model: torch.nn.Module, base: torch.nn.Module) -> tuple[Any, ...]:
-    """Return what models have in common that give the same verdict."""
-    if model not in _descriptions:
-        adapters = [str(config.to_dict()) for config in getattr(model, "peft_config", {}).values()]
-        shape = getattr(base, "config", None)
-        _descriptions[model] = (type(base), None if shape is None else shape.to_json_string(), *adapters[:1])
+def _describe(model: torch.nn.Module, base: Any) -> tuple[Any, ...]:
+    """Return what models have in common that give the same verdict; it changes with whatever is put into a model."""
+    configs = [each for each in (getattr(base, "config", None),) if each is not None]
+    adapters = [*getattr(model, "peft_config", {}).values()]
+    settings = [vars(each) for each in (*configs, *adapters)]
+    if model not in _descriptions or _descriptions[model][0] != settings:
+        # Slots of mixed batches have configs alike: how many there are makes no difference.
+        told = frozenset(str(config.to_dict()) for config in adapters)
+        shape = tuple(config.to_json_string() for config in configs)
+        _descriptions[model] = copy.deepcopy(settings), (type(base), *shape, told)
     layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
     is_off = getattr(model, "_adapters_disabled", False) or (layer is not None and layer.disable_adapters)
-    return (*_descriptions[model], getattr(getattr(base, "config", None), "_attn_implementation", None), bool(is_off))
+    active = tuple(layer.active_adapters) if layer is not None else ()
+    attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    return (*_descriptions[model][1], attention, bool(is_off), active, *_composition(model))
+
+
+def _composition(model: torch.nn.Module) -> tuple[Any, ...]:
+    """Return the classes of all modules, and what else computes in them: hooks, and methods put into them.
+
+    ``Module.modules`` would take twice as long, for each batch.
+    """
+    kinds, others, waiting = list[type[torch.nn.Module]](), list[Any](), [model]
+    while waiting:
+        module = waiting.pop()
+        own = module.__dict__
+        kinds.append(module.__class__)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            others += [*own["_forward_hooks"], *own["_forward_pre_hooks"]]  # numbers that torch gives once
+        if "forward" in own and (forward := changed_modules.method_of_others(module)) is not None:
+            others.append(_number_of(forward))
+        if own["_modules"]:
+            waiting += [child for child in own["_modules"].values() if child is not None]
+    methods = tuple(kind.forward for kind in dict.fromkeys(kinds))  # of classes, which can be patched as well
+    return tuple(kinds), methods, tuple(others)
+
+
+def _number_of(method: Any) -> int:
+    """Return a number that no other method has, nor one that takes its place in memory."""
+    try:
+        return _numbers.setdefault(method, next(_counter))
+    except TypeError:  # no hash, or no weak references
+        return next(_counter)
 
 
 def _try_out(run: Run, inputs: Inputs, way: Division, *, model: torch.nn.Module, tolerance: float) -> bool | None:

@@ -70,14 +70,18 @@ def _of_head(headed: HeadedModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _of_adapter(tensors: Mapping[str, torch.Tensor], headed: HeadedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors under their names in the class, without those of modules that it lacks, such as a pooler."""
+    """Yield the tensors under their names in the class, but those of a pooler, which it lacks or has as its head."""
     inside = f"{headed.base_name}."
     for key, tensor in tensors.items():
         own = key.removeprefix(_IN_PEFT)
         if own == key:
             yield key, tensor
-        elif inside + keys.carrier(own) in headed.modules:
+        elif inside + keys.carrier(own) in headed.modules and not _is_of_head(inside + own, headed):
             yield _IN_PEFT + inside + own, tensor
+
+
+def _is_of_head(name: str, headed: HeadedModel) -> bool:
+    return any(f"{name}.".startswith(f"{saved}.") for saved in headed.saved)
 
 
 def _settings(settings: dict[str, Any], head: LinearHead, headed: HeadedModel) -> dict[str, Any]:
@@ -87,7 +91,9 @@ def _settings(settings: dict[str, Any], head: LinearHead, headed: HeadedModel) -
     own = {name: f"{headed.base_name}.{name}" for name in adapted if f"{headed.base_name}.{name}" in headed.modules}
     settings["task_type"] = headed_class.task_of(head)
     settings["revision"] = head.embeddings.base_revision
-    settings["modules_to_save"] = [*(settings.get("modules_to_save") or []), *headed.saved]
+    beside = [name for name in headed.modules if not _is_of_head(name, headed)]
+    saved = [each for each in settings.get("modules_to_save") or [] if any(name.endswith(each) for name in beside)]
+    settings["modules_to_save"] = [*saved, *headed.saved]
     if settings.get("target_modules") is not None:
         settings["target_modules"] = sorted(own.values())
         settings.update(

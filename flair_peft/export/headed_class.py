@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,15 +81,24 @@ def build(head: LinearHead, transformer: PreTrainedModel, *, dtype: torch.dtype)
     own = [name for name in modules if name in holders and type(modules[name]) is torch.nn.Linear]
     if len(own) != len(holders) or len(own) not in ((1,) if head.reads_words else (1, 2)):
         raise _refused(cls.__name__, f"its head computes more than one linear layer does: {name_some(holders)}")
-    _put_in_(model, base_name, transformer)
+    _put_in_(model, base_name, transformer, own)
     layers = {name: model.get_submodule(name) for name in own}
-    if not all(type(layer) is torch.nn.Linear for layer in layers.values()):
-        raise _refused(cls.__name__, "the adapter changes its pooler, of which Flair reads nothing")
     return HeadedModel(model, base_name, frozenset(modules), layers)
 
 
-def _put_in_(model: PreTrainedModel, name: str, transformer: PreTrainedModel) -> None:
+def _put_in_(model: PreTrainedModel, name: str, transformer: PreTrainedModel, own: Sequence[str]) -> None:
+    """Give the model the weights of a transformer, in place; one with an adapter becomes part of it, and changes.
+
+    Args:
+        model: with its own layers.
+        name: of the transformer in it.
+        transformer: of Flair.
+        own: names of the model's own layers.
+    """
     if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
+        if any(f"{layer}.".startswith(f"{name}.pooler.") for layer in own):
+            # Flair reads nothing of the pooler, whatever the adapter does to it.
+            transformer.add_module("pooler", model.get_submodule(f"{name}.pooler"))
         model.add_module(name, transformer)
         return
     # What only the transformer has, such as a pooler, changes no score: these are compared.
@@ -114,7 +123,7 @@ def _config_of(head: LinearHead, config: PretrainedConfig) -> PretrainedConfig:
     names = head.names
     config.id2label = dict(enumerate(names))
     config.label2id = {name: names.index(name) for name in names}
-    config.output_hidden_states = False
+    config.output_hidden_states, config.return_dict = False, True
     if not head.reads_words:
         config.problem_type = head.problem
         if config.pad_token_id is None:
@@ -146,6 +155,9 @@ def fill_(headed: HeadedModel, head: LinearHead, is_right: Callable[[], bool]) -
         )
     if not more:
         _set_(first, head.weight, head.bias)
+        if not head.reads_words and not is_right():
+            # Decoders look for the token in front of the padding, of which some configs have another idea.
+            headed.model.config.pad_token_id = head.embeddings.tokenizer.pad_token_id
         return is_right()
     if 2 * len(head.labels) > first.out_features:
         raise _refused(kind, f"its first layer has no room for {len(head.labels)} labels")

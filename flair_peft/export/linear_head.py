@@ -36,6 +36,7 @@ class LinearHead:
         labels: of the rows, as Flair has them.
         problem: "tokens", or the ``problem_type`` that transformers has for texts.
         has_spans: whether the labels are tags of spans.
+        unlabelled: labels of words that Flair takes for none.
     """
 
     embeddings: TransformerEmbeddings
@@ -44,6 +45,7 @@ class LinearHead:
     labels: tuple[str, ...]
     problem: str
     has_spans: bool
+    unlabelled: frozenset[str] = frozenset({"O"})
 
     @property
     def reads_words(self) -> bool:
@@ -61,10 +63,16 @@ class LinearHead:
         return scores.mean(dim=0) if pooling == "mean" else scores[0 if pooling == "first" else -1]
 
     @property
+    def has_span_ends(self) -> bool:
+        """Whether tags are those of BIOES."""
+        return self.has_spans and any(label[:2] in _BIO for label in self.labels)
+
+    @property
     def names(self) -> list[str]:
         """What the rows are called where tags are B-, I- and O: BIOES has two names for each of the first."""
         renamed = _BIO if self.has_spans else {}
-        return [renamed.get(label[:2], label[:2]) + label[2:] for label in self.labels]
+        unlabelled = self.unlabelled if self.reads_words else ()
+        return ["O" if label in unlabelled else renamed.get(label[:2], label[:2]) + label[2:] for label in self.labels]
 
 
 def linear_head(model: Model) -> LinearHead:
@@ -79,7 +87,10 @@ def linear_head(model: Model) -> LinearHead:
     weight, bias = _layer_of(model)
     labels = ["value"] if isinstance(model, TextRegressor) else model.label_dictionary.get_items()
     has_spans = getattr(model, "predict_spans", False) or getattr(model, "span_prediction_problem", False)
-    return LinearHead(embeddings, weight, bias, tuple(labels), _problem_of(model), has_spans)
+    # A legacy of Flair's own: its spans, and its SequenceTagger, leave "_" out.
+    legacy = {"_"} if has_spans or isinstance(model, SequenceTagger) else set()
+    unlabelled = frozenset({"O", *legacy, *([""] if has_spans else [])})
+    return LinearHead(embeddings, weight, bias, tuple(labels), _problem_of(model), has_spans, unlabelled)
 
 
 def _refuse(model: Model, reason: str) -> NoReturn:

@@ -9,9 +9,10 @@ import flair
 import torch
 from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbeddings, TransformerWordEmbeddings
 from flair.nn import Model
+from peft import PeftModel
 from transformers import PreTrainedModel
 
-from flair_peft.adapter import methods
+from flair_peft.adapter import injection, methods
 from flair_peft.base import config_versions, quantisation, stored_config, tokenizers
 from flair_peft.base import transformer as base_transformer
 from flair_peft.codec import state_json
@@ -87,8 +88,8 @@ def refuse_placed(embeddings: PeftTransformerEmbeddings) -> None:
         if engine is None:
             reason = "spread over devices, and what is offloaded cannot be written"
         raise AdapterConfigError(
-            f"Cannot merge the adapter of '{embeddings.name}': its base is {reason}. Load the model on the base as "
-            "it is in its source, and merge there."
+            f"Cannot merge the adapter of '{embeddings.name}': its base is {reason}. A merged model holds all its "
+            "weights, as exact as they were. Load the model on the base as it is in its source, and merge there."
         )
 
 
@@ -179,12 +180,11 @@ def merged_transformer(embeddings: PeftTransformerEmbeddings) -> PreTrainedModel
     return merged
 
 
-def _hidden_states(transformer: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+def _hidden_states(transformer: PreTrainedModel | PeftModel, ids: list[int]) -> torch.Tensor:
     """Return all hidden states of one sentence, (layers, subtokens, hidden)."""
     device = next(transformer.parameters()).device
     batch = torch.tensor([ids], device=device)
+    inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch), "output_hidden_states": True}
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        output = transformer(
-            input_ids=batch, attention_mask=torch.ones_like(batch), output_hidden_states=True, return_dict=True
-        )
+        output = injection.forward(transformer, {**inputs, "return_dict": True})
     return torch.cat([*base_transformer.states_of(output)[0]]).cpu()

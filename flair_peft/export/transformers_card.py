@@ -72,7 +72,8 @@ model = model.merge_and_unload()      # for a pipeline
 
 def settings(model: Model, head: LinearHead) -> dict[str, Any]:
     """Return what the config keeps of the Flair model: nothing in transformers reads it."""
-    kept: dict[str, Any] = {"class": type(model).__name__, "labels": [*head.labels], "versions": versions()}
+    kept: dict[str, Any] = {"class": type(model).__name__, "versions": versions()}
+    kept.update(labels=[*head.labels], names=head.names)
     if head.reads_words:
         kept["subtoken_pooling"] = head.embeddings.subtoken_pooling
     if isinstance(model, TextClassifier) and model.multi_label:
@@ -131,7 +132,9 @@ def differences(model: Model, head: LinearHead) -> Iterator[str]:
             "pipeline guesses from spaces where a word begins, since this tokenizer does not mark it: a span can start "
             "with the space before it, and a subtoken that is a space alone counts as a word."
         )
-    if head.names != [*head.labels]:
+    if head.unlabelled & {*head.labels} - {"O"}:
+        yield "Flair gives no label where it finds _; here _ is called O, which pipeline leaves out."
+    if head.has_span_ends:
         yield (
             "B- and S- of Flair's tags are both called B-, and I- and E- are both called I-: several labels have one "
             "name. config.json has Flair's own names in flair_peft.labels. What Flair joins by an E- of another type "

@@ -23,14 +23,17 @@ def names_of(folder: Path) -> list[str]:
     record = _record(folder)
     if record is None:
         return []
-    names = [name for name in record.get("files") or [] if isinstance(name, str) and manifest.is_name(name)]
+    names = [name for name in record["files"] if isinstance(name, str) and manifest.is_name(name)]
     card = folder / CARD
     is_untouched = card.is_file() and _digest(card.read_bytes()) == record.get("card")
-    return [CONFIG, *(name for name in names if name != CONFIG), *([card.name] if is_untouched else [])]
+    return [CONFIG, *names, *([card.name] if is_untouched else [])]
 
 
 def refuse_others(folder: Path) -> None:
     """Return unless files lie there that would be read as part of the new model, or it as part of theirs.
+
+    What transformers or PEFT trained on and saved in its place is theirs, too, although the config still says what it
+    was.
 
     Raises:
         SaveError: there are such.
@@ -43,27 +46,62 @@ def refuse_others(folder: Path) -> None:
             f"Cannot save to '{folder}': files of another model are there ({name_some(there)}). One of the two would "
             "be read with files of the other. Choose another directory."
         )
+    changed = _changed(folder)
+    if changed:
+        raise SaveError(
+            f"Cannot save to '{folder}': files there were changed after an export ({name_some(changed)}), by a "
+            "training on from it, for example. They would be lost. Choose another directory, or remove this one."
+        )
 
 
 def seal(folder: Path, settings: Mapping[str, Any], card: str) -> None:
     """The folder tells what it holds, and all of it is on the disk."""
     text = card.encode("utf-8", "replace")
     (folder / CARD).write_bytes(text)
-    files = sorted(path.name for path in folder.iterdir() if path.name != CARD)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config[EXPORTED] = {**settings, "files": files, "card": _digest(text)}
+    files = {name: _digest_of(folder / name) for name in sorted(path.name for path in folder.iterdir())}
+    config = _read_config(folder)
+    own = {name: digest for name, digest in files.items() if name not in (CONFIG, CARD)}
+    config[EXPORTED] = {**settings, "files": own, "card": files[CARD], "config": _digest_of_settings(config)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())
 
 
+def _changed(folder: Path) -> list[str]:
+    """Return the names of files of an earlier export that are not what it wrote."""
+    record = _record(folder)
+    if record is None:
+        return []
+    there = [name for name in names_of(folder)[1:] if name != CARD and (folder / name).is_file()]
+    changed = [name for name in there if _digest_of(folder / name) != record["files"][name]]
+    return changed if _digest_of_settings(_read_config(folder)) == record.get("config") else [CONFIG, *changed]
+
+
 def _record(folder: Path) -> Mapping[str, Any] | None:
     try:
-        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))[EXPORTED]
+        record = _read_config(folder)[EXPORTED]
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else None
+
+
+def _read_config(folder: Path) -> Any:
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def _digest_of_settings(config: Mapping[str, Any]) -> str:
+    """Return the digest of what a config says of the model, however it is laid out."""
+    settings = {name: value for name, value in config.items() if name != EXPORTED}
+    return _digest(json.dumps(settings, sort_keys=True).encode())
+
+
+def _digest_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _digest(content: bytes) -> str:

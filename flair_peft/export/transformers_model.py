@@ -65,7 +65,7 @@ def to_transformers(
     Args:
         model: a ``SequenceTagger`` without RNN and CRF, a ``TokenClassifier``, ``TextClassifier`` or ``TextRegressor``
             on the last layer of one transformer, with an adapter or without. It stays as it is.
-        directory: is made where it is missing; an earlier export in it is replaced as a whole.
+        directory: is made where it is missing; an earlier export in it is replaced as a whole, if it is unchanged.
         merged: merge the adapter into the weights. Otherwise it is written for PEFT, with the head in its
             ``modules_to_save``: ``AutoPeftModelForTokenClassification`` and ``…ForSequenceClassification`` load it with
             the settings that the card names.
@@ -224,7 +224,7 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, head: LinearHead) ->
     """Return what a model of transformers scores, as :func:`live_scores` does."""
     encoding = tokenizer([[*words] for words in _PROBES], is_split_into_words=True, padding=True, return_tensors="pt")
     with vector_probe.evaluating(model), torch.no_grad():
-        scores = model(**encoding.to(model.device)).logits.float().cpu()
+        scores = model(**encoding.to(model.device), return_dict=True).logits.float().cpu()
     if not head.reads_words:
         return scores
     of_words = []

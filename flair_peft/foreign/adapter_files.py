@@ -153,13 +153,14 @@ def _labels(folder: Path) -> tuple[str, ...] | None:
     """Return the labels that a model's config beside the adapter gives; transformers' own placeholders are none."""
     path = folder / _MODEL_CONFIG
     config = _read_json(path) if path.is_file() else {}
-    exported = config.get(EXPORTED)
-    if isinstance(exported, dict) and isinstance(exported.get("labels"), list):
-        return tuple(map(str, exported["labels"]))  # of which id2label may call several the same
     names = config.get("id2label")
     if not isinstance(names, dict) or {str(index) for index in range(len(names))} != set(names):
         return None
     labels = tuple(str(names[str(index)]) for index in range(len(names)))
+    exported = config.get(EXPORTED)
+    # A training on from there keeps this, and may have had other labels.
+    if isinstance(exported, dict) and exported.get("names") == [*labels] and isinstance(exported.get("labels"), list):
+        return tuple(map(str, exported["labels"]))  # of which id2label may call several the same
     return None if labels == tuple(f"LABEL_{index}" for index in range(len(labels))) else labels
 
 

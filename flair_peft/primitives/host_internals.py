@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
@@ -20,6 +21,23 @@ import torch
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 _lock = threading.Lock()
+
+
+# Model → what its passes wait for.
+_passes: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def one_pass_at_a_time(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Inside, no other thread runs a model that puts methods into its own layers to record their states.
+
+    Two threads would record each other's.
+
+    Written for transformers 4.57.
+    """
+    if not getattr(model, "_can_record_outputs", None):
+        return contextlib.nullcontext()
+    with _lock:
+        return _passes.setdefault(model, threading.RLock())
 
 
 def storage_address(tensor: torch.Tensor) -> int:

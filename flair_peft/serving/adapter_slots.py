@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class AdapterSlot:
         layers: those of adapters.
         entries: dictionary of modules that has one for each adapter, and the module of this one.
         others: parameters that are not of this adapter.
+        classes: of all modules.
     """
 
     model: PeftModel
@@ -38,9 +40,11 @@ class AdapterSlot:
     layers: list[BaseTunerLayer] = field(default_factory=list)
     entries: list[tuple[torch.nn.ModuleDict, torch.nn.Module]] = field(default_factory=list)
     others: list[torch.nn.Parameter] = field(default_factory=list)
+    classes: list[type[torch.nn.Module]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for path, module in self.model.named_modules():
+            self.classes.append(type(module))
             self._take_parameters(path.split("."), module)
             if isinstance(module, torch.nn.ModuleDict) and self.name in module:
                 self.entries.append((module, module[self.name]))
@@ -59,10 +63,10 @@ class AdapterSlot:
                 self.others.append(parameter)
 
     @functools.cached_property
-    def kind(self) -> str:
-        """What adapters have in common that can take each other's place: shapes, targets and settings."""
+    def kind(self) -> Hashable:
+        """What adapters have in common that can take each other's place: shapes, targets, settings, and modules."""
         config = configs.encode_config(self.model.peft_config[self.name])
-        return json.dumps({**config, **_APART}, sort_keys=True, default=str)
+        return json.dumps({**config, **_APART}, sort_keys=True, default=str), tuple(self.classes)
 
     def fits(self, other: AdapterSlot) -> bool:
         """Whether both have tensors and settings of the same names."""

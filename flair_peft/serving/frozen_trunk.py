@@ -29,6 +29,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PretrainedConfig
 
 from flair_peft.base import frozen_base, transformer
+from flair_peft.base.changed_modules import is_changed
 from flair_peft.embeddings.adapted import AdaptedEmbeddings, ForwardPass
 from flair_peft.primitives import fingerprint, mapped_memory
 
@@ -353,10 +354,7 @@ def _describe(layer: torch.nn.Module, configs: dict[int, str]) -> tuple[Hashable
 
 def _is_of_others(module: torch.nn.Module) -> bool:
     """Whether the module does something else than its class: by PEFT, by a hook, or by a method put into it."""
-    has_hook = bool(module._forward_hooks or module._forward_pre_hooks)
-    forward = vars(module).get("forward")  # transformers puts the method back that it found, bound to the module
-    is_own = forward is None or getattr(forward, "__func__", None) is type(module).forward
-    return has_hook or not is_own or isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    return is_changed(module) or isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
 def _place(parameter: torch.nn.Parameter) -> Hashable:

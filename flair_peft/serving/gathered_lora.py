@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
+from flair_peft.base.changed_modules import is_changed
 from flair_peft.errors import AdapterConfigError
 
 # Bytes that are gathered in the time that one more product takes: 5 to 10 µs on a core, which copies some 10 GB a
@@ -51,10 +52,12 @@ class PlainLora:
     Attributes:
         matrices: path of the linear layer in the base → what is added to its output.
         others: parameters that are not of the adapter.
+        classes: of the modules that are not of the adapter, in the order in which they were found.
     """
 
     matrices: dict[str, LowRank] = field(default_factory=dict)
     others: list[torch.nn.Parameter] = field(default_factory=list)
+    classes: list[type[torch.nn.Module]] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: PeftModel, name: str) -> PlainLora | None:
@@ -64,18 +67,23 @@ class PlainLora:
         """
         if not isinstance(model.base_model, LoraModel) or set(model.peft_config) != {name} or model._adapters_disabled:
             return None
+        if is_changed(model) or is_changed(model.base_model):
+            return None
         found, seen, stack = cls(), set[int](), [("", model.base_model.model)]
         while stack:
             path, module = stack.pop()
             if id(module) in seen:
                 continue
             seen.add(id(module))
+            if is_changed(module):
+                return None
             if type(module) is Linear and (matrices := _matrices_of(module, name)) is not None:
                 found.matrices[path] = matrices
                 stack.append((path, module._modules["base_layer"]))
             elif _belongs_to_adapters(module.__class__):
                 return None
             else:
+                found.classes.append(module.__class__)
                 found.others.extend(filter(_is_tensor, module._parameters.values()))
                 for key, child in module._modules.items():
                     if child is not None:
@@ -85,7 +93,8 @@ class PlainLora:
     @property
     def kind(self) -> object:
         """What adapters have in common of which one pass shows whether the others can be gathered: layers, dtypes."""
-        return (frozenset(self.matrices), frozenset(matrix.a.dtype for matrix in self.matrices.values()))
+        dtypes = frozenset(matrix.a.dtype for matrix in self.matrices.values())
+        return (frozenset(self.matrices), dtypes, tuple(self.classes))
 
 
 @functools.cache
@@ -108,7 +117,7 @@ def _matrices_of(layer: Linear, name: str) -> LowRank | None:
 
 def _only_weight(layer: torch.nn.Module | None) -> torch.Tensor | None:
     """Return the weight of a plain linear layer that has nothing else."""
-    if type(layer) is not torch.nn.Linear or layer._parameters.get("bias") is not None:
+    if type(layer) is not torch.nn.Linear or layer._parameters.get("bias") is not None or is_changed(layer):
         return None
     return layer._parameters.get("weight")
 

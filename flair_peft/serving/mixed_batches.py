@@ -30,7 +30,7 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from peft import PeftModel
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import injection, keys, methods, refusals
 from flair_peft.base import transformer
+from flair_peft.base.changed_modules import is_changed
 from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.embeddings import batch_division, division_trial, vector_probe
 from flair_peft.embeddings.adapted import ForwardPass, may_be_divided
@@ -133,6 +134,8 @@ class MixedBatches:
         if embeddings.training or not isinstance(embeddings.model, PeftModel):
             return None
         plain = PlainLora.of(embeddings.model, methods.ADAPTER_NAME)
+        if plain is None and any(map(is_changed, embeddings.model.modules())):
+            return None  # a hook sees the passes of its own model
         adapter = plain or AdapterSlot(embeddings.model, methods.ADAPTER_NAME)
         try:
             if isinstance(adapter, AdapterSlot):
@@ -172,7 +175,7 @@ class MixingModel:
     def __init__(self, base: FrozenBase) -> None:
         self._base: FrozenBase = weakref.proxy(base)
         self._model: PeftModel | None = None
-        self._slots: dict[str, list[AdapterSlot]] = {}
+        self._slots: dict[Hashable, list[AdapterSlot]] = {}
         self._tried: set[object] = set()
         self._refused: dict[object, str] = {}
 
@@ -180,6 +183,8 @@ class MixingModel:
         """Return why the adapter cannot be mixed, or ``None`` if it can; tried once for adapters that are alike."""
         if not self._base.weights.have_memory_of(adapter.others):
             return "the base below is not in memory together with the others', or was changed"
+        if vars(embeddings.base_model.config) != vars(self._base.config):
+            return "its config is not that of the base any more"
         kind = adapter.kind
         if kind not in self._tried and kind not in self._refused:
             try:
@@ -200,7 +205,7 @@ class MixingModel:
             adapters: that of each, the same object where it is the same adapter.
         """
         slots: dict[AdapterSlot, AdapterSlot] = {}
-        taken: collections.Counter[str] = collections.Counter()
+        taken: collections.Counter[Hashable] = collections.Counter()
         try:
             for adapter in dict.fromkeys(adapters):
                 slots[adapter] = self._slot(adapter, taken[adapter.kind])

@@ -381,6 +381,56 @@ def test_model_that_depends_on_padding_has_one_pass(base: Base, divided: Divided
     assert is_same(again, first)
 
 
+def add_mean(_: Any, args: Any, output: Any) -> Any:
+    """Return the output of a layer with the mean of all inputs of the batch, padding included."""
+    mean = args[0].mean(dim=(0, 1))
+    return (output[0] + mean, *output[1:]) if isinstance(output, tuple) else output + mean
+
+
+class WithMean(nn.Module):
+    """A layer whose output depends on the batch."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return add_mean(self, args, self.layer(*args, **kwargs))
+
+
+def change_config(base: Any) -> None:
+    """Let BERT look back alone, which layers made before do where there is padding only."""
+    base.config.is_decoder = True
+
+
+def add_hook(base: Any) -> None:
+    base.encoder.layer[0].register_forward_hook(add_mean)
+
+
+def put_in_method(base: Any) -> None:
+    layer = base.encoder.layer[0]
+    own = type(layer).forward
+    layer.forward = lambda *args, **kwargs: add_mean(layer, args, own(layer, *args, **kwargs))
+
+
+def put_in_module(base: Any) -> None:
+    base.encoder.layer[0] = WithMean(base.encoder.layer[0])
+
+
+@pytest.mark.parametrize("change", [change_config, add_hook, put_in_method, put_in_module])
+def test_model_that_was_changed_after_a_trial_is_tried_out_again(
+    change: Callable[[Any], None], base: Base, divided: Divided
+) -> None:
+    """What was found of a model says nothing of what it has become, nor of models alike that have not changed."""
+    embeddings, untouched = (PeftTransformerWordEmbeddings(base("bert"), peft_config=lora()) for _ in range(2))
+    sentences = [Sentence(text) for text in TEXTS]
+    assert are_alike(embeddings, sentences)
+    change(embeddings.base_model)
+    assert are_alike(embeddings, sentences)
+    assert are_alike(untouched, sentences)
+    assert [each is None for each in divided] == [False, True, False]
+
+
 def test_longer_padding_is_tried_out_again(base: Base, divided: Divided) -> None:
     """Some models go another way beyond a length; below it, what was found stays."""
     embeddings, _ = make_dependent(base("bert"), beyond=40)

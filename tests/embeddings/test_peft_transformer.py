@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -10,7 +11,9 @@ import logging
 import pickle
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -1124,6 +1127,30 @@ def test_embeddings_whose_adapter_peft_took_away_embed_on_and_are_stored_by_no_f
         with pytest.raises(AdapterConfigError, match=r"flair_peft\.merge\(model\)"):
             model.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_threads_with_one_model_get_what_it_gives_alone(base: Base) -> None:
+    """transformers puts methods into the layers of Llama during a pass, and there would be those of two threads."""
+    config = lora(target_modules=["q_proj", "v_proj"])
+    embeddings = PeftTransformerWordEmbeddings(base("llama"), peft_config=config).eval()
+
+    def vectors(text: str) -> list[torch.Tensor]:
+        sentence = Sentence(text)
+        embeddings.embed(sentence)
+        return [token.embedding for token in sentence]
+
+    expected = [vectors(text) for text in TEXTS[:2]]
+    both = threading.Barrier(2)
+
+    def meet(*_: Any) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+
+    embeddings.base_model.layers[0].register_forward_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(vectors, TEXTS[:2]))
+    assert all(map(is_same, found, expected))
+    assert both.broken
 
 
 def test_moving_embeddings_to_where_they_are_assigns_no_tensor(base: Base) -> None:

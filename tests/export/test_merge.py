@@ -149,6 +149,14 @@ def test_merged_model_on_every_architecture_predicts_the_same(architecture: str,
     assert largest_difference(expected, found) < ROUNDING
 
 
+def test_model_that_takes_no_mask_is_merged_too(base: Base) -> None:
+    """FNet refuses an argument that all others take."""
+    live = classifier(base("fnet"), lora(target_modules=["dense"]))
+    corpus = CLASSIFIER.corpus()
+    expected = CLASSIFIER.predict(live, corpus)
+    assert largest_difference(expected, CLASSIFIER.predict(flair_peft.merge(live), corpus)) < ROUNDING
+
+
 def test_bf16_model_is_merged_in_fp32(base: Base) -> None:
     """Rounding the sum of base and adapter to bf16 would lose most of the adapter."""
     live = classifier(base("bert"), dtype="bfloat16")
@@ -176,7 +184,7 @@ def test_prompts_are_refused_by_name(config: Any, base: Base) -> None:
 
 
 def test_quantised_base_is_refused(base: Base) -> None:
-    with pytest.raises(AdapterConfigError, match="round its weights once more"):
+    with pytest.raises(AdapterConfigError, match=r"round its weights once more\. A merged model holds all"):
         flair_peft.merge(quantised_classifier(base("bert"), "nf4"))
 
 

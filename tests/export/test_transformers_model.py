@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,22 @@ def test_classifier_on_a_decoder_scores_texts_as_its_live_model_does(
     _assert_same(_without_bias(_documents(base(architecture), architecture)), tmp_path / "out", is_merged=is_merged)
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_merged"),
+    [({"pad_token_id": 7}, False), ({"pad_token_id": 7, "return_dict": False}, True)],
+    ids=["adapter", "merged"],
+)
+def test_settings_of_a_base_that_classes_read_in_their_own_way_are_set_right(
+    settings: dict[str, Any], is_merged: bool, base: Base, tmp_path: Path
+) -> None:
+    """Decoders look for padding that their tokenizer does not use, and outputs can be tuples."""
+    path = tmp_path / "base"
+    shutil.copytree(base("llama"), path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **settings}))
+    _assert_same(_without_bias(_documents(str(path), "llama")), tmp_path / "out", is_merged=is_merged)
+
+
 @pytest.mark.parametrize("scale", [0.01, 30.0])
 @pytest.mark.parametrize("architecture", ["roberta", "electra"])
 def test_classifier_scores_small_and_large_come_out_right(
@@ -257,6 +274,19 @@ def test_labels_of_bioes_are_called_as_others_read_them(base: Base, tmp_path: Pa
 
 
 ODD = ["<unk>", "O", "S-x", 'a "quoted" label', "Größe|`x`", "two\nlines", ""]
+
+
+def test_label_that_flair_gives_to_no_word_is_called_o(base: Base, tmp_path: Path) -> None:
+    """A SequenceTagger leaves out _ like O, as pipeline leaves out O; other models give it."""
+    tags = _dictionary(["O", "_", "NOUN"])
+    flair_peft.to_transformers(_tagger(_words(base("bert")), dictionary=tags), tmp_path / "tagger")
+    flair_peft.to_transformers(TokenClassifier(_words(base("bert")), tags, "pos"), tmp_path / "words")
+    config = AutoConfig.from_pretrained(tmp_path / "tagger")
+    assert (config.id2label, config.flair_peft["labels"]) == ({0: "O", 1: "O", 2: "NOUN"}, ["O", "_", "NOUN"])
+    card = (tmp_path / "tagger" / "README.md").read_text()
+    assert "here _ is called O" in card
+    assert "B- and S-" not in card
+    assert AutoConfig.from_pretrained(tmp_path / "words").id2label[1] == "_"
 
 
 @pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
@@ -407,6 +437,27 @@ def test_config_selects_the_same_modules_in_the_class(config: Any, is_merged: bo
     _assert_same(_tagger(_words(base("bert"), peft_config=config)), tmp_path / "out", is_merged=is_merged)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("bert", {"target_modules": "all-linear"}),
+        ("albert", {"target_modules": "all-linear"}),
+        ("bert", {"bias": "all"}),
+        ("bert", {"modules_to_save": ["pooler", "LayerNorm"]}),
+    ],
+    ids=["linear layers", "pooler that is one", "biases", "whole"],
+)
+def test_adapter_that_changes_the_pooler_leaves_the_head_in_its_place(
+    architecture: str, options: dict[str, Any], base: Base, tmp_path: Path
+) -> None:
+    """Flair reads nothing of the pooler, in which classes for texts have a part of their head."""
+    model = _classifier(_documents(base(architecture), architecture, peft_config=lora(**options)))
+    for name, parameter in model.embeddings.model.named_parameters():
+        if "pooler" in name and parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    _assert_same(model, tmp_path, is_merged=False)
+
+
 def test_plain_models_of_flair_are_written_too(base: Base, tmp_path: Path) -> None:
     """A model without an adapter is its weights; it is not changed."""
     tagger = _tagger(TransformerWordEmbeddings(base("bert"), fine_tune=True))
@@ -553,6 +604,48 @@ def test_directory_of_another_model_is_left_alone(base: Base, tmp_path: Path) ->
         with pytest.raises(SaveError, match="files of another model are there"):
             flair_peft.to_transformers(model, folder)
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def _train_on(folder: Path, *, is_merged: bool) -> None:
+    """Save in the same place what was trained on from an export."""
+    read = reader.read(str(folder), reads_words=True, is_merged=is_merged)
+    with torch.no_grad():
+        for parameter in read.parameters():
+            parameter.add_(0.1)
+    read.save_pretrained(folder, **({} if is_merged else {"save_embedding_layers": False}))
+
+
+def _rename_label(folder: Path, **_: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": {**config["id2label"], "0": "another"}}))
+
+
+@pytest.mark.parametrize(
+    ("change", "is_merged"),
+    [(_train_on, True), (_train_on, False), (_rename_label, True)],
+    ids=["weights", "adapter", "settings"],
+)
+def test_directory_of_an_export_that_was_changed_is_left_alone(
+    change: Callable[..., None], is_merged: bool, base: Base, tmp_path: Path
+) -> None:
+    """transformers and PEFT save in its place what they trained on from it, and the config still says what it was."""
+    model = _tagger(_words(base("bert")))
+    flair_peft.to_transformers(model, tmp_path, merged=is_merged)
+    change(tmp_path, is_merged=is_merged)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SaveError, match="changed after an export"):
+        flair_peft.to_transformers(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_labels_that_were_renamed_since_are_those_of_the_head(base: Base, tmp_path: Path) -> None:
+    """A training on from an export keeps what its config says of Flair."""
+    flair_peft.to_transformers(_tagger(_words(base("bert"))), tmp_path, merged=False)
+    _rename_label(tmp_path)
+    head = PeftTransformerWordEmbeddings.from_adapter(str(tmp_path)).foreign_head
+    assert head is not None
+    assert head.labels is not None
+    assert head.labels[0] == "another"
 
 
 @pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])

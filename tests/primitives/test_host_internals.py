@@ -18,6 +18,7 @@ from flair.embeddings.transformer import TransformerOnnxEmbeddings
 from flair.trainers import ModelTrainer
 from onnxruntime.quantization import quantize_dynamic
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModel
 from transformers import logging as transformers_logging
 
 import flair_peft
@@ -35,6 +36,20 @@ FUNCTIONS = [
 def test_host_internals_name_the_version_that_they_were_written_for(function: Any) -> None:
     """Whoever raises a version can look each of them up."""
     assert re.search(r"Written for (torch|Flair|transformers|tokenizers|onnxruntime) \d+\.\d+", function.__doc__)
+
+
+def test_one_pass_at_a_time_is_needed_while_a_pass_puts_methods_into_layers(base: Callable[[str], str]) -> None:
+    """Without them, threads could run a model side by side."""
+    model = AutoModel.from_pretrained(base("llama"))
+    layer = model.layers[0]
+    seen = list[bool]()
+    layer.register_forward_hook(lambda *_: seen.append(getattr(layer.forward, "__func__", None) is type(layer).forward))
+    ids = torch.tensor([[1, 2]])
+    with torch.no_grad():
+        model(ids, output_hidden_states=True)
+    assert seen == [False]
+    with host_internals.one_pass_at_a_time(model) as is_entered:
+        assert is_entered
 
 
 def test_storage_address_is_needed_while_data_ptr_copies_what_is_copied_on_write() -> None:

@@ -102,6 +102,63 @@ def test_gathered_lora_of_any_ranks_scales_and_layers_shares_one_pass(
     assert passes == [sum(map(len, sentences(models).values()))]
 
 
+def _double(_: Any, __: Any, output: Any) -> Any:
+    """Return the output of a layer, or of a model, with its states doubled."""
+    if not isinstance(output, dict):
+        return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
+    for name in ("hidden_states", "last_hidden_state"):
+        output[name] = tuple(2 * each for each in output[name]) if name == "hidden_states" else 2 * output[name]
+    return output
+
+
+def _put_in_method(embeddings: Any) -> None:
+    layer = embeddings.base_model.encoder.layer[0]
+    own = type(layer).forward
+    layer.forward = lambda *args, **kwargs: _double(None, None, own(layer, *args, **kwargs))
+
+
+def _put_in_module(embeddings: Any) -> None:
+    embeddings.base_model.encoder.layer[0].intermediate.intermediate_act_fn = torch.nn.ReLU()
+
+
+_CHANGES: dict[str, Callable[[Any], object]] = {
+    "a hook of a layer": lambda e: e.base_model.encoder.layer[0].register_forward_hook(_double),
+    "a hook of a layer with LoRA": lambda e: e.base_model.encoder.layer[0].attention.self.query.register_forward_hook(
+        _double
+    ),
+    "a hook within LoRA": lambda e: (
+        e.base_model.encoder.layer[0].attention.self.query.lora_A["default"].register_forward_hook(_double)
+    ),
+    "a hook of the model": lambda e: e.model.register_forward_hook(_double),
+    "a method": _put_in_method,
+    "a module": _put_in_module,
+    "a setting": lambda e: setattr(e.base_model.config, "is_decoder", True),
+}
+
+
+@pytest.mark.parametrize("change", _CHANGES.values(), ids=_CHANGES)
+def test_models_that_were_changed_predict_together_what_each_gives_alone(
+    change: Callable[[Any], object], base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A pass for several models runs none of their own modules."""
+    shared = SharedBase(base("bert"))
+    configs = {"plain": {}, "other": {"r": 8}, "words": OTHERS["words"], "again": {"r": 3}}
+    models: Any = load_models(shared, base("bert"), tmp_path, configs)
+    before = [_vectors(model) for model in models]
+    assert apart(shared, models) < TOLERANCE
+    for model in models[::2]:
+        change(model.embeddings)
+    are_same = [torch.equal(each, _vectors(model)) for each, model in zip(before, models, strict=True)]
+    assert are_same == [False, True, False, True]
+    assert apart(shared, models) < TOLERANCE
+
+
+def _vectors(model: Any) -> torch.Tensor:
+    texts = [Sentence(text) for text in TEXTS]
+    model.embeddings.embed(texts)
+    return torch.stack([text.embedding for text in texts])
+
+
 def test_gathered_lora_in_fp32_beside_others_in_bf16_computes_in_its_own(
     base: Callable[[str], str], tmp_path: Path
 ) -> None:

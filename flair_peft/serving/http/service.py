@@ -236,7 +236,8 @@ class Service:
                 raise
             except Exception as error:  # what it is has no bearing on those that are served
                 log.warning("The model '%s' was not loaded: %s", request.name, error)
-                reason = str(error) if isinstance(error, FlairPeftError) else type(error).__name__
+                is_said, kind = isinstance(error, FlairPeftError), type(error).__name__
+                reason = str(error) if is_said else f"It failed with {kind}, and the server's log says more."
                 raise RequestError(
                     f"Cannot load '{request.name}'. {reason} What was served before is served on.", code="not_loaded"
                 ) from error

@@ -163,12 +163,14 @@ def test_model_that_cannot_be_loaded_leaves_the_one_that_is_there(
         str(tmp_path / "text.pt"),
         str(tmp_path / "none"),
         "no/such-model",
+        "a" * 300,  # longer than any name of a file
     ]
     with client_of(create_app({"m": live}, admin_token="the admin's")) as client:
         for source in sources:
             refused = client.post("/models", json={"name": "m", "source": source}, headers=ADMIN)
             assert (refused.status_code, refused.json()["code"]) == (422, "not_loaded"), refused.text
             assert "Traceback" not in refused.text
+            assert refused.json()["error"].count(". ") >= 2, refused.text
         assert client.post("/predict", json={"inputs": "Who ?", "model": "m"}).status_code == 200
 
 

@@ -1,0 +1,29 @@
+"""Modules that compute something else than their class does: with hooks, or with a method that was put into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def is_changed(module: torch.nn.Module) -> bool:
+    """Whether the module has hooks around its forward method, or one that its class does not have."""
+    own = module.__dict__  # to find an attribute of a module takes longer
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return True
+    return "forward" in own and method_of_others(module) is not None
+
+
+def method_of_others(module: torch.nn.Module) -> Any:
+    """Return the forward method that was put into a module, ``None`` if it is that of its class.
+
+    While a model runs, in another thread maybe, transformers wraps those of layers; then it puts them back.
+    """
+    forward, own = module.__dict__["forward"], type(module).forward
+    while getattr(forward, "__func__", None) is not own:
+        is_of_transformers = getattr(forward, "__globals__", {}).get("__name__", "").startswith("transformers.")
+        if not is_of_transformers or not hasattr(forward, "__wrapped__"):
+            return getattr(forward, "__func__", forward)
+        forward = forward.__wrapped__
+    return None
