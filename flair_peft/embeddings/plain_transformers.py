@@ -13,12 +13,12 @@ from flair.embeddings import TransformerEmbeddings
 from peft import PeftModel
 
 from flair_peft.adapter import keys
-from flair_peft.base import placement, resolve, tokenizers
+from flair_peft.base import config_safety, placement, resolve, stored_config, tokenizers
 from flair_peft.embeddings import stored_params
 from flair_peft.embeddings.base_source import BaseSource
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.embeddings.word_and_document import counterpart
-from flair_peft.errors import AdapterConfigError, UnsupportedStateError
+from flair_peft.errors import AdapterConfigError, UnsupportedStateError, name_some
 from flair_peft.primitives.base_record import StoredBase
 
 Tensors = dict[str, torch.Tensor]
@@ -35,7 +35,7 @@ def refuse_unstorable(embeddings: TransformerEmbeddings) -> None:
 
     Raises:
         AdapterConfigError: their transformer has an adapter of PEFT.
-        UnsupportedStateError: their weights are quantised, or spread over devices.
+        UnsupportedStateError: their weights are quantised, or spread over devices, or their config changes.
     """
     if isinstance(embeddings.model, PeftModel):
         raise AdapterConfigError(
@@ -47,6 +47,11 @@ def refuse_unstorable(embeddings: TransformerEmbeddings) -> None:
         raise UnsupportedStateError(
             f"Cannot save '{embeddings.name}': its weights are quantised or spread over devices. Flair would make a "
             "transformer of other weights of what it stores. Load the model without that, and save it then."
+        )
+    if lost := stored_config.changing(embeddings.model.config):
+        raise UnsupportedStateError(
+            f"Cannot save '{embeddings.name}': Flair stores its {type(embeddings.model.config).__name__} and reads "
+            f"another {name_some(lost)} from it. The model would predict something else. Use another base model."
         )
 
 
@@ -112,6 +117,7 @@ def take_from_base_(params: dict[str, Any]) -> tuple[int | None, Tensors]:
         BaseMismatchError: what was found is another model.
         ModelFileError: what the file says of it is damaged.
     """
+    config_safety.refuse_many(params.get("config_state_dict", {}), str(params.get("model")))
     index, stored = params.pop("part", None), StoredBase.from_dict(params.get("stored_base"))
     config = stored_params.saved_config(params) if stored.is_needed else None
     params.pop("stored_base", None)

@@ -410,11 +410,18 @@ def test_what_would_come_back_as_something_else_is_refused(kind: str, base: Base
     assert ("adapter" in str(caught.value)) == (kind == "an adapter")
 
 
-def test_quantised_plain_model_is_refused(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flair would make an ordinary transformer of what it stores of one."""
-    monkeypatch.setattr(plain_transformers.placement, "is_placed", lambda _: True)
-    with pytest.raises(UnsupportedStateError, match="quantised or spread over devices"):
-        flair_peft.save_pretrained(plain_classifier(base("bert")), tmp_path / "model")
+def test_transformer_of_which_flair_makes_another_is_refused(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ordinary one of what it stores of a quantised one, and one with half the window of Gemma 3, for example."""
+    model = plain_classifier(base("bert"))
+    for owner, name, value, said in (
+        (plain_transformers.placement, "is_placed", True, "quantised or spread over devices"),
+        (plain_transformers.stored_config, "changing", {"sliding_window"}, "another 'sliding_window'"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(UnsupportedStateError, match=said):
+            patch.setattr(owner, name, lambda _, value=value: value)
+            flair_peft.save_pretrained(model, tmp_path / "model")
 
 
 @pytest.fixture
@@ -446,6 +453,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "code of a base": lambda document: _params(document)["stored_base"]["record"].update(needs_remote_code=True),
     "other labels": lambda document: document["model"]["label_dictionary"]["items"].reverse(),
     "a huge vocabulary": lambda document: _params(document)["config_state_dict"].update(vocab_size=10**9),
+    "endless labels": lambda document: _params(document)["config_state_dict"].update(num_labels=10**12),
     "many layers": lambda document: _params(document)["config_state_dict"].update(num_hidden_layers=10**6),
 }
 
