@@ -263,13 +263,7 @@ def choose(
     )
 
 
-def verify(
-    source: str | Path,
-    *,
-    base_model: str | Mapping[str, str] | None = None,
-    revision: str | None = None,
-    **options: Any,
-) -> None:
+def verify(source: str | Path, *, base_model: str | Mapping[str, str] | None = None, **options: Any) -> None:
     """Return if a checkpoint or ``.pt`` file, and every single weight of its base model, is as it was.
 
     Weights of the base that the file itself holds are as they were if its checksums and the probe are right.
@@ -277,14 +271,13 @@ def verify(
     Args:
         source: directory, Hub id or file.
         base_model: as for :func:`from_pretrained`.
-        revision: as for :func:`from_pretrained`.
         **options: as for :func:`from_pretrained`.
 
     Raises:
         ModelFileError: the file holds nothing by which this could be told: stock Flair wrote it, or flair_peft 0.1.0.
         FlairPeftError: it is not; see :func:`from_pretrained`.
     """
-    chosen = choose(base_model=base_model, verify="full", **options)
+    revision, chosen = options.pop("revision", None), choose(base_model=base_model, verify="full", **options)
     stored = open_stored(locate(source, revision=revision, options=chosen), chosen)
     embedded = adapted_embeddings(load_stored(stored))
     is_known = embedded or stored.kind == "directory"
