@@ -20,6 +20,7 @@ from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.embeddings.word_and_document import counterpart
 from flair_peft.errors import AdapterConfigError, UnsupportedStateError, name_some
 from flair_peft.primitives.base_record import StoredBase
+from flair_peft.primitives.load_context import load_options
 
 Tensors = dict[str, torch.Tensor]
 
@@ -62,7 +63,7 @@ def compare_with_base(embeddings: TransformerEmbeddings) -> StoredBase:
     a pooler.
     """
     model = embeddings.model
-    source = BaseSource(str(embeddings.base_model_name), None)
+    source = BaseSource(str(embeddings.base_model_name), None, cache_dir=load_options().cache_dir)
     if not source.find_record_(model):
         return StoredBase()
     found, state = source.compare(model, model, trained=frozenset()), model.state_dict()

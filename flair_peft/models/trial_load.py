@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from flair_peft.adapter import injection
 from flair_peft.errors import ModelFileError, StateMismatchError, UnsupportedStateError, name_some
 from flair_peft.models import load
 from flair_peft.primitives.fingerprint import are_same_bits
-from flair_peft.primitives.load_context import LoadOptions
+from flair_peft.primitives.load_context import load_options
 
 
 def compare_with_load(model: Model, document: Mapping[str, Any], files: Mapping[str, Any], *, source: str) -> None:
@@ -30,7 +31,8 @@ def compare_with_load(model: Model, document: Mapping[str, Any], files: Mapping[
     """
     tensors = {name: content for name, content in files.items() if not isinstance(content, bytes)}
     others = {name: content for name, content in files.items() if isinstance(content, bytes)}
-    options = LoadOptions(local_files_only=True)
+    # The base that the directory names was found, by what a user said of that; nothing more is downloaded.
+    options = dataclasses.replace(load_options(), base_model=None, local_files_only=True, trust_file=False)
     try:
         with injection.building_anew():  # saving must not change what is drawn next in training
             stored = load.stored_in(document, others, tensors, model_class=type(model), source=source, options=options)

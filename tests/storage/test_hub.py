@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -274,6 +275,19 @@ def test_hub_holds_a_plain_model_beside_the_commit_of_its_base(hub: _Hub, caplog
     loaded = Model.load(REPO)
     assert type(loaded.embeddings) is TransformerDocumentEmbeddings
     assert _predict(loaded) == expected
+
+
+def test_plain_file_is_converted_with_a_base_in_another_cache(hub: _Hub, tmp_path: Path) -> None:
+    """Where a user keeps files from the Hub, the base is found for the comparison and for the trial."""
+    model = ENTRY.build(None, lambda: TransformerDocumentEmbeddings(BASE))
+    model.save(tmp_path / "plain.pt")
+    shutil.rmtree(tmp_path / "cache")
+    _forget_bases()
+    other = str(tmp_path / "other")
+    flair_peft.convert_legacy(tmp_path / "plain.pt", tmp_path / "model", cache_dir=other)
+    assert sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")) < 20_000
+    loaded = flair_peft.from_pretrained(tmp_path / "model", cache_dir=other, local_files_only=True)
+    assert _predict(loaded) == _predict(model)
 
 
 def test_hub_push_of_a_plain_model_on_a_local_base_says_so(
