@@ -53,7 +53,6 @@ from tests.support.configs import lora
 from tests.support.files import Payload, resign
 from tests.support.methods import perturb_
 from tests.support.models import CLASSIFIER, TAGGER, make
-from tests.support.selection import ONE_OF_A_KIND
 from tests.support.zoo import ZOO, Entry
 
 Base = Callable[[str], str]
@@ -96,6 +95,14 @@ CLASSIC: dict[str, Callable[[], Any]] = {
     "hash": lambda: HashEmbeddings(10, 5),
     "memory": lambda: PooledFlairEmbeddings(characters()),
 }
+
+QUICK = frozenset(
+    {
+        *("text-classifier-prototypes", "sequence-tagger-rnn-crf", "sequence-tagger-stacked", "span-classifier"),
+        *("relation-extractor", "text-pair-regressor", "tars-classifier", "lemmatizer", "multitask"),
+    }
+)
+"""Models of the zoo that differ most in what Flair stores of them."""
 
 DOCUMENTS: dict[str, Callable[[], Any]] = {
     "pool": lambda: DocumentPoolEmbeddings([table(), characters()], fine_tune_mode="nonlinear"),
@@ -158,7 +165,7 @@ def train_(model: torch.nn.Module) -> None:
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ONE_OF_A_KIND else pytest.mark.matrix) for n in ZOO])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.matrix) for n in ZOO])
 def test_plain_model_comes_back_as_it_was(name: str, base: Base, tmp_path: Path) -> None:
     """Of every model class what was trained is stored, and no more; stock Flair's own file gives the same."""
     entry, directory = ZOO[name], tmp_path / "model"
@@ -425,13 +432,19 @@ def test_transformer_of_which_flair_makes_another_is_refused(
                 flair_peft.save_pretrained(model, tmp_path / "model")
 
 
-@pytest.fixture
-def saved(base: Base, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved_once(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a plain model whose last layer was trained."""
-    model = plain_classifier(base("bert"))
+    model, directory = plain_classifier(base("bert")), tmp_path_factory.mktemp("plain") / "saved"
     perturb_(model.embeddings.model.encoder.layer[1], seed=3, scale=0.02)
-    flair_peft.save_pretrained(model, tmp_path / "saved")
-    return tmp_path / "saved"
+    flair_peft.save_pretrained(model, directory)
+    return directory
+
+
+@pytest.fixture
+def saved(saved_once: Path, tmp_path: Path) -> Path:
+    """Return a copy of that directory."""
+    return Path(shutil.copytree(saved_once, tmp_path / "saved"))
 
 
 def _params(document: dict[str, Any]) -> dict[str, Any]:
