@@ -3,7 +3,7 @@
 These attributes of Flair are replaced, each by a function that calls the original for everything that has no adapter:
 
 =============================================  ========================================================================
-``load`` of ``Model`` and its subclasses       takes files, directories and Hub ids with adapters; aligns dtypes
+``load`` of ``Model`` and its subclasses       takes directories, and files with adapters, here and on the Hub
 ``Model.save``                                 writes what was learned, whole or not at all, and no pickled objects;
                                                and merged models, and what replaces a file with an adapter, likewise
 ``predict`` of ``Model`` and its subclasses    says what a model with an adapter cannot predict for, or with

@@ -193,11 +193,6 @@ def _merged() -> None:
     model.save("model.pt")
 
 
-@provokes("The model has no adapter")
-def _nothing_to_save() -> None:
-    flair_peft.save_pretrained(stock_classifier(), "my-classifier")
-
-
 @provokes("A file has the directory's name")
 def _in_the_way() -> None:
     Path("my-classifier").touch()

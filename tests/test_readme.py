@@ -206,6 +206,11 @@ def _old(world: World) -> None:
     world.old_file("old.pt")
 
 
+def _pickled(world: World) -> None:
+    """Write a plain model as Flair does."""
+    flair_peft.merge(world.classifier()).save("pickled.pt")
+
+
 def _own_corpus(world: World) -> None:
     Path("my-corpus").mkdir()
     lines = [f"__label__{label} {text}" for label, text in (("good", "a fine film"), ("bad", "a dull film"))] * 4
@@ -245,6 +250,7 @@ READERS: dict[str, Callable[[World], None]] = {
     '"xlm-roberta-large", ': _nothing,
     "old.pt": _old,
     "merge(model)": _model,
+    "pickled.pt": _pickled,
     "to_transformers(model": _tagger,
     "RankAllocationPlugin": _plugins,
 }
@@ -295,6 +301,7 @@ def test_command_of_a_page_runs(
     model.save("best-model.pt")
     flair_peft.save_pretrained(model, "my-tagger")
     world.old_file("old.pt")
+    _pickled(world)
     if "convert" in command:
         shutil.rmtree("my-tagger")
     _, *arguments = shlex.split(command)

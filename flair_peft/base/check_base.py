@@ -1,4 +1,4 @@
-"""Whether a base model is the one that an adapter was trained on, and whether its files hold all of it."""
+"""Whether a base model is the one that a model was trained on, and whether its files hold all of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("flair_peft")
 
 
 def check_base(base: FrozenBase, expected: BaseRecord, *, name: str) -> None:
-    """Return if the base found is the one that the adapter was trained on, as far as the user wants it checked.
+    """Return if the base found is the one that the model was trained on, as far as the user wants it checked.
 
     Raises:
         BaseMismatchError: it is not.
@@ -62,7 +62,7 @@ def _mismatch(base: FrozenBase, expected: BaseRecord, what: str) -> BaseMismatch
     sizes = f"{base.own_rows} rows of vocabulary, {expected.vocabulary_size} expected"
     revision = f" at revision {expected.revision}" if expected.revision else ""
     return BaseMismatchError(
-        f"Cannot use '{base.record.name}' as base model: {what} from those that the adapter was trained on ({sizes}). "
+        f"Cannot use '{base.record.name}' as base model: {what} from those that the model was trained on ({sizes}). "
         "Another revision, another precision or a re-trained copy would predict something else. Pass base_model= with "
         f"the model that was '{expected.name}'{revision}, or verify=False to use this one all the same."
     )

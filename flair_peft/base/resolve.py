@@ -248,9 +248,10 @@ def candidate(name: str, model: PreTrainedModel, *, dtype: torch.dtype) -> BaseR
         BaseMismatchError: the user names another model.
     """
     options = load_options()
-    source, _ = options.source_of(BaseRecord(name))
+    source, revision = options.source_of(BaseRecord(name, getattr(model.config, "_commit_hash", None)))
+    pinned = {} if revision is None else {"revision": revision}
     try:
-        config = transformer.find_config(source, options.arguments())
+        config = transformer.find_config(source, {**options.arguments(), **pinned})
         record = BaseRecord(_located(source), revision=getattr(config, "_commit_hash", None))
         found = base_cache.find_again(record, model.config, dtype=dtype, kwargs=options.arguments())
     except (BaseModelNotFoundError, BaseMismatchError):
@@ -344,8 +345,8 @@ def _explain(
     if isinstance(error.__cause__, RuntimeError):
         reason = str(error.__cause__).strip().splitlines()[-1].strip().rstrip(".")
         return BaseMismatchError(
-            f"Cannot use '{wanted.name}' as base model of '{name}': it has another shape ({reason}). Only the model "
-            f"that the adapter was trained on fits: '{recorded.name}'. Pass base_model= with its directory or Hub id."
+            f"Cannot use '{wanted.name}' as base model of '{name}': it has another shape ({reason}). Only the base "
+            f"that the model was trained on fits: '{recorded.name}'. Pass base_model= with its directory or Hub id."
         )
     revision = f", revision {recorded.revision}" if recorded.revision else ""
     folder = load_options().directory

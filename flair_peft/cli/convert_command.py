@@ -16,10 +16,12 @@ from flair_peft.errors import AdapterConfigError, FlairPeftError, MissingConfigE
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from flair_peft.inspection.report import Inspection
+
 
 def add_convert(commands: Any, name: str) -> None:
     """Add the command ``convert``."""
-    text = "make a checkpoint of a .pt file that stock Flair trained with an adapter, and without its PEFT config"
+    text = "make a checkpoint of a .pt file of stock Flair, also of one with an adapter and without its PEFT config"
     example = "flair-peft convert old.pt my-tagger --lora-alpha 32"
     parser = add_command(commands, name, _convert, text, example)
     parser.add_argument("source", type=Path, help="the .pt file")
@@ -67,12 +69,8 @@ def _config_of(chosen: argparse.Namespace) -> PeftConfig | None:
         return _read_config(chosen.config)
     found = inspect(chosen.source)
     lacking = [adapter for adapter in found.adapters if not adapter.has_config]
-    if not lacking and (given or not found.adapters or found.kind != "stock"):
-        raise AdapterConfigError(
-            f"Cannot convert '{chosen.source}': it holds no adapter without a config. Models of flair_peft become "
-            "checkpoints with load and save_pretrained. Look into it with flair-peft inspect."
-        )
     if not lacking:
+        _refuse_useless(found, given, chosen.source)
         return None
     implied = [other for adapter in lacking if (other := implied_config(found.contents, adapter)) is not None]
     if len(implied) < len(lacking) or any(other.text != implied[0].text for other in implied):
@@ -84,6 +82,20 @@ def _config_of(chosen: argparse.Namespace) -> PeftConfig | None:
     _refuse_guessing(chosen.source, implied[0], given)
     config: PeftConfig = implied[0].to_config(**given)
     return config
+
+
+def _refuse_useless(found: Inspection, given: dict[str, Any], source: Path) -> None:
+    """Return if the file is one of stock Flair, in which all is that it needs, and the user gave nothing more."""
+    if found.kind != "stock" or (given and found.adapters):
+        raise AdapterConfigError(
+            f"Cannot convert '{source}': it holds no adapter without a config. Models of flair_peft become "
+            "checkpoints with load and save_pretrained. Look into it with flair-peft inspect."
+        )
+    if given:
+        raise AdapterConfigError(
+            f"Cannot use {some([*given], 3)} for '{source}': that is of an adapter, and the file holds none. Nothing "
+            "would read it. Leave it out."
+        )
 
 
 def _refuse_guessing(source: Path, implied: Any, given: dict[str, Any]) -> None:

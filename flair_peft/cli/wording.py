@@ -42,15 +42,20 @@ def _describe(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "kind", _KINDS[found.kind]
     yield from (("Flair class", name) for name in [found.flair_class] if name)
     sizes = found.sizes
-    parts = ", ".join(f"{text} {size(sizes[part])}" for part, text in _PARTS.items() if sizes[part])
+    named = {**_PARTS, "base": "transformer"} if found.transformers else _PARTS
+    parts = ", ".join(f"{text} {size(sizes[part])}" for part, text in named.items() if sizes[part])
     yield "size", f"{size(sizes['total'])}: {parts}"
     for adapter in found.adapters:
         yield from _describe_adapter(adapter)
+    for transformer in found.transformers:
+        yield "embeddings", f"{transformer.embeddings} ({transformer.place})"
+        yield "base", ", ".join(_facts_of_base(transformer.base))
     for name, labels in found.labels.items():
         described = f"{name} ({labels.type or 'no type'}, {len(labels.items)})"
         yield "labels", f"{described}: {some(labels.items, _SHOWN_LABELS)}"
     for part, dtypes in found.dtypes.items():
-        yield f"{part} dtypes", ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.items())
+        title = "transformer" if part == "base" and found.transformers else part
+        yield f"{title} dtypes", ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.items())
     for title, named in (("versions", found.versions), ("scores", found.scores)):
         if named:
             yield title, ", ".join(f"{name} {_number(value)}" for name, value in named.items())

@@ -48,9 +48,11 @@ def _push(chosen: argparse.Namespace) -> int:
     else:
         with showing("verifying"):
             address = hub.push_directory(chosen.source, chosen.repository, **options)
-        for adapter in report.inspect(chosen.source).adapters:
-            if adapter.base["name"] and Path(adapter.base["name"]).is_absolute():
-                hub.report_local_base(adapter.base["name"])
+        found = report.inspect(chosen.source)
+        left_to = (plain.base for plain in found.transformers if plain.base["left_out"])
+        for base in (*(adapter.base for adapter in found.adapters), *left_to):
+            if base["name"] and Path(base["name"]).is_absolute():
+                hub.report_local_base(base["name"])
     echo(address)
     return OK
 

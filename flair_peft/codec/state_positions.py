@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import unquote
 
 from flair_peft.errors import ModelFileError, UnsupportedStateError
 
@@ -13,6 +14,18 @@ Place = tuple[str, ...]
 def show(place: Place) -> str:
     """Return a place as text for messages."""
     return ".".join(part for part in place if part) or "the value"
+
+
+def group_of(state: dict[str, Any], prefix: str) -> tuple[dict[str, Any], str]:
+    """Return the state dict in which tensors of this prefix are, and what they begin with there.
+
+    Args:
+        state: of a model.
+        prefix: of the names that tensors have beside the JSON of the state, such as "state_dict/embeddings.model.".
+    """
+    first, _, rest = prefix.partition("/")
+    inside = state[unquote(first)]
+    return (inside, rest) if first == "state_dict" else group_of(inside, rest)
 
 
 def class_name(value: Any) -> str:

@@ -204,6 +204,7 @@ _TRANSFORMER = _Rules(
         # With the two above, neither of these is looked for.
         "model": _is_text,
         "peft_config": lambda value: value is None or isinstance(value, dict),
+        "stored_base": _is_nested,
         **dict.fromkeys(("layers", "subtoken_pooling", "cls_pooling"), _is_text),
     },
     required=frozenset({"config_state_dict", "tokenizer_data"}),

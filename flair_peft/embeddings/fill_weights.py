@@ -70,7 +70,7 @@ def fill_(
     tensors = {key: state_dict.pop(stored[theirs]) for key, theirs in match.renamed.items()}
     if pending.is_first:
         if any(tensor.dtype != expected[key].dtype for key, tensor in tensors.items()):
-            _take_dtypes_(embeddings.model, tensors)
+            take_dtypes_(embeddings.model, tensors)
         pending.is_complete = not (match.missing or match.ambiguous)
     in_place |= _put_base_in_place_(embeddings.model, tensors, embeddings.base_source.frozen)
     pending.in_place = frozenset(mine + key for key in in_place)
@@ -148,7 +148,7 @@ def _inject_into_stored_base_(embeddings: AdaptedEmbeddings, pending: PendingLoa
     match = keys.match_keys(base_tensors, expected)
     match = dataclasses.replace(match, missing=[name for name in match.missing if name not in left_out])
     _check_match(embeddings, match, expected, base_tensors)
-    _take_dtypes_(embeddings.model, base_tensors)
+    take_dtypes_(embeddings.model, base_tensors)
     base.load_state_dict(base_tensors, strict=False)  # both lists were read above
     assert pending.adapter_config is not None
     embeddings.model = injection.inject(base, pending.adapter_config)
@@ -186,7 +186,7 @@ def _problems(match: keys.KeyMatch, expected: Tensors, stored: Tensors) -> dict[
     }
 
 
-def _take_dtypes_(model: torch.nn.Module, tensors: Tensors) -> None:
+def take_dtypes_(model: torch.nn.Module, tensors: Tensors) -> None:
     """Give each weight the dtype that it was stored in: a base can hold several, as T5 does in fp16."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         stored = tensors.get(name)

@@ -187,7 +187,7 @@ def _constructor_arguments(embeddings_class: type[AdaptedEmbeddings], stored: Pa
     params["peft_gradient_checkpointing_kwargs"] = quantisation.stored_preparation(
         params.get("peft_gradient_checkpointing_kwargs")
     )
-    params["saved_config"] = _saved_config(params)
+    params["saved_config"] = saved_config(params)
     return {name: value for name, value in params.items() if name not in _STORED_BESIDE}
 
 
@@ -199,7 +199,7 @@ def _origin_of(params: Params) -> tuple[int, StoredBase] | None:
     return None if index is None else (index, StoredBase.from_dict(params.get("stored_base")))
 
 
-def _saved_config(params: Params) -> PretrainedConfig:
+def saved_config(params: Params) -> PretrainedConfig:
     """Return the shape of the transformer; nothing in it has code fetched or run."""
     shape, source = dict(params["config_state_dict"]), str(params.get("model"))
     config_safety.refuse_many(shape, source)

@@ -7,9 +7,9 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from flair_peft.adapter import implied, keys
 from flair_peft.adapter.peft_registry import peft_methods
@@ -20,6 +20,7 @@ from flair_peft.torchfile.state_tree import StoredEmbeddings, embeddings_in
 
 _NO_SETTINGS = frozenset({"auto_mapping", "peft_type", "peft_version", "task_type", "inference_mode", "revision"})
 _BASE_IN_CONFIG = "base_model_name_or_path"
+_TRANSFORMER = re.compile(r"(?:model_states/[^/]+/)?state_dict/(?:[^.]+\.)*?model\.")
 _LORA_A = ("lora_A", "lora_embedding_A")
 
 
@@ -84,9 +85,62 @@ def find_adapters(found: Contents) -> Iterator[Adapter]:
         prefixes = _prefixes_of(found, embeddings, number, groups)
         config = found.configs.get(number) if isinstance(number, int) else None
         config = config or _plain_config(embeddings.params.get("peft_config"))
-        if config is not None or prefixes:
+        if config is not None or _hold_adapter(found, prefixes):
             seen.update({number} if isinstance(number, int) else ())
             yield _describe(found, place_of(embeddings), embeddings.params, config, prefixes)
+
+
+@dataclass(frozen=True)
+class PlainTransformer:
+    """Transformer embeddings without an adapter.
+
+    Attributes:
+        place: where they stand in the model's state.
+        embeddings: their class.
+        base: name, revision, dtype, … of the model that they were made of.
+    """
+
+    place: str
+    embeddings: str | None
+    base: Mapping[str, Any]
+
+
+def find_plain(found: Contents) -> Iterator[PlainTransformer]:
+    """Yield the transformer embeddings of a model file in which no adapter is, in its order."""
+    seen = set[int]()
+    for embeddings in embeddings_in(found.state):
+        number, name = embeddings.params.get("part"), embeddings.params.get("__cls__")
+        if isinstance(number, int) and number in seen:
+            continue  # embeddings that several tasks share
+        seen.update({number} if isinstance(number, int) else ())
+        prefixes = found.prefixes[number] if found.kind == CHECKPOINT and _is_index(number, found.prefixes) else ()
+        own = _own_tensors(found, prefixes or _plain_prefixes(found, embeddings))
+        base = _describe_base(embeddings.params, None, own)
+        yield PlainTransformer(place_of(embeddings), name if isinstance(name, str) else None, base)
+
+
+def _hold_adapter(found: Contents, prefixes: tuple[str, ...]) -> bool:
+    """Whether any tensor of these prefixes is one that PEFT adds."""
+    return any(keys.is_adapter_key(name) for name in _own_tensors(found, prefixes))
+
+
+def _own_tensors(found: Contents, prefixes: tuple[str, ...]) -> dict[str, StoredTensor]:
+    """Return the tensors of a transformer by their names in it; under the first of several prefixes are all of them."""
+    first = prefixes[0] if prefixes else None
+    return {} if first is None else {k.removeprefix(first): t for k, t in found.tensors.items() if k.startswith(first)}
+
+
+def _plain_prefixes(found: Contents, embeddings: StoredEmbeddings) -> tuple[str, ...]:
+    """Return the prefix of tensors in a file that stand in the same task, and place in a stack, as embeddings."""
+    task = f"model_states/{embeddings.task.removesuffix('.')}/" if embeddings.task else ""
+    wanted = state_tree.positions(embeddings.prefix)
+    names = (match.group(0) for name in found.tensors if (match := _TRANSFORMER.match(name)) is not None)
+    mine = (name for name in names if name.startswith(f"{task}state_dict/") and state_tree.positions(name) == wanted)
+    return tuple(itertools.islice(mine, 1))
+
+
+def _is_index(number: Any, items: Sequence[Any]) -> TypeGuard[int]:
+    return type(number) is int and 0 <= number < len(items)
 
 
 def place_of(embeddings: StoredEmbeddings) -> str:
@@ -103,7 +157,7 @@ def _prefixes_of(
     Files call embeddings otherwise than their modules are called, but positions in stacks and tasks are the same.
     """
     if found.kind == CHECKPOINT:
-        return found.prefixes[number] if isinstance(number, int) and 0 <= number < len(found.prefixes) else ()
+        return found.prefixes[number] if _is_index(number, found.prefixes) else ()
     for group in groups:
         task = re.match("model_states/([^/]+)/", group[0])
         places = task.group(1) if task else "", state_tree.positions(group[0])
@@ -148,8 +202,7 @@ def _plain_setting(value: Any, depth: int = 0) -> Any:
 def _describe(
     found: Contents, place: str, params: Mapping[Any, Any], config: Mapping[str, Any] | None, prefixes: tuple[str, ...]
 ) -> Adapter:
-    first = prefixes[0] if prefixes else None
-    own = {} if first is None else {k.removeprefix(first): t for k, t in found.tensors.items() if k.startswith(first)}
+    own = _own_tensors(found, prefixes)
     added = {name: tensor for name, tensor in own.items() if keys.base_key(name) is None}
     method, settings, unknown, suggestion = _settings(config, own)
     embeddings = params.get("__cls__")

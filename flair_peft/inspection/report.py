@@ -14,8 +14,8 @@ from typing import Any
 
 from flair_peft.adapter import keys, methods
 from flair_peft.inspection import file_contents
-from flair_peft.inspection.adapters import Adapter, find_adapters
-from flair_peft.inspection.file_contents import ADAPTER, CHECKPOINT, STOCK, Contents, StoredTensor
+from flair_peft.inspection.adapters import Adapter, PlainTransformer, find_adapters, find_plain
+from flair_peft.inspection.file_contents import ADAPTER, CHECKPOINT, Contents, StoredTensor
 from flair_peft.inspection.labels import Labels, find_labels
 from flair_peft.storage import file_names
 from flair_peft.torchfile.stand_ins import Blob, Made
@@ -52,6 +52,11 @@ class Inspection:
     def adapters(self) -> tuple[Adapter, ...]:
         """The adapters, in the order of the file."""
         return tuple(find_adapters(self.contents))
+
+    @cached_property
+    def transformers(self) -> tuple[PlainTransformer, ...]:
+        """The transformer embeddings of a model without an adapter, in the order of the file."""
+        return () if self.adapters or self.kind == ADAPTER else tuple(find_plain(self.contents))
 
     @cached_property
     def labels(self) -> dict[str, Labels]:
@@ -133,6 +138,8 @@ class Inspection:
         inside = self.inside_transformer(name)
         if inside is None:
             return "head"
+        if not self.adapters:
+            return "base"
         return "adapter" if keys.base_key(inside) is None or not self.holds_base else "base"
 
     def inside_transformer(self, name: str) -> str | None:
@@ -166,6 +173,7 @@ class Inspection:
             "scores": self.scores,
             "missing": list(self.missing),
             "notes": list(self.notes),
+            "transformers": [dataclasses.asdict(transformer) for transformer in self.transformers],
         }
 
     def _tokenizer_bytes(self) -> int:
@@ -200,6 +208,9 @@ def inspect(path: str | Path) -> Inspection:
 
 def _find_missing(found: Inspection) -> Iterator[str]:
     yield from found.contents.damage
+    for base in (transformer.base for transformer in found.transformers):
+        if base["left_out"]:
+            yield f"{base['left_out']} weights of the base, which are found at '{base['name']}'"
     for adapter in found.adapters:
         of = f" of {adapter.place}" if len(found.adapters) > 1 else ""
         if not adapter.has_config:
@@ -211,8 +222,6 @@ def _find_missing(found: Inspection) -> Iterator[str]:
 
 
 def _find_notes(found: Inspection) -> Iterator[str]:
-    if not found.adapters:
-        yield "no adapter" if found.kind == STOCK else "no adapter is described"
     for adapter in found.adapters:
         config = adapter.config or adapter.settings
         several = [name for name in adapter.names if name != "default"]

@@ -11,12 +11,14 @@ from flair.nn import Model
 
 from flair_peft.adapter import injection
 from flair_peft.base import memory_check
-from flair_peft.embeddings import head_dtype
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
+from flair_peft.codec import state_positions
+from flair_peft.embeddings import fill_weights, head_dtype, plain_transformers
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.errors import StateMismatchError, name_some
 from flair_peft.models import head_probe
 from flair_peft.models.stored import Stored, report_not_finite
 from flair_peft.primitives.load_context import within_load
+from flair_peft.torchfile import state_tree
 
 
 def build(stored: Stored, load: Callable[[dict[str, Any]], Model]) -> Model:
@@ -39,13 +41,26 @@ def build(stored: Stored, load: Callable[[dict[str, Any]], Model]) -> Model:
             injection.building,
             torch.inference_mode(False),
         ):
+            _take_from_bases_(stored)
+            tensors = state_tree.tensors_of(stored.state)
             model = load(stored.state)
+        if stored.kind == "directory" and not adapted_embeddings(model):
+            fill_weights.take_dtypes_(model, tensors)
         _check_numbers(model, stored.tensors, source)
         report_not_finite(stored.tensors, f"'{source}'")
         _share_embeddings_again(model)
         head_dtype.align_head_(model)
         head_probe.replay(model, stored.state.get(head_probe.KEY), source=source, probes=probes)
     return model
+
+
+def _take_from_bases_(stored: Stored) -> None:
+    """Give the state the weights that a directory leaves to the bases of Flair's own embeddings, in place."""
+    for params in (each.params for each in stored.embeddings if each.params.get("peft_config") is None):
+        index, weights = plain_transformers.take_from_base_(params)
+        for prefix in stored.prefixes.get(index, ()) if weights and index is not None else ():
+            tensors, start = state_positions.group_of(stored.state, prefix)
+            tensors.update({start + key: tensor for key, tensor in weights.items()})
 
 
 def _check_numbers(model: Model, tensors: Mapping[str, torch.Tensor], source: str) -> None:

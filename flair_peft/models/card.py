@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from flair.data import Dictionary
@@ -15,6 +16,8 @@ from flair_peft.adapter import injection, methods
 from flair_peft.compat import versions
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import spell_out
+from flair_peft.primitives.base_record import StoredBase
+from flair_peft.primitives.dtypes import dtype_name
 from flair_peft.torchfile import state_tree
 
 _SHOWN_LABELS = 50
@@ -35,11 +38,9 @@ _CARD = """\
 {metadata}
 ---
 
-# {model} with {method} on {base}
+# {title}
 
-A [Flair](https://github.com/flairNLP/flair) model whose transformer carries a \
-[PEFT](https://github.com/huggingface/peft) adapter. This folder holds what was learned; the base model is found where \
-it is named below.
+A [Flair](https://github.com/flairNLP/flair) model{about}
 
 ## Use
 
@@ -54,10 +55,15 @@ model.predict(sentence)
 print(sentence)
 ```
 
-PEFT alone loads the adapter too: `PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)`.
-
 {sections}
 """
+
+_WITH_ADAPTER = """\
+ whose transformer carries a [PEFT](https://github.com/huggingface/peft) adapter. This folder holds what was learned; \
+the base model is found where it is named below."""
+_ON_BASE = ". This folder holds what was learned; the base model is found where it is named below."
+_WHOLE = ". This folder holds all of it, as JSON and safetensors."
+_BY_PEFT = "PEFT alone loads the adapter too: `PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)`."
 
 
 def plain(value: Any) -> Any:
@@ -71,32 +77,50 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def write_card(model: Model, embedded: list[PeftTransformerEmbeddings], *, size: int) -> str:
+def write_card(
+    model: Model, embedded: Sequence[Any], *, size: int, bases: Mapping[Any, StoredBase] = MappingProxyType({})
+) -> str:
     """Return the card of a model in Markdown, with the metadata that the Hub reads.
 
     Args:
         model: a Flair model.
-        embedded: its embeddings with an adapter.
+        embedded: its embeddings with an adapter, or those of Flair's own.
         size: bytes of the checkpoint's tensors.
+        bases: embeddings of Flair's own → how their base is stored.
     """
+    method = _method(embedded[0]) if embedded else None
+    on_base = f" on {_code(embedded[0].base_model_name)}" if embedded else ""
+    plain = _ON_BASE if any(base.is_needed for base in bases.values()) else _WHOLE
+    sections = [*_labels(model), *_scores(model), _facts(embedded, size, bases)]
     text = _CARD.format(
-        metadata=_metadata(model, embedded).to_yaml(),
+        metadata=_metadata(model, embedded, bases).to_yaml(),
         model=type(model).__name__,
         module=type(model).__module__,
-        method=methods.describe(embedded[0].adapter_config),
-        base=_code(embedded[0].base_model_name),
-        sections="\n\n".join([*_labels(model), *_scores(model), _facts(model, embedded, size)]),
+        title=f"{type(model).__name__}{f' with {method}' if method else ''}{on_base}",
+        about=_WITH_ADAPTER if method else plain,
+        sections="\n\n".join([*([_BY_PEFT] if method else []), *sections]),
     )
     return str(ModelCard(text))  # reading the metadata again is how huggingface_hub validates them
 
 
-def _metadata(model: Model, embedded: list[PeftTransformerEmbeddings]) -> ModelCardData:
-    is_on_hub = embedded[0].base_revision is not None
+def _method(embeddings: Any) -> str | None:
+    """Return the method of the adapter that embeddings have, in words."""
+    is_adapted = isinstance(embeddings, PeftTransformerEmbeddings)
+    return methods.describe(embeddings.adapter_config) if is_adapted else None
+
+
+def _revision(embeddings: Any, bases: Mapping[Any, StoredBase]) -> str | None:
+    record = bases[embeddings].record if embeddings in bases else embeddings.base_record
+    return None if record is None else record.revision
+
+
+def _metadata(model: Model, embedded: Sequence[Any], bases: Mapping[Any, StoredBase]) -> ModelCardData:
+    is_on_hub = bool(embedded) and _revision(embedded[0], bases) is not None
     results = list(_results(model))
     return ModelCardData(
         library_name="flair",
         base_model=spell_out(embedded[0].base_model_name) if is_on_hub else None,
-        tags=["flair", "flair_peft", "peft"],
+        tags=["flair", "flair_peft", *(["peft"] if any(map(_method, embedded)) else [])],
         model_name=type(model).__name__ if results else None,
         eval_results=results or None,
     )
@@ -151,18 +175,19 @@ def _scores(model: Model) -> Iterator[str]:
         yield _table("Scores in training", rows)
 
 
-def _facts(model: Model, embedded: list[PeftTransformerEmbeddings], size: int) -> str:
+def _facts(embedded: Sequence[Any], size: int, bases: Mapping[Any, StoredBase]) -> str:
     rows = []
     for embeddings in embedded:
-        trained = sum(p.numel() for p in injection.trainable_parameters(embeddings.model).values())
-        total = sum(p.numel() for p in embeddings.model.parameters())
-        revision = f", revision {_code(embeddings.base_revision)}" if embeddings.base_revision else ""
-        rows += [
-            ("base model", f"{_code(embeddings.base_model_name)}{revision}"),
-            ("method", methods.describe(embeddings.adapter_config)),
-            ("trained in the transformer", f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"),
-            ("precision of the base", _code(str(embeddings.base_dtype).removeprefix("torch."))),
-        ]
+        found = _revision(embeddings, bases)
+        revision = f", revision {_code(found)}" if found else ""
+        rows.append(("base model", f"{_code(embeddings.base_model_name)}{revision}"))
+        if method := _method(embeddings):
+            trained = sum(p.numel() for p in injection.trainable_parameters(embeddings.model).values())
+            total = sum(p.numel() for p in embeddings.model.parameters())
+            share = f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"
+            rows += [("method", method), ("trained in the transformer", share)]
+        base = getattr(embeddings, "base_model", embeddings.model)
+        rows.append(("precision of the base", _code(str(dtype_name(base.get_input_embeddings().weight.dtype)))))
     rows += [("tensors stored", f"{size / 1e6:.2f} MB"), *((f"{k} version", v) for k, v in versions().items())]
     return _table("Facts", rows)
 

@@ -1,4 +1,4 @@
-"""Files of stock Flair with an adapter → checkpoints that hold what was learned."""
+"""Files of stock Flair → checkpoints that hold what was learned."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from flair.embeddings import TransformerEmbeddings
 from flair.nn import Model
 from peft import PeftConfig
 
 from flair_peft.adapter import keys, methods
+from flair_peft.embeddings import plain_transformers
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import BaseMismatchError, ConfigMismatchError, name_some
 from flair_peft.models import load, save
@@ -35,7 +37,7 @@ def convert_legacy(
     """The directory holds the model of a stock ``.pt`` file, as :func:`flair_peft.save_pretrained` writes it.
 
     The weights of the base in the file are compared with those of the base model, bit by bit. What is equal is left
-    out; what is not is kept, and a warning says so.
+    out; what is not is kept, and a warning says so where an adapter was trained beside it.
 
     Args:
         path: of the file.
@@ -63,8 +65,11 @@ def convert_legacy(
     with progress.shown("converting", total=total):
         model = load.load_any_file(Path(path), chosen, peft_config)
 
-        def stored_base(embeddings: PeftTransformerEmbeddings) -> StoredBase:
-            found = _compare(embeddings, is_whole=bool(save_base), is_given=peft_config is not None)
+        def stored_base(embeddings: Any) -> StoredBase:
+            if isinstance(embeddings, PeftTransformerEmbeddings):
+                found = _compare(embeddings, is_whole=bool(save_base), is_given=peft_config is not None)
+            else:
+                found = _compare_plain(embeddings, is_whole=bool(save_base))
             if base_model is not None and not save_base:
                 _refuse_other_base(found, source=str(path))
             return found
@@ -72,6 +77,22 @@ def convert_legacy(
         with within_load(options=dataclasses.replace(chosen, base_model=base_model)):
             save.write_directory(model, Path(directory), stored_base=stored_base)
     return model
+
+
+def _compare_plain(embeddings: TransformerEmbeddings, *, is_whole: bool) -> StoredBase:
+    """Return which weights of embeddings without an adapter are the base model's own: all may have been trained."""
+    found = StoredBase() if is_whole else plain_transformers.compare_with_base(embeddings)
+    if found.record is None and not is_whole:
+        _report_no_base(str(embeddings.base_model_name))
+    return found
+
+
+def _report_no_base(name: str) -> None:
+    log.warning(
+        "No base model '%s' with weights of this shape is found: the checkpoint holds all of them. Pass "
+        "base_model= with its directory or Hub id to leave them out.",
+        name,
+    )
 
 
 def _refuse_other_base(stored: StoredBase, *, source: str) -> None:
@@ -88,11 +109,7 @@ def _compare(embeddings: PeftTransformerEmbeddings, *, is_whole: bool, is_given:
     """Return which weights are the base model's own, and report those that are not."""
     if is_whole or not embeddings.find_base_():
         if not is_whole:
-            log.warning(
-                "No base model '%s' with weights of this shape is found: the checkpoint holds all of them. Pass "
-                "base_model= with its directory or Hub id to leave them out.",
-                embeddings.base_model_name,
-            )
+            _report_no_base(embeddings.base_model_name)
         return StoredBase(embeddings.base_record)
     # A pickle keeps layers in one storage that a replication put there; without it, a load would make them apart.
     config = embeddings.adapter_config

@@ -18,11 +18,10 @@ from flair_peft.adapter import config as configs
 from flair_peft.adapter import keys, methods
 from flair_peft.base import memory_check
 from flair_peft.codec import state_json
-from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import FlairPeftError, ModelFileError, name_some
 from flair_peft.foreign import translate_config
 from flair_peft.models.save_plan import Description, Part, SavePlan
-from flair_peft.primitives import fingerprint
+from flair_peft.primitives import fingerprint, mapped_memory
 from flair_peft.primitives.fingerprint import are_same_bits
 from flair_peft.storage import file_names
 
@@ -47,16 +46,19 @@ def to_files(description: Description, plan: SavePlan) -> tuple[dict[str, Any], 
         for params in _params_of(document, part.index):
             for name, content in _take_archives(params, tensors):
                 files.setdefault(folder + name, content)
-            params.pop("peft_config")
+            params.pop("peft_config", None)
         prefixes = list(part.prefixes_in(tensors))
         for name in [prefix + key for prefix in prefixes for key in part.weights]:
             tensors.pop(name)
-        files[folder + file_names.ADAPTER_CONFIG] = _adapter_config(part.embeddings)
-        files[folder + file_names.ADAPTER_WEIGHTS], only_for_peft, rest = _split(part)
+        only_for_peft, rest, same_as = list[str](), dict(part.weights), _tied(part.weights)
+        if not part.is_plain:
+            files[folder + file_names.ADAPTER_CONFIG] = _adapter_config(part.embeddings)
+            files[folder + file_names.ADAPTER_WEIGHTS], only_for_peft, rest = _split(part)
+            same_as = _held_elsewhere(rest, files[folder + file_names.ADAPTER_WEIGHTS])
+        rest = {name: tensor for name, tensor in rest.items() if name not in same_as}
         base = set() if part.stored.is_needed else {name for name in rest if keys.base_key(name) is not None}
         files.setdefault(file_names.BASE, {}).update({prefixes[0] + name: rest.pop(name) for name in base})
-        same_as = _held_elsewhere(rest, files[folder + file_names.ADAPTER_WEIGHTS])
-        tensors.update({prefixes[0] + name: tensor for name, tensor in rest.items() if name not in same_as})
+        tensors.update({prefixes[0] + name: tensor for name, tensor in rest.items()})
         twice = {"same_as": same_as} if same_as else {}
         parts.append({"prefixes": prefixes, "only_for_peft": only_for_peft, **twice})
     # Equal archives are one tensor: two embeddings on one base have the same tokenizer.
@@ -87,9 +89,11 @@ def from_files(
         folder = file_names.folder_of(index)
         adapter = dict(tensors.get(folder + file_names.ADAPTER_WEIGHTS, {}))
         bounds = memory_check.Bounds(folder + file_names.ADAPTER_CONFIG, {**adapter, **found})
+        is_plain = not adapter and folder + file_names.ADAPTER_CONFIG not in files
         _give_weights(part, adapter, found)
         for params in _params_of(model, index):
-            params["peft_config"] = _read_config(files, folder + file_names.ADAPTER_CONFIG, bounds)
+            if not is_plain:
+                params["peft_config"] = _read_config(files, folder + file_names.ADAPTER_CONFIG, bounds)
             _give_archives(params, folder, files, found)
     return state_json.decode(model, found)
 
@@ -161,6 +165,14 @@ def _held_elsewhere(rest: Tensors, theirs: Mapping[str, torch.Tensor]) -> dict[s
     return found
 
 
+def _tied(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return key → earlier key under which the very same memory is held, as those of tied weights are."""
+    first = dict[Any, str]()
+    places = {name: (mapped_memory.address(tensor), tensor.shape) for name, tensor in weights.items()}
+    earlier = {name: first.setdefault(place, name) for name, place in places.items()}
+    return {name: other for name, other in earlier.items() if other != name}
+
+
 def _give_weights(part: Mapping[str, Any], adapter: Tensors, tensors: Tensors) -> None:
     first, whole = part["prefixes"][0], dict(adapter)
     for name in part["only_for_peft"]:
@@ -181,7 +193,7 @@ def _give_weights(part: Mapping[str, Any], adapter: Tensors, tensors: Tensors) -
         tensors.update({prefix + name: tensor for name, tensor in {**own, **adapter}.items()})
 
 
-def _adapter_config(embeddings: PeftTransformerEmbeddings) -> bytes:
+def _adapter_config(embeddings: Any) -> bytes:
     """Return what PEFT itself writes, so that PEFT alone can read it."""
     config: PeftConfig = configs.own_config(embeddings.adapter_config)
     config.base_model_name_or_path = embeddings.base_model_name

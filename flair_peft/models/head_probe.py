@@ -206,7 +206,10 @@ def _distance(found: torch.Tensor | None, expected: torch.Tensor) -> float:
 
 def _coarsest(model: Model) -> str:
     """Return the name of the dtype that rounds most, of those in which the embeddings compute."""
-    return max(map(vector_probe.rounding_of, adapted_embeddings(model)), key=vector_probe.tolerance, default="float32")
+    adapted = adapted_embeddings(model)
+    # In a plain model, anything may have been converted.
+    plain = {str(dtype_name(p.dtype)) for p in model.parameters() if p.is_floating_point()} if not adapted else ()
+    return max([*map(vector_probe.rounding_of, adapted), *plain], key=vector_probe.tolerance, default="float32")
 
 
 def _outputs(model: Model, readings: Sequence[Reading]) -> Tensors:

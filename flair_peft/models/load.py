@@ -66,9 +66,24 @@ def _open_directory(directory: Path, options: LoadOptions) -> Stored:
         )
     found = checkpoint_directory.read(directory)
     model_class = model_classes.class_of_directory(found.document.get("class"), str(directory))
+    content = (found.document, found.files, found.tensors)
+    return stored_in(*content, model_class=model_class, source=str(directory), options=options)
+
+
+def stored_in(
+    document: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    *,
+    model_class: type[Model],
+    source: str,
+    options: LoadOptions,
+) -> Stored:
+    """Return the model in the document and the files of a directory, which need not be written yet."""
     with within_load(options=options):
-        state = directory_layout.from_files(found.document, found.files, found.tensors)
-    return Stored("directory", state, str(directory), options, model_class)
+        state = directory_layout.from_files(document, files, tensors)
+    prefixes = {index: part["prefixes"] for index, part in enumerate(document["parts"])}
+    return Stored("directory", state, source, options, model_class, prefixes=prefixes)
 
 
 def load_stored(
@@ -266,14 +281,15 @@ def verify(source: str | Path, *, base_model: str | Mapping[str, str] | None = N
         ModelFileError: the file holds nothing by which this could be told: stock Flair wrote it, or flair_peft 0.1.0.
         FlairPeftError: it is not; see :func:`from_pretrained`.
     """
-    model = from_pretrained(source, base_model=base_model, verify="full", **options)
-    embedded = adapted_embeddings(model)
-    if not embedded or any(embeddings.origin is None for embeddings in embedded):
-        lacking = "probe and no record of the base model" if embedded else "adapter"
+    revision, chosen = options.pop("revision", None), choose(base_model=base_model, verify="full", **options)
+    stored = open_stored(locate(source, revision=revision, options=chosen), chosen)
+    embedded = adapted_embeddings(load_stored(stored))
+    is_known = embedded or stored.kind == "directory"
+    if not is_known or any(embeddings.origin is None for embeddings in embedded):
         raise ModelFileError(
-            f"Cannot verify '{source}': it loads, but it holds no {lacking}. "
+            f"Cannot verify '{source}': it loads, but it holds no probe and no record of the base model. "
             "Files that stock Flair or flair_peft 0.1.0 wrote say nothing by which the model and its base could be "
-            "proven to be as they were. If it has an adapter, load it and save it again."
+            "proven to be as they were. Load it and save it with save_pretrained."
         )
 
 

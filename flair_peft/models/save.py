@@ -15,8 +15,8 @@ from flair_peft.base import weight_files
 from flair_peft.codec import state_json
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import SaveError
-from flair_peft.models import card, directory_layout
-from flair_peft.models.save_plan import Description, encode, plan_save
+from flair_peft.models import card, directory_layout, trial_load
+from flair_peft.models.save_plan import Description, SavePlan, encode, plan_save
 from flair_peft.models.stored import report_not_finite
 from flair_peft.primitives import mapped_memory, progress
 from flair_peft.storage import checkpoint_directory, hub
@@ -41,32 +41,46 @@ def save_pretrained(model: Model, directory: str | Path, *, save_base: bool | No
     ``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's own: PEFT alone can load them onto the base. An
     earlier checkpoint in the directory is replaced as a whole; other files in it stay.
 
+    Of a model without an adapter it holds what a load of Flair's own would bring back, and all weights that are not
+    those of a base on this machine. It is loaded from what will be written, and compared, before anything is: that
+    takes the memory of a second model.
+
     Args:
-        model: a Flair model whose embeddings have an adapter.
+        model: a Flair model.
         directory: is made where it is missing.
         save_base: write the base model's weights too; None means what the embeddings were made with.
 
     Raises:
-        UnsupportedStateError: the model holds an object that files cannot hold; named by field and type.
-        AdapterConfigError: the model has no adapter.
+        UnsupportedStateError: the model holds an object that files cannot hold, named by field and type, or Flair
+            loads something else than it stores.
+        AdapterConfigError: its adapter cannot be stored as it is.
         SaveError: the directory could not be written; what was there is as it was.
     """
     write_directory(model, Path(directory), save_base=save_base)
 
 
 @progress.shown("saving")
-def write_directory(model: Model, directory: Path, **how: Any) -> None:
-    """The directory holds the model, as :func:`flair_peft.models.save_plan.plan_save` plans it if it is told how."""
+def write_directory(model: Model, directory: Path, **how: Any) -> SavePlan:
+    """The directory holds the model, as :func:`flair_peft.models.save_plan.plan_save` plans it if it is told how.
+
+    Returns:
+        The plan.
+    """
     _refuse_base_directory(directory)
     with checkpoint_directory.explained(directory):
         plan = plan_save(model, **how)
         description = encode(plan)
-        _report_not_finite(description, directory)
         document, files = directory_layout.to_files(description, plan)
+        if adapted_embeddings(model):
+            _report_not_finite(description, directory)
+        else:
+            trial_load.compare_with_load(model, document, files, source=str(directory))
         size = sum(t.nbytes for content in files.values() if isinstance(content, dict) for t in content.values())
-        text = card.write_card(model, [part.embeddings for part in plan.parts], size=size)
+        bases = {part.embeddings: part.stored for part in plan.parts if part.is_plain}
+        text = card.write_card(model, [part.embeddings for part in plan.parts], size=size, bases=bases)
         name = f"{type(model).__module__}.{type(model).__qualname__}"
         checkpoint_directory.write(directory, {"class": name, **document}, files, text)
+    return plan
 
 
 def push_to_hub(
@@ -84,7 +98,7 @@ def push_to_hub(
     """Return the address of the commit by which the Hub holds the model; see :func:`save_pretrained`.
 
     Args:
-        model: a Flair model whose embeddings have an adapter.
+        model: a Flair model.
         repo_id: ``user/name``; the repository is made where it is missing.
         token: of a user who may write there.
         private: for a new repository.
@@ -99,10 +113,10 @@ def push_to_hub(
         UnsupportedStateError: the model holds an object that files cannot hold.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, Path(folder, "model"), save_base=save_base)
-        for embeddings in adapted_embeddings(model):
-            if embeddings.base_record is None or Path(embeddings.base_record.name).is_dir():
-                hub.report_local_base(embeddings.base_model_name)
+        for part in write_directory(model, Path(folder, "model"), save_base=save_base).parts:
+            record = part.stored.record
+            if (record is None or Path(record.name).is_dir()) and (part.stored.is_needed or not part.is_plain):
+                hub.report_local_base(part.embeddings.base_model_name)
         return hub.upload(
             Path(folder, "model"),
             repo_id,

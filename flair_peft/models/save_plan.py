@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -10,18 +11,19 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from flair.embeddings import TransformerEmbeddings
 from flair.nn import Model
 
 from flair_peft.adapter import refusals
 from flair_peft.codec import state_json
 from flair_peft.compat import versions
-from flair_peft.embeddings import stored_params, untrained
+from flair_peft.embeddings import plain_transformers, stored_params, untrained
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.embeddings.vector_probe import Reading
-from flair_peft.errors import AdapterConfigError
 from flair_peft.models import card, head_probe
 from flair_peft.primitives import mapped_memory
 from flair_peft.primitives.base_record import StoredBase
+from flair_peft.primitives.load_context import LoadOptions, within_load
 from flair_peft.torchfile import state_tree
 
 Tensors = dict[str, torch.Tensor]
@@ -50,9 +52,14 @@ class Part:
     """
 
     index: int
-    embeddings: PeftTransformerEmbeddings
+    embeddings: TransformerEmbeddings
     stored: StoredBase
     proof: Mapping[str, Any]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the embeddings are Flair's own, without an adapter."""
+        return not isinstance(self.embeddings, PeftTransformerEmbeddings)
 
     @cached_property
     def weights(self) -> Tensors:
@@ -78,7 +85,7 @@ class SavePlan:
 
     Attributes:
         model: that is saved.
-        parts: its embeddings with an adapter.
+        parts: its embeddings with an adapter; those of Flair's own where there are none of these.
         head: what its head gives for a probe, and the vectors of embeddings that were read for that.
     """
 
@@ -92,10 +99,7 @@ class SavePlan:
 
 
 def plan_save(
-    model: Model,
-    *,
-    save_base: bool | None = None,
-    stored_base: Callable[[PeftTransformerEmbeddings], StoredBase] | None = None,
+    model: Model, *, save_base: bool | None = None, stored_base: Callable[[Any], StoredBase] | None = None
 ) -> SavePlan:
     """Return what a save stores of a model, which stays as it is.
 
@@ -105,15 +109,13 @@ def plan_save(
         stored_base: says it instead, for each of the embeddings.
 
     Raises:
-        AdapterConfigError: none of the embeddings has an adapter, or they cannot be stored in this way.
+        AdapterConfigError: the embeddings cannot be stored in this way.
+        UnsupportedStateError: nor can their weights.
         UnsupportedMethodError: files cannot hold the adapter.
     """
     embedded = adapted_embeddings(model)
     if not embedded:
-        raise AdapterConfigError(
-            f"Cannot save this {type(model).__name__} as a checkpoint: none of its embeddings has an adapter. The "
-            "format holds what was learned on top of a base model. Use model.save(path)."
-        )
+        return _plan_plain(model, stored_base or functools.partial(_base_here, save_base=bool(save_base)))
     for embeddings in embedded:
         refusals.refuse_unstorable(embeddings.model)
     with _one_save:
@@ -123,6 +125,31 @@ def plan_save(
         head = head_probe.take(model, readings)
         proofs = map(stored_params.proof_params, readings, itertools.count(), bases, unchanged)
         return SavePlan(model, tuple(map(Part, itertools.count(), embedded, bases, proofs)), head)
+
+
+def _plan_plain(model: Model, stored_base: Callable[[Any], StoredBase]) -> SavePlan:
+    """Return what a save stores of a model without an adapter: all that its bases lack."""
+    embedded = plain_transformers.plain_transformers(model)
+    for embeddings in embedded:
+        plain_transformers.refuse_unstorable(embeddings)
+    with _one_save:
+        with plain_transformers.describing({each: {"part": index} for index, each in enumerate(embedded)}):
+            state = model._get_state_dict()
+        # Those of which the state says nothing are made by code around them, and are modules like all others.
+        described = {found.params.get("part") for found in state_tree.embeddings_in(state)}
+        embedded = [embeddings for index, embeddings in enumerate(embedded) if index in described]
+        bases = [stored_base(embeddings) for embeddings in embedded]
+        proofs = [{"part": index, "stored_base": stored.to_dict()} for index, stored in enumerate(bases)]
+        parts = tuple(map(Part, itertools.count(), embedded, bases, proofs))
+        return SavePlan(model, parts, head_probe.take(model, []))
+
+
+def _base_here(embeddings: TransformerEmbeddings, *, save_base: bool) -> StoredBase:
+    """Return which weights of plain embeddings a base on this machine has; nothing is downloaded for that."""
+    if save_base:
+        return StoredBase()
+    with within_load(options=LoadOptions(local_files_only=True)):
+        return plain_transformers.compare_with_base(embeddings)
 
 
 def encode(plan: SavePlan, **extra: Any) -> Description:
@@ -135,7 +162,8 @@ def encode(plan: SavePlan, **extra: Any) -> Description:
     Raises:
         UnsupportedStateError: the model holds an object that files cannot hold.
     """
-    model, described = plan.model, set[int]()
+    model, plain = plan.model, {part.embeddings: part.proof for part in plan.parts if part.is_plain}
+    described = {part.index for part in plan.parts if part.is_plain}
 
     def complete(params: dict[str, Any]) -> dict[str, Any]:
         part = plan.part_of(stored_params.embeddings_of(params))
@@ -145,7 +173,8 @@ def encode(plan: SavePlan, **extra: Any) -> Description:
         return {**params, **part.proof}
 
     with _one_save:
-        state: dict[str, Any] = _to_store(model._get_state_dict(), plan, model, complete)
+        with plain_transformers.describing(plain):
+            state: dict[str, Any] = _to_store(model._get_state_dict(), plan, model, complete)
         head = {**plan.head, "settings": head_probe.digest(state)}
         state = {**state, head_probe.KEY: head, "versions": versions(), **extra}
         if model.model_card is not None:

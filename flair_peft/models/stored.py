@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -50,6 +50,7 @@ class Stored:
         options: of this load.
         model_class: that a checkpoint directory names.
         given: the PEFT config that the user gave, and the embeddings that it was meant for.
+        prefixes: of a directory: number of embeddings → what stands in front of the names of their tensors.
     """
 
     kind: Literal["directory", "file", "state"]
@@ -58,6 +59,7 @@ class Stored:
     options: LoadOptions = dataclasses.field(default_factory=LoadOptions)
     model_class: Any = None
     given: tuple[PeftConfig, tuple[StoredEmbeddings, ...]] | None = None
+    prefixes: Mapping[int, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def embeddings(self) -> tuple[StoredEmbeddings, ...]:

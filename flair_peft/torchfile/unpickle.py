@@ -42,8 +42,8 @@ State = dict[str, Any]
 def read_state(path: AnyFile, *, expects_adapters: bool = True, trust_pickle: bool = False) -> State:
     """Return the state of a Flair model; no code of the file is run, unless that is asked for.
 
-    Every name in its pickles has to be one that Flair writes of its models with adapters before anything is unpickled,
-    and the checksums of a model with adapters are right. Tensors may be views of the file, so it should not be written
+    Every name in its pickles has to be one that Flair writes of its models before anything is unpickled, and the
+    checksums are right. Tensors may be views of the file, so it should not be written
     into as long as the state is held.
 
     Args:
@@ -54,7 +54,7 @@ def read_state(path: AnyFile, *, expects_adapters: bool = True, trust_pickle: bo
 
     Raises:
         ModelFileError: the file is truncated, empty, or not a Flair model, or a checksum is wrong.
-        UnsafeFileError: it names what no Flair model with an adapter needs; nothing of it was run.
+        UnsafeFileError: it names what no Flair model needs; nothing of it was run.
     """
 
     def read(file: HeldFile) -> State:
@@ -64,7 +64,7 @@ def read_state(path: AnyFile, *, expects_adapters: bool = True, trust_pickle: bo
                 f"Cannot load '{path}': it holds a {type(state).__name__} without a 'state_dict'. A Flair model file "
                 "has one beside its settings. Pass a file that model.save() or Flair's trainer wrote."
             )
-        if state_tree.has_adapters(state):
+        if (expects_adapters and not trust_pickle) or state_tree.has_adapters(state):
             checksums.check_sums(file)
         return state
 
@@ -117,8 +117,8 @@ def _read_allowed(path: AnyFile, contents: scan.PickleContents | None) -> Any:
     refused = {name for name in names if not _is_allowed(name)}
     if refused:
         raise UnsafeFileError(
-            f"Cannot load '{path}': it names {name_some(refused)}, which Flair's own models with adapters do not need. "
-            "Loading a pickle runs what it names, so such a file can do anything; nothing of it was run. If you know "
+            f"Cannot load '{path}': it names {name_some(refused)}, which Flair's own models do not need. Loading a "
+            "pickle runs what it names, so such a file can do anything; nothing of it was run. If you know "
             f"who wrote it and trust them: flair_peft.load_legacy('{path}', trust_pickle=True)."
         )
     if contents is None or not contents.is_whole:

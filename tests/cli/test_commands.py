@@ -551,7 +551,7 @@ def test_export_in_int8_prints_what_it_costs(run: Run, file: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("command", ["inspect", "diff", "convert", "verify", "push", "merge", "export"])
 def test_hostile_input_is_a_paragraph_and_exit_code_two(
-    command: str, run: Run, converter: Converter, tmp_path: Path, directory: Path
+    command: str, run: Run, tmp_path: Path, directory: Path
 ) -> None:
     """No traceback, nothing on the output, and no payload runs."""
     more = {
@@ -681,3 +681,24 @@ def test_version_is_that_of_the_package_and_of_what_it_stands_on(capsys: pytest.
     assert required <= set(found) <= required | {"bitsandbytes", "torchao"}
     assert Version(found["torch"]).public == Version(torch.__version__).public  # the name of a build may be missing
     assert ("torchao" in found) == (importlib.util.find_spec("torchao") is not None)
+
+
+def test_plain_model_is_inspected_converted_and_verified_without_a_word_of_adapters(
+    run: Run, base: Base, tmp_path: Path
+) -> None:
+    """A pickle of stock Flair becomes a directory, and what is said of both is what users know of their model."""
+    made = make(CLASSIFIER, base("bert"), None, is_stock=True)
+    path, directory = save_stock(made, tmp_path / "plain.pt"), tmp_path / "out"
+    expected = CLASSIFIER.predict(made, CLASSIFIER.corpus())
+    said = [run("inspect", path), run("convert", path, directory), run("inspect", directory), run("verify", directory)]
+    assert [(code, errors) for code, _, errors in said] == [(0, "")] * 4
+    assert not any("adapter" in text.lower() for _, text, _ in said)
+    for text in (said[0][1], said[2][1]):
+        assert f"base            {base('bert')}, float32" in text
+        assert "embeddings      TransformerDocumentEmbeddings (document_embeddings)" in text
+        assert "labels          label_dictionary (sentiment, 3): neutral, positive, negative" in text
+    assert re.search(r"size .*: head \d+ bytes, transformer [\d.]+ kB", said[2][1])
+    assert CLASSIFIER.predict(Model.load(directory), CLASSIFIER.corpus()) == expected
+    code, _, errors = run("convert", path, tmp_path / "more", "--lora-alpha", "8")
+    assert (code, "Cannot use lora_alpha" in errors) == (2, True)
+    assert is_paragraph(errors)

@@ -162,12 +162,13 @@ def test_inspection_of_an_old_style_file_says_the_same(base: Base, tmp_path: Pat
     assert [old["bytes"][part] for part in parts] == [new["bytes"][part] for part in parts]
 
 
-def test_inspection_of_a_stock_file_without_an_adapter_says_so(base: Base, tmp_path: Path) -> None:
+def test_inspection_of_a_stock_file_without_an_adapter_names_its_transformer(base: Base, tmp_path: Path) -> None:
     """Any model of Flair can be looked into."""
     model = make(CLASSIFIER, base("bert"), None, is_stock=True)
     found = inspect(save_stock(model, tmp_path / "x.pt"))
     assert found.adapters == ()
-    assert found.notes == ("no adapter",)
+    assert found.notes == ()
+    assert [transformer.base["name"] for transformer in found.transformers] == [base("bert")]
     transformer = sum(tensor.nbytes for tensor in model.embeddings.model.state_dict().values())
     assert found.sizes["base"] == transformer
 
@@ -256,7 +257,7 @@ def test_inspection_as_json_has_stable_keys(saved: Callable[[str, str], tuple[Mo
         found = json.loads(text)
         assert list(found) == [
             *("format", "path", "kind", "class", "bytes", "adapters", "labels", "dtypes", "tensors", "versions"),
-            *("scores", "missing", "notes"),
+            *("scores", "missing", "notes", "transformers"),
         ]
         assert list(found["bytes"]) == [*report.PARTS, "total"]
         assert found["adapters"][0].keys() == {

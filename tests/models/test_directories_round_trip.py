@@ -815,16 +815,6 @@ def test_model_that_no_file_can_hold_is_refused_by_field_and_type(
     assert list((tmp_path / "training").glob("*.pt")) == []
 
 
-def test_model_without_adapters_is_refused_as_a_directory(base: Base, tmp_path: Path) -> None:
-    """The error leads to Flair's own save."""
-    from flair.embeddings import TransformerDocumentEmbeddings
-
-    stock = CLASSIFIER.build(None, lambda: TransformerDocumentEmbeddings(base("bert")))
-    with pytest.raises(ValueError, match=r"none of its embeddings has an adapter.*model\.save"):
-        flair_peft.save_pretrained(stock, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
 def test_saving_changes_nothing_in_the_live_model(base: Base, tmp_path: Path) -> None:
     """State, modes, gradients and random numbers are what they were, in the middle of a training too."""
     live = classifier(base("bert"), lora(target_modules=TARGETS, lora_dropout=0.5))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -253,11 +255,50 @@ def test_hub_push_keeps_a_card_that_somebody_wrote(hub: _Hub) -> None:
 
 def test_hub_push_of_a_model_that_cannot_be_stored_makes_no_repository(hub: _Hub, base: Callable[[str], str]) -> None:
     """What cannot be stored is said before the Hub is asked for anything."""
-    model = ENTRY.build(None, lambda: TransformerDocumentEmbeddings(base("bert")))
+    model = ENTRY.build(None, lambda: TransformerDocumentEmbeddings(base("bert"), peft_config=copy.deepcopy(LORA)))
     hub.requests.clear()
-    with pytest.raises(AdapterConfigError, match="none of its embeddings has an adapter"):
+    with pytest.raises(AdapterConfigError, match="of Flair's own class and has an adapter"):
         _push(model)
     assert hub.requests == []
+
+
+def test_hub_holds_a_plain_model_beside_the_commit_of_its_base(hub: _Hub, caplog: pytest.LogCaptureFixture) -> None:
+    """Flair's own embeddings are pushed without the weights that a base of the Hub has, and pulled as they were."""
+    model = ENTRY.build(None, lambda: TransformerDocumentEmbeddings(BASE))
+    expected = _predict(model)
+    _push(model)
+    assert "base_model: " + BASE in hub.files(REPO)["README.md"].decode()
+    assert sum(len(content) for name, content in hub.files(REPO).items() if name.endswith("safetensors")) < 20_000
+    assert "directory" not in caplog.text
+    hub.add_repo(BASE, _other_weights(hub.files(BASE)))
+    _forget_bases()
+    loaded = Model.load(REPO)
+    assert type(loaded.embeddings) is TransformerDocumentEmbeddings
+    assert _predict(loaded) == expected
+
+
+def test_plain_file_is_converted_with_a_base_in_another_cache(hub: _Hub, tmp_path: Path) -> None:
+    """Where a user keeps files from the Hub, the base is found for the comparison and for the trial."""
+    model = ENTRY.build(None, lambda: TransformerDocumentEmbeddings(BASE))
+    model.save(tmp_path / "plain.pt")
+    shutil.rmtree(tmp_path / "cache")
+    _forget_bases()
+    other = str(tmp_path / "other")
+    flair_peft.convert_legacy(tmp_path / "plain.pt", tmp_path / "model", cache_dir=other)
+    assert sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")) < 20_000
+    loaded = flair_peft.from_pretrained(tmp_path / "model", cache_dir=other, local_files_only=True)
+    assert _predict(loaded) == _predict(model)
+
+
+def test_hub_push_of_a_plain_model_on_a_local_base_says_so(
+    hub: _Hub, base: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others do not have the directory, unless nothing is left to it."""
+    model = ENTRY.build(None, lambda: TransformerDocumentEmbeddings(base("bert")))
+    _push(model, save_base=True)
+    assert "others do not have" not in caplog.text
+    _push(model)
+    assert "others do not have" in caplog.text
 
 
 def test_hub_base_is_pinned_to_the_commit_it_was_trained_on(hub: _Hub, tmp_path: Path) -> None:
