@@ -915,6 +915,7 @@ def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         replace(source, target, **options)
 
     monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)  # Python 3.10 took the function when it was imported
     return path
 
 

@@ -77,8 +77,7 @@ def quantize_onnx(
     before, score = _predict(model, data_points), _evaluate(model, data_points, gold_label_type)
     sizes = sum(Path(embeddings.onnx_model).stat().st_size for embeddings in embedded)
     with host_internals.without_advice_on_quantising():
-        for embeddings in embedded:
-            _quantize_(embeddings)
+        _quantize_(embedded)
     after, score_after = _predict(model, data_points), _evaluate(model, data_points, gold_label_type)
     pairs = list(zip(before, after, strict=True))
     cost = AccuracyCost(
@@ -92,16 +91,26 @@ def quantize_onnx(
     return cost
 
 
-def _quantize_(embeddings: TransformerOnnxEmbeddings) -> None:
-    """The embeddings compute with a file in int8 beside their own, or as they did if it cannot be written."""
+def _quantize_(embedded: Sequence[TransformerOnnxEmbeddings]) -> None:
+    """All embeddings compute with files in int8 beside their own, or all as they did if one cannot be written."""
+    given = [embeddings.onnx_model for embeddings in embedded]
+    try:
+        for embeddings in embedded:
+            _quantize_one_(embeddings)
+    except BaseException:
+        for embeddings, path in zip(embedded, given, strict=True):
+            embeddings.onnx_model = path
+            embeddings.create_session()
+        raise
+
+
+def _quantize_one_(embeddings: TransformerOnnxEmbeddings) -> None:
     path = Path(embeddings.onnx_model)
     target = path.with_name(f"{path.stem}-int8{path.suffix}")
     try:
         checkpoint_directory.write_file(target, lambda file: embeddings.quantize_model(file.name))
     except BaseException as error:
         path.with_name(f"{path.stem}-inferred{path.suffix}").unlink(missing_ok=True)  # which onnxruntime leaves behind
-        embeddings.onnx_model = str(path)
-        embeddings.create_session()
         if isinstance(error, FlairPeftError) or not isinstance(error, Exception):
             raise
         raise SaveError(

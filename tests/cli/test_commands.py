@@ -31,7 +31,7 @@ from flair_peft.export.linear_head import live_scores
 from flair_peft.inspection import report
 from tests.export import reader
 from tests.support.configs import lora
-from tests.support.files import Payload, save_as, save_stock
+from tests.support.files import Payload, resign, save_as, save_stock
 from tests.support.hub_stand_in import HubStandIn, online
 from tests.support.models import CLASSIFIER, make
 from tests.support.round_trip import largest_difference
@@ -98,6 +98,20 @@ def test_inspect_prints_what_the_json_says(run: Run, directory: Path) -> None:
     assert ", ".join(found["labels"]["label_dictionary"]["items"]) in text
     assert found["adapters"][0]["base"]["name"] in text
     assert all(line in text for line in found["missing"])
+
+
+def test_inspect_names_the_revision_and_the_quantisation_of_the_base(run: Run, directory: Path, tmp_path: Path) -> None:
+    """Both decide which base a reader has to have."""
+    place = shutil.copytree(directory, tmp_path / "model")
+
+    def change(document: dict[str, Any]) -> None:
+        base = document["model"]["document_embeddings"]["stored_base"]["record"]
+        base.update(revision="1a2b3c", quantization={"load_in_4bit": True, "load_in_8bit": False})
+
+    resign(place, change)
+    code, text, errors = run("inspect", place)
+    assert (code, errors) == (0, "")
+    assert re.search(r"^base +.*, revision 1a2b3c, float32, quantised \(load_in_4bit\)$", text, re.M)
 
 
 def test_inspect_of_a_stock_file_prints_the_call_that_is_open(run: Run, stock: Path) -> None:

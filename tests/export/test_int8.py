@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flair.data import Dictionary, Sentence
-from flair.models import TextClassifier
+from flair.embeddings import StackedEmbeddings
+from flair.embeddings.transformer import TransformerOnnxEmbeddings
+from flair.models import SequenceTagger, TextClassifier
 from flair.nn import Model
 
 import flair_peft
-from flair_peft.errors import AdapterConfigError
+from flair_peft import PeftTransformerWordEmbeddings
+from flair_peft.errors import AdapterConfigError, SaveError
 from flair_peft.export import int8
+from tests.regression.make import labels
 from tests.support.configs import lora
 from tests.support.models import save_random
 from tests.support.predictions import labels_of, points_of
@@ -75,6 +80,33 @@ def test_quantisation_leaves_logging_as_it_was(
     exported = flair_peft.export_onnx(live, tmp_path / "again.onnx")
     flair_peft.quantize_onnx(exported, points_of("text-classifier"))
     assert root.handlers == []
+
+
+def test_quantisation_that_fails_leaves_all_transformers_as_they_were(
+    base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the one that was done already: a model that computes partly in int8 is none that anybody asked for."""
+    both = [PeftTransformerWordEmbeddings(base("bert"), peft_config=lora(), layers=layers) for layers in ("-1", "-2")]
+    options = {"use_rnn": False, "use_crf": False, "reproject_embeddings": False}
+    live = SequenceTagger(StackedEmbeddings(both), tag_dictionary=labels("PER", "LOC"), tag_type="ner", **options)
+    exported = flair_peft.export_onnx(live, tmp_path / "model.onnx")
+    embedded = [module for module in exported.modules() if isinstance(module, TransformerOnnxEmbeddings)]
+    assert len(embedded) == 2
+    points, before, after = (points_of("sequence-tagger") for _ in range(3))
+    exported.predict(before)
+    files, quantise = [each.onnx_model for each in embedded], embedded[1].quantize_model
+
+    def fail(path: str, **_: Any) -> None:
+        quantise(path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embedded[1], "quantize_model", fail)
+    with pytest.raises(SaveError, match="No space left on device"):
+        flair_peft.quantize_onnx(exported, points)
+    assert [each.onnx_model for each in embedded] == files
+    exported.predict(after)
+    assert labels_of(after) == labels_of(before)
+    assert not [*tmp_path.glob("*-inferred*"), *tmp_path.glob("*.tmp")]
 
 
 def test_cost_counts_evaluations_where_gold_labels_are_named(base: Callable[[str], str], tmp_path: Path) -> None:
