@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from flair.data import Dictionary, Sentence
+from flair.embeddings import TransformerDocumentEmbeddings, TransformerWordEmbeddings
 from flair.models import MultitaskModel, SequenceTagger, TextClassifier
 from flair.nn import Model
 from peft import IA3Config, LoraConfig, PrefixTuningConfig
@@ -84,13 +85,33 @@ def make_whole(base: str) -> Model:
     return TextClassifier(embeddings, label_dictionary=labels("food", "price"), label_type="topic", **options)
 
 
+def make_plain(base: str) -> Model:
+    """Return a model without an adapter, none of whose weights is that of its base."""
+    embeddings = TransformerDocumentEmbeddings(small_encoder(base), fine_tune=True)
+    with torch.no_grad():
+        for parameter in embeddings.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return TextClassifier(embeddings, label_dictionary=labels("good", "bad"), label_type="sentiment")
+
+
+def make_frozen(base: str) -> Model:
+    """Return a model without an adapter, whose transformer is its base: the directory holds its head alone."""
+    embeddings = TransformerWordEmbeddings(base, fine_tune=False)
+    options = {"use_rnn": False, "reproject_embeddings": False}
+    return SequenceTagger(embeddings, tag_dictionary=labels("PER", "LOC"), tag_type="ner", **options)
+
+
 MODELS: dict[str, Callable[[str], Model]] = {
     "classifier-dora-biases": make_classifier,
     "tagger-crf-context": make_tagger,
     "classifier-prefix-bf16": make_half,
     "taggers-shared-upper-layers": make_tasks,
     "classifier-whole": make_whole,
+    "classifier-plain": make_plain,
+    "tagger-plain-frozen": make_frozen,
 }
+WITHOUT_FILE = {"classifier-plain", "tagger-plain-frozen"}
+"""Models without an adapter, of which a file is Flair's own."""
 WRITTEN = {"0.2.0": {"classifier-dora-biases", "tagger-crf-context", "classifier-prefix-bf16"}, "0.3.0": {*MODELS}}
 """Version → names of the models that it wrote."""
 
@@ -119,7 +140,8 @@ def write(name: str, encoder: str) -> None:
         perturb_(embeddings.model, seed=index)
     model.eval()
     flair_peft.save_pretrained(model, folder / "checkpoint")
-    model.save(folder / "slim.pt")
+    if name not in WITHOUT_FILE:
+        model.save(folder / "slim.pt")
     expected = outputs(flair_peft.from_pretrained(folder / "checkpoint"))
     (folder / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
 
