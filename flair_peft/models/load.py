@@ -133,6 +133,7 @@ def load_for_flair(
     chosen, given = choose(**options), options if peft_config is None else {**options, "peft_config": peft_config}
     place = source
     if not isinstance(source, dict):
+        file_names.refuse_impossible(source)
         place = hub.find_for_flair(str(source), revision=revision, options=chosen) or Path(source)
         if place.is_dir():
             refuse_useless(given, ("peft_config",), str(source), "it is a checkpoint that holds its config")
@@ -235,6 +236,7 @@ def locate(source: str | Path, *, revision: str | None, options: LoadOptions) ->
     Raises:
         ModelFileError: there is none.
     """
+    file_names.refuse_impossible(source)
     if Path(source).is_file():
         hub.refuse_revision(str(source), revision)
         return Path(source)
@@ -316,6 +318,7 @@ def load_legacy(
 
 def load_any_file(path: Path, options: LoadOptions, peft_config: PeftConfig | None) -> Model:
     """Return the model in a ``.pt`` file, of the class that the file names; see :func:`load_legacy`."""
+    file_names.refuse_impossible(path)
     if not path.is_file():
         raise ModelFileError(f"Cannot load '{path}': there is no such file. Pass a file that Flair wrote.")
     stored = open_stored(path, options)

@@ -119,6 +119,11 @@ class SharedBase:
         model, directory = self._load(source, peft_config, **options)
         embedded = adapted_embeddings(model)
         are_shared = [embeddings.share_with(self._base) for embeddings in embedded]
+        if not embedded:
+            raise BaseMismatchError(
+                f"Cannot load '{source}' on the shared base '{self._base.record.name}': it has no adapter, so its "
+                "weights are its own. It would share nothing. Load it with its class's load."
+            )
         if not any(are_shared):
             names = sorted({embeddings.base_model_name for embeddings in embedded})
             raise BaseMismatchError(

@@ -1,8 +1,12 @@
-"""Names of the files and folders of a checkpoint directory."""
+"""Names of the files and folders of a checkpoint directory, and those that no file can have."""
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import Any
+
+from flair_peft.errors import ModelFileError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -12,6 +16,24 @@ HEAD, BASE = "head.safetensors", "base.safetensors"
 
 ARCHIVES = {"tokenizer_data": "tokenizer", "feature_extractor_data": "image_processor"}
 """Parameter of embeddings → folder of the files in its zip archive."""
+
+
+def refuse_impossible(source: str | Path) -> None:
+    """Return if a file could have this name, whether or not there is one.
+
+    Raises:
+        ModelFileError: none can; to ask for it would be an error of the system, or of Python before 3.13.
+    """
+    try:
+        Path(source).lstat()
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            return
+        reason = "too long" if isinstance(error, OSError) else "no text that a system takes"
+        raise ModelFileError(
+            f"Cannot load {str(source)[:60]!r}, a name of {len(str(source))} characters: as the name of a file it is "
+            f"{reason}, and no repository is called so. Pass a path or a Hub id."
+        ) from error
 
 
 def folder_of(index: int) -> str:

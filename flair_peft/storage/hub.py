@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from flair_peft.errors import ModelFileError, SaveError
 from flair_peft.primitives.load_context import LoadOptions
-from flair_peft.storage import checkpoint_directory, manifest
+from flair_peft.storage import checkpoint_directory, file_names, manifest
 
 log = logging.getLogger("flair_peft")
 
@@ -106,6 +106,7 @@ def find_files(
     Raises:
         ModelFileError: there is neither a directory nor a repository.
     """
+    file_names.refuse_impossible(source)
     if Path(source).exists():
         refuse_revision(source, revision)
         return Path(source, subfolder or "")

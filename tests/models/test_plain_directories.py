@@ -568,3 +568,9 @@ def test_inspection_of_stacks_and_tasks_finds_each_transformer(base: Base, tmp_p
         for place, expected in zip((tmp_path / name, tmp_path / "plain.pt"), count, strict=True):
             found = inspect(place).transformers
             assert [each.base["dtype"] for each in found] == ["float32"] * expected
+
+
+def test_plain_model_is_none_for_a_shared_base(saved: Path, base: Base) -> None:
+    """It has no adapter: it would share nothing, and says so."""
+    with pytest.raises(BaseMismatchError, match="it has no adapter, so its weights are its own"):
+        flair_peft.SharedBase(base("bert")).load(saved)

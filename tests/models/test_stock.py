@@ -13,6 +13,7 @@ import pytest
 import torch
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import TextClassifier
+from flair.nn import Model
 from peft import IA3Config, PeftConfig
 from safetensors import safe_open
 from transformers import AutoModel
@@ -278,6 +279,16 @@ def test_what_a_file_names_runs_only_if_the_user_trusts_it(base: Base, tmp_path:
     loaded = flair_peft.load_legacy(tmp_path / "old.pt", peft_config=lora(), trust_pickle=True)
     assert (tmp_path / "ran").exists()
     assert CLASSIFIER.predict(loaded, CLASSIFIER.corpus()) == expected
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a" * 5000 + "/b", "a\0b.pt"], ids=["file", "path", "nul"])
+def test_name_that_no_file_can_have_is_refused_in_sentences(name: str) -> None:
+    """Every way in says it, instead of an OSError or a ValueError of the system."""
+    ways = [Model.load, TextClassifier.load, flair_peft.from_pretrained, flair_peft.verify, flair_peft.load_legacy]
+    said = r"^Cannot load '.*a name of \d+ characters: .*, and no repository is called so\. Pass a path or a Hub id"
+    for load in (*ways, flair_peft.PeftTransformerDocumentEmbeddings.from_adapter):
+        with pytest.raises(ModelFileError, match=said):
+            load(name)
 
 
 def test_what_is_no_file_of_flair_is_said(base: Base, tmp_path: Path) -> None:
