@@ -25,7 +25,7 @@ def names_of(folder: Path) -> list[str]:
         return []
     names = [name for name in record["files"] if isinstance(name, str) and manifest.is_name(name)]
     card = folder / CARD
-    is_untouched = card.is_file() and _digest(card.read_bytes()) == record.get("card")
+    is_untouched = card.is_file() and manifest.entry_of(card.read_bytes()).sha256 == record.get("card")
     return [CONFIG, *names, *([card.name] if is_untouched else [])]
 
 
@@ -93,7 +93,7 @@ def _read_config(folder: Path) -> Any:
 def _digest_of_settings(config: Mapping[str, Any]) -> str:
     """Return the digest of what a config says of the model, however it is laid out."""
     settings = {name: value for name, value in config.items() if name != EXPORTED}
-    return _digest(json.dumps(settings, sort_keys=True).encode())
+    return manifest.entry_of(json.dumps(settings, sort_keys=True).encode()).sha256
 
 
 def _digest_of(path: Path) -> str:
@@ -102,7 +102,3 @@ def _digest_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

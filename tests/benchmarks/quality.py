@@ -230,6 +230,8 @@ def main() -> None:
     file = options.out / "quality.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     report = {name: found[name] for name in ("quality", "step") if name in found}
+    if "bases" not in report.get("quality", {}):
+        report.pop("quality", None)  # of an earlier form of this table
     if options.only in (None, "quality"):
         train_all(options, runs)
     if options.only != "step":
