@@ -49,6 +49,8 @@ UPPER = {f"LoRA, upper {count} layers": upper(count) for count in (8, 6, 4)}
 MPNET_IA3 = Way(adapter(IA3Config, target_modules=["k", "v", "output.dense"], feedforward_modules=["output.dense"]))
 RATES_OF = {**dict.fromkeys(UPPER, "LoRA"), "DoRA": "LoRA", **dict.fromkeys(NER_TASKS, "NER, linear")}
 """A way or a task → that whose rates it takes: the same method on fewer layers, the same names with another head."""
+EVERYWHERE = ("full fine-tuning", "frozen encoder", "LoRA")
+"""Ways that are trained on tasks, too, that take the rates of another."""
 
 conditions = functools.partial(heading, "each training uses one of them", "no GPU used")
 task_of: Callable[[str], Task] = functools.cache(lambda name: ALL_TASKS[name]())
@@ -65,6 +67,7 @@ class Base:
         rates: the learning rates to start the choice from, of the ways that choose; a frozen encoder has none.
         own: ways that it has apart from the others, or in a form of its own.
         few: ways that are trained on the two smaller tasks alone.
+        is_mixed: whether products of matrices are of bfloat16 in the training, by Flair's ``use_amp``.
     """
 
     find: Callable[[], str]
@@ -73,11 +76,14 @@ class Base:
     rates: dict[str, tuple[float, ...]]
     own: dict[str, Way] = field(default_factory=dict)
     few: tuple[str, ...] = ()
+    is_mixed: bool = False
 
     def ways(self, task: str) -> list[str]:
         """Return the ways to train on a task."""
         with_rates = {*self.rates, "frozen encoder"}
         names = [name for name in {**WAYS, **self.own} if RATES_OF.get(name, name) in with_rates]
+        if task in RATES_OF:
+            return [name for name in names if name in EVERYWHERE]
         return [name for name in names if name not in self.few or task in SMALL_TASKS]
 
 
@@ -101,6 +107,7 @@ BASES = {
         seeds=3,
         rates={"full fine-tuning": (3e-5, 1e-4), "LoRA": (3e-4, 1e-3), "IA³": (3e-3, 1e-2)},
         own={**UPPER, "IA³": MPNET_IA3},
+        is_mixed=True,
     ),
 }
 
@@ -169,6 +176,7 @@ def one(plan: Record) -> Record:
         count=settings["sentences"],
         epochs=settings["epochs"],
         batch=settings["batch"],
+        is_mixed=BASES[plan["base"]].is_mixed,
         measured=task.test if plan["part"] == "test" else task.choice[-settings["choice"] :],
         prove=plan["seed"] == 1,
     )
@@ -179,6 +187,7 @@ def settings_of(base: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return what records must have in common, to stand in one table."""
     libraries = {library: version for library, version in versions().items() if library != "flair_peft"}
     own = {"sentences": options.sentences, "batch": options.batch, "choice": options.choice}
+    own |= {"is_mixed": True} if BASES[base].is_mixed else {}
     return {**own, "epochs": BASES[base].epochs, "libraries": libraries}
 
 

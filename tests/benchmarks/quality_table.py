@@ -96,7 +96,8 @@ def quality_page(found: dict[str, Any]) -> list[str]:
         lines += [
             f"## {NAMES[base]}",
             "",
-            f"{size['sentences']} sentences of SST-2 and UD-EWT, {size['epochs']} epochs, batches of {size['batch']}.",
+            f"{size['sentences']} sentences of SST-2 and UD-EWT, {size['epochs']} epochs, batches of {size['batch']}."
+            + (" Trained with Flair's `use_amp` (bfloat16)." if size.get("is_mixed") else ""),
             "",
         ]
         for task in dict.fromkeys(r["task"] for r in of_base["rows"]):

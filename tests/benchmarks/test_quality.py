@@ -58,7 +58,7 @@ def test_choice_of_other_ways_tasks_and_bases_is_not_mixed_in() -> None:
 
 
 def test_measurements_train_every_way_with_a_seed_before_the_next_seed() -> None:
-    """A run that is stopped has whole rows; upper layers are those of the deep base, and few ways leave names out."""
+    """A run that is stopped has whole rows; upper layers are those of the deep base, and some ways leave tasks out."""
     rates = [
         _choice(1e-3, 1e-2, 0.5, base=base, task=task, way=way)
         for base in quality.BASES
@@ -74,6 +74,8 @@ def test_measurements_train_every_way_with_a_seed_before_the_next_seed() -> None
     deep = [plan["way"] for plan in quality.measurements(rates, "MPNet", ["SST-2"]) if plan["seed"] == 1]
     assert len(deep) == 8
     assert "LoRA, upper 6 layers" in deep
+    other_head = [plan["way"] for plan in quality.measurements(rates, "MPNet", ["NER, CRF"]) if plan["seed"] == 1]
+    assert other_head == ["full fine-tuning", "frozen encoder", "LoRA"]
 
 
 def test_sentences_with_names_have_spans_and_know_their_document() -> None:

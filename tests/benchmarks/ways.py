@@ -127,14 +127,15 @@ def train(
     head_rate: float | None = None,
     batch: int = BATCH,
     shuffled: bool = False,
+    is_mixed: bool = False,
 ) -> dict[str, Any]:
     """Return what one training reaches on ``measured`` and what it costs.
 
     The seed draws ``count`` sentences of the pool, the start of the head and the order of the sentences: ways with the
     same seed have all of these in common. Sentences in documents are all taken. The head learns with the adapter's rate
-    unless it is given its own. Batches are of one length, or ``shuffled`` and of whatever lengths. Seconds are those of
-    the processor, in the trainer alone. Memory is the peak until the end of the training, beyond what the process had
-    before.
+    unless it is given its own. Batches are of one length, or ``shuffled`` and of whatever lengths; where the training
+    ``is_mixed``, products of matrices are of bfloat16. Seconds are those of the processor, in the trainer alone. Memory
+    is the peak until the end of the training, beyond what the process had before.
 
     Raises:
         AssertionError: the score differs from a count by hand, or the saved file predicts something else.
@@ -156,6 +157,7 @@ def train(
             max_epochs=epochs,
             sampler=Shuffled() if shuffled else OfOneLength(batch),
             save_final_model=False,
+            use_amp=is_mixed,
             embeddings_storage_mode="cpu" if way.keeps_vectors and "use_context" not in task.options else "none",
             plugins=[reached],
         )

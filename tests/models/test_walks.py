@@ -33,8 +33,9 @@ STATION = re.compile(r"^\d+\. `([\w/]+?)(?:\.py)?` `(\w+)`", re.MULTILINE)
 # Everything calls these, or a station asks them for the transformer.
 NO_STATIONS = ("primitives", "adapter", "base", "errors", "compat")
 
-# A station asks these whether it may build something, Flair's predict whether it can read a sentence.
-ASKED = {"models/inputs", "storage/temporaries"}
+# A station asks these whether it may build something or a file can have this name, Flair's predict whether it can read
+# a sentence.
+ASKED = {"models/inputs", "storage/temporaries", "storage/file_names"}
 
 STEPS = [("models/load", "open_stored"), ("models/stored", "complete"), ("models/build", "build")]
 
