@@ -165,6 +165,7 @@ def train(
         test = sentences(measured, task.label_type)
         reached_score = score(model, test, task.label_type)
         file = Path(temporary) / "model.pt"
+        model.model_card["training_parameters"]["sampler"] = None  # a stock model's file would hold all its sentences
         model.save(file)
         size = file.stat().st_size
         if prove:
