@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from flair_peft.base import changed_modules, transformer
 from flair_peft.embeddings import batch_division, length_groups, packed_rows, pass_cost
 from flair_peft.embeddings.batch_division import Division, Inputs, Run
+from flair_peft.primitives.full_precision import exact_products
 
 log = logging.getLogger("flair_peft")
 
@@ -220,7 +221,12 @@ def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]
         kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
     )
     try:
-        with torch.no_grad(), precision, torch.random.fork_rng(devices=[device] if kind == "cuda" else []):
+        with (
+            exact_products(),
+            torch.no_grad(),
+            precision,
+            torch.random.fork_rng(devices=[device] if kind == "cuda" else []),
+        ):
             if any(module.training for module in model.modules()):
                 model.eval()
             yield

@@ -13,6 +13,7 @@ from flair_peft.base import tokenizers
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.errors import ModelFileError, StateMismatchError
 from flair_peft.primitives.dtypes import dtype_name
+from flair_peft.primitives.full_precision import full_precision
 
 log = logging.getLogger("flair_peft")
 
@@ -143,10 +144,10 @@ def probe_states(embeddings: AdaptedEmbeddings, ids: list[int], *, has_graph: bo
         ids: of one text.
         has_graph: whether the states know what a gradient of them reaches.
     """
-    # In mixed precision the vectors would be others than those of a load outside of it.
-    in_full_precision = torch.autocast(embeddings.base_model.device.type, enabled=False)
+    # In another precision the vectors would be others than those of a load outside of it.
+    exact = full_precision(embeddings.base_model.device.type)
     ready = torch.inference_mode(False) if has_graph else contextlib.nullcontext()
-    with ready, torch.set_grad_enabled(has_graph), evaluating(embeddings), in_full_precision:
+    with ready, torch.set_grad_enabled(has_graph), evaluating(embeddings), exact:
         batch = torch.tensor([ids])
         return embeddings.hidden_states(batch, attention_mask=torch.ones_like(batch))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import flair
 import torch
 from flair.data import Sentence
 from flair.embeddings import StackedEmbeddings, TransformerEmbeddings
@@ -17,6 +18,7 @@ from flair_peft.base import transformer as base_transformer
 from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.errors import AdapterConfigError, name_some
+from flair_peft.primitives.full_precision import full_precision
 
 _OF_WORDS = (SequenceTagger, TokenClassifier)
 _OF_TEXTS = (TextClassifier, TextRegressor)
@@ -179,7 +181,7 @@ def live_scores(model: Any, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         texts: each a list of words.
     """
     sentences = [Sentence(list(words)) for words in texts]
-    with vector_probe.evaluating(model), torch.no_grad():
+    with vector_probe.evaluating(model), torch.no_grad(), full_precision(flair.device.type):
         if isinstance(model, SequenceTagger):
             tensor, lengths = model._prepare_tensors(sentences)
             scores = model.forward(tensor, lengths)

@@ -22,6 +22,7 @@ from flair_peft.errors import AdapterConfigError, StateMismatchError, Unsupporte
 from flair_peft.models import build, save_plan
 from flair_peft.models.stored import Stored
 from flair_peft.primitives import dtypes, mapped_memory, progress
+from flair_peft.primitives.full_precision import full_precision
 
 # Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
 _TOLERANCE = 1e-4
@@ -185,6 +186,6 @@ def _hidden_states(transformer: PreTrainedModel | PeftModel, ids: list[int]) -> 
     device = next(transformer.parameters()).device
     batch = torch.tensor([ids], device=device)
     inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch), "output_hidden_states": True}
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), full_precision(device.type):
         output = injection.forward(transformer, {**inputs, "return_dict": True})
     return torch.cat([*base_transformer.states_of(output)[0]]).cpu()

@@ -20,6 +20,7 @@ from flair_peft.embeddings import vector_probe
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
 from flair_peft.export import merge
 from flair_peft.models import build
+from flair_peft.primitives.full_precision import full_precision
 from flair_peft.storage import checkpoint_directory
 
 # Of onnxruntime's vectors from torch's, as a share of their norm.
@@ -130,7 +131,8 @@ def _providers() -> list[Any]:
 def _check(embeddings: TransformerEmbeddings, exported: Embeddings[Any]) -> None:
     """Return if onnxruntime gives the vectors that torch gives."""
     for text in _CHECKED:
-        expected = _vectors(embeddings, text)
+        with full_precision(flair.device.type):
+            expected = _vectors(embeddings, text)
         apart = vector_probe.distance(_vectors(exported, text), expected)
         if not apart <= _TOLERANCE:
             raise StateMismatchError(

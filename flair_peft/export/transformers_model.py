@@ -24,6 +24,7 @@ from flair_peft.export.headed_class import HeadedModel
 from flair_peft.export.linear_head import LinearHead, linear_head, live_scores
 from flair_peft.primitives import dtypes, host_internals
 from flair_peft.primitives.dtypes import dtype_name
+from flair_peft.primitives.full_precision import full_precision
 from flair_peft.storage import atomic, manifest
 
 log = logging.getLogger("flair_peft")
@@ -223,7 +224,7 @@ def _tokenizer(embeddings: TransformerEmbeddings) -> PreTrainedTokenizerBase:
 def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, head: LinearHead) -> torch.Tensor:
     """Return what a model of transformers scores, as :func:`live_scores` does."""
     encoding = tokenizer([[*words] for words in _PROBES], is_split_into_words=True, padding=True, return_tensors="pt")
-    with vector_probe.evaluating(model), torch.no_grad():
+    with vector_probe.evaluating(model), torch.no_grad(), full_precision(model.device.type):
         scores = model(**encoding.to(model.device), return_dict=True).logits.float().cpu()
     if not head.reads_words:
         return scores

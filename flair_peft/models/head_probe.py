@@ -30,6 +30,7 @@ from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.embeddings.vector_probe import Reading
 from flair_peft.errors import ModelFileError, StateMismatchError, name_some
 from flair_peft.primitives.dtypes import dtype_name
+from flair_peft.primitives.full_precision import full_precision
 from flair_peft.primitives.load_context import load_options
 from flair_peft.torchfile import state_tree
 
@@ -217,13 +218,13 @@ def _outputs(model: Model, readings: Sequence[Reading]) -> Tensors:
     found: Tensors = {}
     hooks = [part.register_forward_hook(functools.partial(_note, found, name)) for name, part in _parts(model)]
     try:
-        # Flair's batches are drawn by torch, and mixed precision would give other numbers than a load outside of it.
+        # Flair's batches are drawn by torch, and another precision would give other numbers than a load outside of it.
         with (
             _all_reading(readings),
             vector_probe.evaluating(model),
             torch.no_grad(),
             torch.random.fork_rng(devices=[]),
-            _in_full_precision(),
+            full_precision(torch.device(flair.device).type),
         ):
             for task in model.tasks.values() if isinstance(model, MultitaskModel) else [model]:
                 task.predict([_make_point(task)], label_name=_LABEL)
@@ -239,10 +240,6 @@ def _all_reading(readings: Sequence[Reading]) -> Iterator[None]:
         for reading in readings:
             stack.enter_context(reading.going_on())
         yield
-
-
-def _in_full_precision() -> torch.autocast:
-    return torch.autocast(torch.device(flair.device).type, enabled=False)
 
 
 def _parts(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, torch.nn.Module]]:

@@ -1,4 +1,4 @@
-"""What every folder stands on: dtypes, devices, digests, open files, mapped memory, progress, the record of a base.
+"""What every folder stands on: dtypes, devices, digests, files, mapped memory, progress, precision, a base's record.
 
 Imports nothing of the package but its errors.
 """

@@ -45,6 +45,7 @@ from flair_peft.embeddings import batch_division, division_trial, vector_probe
 from flair_peft.embeddings.adapted import ForwardPass, may_be_divided
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError
+from flair_peft.primitives.full_precision import exact_products
 from flair_peft.serving.adapter_slots import AdapterSlot
 from flair_peft.serving.frozen_trunk import FrozenTrunks
 from flair_peft.serving.gathered_lora import GatheredLora, PlainLora
@@ -296,10 +297,11 @@ class MixingModel:
             raise AdapterConfigError("its tensors have no place beside those of others")
         ids = vector_probe.probe_ids(embeddings)
         sentences = [_as_pass(embeddings, ids), _as_pass(embeddings, ids[: max(1, len(ids) // 2)])]
-        with embeddings.in_use():
-            mixed = self.run(sentences, [adapter, adapter])
-        for sentence, output in zip(sentences, mixed, strict=True):
-            expected = torch.stack([*transformer.states_of(sentence.run())[0]]).float()
+        with exact_products():
+            with embeddings.in_use():
+                mixed = self.run(sentences, [adapter, adapter])
+            alone = [torch.stack([*transformer.states_of(sentence.run())[0]]).float() for sentence in sentences]
+        for expected, output in zip(alone, mixed, strict=True):
             apart = vector_probe.distance(torch.stack([*output["hidden_states"]]).float(), expected)
             if not apart <= division_trial.TOLERANCE.get(embeddings.base_dtype, 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")

@@ -82,7 +82,7 @@ class Base:
         """Return the ways to train on a task."""
         with_rates = {*self.rates, "frozen encoder"}
         names = [name for name in {**WAYS, **self.own} if RATES_OF.get(name, name) in with_rates]
-        if task in RATES_OF:
+        if RATES_OF.get(task, task) != task:
             return [name for name in names if name in EVERYWHERE]
         return [name for name in names if name not in self.few or task in SMALL_TASKS]
 

@@ -69,6 +69,7 @@ def test_measurements_train_every_way_with_a_seed_before_the_next_seed() -> None
     assert [plan["seed"] for plan in plans] == sorted(plan["seed"] for plan in plans)
     first = [(plan["task"], plan["way"]) for plan in plans if plan["seed"] == 1]
     assert ("SST-2", "prompt tuning") in first
+    assert ("NER, linear", "DoRA") in first
     assert ("NER, linear", "prompt tuning") not in first
     assert not any("upper" in way for _, way in first)
     deep = [plan["way"] for plan in quality.measurements(rates, "MPNet", ["SST-2"]) if plan["seed"] == 1]
