@@ -164,7 +164,8 @@ def merged_transformer(embeddings: PeftTransformerEmbeddings) -> PreTrainedModel
     ids = vector_probe.probe_ids(embeddings)
     expected = _hidden_states(embeddings.model, ids)
     try:
-        merged = embeddings.model.merge_and_unload(safe_merge=True)
+        with full_precision(embeddings.model.device.type):
+            merged = embeddings.model.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
         raise UnsupportedMethodError(
             f"Cannot merge {methods.describe(config)} into {kind}. The reason: it has no weights to merge it into, or "

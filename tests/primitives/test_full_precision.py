@@ -36,6 +36,13 @@ def precisions() -> list[str]:
     return [operation.fp32_precision for operation in OPERATIONS]
 
 
+def _reset() -> None:
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    for operation in OPERATIONS:
+        operation.fp32_precision = "none"
+
+
 @pytest.fixture(params=CHOICES)
 def chosen(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """Return what the operations have after a choice of a user, which is taken back afterwards."""
@@ -43,10 +50,7 @@ def chosen(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     found = precisions()
     assert {"tf32", "bf16"} & {*found}
     yield found
-    torch.backends.fp32_precision = "none"
-    torch.set_float32_matmul_precision("highest")
-    for operation in OPERATIONS:
-        operation.fp32_precision = "none"
+    _reset()
 
 
 def test_inside_products_are_exact_and_afterwards_as_they_were(chosen: list[str]) -> None:
@@ -93,9 +97,7 @@ def test_threads_that_overlap_leave_the_choice_as_it_was() -> None:
         assert mkldnn.matmul.fp32_precision == "bf16"
     finally:
         leave.set()
-        torch.set_float32_matmul_precision("highest")
-        for operation in OPERATIONS:
-            operation.fp32_precision = "none"
+        _reset()
 
 
 class Noting:
@@ -135,6 +137,16 @@ def test_what_a_file_proves_itself_by_is_computed_exactly(
     assert noting.passes == [chosen[1]]
 
 
+def test_weights_are_merged_exactly(base: Base) -> None:
+    """Inside autocast, the products of an adapter's factors would be of bfloat16 in the merged weights."""
+    model = classifier(base("bert"))
+    expected = flair_peft.merge(model).state_dict()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merged = flair_peft.merge(model).state_dict()
+    assert expected.keys() == merged.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+
+
 def test_file_of_one_choice_loads_with_another(base: Base, tmp_path: Path) -> None:
     """Where the processor rounds, the probe was ten times further away than rounding of fp32 explains."""
     live = classifier(base("bert"))
@@ -147,9 +159,7 @@ def test_file_of_one_choice_loads_with_another(base: Base, tmp_path: Path) -> No
         torch.set_float32_matmul_precision("highest")
         loaded.append(TextClassifier.load(tmp_path / "rounded.pt"))
     finally:
-        torch.set_float32_matmul_precision("highest")
-        for operation in OPERATIONS:
-            operation.fp32_precision = "none"
+        _reset()
     sentences = [Sentence("a sentence of words"), Sentence("more")]
     found = []
     for model in (live, *loaded):
