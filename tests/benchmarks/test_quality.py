@@ -48,6 +48,19 @@ def test_choice_of_the_heads_rate_is_made_at_the_best_rate_of_the_base() -> None
     assert quality.chosen([*records, _choice(3e-3, 3e-2, 0.9)], "MiniLM", "SST-2", "DoRA") == (3e-3, 3e-2)
 
 
+def test_choice_on_names_tries_the_half_steps_beside_the_best() -> None:
+    """There three times the best rate may find no name at all; the head's rates are tried at the best of them."""
+    names = {"task": "NER, linear"}
+    records = [_choice(r, 1e-2, f1, **names) for r, f1 in ((3e-4, 0.5), (1e-3, 0.56), (3e-3, 0.0))]
+    finer = [5e-4, 1e-3, 2e-3]
+    assert [rate for rate, _ in quality.pairs(records, "MiniLM", "NER, linear", "LoRA")] == [3e-4, *finer, 3e-3]
+    records += [_choice(5e-4, 1e-2, 0.54, **names), _choice(2e-3, 1e-2, 0.6, **names)]
+    assert quality.pairs(records, "MiniLM", "NER, linear", "LoRA")[5:] == [(2e-3, 1e-3), (2e-3, 3e-2)]
+    before = {"part": "test", "base": "MiniLM", "way": "LoRA", "seed": 1, "head_rate": 1e-2, **names}
+    assert not quality.is_of_choice({**before, "rate": 1e-3}, records)
+    assert quality.is_of_choice({**before, "rate": 2e-3}, records)
+
+
 def test_choice_of_other_ways_tasks_and_bases_is_not_mixed_in() -> None:
     """Each way has its own rates, where it does not take those of another."""
     records = [_choice(1e-3, 1e-2, 0.9), _choice(1e-2, 1e-2, 0.5, way="IA³"), _choice(3e-4, 1e-2, 0.95, base="MPNet")]
@@ -65,18 +78,24 @@ def test_measurements_train_every_way_with_a_seed_before_the_next_seed() -> None
         for task in ("SST-2", "NER, linear")
         for way in ("full fine-tuning", "frozen encoder", "LoRA", "IA³", "prompt tuning", "prefix tuning")
     ]
-    plans = list(quality.measurements(rates, "MiniLM", ["SST-2", "NER, linear"]))
+    plans = list(quality.measurements(rates, "MiniLM", ["SST-2", "NER, linear"], quality.ALL_WAYS))
     assert [plan["seed"] for plan in plans] == sorted(plan["seed"] for plan in plans)
     first = [(plan["task"], plan["way"]) for plan in plans if plan["seed"] == 1]
     assert ("SST-2", "prompt tuning") in first
     assert ("NER, linear", "DoRA") in first
     assert ("NER, linear", "prompt tuning") not in first
     assert not any("upper" in way for _, way in first)
-    deep = [plan["way"] for plan in quality.measurements(rates, "MPNet", ["SST-2"]) if plan["seed"] == 1]
+    deep = [plan["way"] for plan in _first_seed(rates, "SST-2")]
     assert len(deep) == 8
     assert "LoRA, upper 6 layers" in deep
-    other_head = [plan["way"] for plan in quality.measurements(rates, "MPNet", ["NER, CRF"]) if plan["seed"] == 1]
+    other_head = [plan["way"] for plan in _first_seed(rates, "NER, CRF")]
     assert other_head == ["full fine-tuning", "frozen encoder", "LoRA"]
+    assert [plan["way"] for plan in _first_seed(rates, "SST-2", "IA³", "LoRA")] == ["LoRA", "IA³"]
+
+
+def _first_seed(rates: list[dict[str, Any]], task: str, *ways: str) -> list[dict[str, Any]]:
+    plans = quality.measurements(rates, "MPNet", [task], ways or quality.ALL_WAYS)
+    return [plan for plan in plans if plan["seed"] == 1]
 
 
 def test_sentences_with_names_have_spans_and_know_their_document() -> None:
