@@ -22,7 +22,7 @@ NAMES: list[Tagged] = [
 
 def _choice(rate: float, head_rate: float, reached: float, **changes: Any) -> dict[str, Any]:
     plan = {"part": "choice", "base": "MiniLM", "task": "SST-2", "way": "LoRA", "rate": rate, "head_rate": head_rate}
-    return {**plan, "score": reached, **changes}
+    return {**plan, "seed": 0, "score": reached, **changes}
 
 
 def test_choice_begins_with_the_rates_of_the_base_at_one_rate_of_the_head() -> None:
@@ -59,6 +59,20 @@ def test_choice_on_names_tries_the_half_steps_beside_the_best() -> None:
     before = {"part": "test", "base": "MiniLM", "way": "LoRA", "seed": 1, "head_rate": 1e-2, **names}
     assert not quality.is_of_choice({**before, "rate": 1e-3}, records)
     assert quality.is_of_choice({**before, "rate": 2e-3}, records)
+
+
+def test_choice_on_names_is_made_by_several_seeds_of_the_best_two() -> None:
+    """One seed on few names says little; pairs that were tried once do not win over those."""
+    names = {"task": "NER, linear", "way": "frozen encoder"}
+    records = [_choice(r, r, f1, **names) for r, f1 in ((1e-3, 0.5), (3e-2, 0.54), (1e-2, 0.56))]
+    once, further = [(1e-3, 1e-3, 0), (3e-2, 3e-2, 0), (1e-2, 1e-2, 0)], quality.FURTHER_SEEDS
+    assert quality.trials(records[:2], "MiniLM", "NER, linear", "frozen encoder") == once
+    again = [(rate, rate, seed) for rate in (1e-2, 3e-2) for seed in further]
+    assert quality.trials(records, "MiniLM", "NER, linear", "frozen encoder") == [*once, *again]
+    records += [_choice(1e-2, 1e-2, 0.4, **{**names, "seed": seed}) for seed in further]
+    records += [_choice(3e-2, 3e-2, 0.45, **{**names, "seed": seed}) for seed in further]
+    assert quality.chosen(records, "MiniLM", "NER, CRF", "frozen encoder") == (3e-2, 3e-2)
+    assert quality.trials(records, "MiniLM", "NER, linear", "frozen encoder") == [*once, *again]
 
 
 def test_choice_of_other_ways_tasks_and_bases_is_not_mixed_in() -> None:
