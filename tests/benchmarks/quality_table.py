@@ -145,6 +145,42 @@ def verdict(task: str, of_task: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def overview(found: dict[str, Any], ways: Sequence[str] = ()) -> list[str]:
+    """Return the lines of one table of all bases and tasks, of these ways or of all."""
+    rows = [(base, r) for base, of_base in found["bases"].items() for r in of_base["rows"]]
+    tasks = list(dict.fromkeys(r["task"] for _, r in rows))
+    lines = [
+        f"| | | trained | {' | '.join(tasks)} | time | memory | file |",
+        "|---|---|" + "---|" * (len(tasks) + 4),
+    ]
+    for base in found["bases"]:
+        for way in sorted_ways(ways or {r["way"] for of, r in rows if of == base}):
+            of_way = {r["task"]: r for of, r in rows if (of, r["way"]) == (base, way)}
+            if not of_way:
+                continue
+            cells = [spread(of_way[task]["scores"]) if task in of_way else "" for task in tasks]
+            first = of_way[min(of_way, key=tasks.index)]
+            lines.append(
+                f"| {base} | {way} | {100 * first['share']:.2g} % | {' | '.join(cells)} | {first['seconds']:.0f} s | "
+                f"{first['memory'] / 1e6:.0f} MB | {first['file'] / 1e6:.3g} MB |"
+            )
+    return lines
+
+
+def leads(found: dict[str, Any]) -> list[str]:
+    """Return the lines of the table of LoRA beside full fine-tuning."""
+    lines = ["| | | LoRA minus full fine-tuning, points | 95 % | seeds |", "|---|---|---|---|---|"]
+    for base, of_base in found["bases"].items():
+        for r in of_base["rows"]:
+            if r["way"] == LORA and r["lead"]:
+                apart = r["lead"]
+                lines.append(
+                    f"| {base} | {r['task']} | {apart['mean']:+.2f} | {apart['low']:+.2f} to {apart['high']:+.2f} | "
+                    f"{len(apart['pairs'])} |"
+                )
+    return lines
+
+
 def plot(found: dict[str, Any], path: Path) -> None:
     """Write a picture: what each way reached with each seed, a row of panels for each base."""
     bases = found["bases"]

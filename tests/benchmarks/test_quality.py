@@ -167,3 +167,16 @@ def test_rows_pair_ways_with_full_fine_tuning_by_seed() -> None:
     assert lora["seconds"] == 4.0
     assert quality_table.rows(records[1:4], ["SST-2"])[1]["lead"] is None
     assert "+0.00 points over 2 seeds (wanted: ≥ -0.5; reached)" in quality_table.verdict("SST-2", [full, lora])[0]
+
+
+def test_overview_has_a_row_for_each_way_of_each_base_and_leaves_out_what_was_not_measured() -> None:
+    """Costs are those of the first task; a way without any training has no row."""
+    full = [_measured("full fine-tuning", seed, 0.8 + seed / 100) for seed in (1, 2)]
+    named = [{**record, "task": "NER, linear", "score": 0.6} for record in full]
+    lora = [_measured("LoRA", seed, 0.82) for seed in (1, 2)]
+    found = {"bases": {"MiniLM": {"rows": quality_table.rows([*full, *named, *lora], ["SST-2", "NER, linear"])}}}
+    header, _, first, second = quality_table.overview(found, ["LoRA", "IA³", "full fine-tuning"])
+    assert header == "| | | trained | SST-2 | NER, linear | time | memory | file |"
+    assert first == "| MiniLM | full fine-tuning | 10 % | 81.5 ± 0.7 | 60.0 ± 0.0 | 4 s | 1 MB | 0.1 MB |"
+    assert second == "| MiniLM | LoRA | 10 % | 82.0 ± 0.0 |  | 4 s | 1 MB | 0.1 MB |"
+    assert quality_table.leads(found)[2:] == ["| MiniLM | SST-2 | +0.50 | -5.85 to +6.85 | 2 |"]

@@ -1,4 +1,4 @@
-"""Writes those parts of the pages in ``docs`` that are made from the code, the tests' tables and the figures.
+"""Writes what the README and the pages in ``docs`` have from the code, the tests' tables and the measured figures.
 
 ``python -m tests.support.pages`` writes what stands between ``<!-- made: methods -->`` and ``<!-- end -->``, and the
 picture of the folders. ``tests/test_docs.py`` fails where a page has something else than is made now.
@@ -15,7 +15,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +30,7 @@ from flair_peft import errors
 from flair_peft.adapter import refusals
 from flair_peft.adapter.methods import why_not_mixed
 from flair_peft.cli import main
-from tests.benchmarks import faster_rows, upper_layer_table
+from tests.benchmarks import faster_rows, quality_table, upper_layer_table
 from tests.support import house_picture, tiny
 from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method
 
@@ -142,6 +142,11 @@ def upper_layers() -> str:
     measured = _figures("upper_layers")
     parts = (upper_layer_table.source(measured), upper_layer_table.conclusion(measured))
     return "\n\n".join([parts[0], "\n".join(upper_layer_table.table(measured)), parts[1]])
+
+
+def quality(ways: Sequence[str] = ()) -> str:
+    """Return the table of what ways of training reached on real text."""
+    return "\n".join(quality_table.overview(_figures("quality")["quality"], ways))
 
 
 def refused() -> str:
@@ -278,6 +283,9 @@ MADE: dict[str, Callable[[], str]] = {
     "methods": methods,
     "settings_measured": settings_measured,
     "upper_layers": upper_layers,
+    "quality": quality,
+    "quality_of_four": lambda: quality(("full fine-tuning", "frozen encoder", "LoRA", "IA³")),
+    "lora_beside_full_fine_tuning": lambda: "\n".join(quality_table.leads(_figures("quality")["quality"])),
     "without_default_targets": without_default_targets,
     "lora_options": lora_options,
     "refused": refused,
@@ -312,9 +320,14 @@ def pages() -> list[Path]:
     return sorted(page for page in DOCS.rglob("*.md") if DOCS / "repository" not in page.parents)
 
 
+def with_made_parts() -> list[Path]:
+    """Return the pages in which parts are made: those of the documentation, and the README."""
+    return [ROOT / "README.md", *pages()]
+
+
 def write() -> None:
     """Write the made parts of all pages, and the picture."""
-    for page in pages():
+    for page in with_made_parts():
         page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
     PICTURE.write_text(house_picture.draw(floors()), encoding="utf-8")
 
