@@ -138,7 +138,7 @@ def _report_adapter(embeddings: PeftTransformerEmbeddings, rates: list[float], o
 
 def _report_head(rates: list[float], optimizer: type, *, is_new: bool) -> None:
     suited = methods.HEAD_RATE
-    if rates and is_new and methods.is_too_low(rates[-1], suited):
+    if rates and is_new and methods.is_too_low(rates[-1], suited, methods.TOO_LOW_FOR_HEADS):
         log.warning(
             "The head hardly learns with a learning rate of %s: it starts at random. Try decoder_learning_rate=%s.",
             *map(as_written, (rates[-1], suited)),

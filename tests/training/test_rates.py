@@ -196,7 +196,7 @@ FAR: dict[str, tuple[Callable[[], Any], Options, str | None]] = {
     "lower": (lora, {"learning_rate": 1.25e-5, "decoder_learning_rate": 1e-2}, "learning_rate=1.25e-5"),
     "of LoRA": (lora, {"learning_rate": LORA_RATE}, None),
     "low": (lora, {"learning_rate": 1e-4}, None),
-    "high": (lora, {"learning_rate": 5e-3}, None),
+    "high": (lora, {"learning_rate": 3e-3}, None),
     "too high": (lora, {"learning_rate": 30 * LORA_RATE}, f"30 times what suits LORA.*learning_rate={SUITED_RATE}"),
     "too high for SGD": (lora, {"learning_rate": 3e-2, "optimizer": torch.optim.SGD}, None),
     "of a transformer for the head": (
