@@ -40,5 +40,5 @@ def classifier(base: str, **options: Any) -> TextClassifier:
 
 
 def train(model: TextClassifier, directory: Path, **options: Any) -> dict[str, Any]:
-    settings = {"learning_rate": 5e-3, "max_epochs": 2, "mini_batch_size": 8, **options}
+    settings = {"learning_rate": 4e-3, "max_epochs": 2, "mini_batch_size": 8, **options}
     return ModelTrainer(model, opinion_corpus()).fine_tune(directory, **settings)

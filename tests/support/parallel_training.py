@@ -169,7 +169,7 @@ def run(
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     traffic = [Traffic()] if watches and world > 1 else []
     settings: dict[str, Any] = {
-        "learning_rate": 5e-3,
+        "learning_rate": 4e-3,
         "max_epochs": 2,
         "mini_batch_size": GLOBAL_BATCH // world,
         "shuffle": False,

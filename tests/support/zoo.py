@@ -117,7 +117,7 @@ class Entry:
 
     def train(self, model: Model, corpus: Corpus, directory: Path, **options: Any) -> dict[str, Any]:
         """Fine-tune ``model`` for an epoch, or as ``options`` say, and return what Flair's trainer returns."""
-        settings: dict[str, Any] = {"max_epochs": 1, "mini_batch_size": BATCH, "learning_rate": 5e-3, **options}
+        settings: dict[str, Any] = {"max_epochs": 1, "mini_batch_size": BATCH, "learning_rate": 4e-3, **options}
         plugins = [*self.plugins(), *settings.pop("plugins", [])]
         trainer = ModelTrainer(model, self.transform_corpus(model, corpus))
         return trainer.fine_tune(directory, plugins=plugins, **settings)

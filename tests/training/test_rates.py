@@ -341,7 +341,7 @@ def test_start_line_names_each_adapter_and_what_is_frozen(base: Base, monkeypatc
 def test_start_line_gives_the_range_where_rates_differ(base: Base, tmp_path: Path) -> None:
     """LoRA+ has two for the adapter, and an RNN among the embeddings learns with the adapter's."""
     train(classifier(base("bert")), tmp_path / "plus", max_epochs=1, plugins=[LoraPlusPlugin(4.0)])
-    assert "at learning rate 5e-3 to 2e-2; the head at 1e-2 (no" in start_lines(tmp_path / "plus")[0]
+    assert "at learning rate 4e-3 to 1.6e-2; the head at 1e-2 (no" in start_lines(tmp_path / "plus")[0]
     model, corpus = over_documents(base("bert")), ZOO["text-classifier-rnn"].corpus()
     ModelTrainer(model, corpus).fine_tune(tmp_path / "rnn", max_epochs=1, mini_batch_size=2)
     assert f"; the head at {SUITED_RATE} to 1e-2 (no" in start_lines(tmp_path / "rnn")[0]
