@@ -220,7 +220,7 @@ def _own_corpus(world: World) -> None:
 
 def _interrupted(world: World) -> None:
     _trainer(world)
-    rates = {"learning_rate": 1e-3, "decoder_learning_rate": 1e-2}
+    rates = {"learning_rate": 5e-4, "decoder_learning_rate": 1e-2}
     saving = {"save_optimizer_state": True, "save_model_each_k_epochs": 1, "use_final_model_for_eval": True}
     world.names["trainer"].fine_tune("out", **rates, **saving, max_epochs=2)
 

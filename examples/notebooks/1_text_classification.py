@@ -6,7 +6,7 @@
 #
 # The encoder and the corpus are part of the repository, and so small that everything here runs on one CPU core. **For a
 # real base, change the line `BASE = …`**, to `"xlm-roberta-base"` for example. Larger models want smaller learning
-# rates: 1e-3 is a good first try for LoRA, a tenth of it for full fine-tuning.
+# rates: 5e-4 is a good first try for LoRA, a tenth of it for full fine-tuning.
 
 # %%
 import logging
