@@ -10,11 +10,14 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from flair_peft.training.rates import as_written
 from tests.benchmarks import steps
 from tests.benchmarks.trainings import Record, lead
 
 FULL, LORA = "full fine-tuning", "LoRA"
 WANTED_POINTS = -0.5
+CHOOSING = ("SST-2", "UD-EWT", "NER, linear")
+"""Tasks on which rates are chosen."""
 NAMES = {
     "MiniLM": "MiniLM (all-MiniLM-L6-v2, 6 layers, 22.7 M parameters)",
     "MPNet": "all-mpnet-base-v2 (12 layers, 109 M parameters)",
@@ -164,6 +167,21 @@ def overview(found: dict[str, Any], ways: Sequence[str] = ()) -> list[str]:
                 f"| {base} | {way} | {100 * first['share']:.2g} % | {' | '.join(cells)} | {first['seconds']:.0f} s | "
                 f"{first['memory'] / 1e6:.0f} MB | {first['file'] / 1e6:.3g} MB |"
             )
+    return lines
+
+
+def rates(found: dict[str, Any]) -> list[str]:
+    """Return the lines of the table of the rates that were chosen, of ways that take no other's."""
+    rows = [(base, r) for base, of_base in found["bases"].items() for r in of_base["rows"]]
+    tasks = [task for task in dict.fromkeys(r["task"] for _, r in rows) if task in CHOOSING]
+    lines = ["| | | " + " | ".join(tasks) + " |", "|---|---|" + "---|" * len(tasks)]
+    for base, way in dict.fromkeys((base, r["way"]) for base, r in rows):
+        if way == "DoRA" or "upper" in way:
+            continue
+        chosen = {r["task"]: [r["rate"], r["head_rate"]] for of, r in rows if (of, r["way"]) == (base, way)}
+        shown = {task: found[way == "frozen encoder" :] for task, found in chosen.items()}
+        cells = [", ".join(f"`{as_written(rate)}`" for rate in shown.get(task, ())) for task in tasks]
+        lines.append(f"| {base} | {way} | {' | '.join(cells)} |")
     return lines
 
 

@@ -285,6 +285,7 @@ MADE: dict[str, Callable[[], str]] = {
     "upper_layers": upper_layers,
     "quality": quality,
     "quality_of_four": lambda: quality(("full fine-tuning", "frozen encoder", "LoRA", "IA³")),
+    "rates_on_real_text": lambda: "\n".join(quality_table.rates(_figures("quality")["quality"])),
     "lora_beside_full_fine_tuning": lambda: "\n".join(quality_table.leads(_figures("quality")["quality"])),
     "without_default_targets": without_default_targets,
     "lora_options": lora_options,
