@@ -149,8 +149,8 @@ def verdict(task: str, of_task: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def overview(found: dict[str, Any], ways: Sequence[str] = ()) -> list[str]:
-    """Return the lines of one table of all bases and tasks, of these ways or of all."""
-    rows = [(base, r) for base, of_base in found["bases"].items() for r in of_base["rows"]]
+    """Return the lines of one table of all bases and tasks, of these ways or of all, if of several seeds."""
+    rows = [(base, r) for base, of_base in found["bases"].items() for r in of_base["rows"] if len(r["scores"]) > 1]
     tasks = list(dict.fromkeys(r["task"] for _, r in rows))
     lines = [
         f"| | | trained | {' | '.join(tasks)} | time | memory | file |",
@@ -211,7 +211,11 @@ def plot(found: dict[str, Any], path: Path) -> None:
     for of_panels, (base, of_base) in zip(panels, bases.items(), strict=True):
         ways = sorted_ways(dict.fromkeys(r["way"] for r in of_base["rows"]))[::-1]
         for axes, task in zip(of_panels, tasks, strict=True):
-            for r in (r for r in of_base["rows"] if r["task"] == task):
+            of_task = [r for r in of_base["rows"] if r["task"] == task]
+            if not of_task:
+                axes.set_axis_off()
+                continue
+            for r in of_task:
                 height = ways.index(r["way"])
                 axes.plot(r["scores"], [height] * len(r["scores"]), "o", color="C0", alpha=0.5, markersize=5)
                 axes.plot([statistics.mean(r["scores"])], [height], "|", color="black", markersize=14)

@@ -174,13 +174,15 @@ def test_overview_has_a_row_for_each_way_of_each_base_and_leaves_out_what_was_no
     full = [_measured("full fine-tuning", seed, 0.8 + seed / 100) for seed in (1, 2)]
     named = [{**record, "task": "NER, linear", "score": 0.6} for record in full]
     lora = [_measured("LoRA", seed, 0.82) for seed in (1, 2)]
-    found = {"bases": {"MiniLM": {"rows": quality_table.rows([*full, *named, *lora], ["SST-2", "NER, linear"])}}}
+    once = {**_measured("LoRA", 1, 0.5), "task": "NER, linear"}  # a row of one seed is none yet
+    rows = quality_table.rows([*full, *named, *lora, once], ["SST-2", "NER, linear"])
+    found = {"bases": {"MiniLM": {"rows": rows}}}
     header, _, first, second = quality_table.overview(found, ["LoRA", "IA³", "full fine-tuning"])
     assert header == "| | | trained | SST-2 | NER, linear | time | memory | file |"
     assert first == "| MiniLM | full fine-tuning | 10 % | 81.5 ± 0.7 | 60.0 ± 0.0 | 4 s | 1 MB | 0.1 MB |"
     assert second == "| MiniLM | LoRA | 10 % | 82.0 ± 0.0 |  | 4 s | 1 MB | 0.1 MB |"
     assert quality_table.rates(found)[2:] == [
         "| MiniLM | full fine-tuning | `1e-3`, `1e-2` | `1e-3`, `1e-2` |",
-        "| MiniLM | LoRA | `1e-3`, `1e-2` |  |",
+        "| MiniLM | LoRA | `1e-3`, `1e-2` | `1e-3`, `1e-2` |",
     ]
     assert quality_table.leads(found)[2:] == ["| MiniLM | SST-2 | +0.50 | -5.85 to +6.85 | 2 |"]
