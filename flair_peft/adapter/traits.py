@@ -14,7 +14,7 @@ LAYERS, PROMPT, PREFIX = "layers", "prompt", "prefix"
 """Kinds of methods: parameters beside those of layers, rows in front of the sentence's, past key values in front."""
 
 LORA_RATE = 5e-4
-"""A learning rate at which AdamW trains LoRA well on real text, and on no base yet came to nothing.
+"""A learning rate at which AdamW trains LoRA well on real text, and no training that was tried came to nothing.
 
 Short trainings of small bases learn more at 1e-3 and above (resources/benchmarks/quality.md); of those of a base of
 twelve layers, one in ten came to nothing there (resources/benchmarks/upper_layers.md).
