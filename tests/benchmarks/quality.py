@@ -16,9 +16,9 @@ import argparse
 import functools
 import json
 import logging
-import os
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from peft import IA3Config
 
 from flair_peft.compat import versions
 from tests.benchmarks import quality_table, steps
-from tests.benchmarks.report import RESULTS, heading, write
+from tests.benchmarks.report import RESULTS, heading, processor, write
 from tests.benchmarks.text_tasks import NER_TASKS, TASKS, Task
 from tests.benchmarks.trainings import Record, kept, lacking, run
 from tests.benchmarks.ways import WAYS, Way, adapter, train, upper
@@ -58,7 +58,6 @@ EVERYWHERE = ("full fine-tuning", "frozen encoder", "LoRA")
 """Ways that are trained on tasks, too, that take the rates of another."""
 ALL_WAYS = tuple(quality_table.sorted_ways({*WAYS, *UPPER}))
 
-conditions = functools.partial(heading, "each training uses one of them", "no GPU used")
 task_of: Callable[[str], Task] = functools.cache(lambda name: ALL_TASKS[name]())
 
 
@@ -215,7 +214,7 @@ def one(plan: Record) -> Record:
         measured=task.test if plan["part"] == "test" else task.choice[-settings["choice"] :],
         prove=plan["seed"] == 1,
     )
-    return {**plan, **found}
+    return {**plan, **found, "processor": processor()}
 
 
 def settings_of(base: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -242,14 +241,17 @@ def train_all(options: argparse.Namespace, runs: Path) -> None:
 
 def report_of(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return what the trainings that are done reached and cost."""
-    found = {}
+    found, shown = {}, list[Record]()
     for base in BASES:
         settings = settings_of(base, options)
         records = [r for r in kept(runs, settings) if r["base"] == base]
-        rows = quality_table.rows([r for r in records if is_of_choice(r, records)], ALL_TASKS)
-        if rows:
-            found[base] = {"settings": settings, "rows": rows}
-    return {**conditions(), "load": f"{os.getloadavg()[0]:.1f}", "bases": found}
+        of_choice = [r for r in records if is_of_choice(r, records)]
+        if of_choice:
+            found[base] = {"settings": settings, "rows": quality_table.rows(of_choice, ALL_TASKS)}
+            shown += of_choice
+    used = [name for name, _ in Counter(record["processor"] for record in shown).most_common()]
+    machine = {"machine": f"{' and '.join(used)}, one core for each training, no GPU used"} if used else {}
+    return {**heading("no GPU used"), **machine, "bases": found}
 
 
 def main() -> None:

@@ -27,12 +27,13 @@ NAMES = {
 def rows(records: Sequence[Record], tasks: Iterable[str]) -> list[dict[str, Any]]:
     """Return what each way of one base reached on each task, in percent, and the medians of what it cost."""
     ways = {record["way"] for record in records}
+    usual = statistics.mode(record["processor"] for record in records)
     found = []
     for task in tasks:
         by_way = {
             way: {r["seed"]: r for r in records if (r["task"], r["way"]) == (task, way)} for way in sorted_ways(ways)
         }
-        found += [row(task, way, those, by_way.get(FULL, {})) for way, those in by_way.items() if those]
+        found += [row(task, way, those, by_way.get(FULL, {}), usual) for way, those in by_way.items() if those]
     return found
 
 
@@ -42,9 +43,13 @@ def sorted_ways(ways: Iterable[str]) -> list[str]:
     return sorted(ways, key=lambda way: (order.index(way) if way in order else len(order), way))
 
 
-def row(task: str, way: str, those: dict[int, Record], full: dict[int, Record]) -> dict[str, Any]:
-    """Return the figures of one way on one task, and its lead over full fine-tuning with the same seeds."""
+def row(task: str, way: str, those: dict[int, Record], full: dict[int, Record], usual: str) -> dict[str, Any]:
+    """Return the figures of one way on one task, and its lead over full fine-tuning with the same seeds.
+
+    Time is that on one kind of processor alone, the usual one.
+    """
     scores = [100 * those[seed]["score"] for seed in sorted(those)]
+    timed = [record["seconds"] for record in those.values() if record["processor"] == usual]
     record = those[min(those)]
     common = sorted(those.keys() & full.keys()) if way != FULL else []
     return {
@@ -57,7 +62,8 @@ def row(task: str, way: str, those: dict[int, Record], full: dict[int, Record]) 
         if len(common) > 1
         else None,
         "share": record["trained"] / record["parameters"],
-        **{what: statistics.median(r[what] for r in those.values()) for what in ("seconds", "memory", "file")},
+        "seconds": statistics.median(timed) if timed else None,
+        **{what: statistics.median(r[what] for r in those.values()) for what in ("memory", "file")},
     }
 
 
@@ -86,10 +92,11 @@ def quality_page(found: dict[str, Any]) -> list[str]:
         "those of the whole test part: mean and standard deviation over the seeds, and the difference to full",
         "fine-tuning paired by seed, with a 95 % interval of Student's t. They say nothing of the choice of the",
         "rates, or of another test part; some short sentences stand in several parts (68 of 2,077 in the test",
-        "part of UD-EWT, 2 of 1,821 in that of SST-2). Time is that of the processor in the trainer; a frozen",
-        "encoder's vectors are kept after the first epoch where there is no context. Memory is the peak until the",
-        "end of the training, beyond what the process had before. Both are medians. The first seed's model of",
-        "each row was saved and loaded again, and gave 50 test sentences the same labels and scores.",
+        "part of UD-EWT, 2 of 1,821 in that of SST-2). Time is that of the processor in the trainer, of trainings on",
+        "the first of the processors alone; a frozen encoder's vectors are kept after the first epoch where there is",
+        "no context. Memory is the peak until the end of the training, beyond what the process had before. Both are",
+        "medians. The first seed's model of each row was saved and loaded again, and gave 50 test sentences the same",
+        "labels and scores.",
         "",
         "![What each way reached with each seed](quality.png)",
         "",
@@ -120,7 +127,7 @@ def table(task: str, of_task: Sequence[dict[str, Any]]) -> list[str]:
         rate = "–" if r["way"] == "frozen encoder" else f"{r['rate']:g}"
         lines.append(
             f"| {r['way']} | {spread(r['scores'])} | {len(r['scores'])} | {difference(r['lead'])} | "
-            f"{100 * r['share']:.2f} % | {rate} | {r['head_rate']:g} | {r['seconds']:.0f} | {r['memory'] / 1e6:.0f} | "
+            f"{100 * r['share']:.2f} % | {rate} | {r['head_rate']:g} | {_time(r)} | {r['memory'] / 1e6:.0f} | "
             f"{r['file'] / 1e6:.2f} |"
         )
     return [*lines, "", *verdict(task, of_task)]
@@ -129,6 +136,10 @@ def table(task: str, of_task: Sequence[dict[str, Any]]) -> list[str]:
 def spread(scores: Sequence[float]) -> str:
     """Return mean and standard deviation, or the one score there is."""
     return f"{statistics.mean(scores):.1f}" + (f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else "")
+
+
+def _time(of_row: dict[str, Any], unit: str = "") -> str:
+    return f"{of_row['seconds']:.0f}{unit}" if of_row["seconds"] is not None else ""
 
 
 def difference(of_row: dict[str, Any] | None) -> str:
@@ -164,7 +175,7 @@ def overview(found: dict[str, Any], ways: Sequence[str] = ()) -> list[str]:
             cells = [spread(of_way[task]["scores"]) if task in of_way else "" for task in tasks]
             first = of_way[min(of_way, key=tasks.index)]
             lines.append(
-                f"| {base} | {way} | {100 * first['share']:.2g} % | {' | '.join(cells)} | {first['seconds']:.0f} s | "
+                f"| {base} | {way} | {100 * first['share']:.2g} % | {' | '.join(cells)} | {_time(first, ' s')} | "
                 f"{first['memory'] / 1e6:.0f} MB | {first['file'] / 1e6:.3g} MB |"
             )
     return lines

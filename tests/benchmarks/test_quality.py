@@ -153,7 +153,7 @@ def test_score_that_flair_counts_otherwise_is_refused() -> None:
 def _measured(way: str, seed: int, reached: float) -> dict[str, Any]:
     cost = {"trained": 10, "parameters": 100, "seconds": 2.0 + seed, "memory": 10**6, "file": 10**5}
     plan = {"part": "test", "task": "SST-2", "way": way, "seed": seed, "rate": 1e-3, "head_rate": 1e-2}
-    return {**plan, "score": reached, **cost}
+    return {**plan, "score": reached, **cost, "processor": "fast"}
 
 
 def test_rows_pair_ways_with_full_fine_tuning_by_seed() -> None:
@@ -167,6 +167,20 @@ def test_rows_pair_ways_with_full_fine_tuning_by_seed() -> None:
     assert lora["seconds"] == 4.0
     assert quality_table.rows(records[1:4], ["SST-2"])[1]["lead"] is None
     assert "+0.00 points over 2 seeds (wanted: ≥ -0.5; reached)" in quality_table.verdict("SST-2", [full, lora])[0]
+
+
+def test_rows_take_times_of_one_processor_alone() -> None:
+    """Scores of trainings elsewhere count; their times would compare machines, not ways."""
+    full = [_measured("full fine-tuning", seed, 0.8) for seed in (1, 2, 3)]
+    elsewhere = {"seconds": 90.0, "processor": "slow"}
+    lora = [{**_measured("LoRA", seed, 0.82), **(elsewhere if seed > 1 else {})} for seed in (1, 2, 3)]
+    _, of_both = quality_table.rows([*full, *lora], ["SST-2"])
+    assert (of_both["seconds"], len(of_both["scores"])) == (3.0, 3)
+    _, of_slow = rows = quality_table.rows([*full, *lora[1:]], ["SST-2"])
+    assert of_slow["seconds"] is None
+    last = quality_table.overview({"bases": {"MiniLM": {"rows": rows}}})[-1]
+    assert last.endswith("| 82.0 ± 0.0 |  | 1 MB | 0.1 MB |")
+    assert "|  | 1 | 0.10 |" in quality_table.table("SST-2", rows)[-4]
 
 
 def test_overview_has_a_row_for_each_way_of_each_base_and_leaves_out_what_was_not_measured() -> None:
