@@ -33,7 +33,7 @@ _PAGE_EXISTS, _PAGE_IS_OF_FILE = np.uint64(3 << 62), np.uint64(1 << 61)
 _PAGES_AT_ONCE = 1 << 13
 
 # A line of Linux's list of mappings that is of a file.
-_LISTED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+) ([1-9][0-9]*) +(.+)$", re.MULTILINE)
+_LISTED = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+ [1-9][0-9]*) +(.+)")
 
 
 def let_go(tensor: torch.Tensor) -> None:
@@ -46,13 +46,56 @@ def let_go(tensor: torch.Tensor) -> None:
 
 
 class _Mapping(NamedTuple):
-    """A part of this process's memory that is a part of a file: Linux lists these in the order of their places."""
+    """A part of this process's memory that is a part of a file, which its device and number name."""
 
     first: int
     last: int
     offset: int
-    file: tuple[str, str]
+    file: bytes
     path: str
+
+
+class _Mappings:
+    """This process's memory as Linux listed it when this was made; empty elsewhere.
+
+    Of some thousand lines few are asked for, so that each is read when it is.
+    """
+
+    def __init__(self) -> None:
+        is_listed = sys.platform == "linux"
+        self._lines = Path("/proc/self/maps").read_bytes().splitlines() if is_listed else list[bytes]()
+        self._last: _Mapping | None = None
+
+    def __iter__(self) -> Iterator[_Mapping]:
+        """Return an iterator over all parts that are parts of files."""
+        return filter(None, map(_read, self._lines))
+
+    def of(self, tensor: torch.Tensor) -> _Mapping | None:
+        """Return the part of a file that a tensor's memory is."""
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return None
+        start = address(tensor)
+        found = self.at(start)
+        return found if found is not None and start + tensor.nbytes <= found.last else None
+
+    def at(self, place: int) -> _Mapping | None:
+        """Return the part of a file that begins at an address or last before it."""
+        if self._last is None or not self._last.first <= place < self._last.last:
+            index = bisect.bisect_right(self._lines, place, key=_start) - 1
+            self._last = _read(self._lines[index]) if index >= 0 else None
+        return self._last
+
+
+def _start(line: bytes) -> int:
+    return int(line[: line.index(b"-")], 16)
+
+
+def _read(line: bytes) -> _Mapping | None:
+    found = _LISTED.fullmatch(line)
+    if found is None:
+        return None
+    first, last, offset, file, path = found.groups()
+    return _Mapping(int(first, 16), int(last, 16), int(offset, 16), file, os.fsdecode(path))
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -72,7 +115,7 @@ def lent(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_mapped(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is that of a file, which the system can drop and read again; known on Linux only."""
-    return tensor.device.type == "cpu" and _mapping_of(tensor, mappings()) is not None
+    return tensor.device.type == "cpu" and _Mappings().of(tensor) is not None
 
 
 def map_again(tensors: Sequence[torch.Tensor], *, more_rows: int = 0) -> list[torch.Tensor | None]:
@@ -86,13 +129,13 @@ def map_again(tensors: Sequence[torch.Tensor], *, more_rows: int = 0) -> list[to
         more_rows: that the new ones have behind those of the old; what follows in the file shows there until they are
             written, and where the file ends too early there is no mapping.
     """
-    known = mappings()
-    found = [_mapping_of(tensor, known) for tensor in tensors]
+    known = _Mappings()
+    found = [known.of(tensor) for tensor in tensors]
     # One for each old one: of two mappings of a file, one can show in a place what the other does not.
     anew = {each: _map(each.path) for each in set(found) if each is not None}
-    files = {each.first: each.file for each in mappings()} if anew else {}
+    now = _Mappings() if anew else known
     # Another file can have the name now.
-    same = {old: new for old, new in anew.items() if new is not None and files.get(new.data_ptr()) == old.file}
+    same = {old: new for old, new in anew.items() if new is not None and _file_at(new.data_ptr(), now) == old.file}
     # The limits of what is built from a file look at each call of torch, and nothing is made here.
     with _page_table() as table, torch._C.DisableTorchFunction():
         return [
@@ -114,7 +157,7 @@ class FilePages:
     """The memory of this process that shows files, as Linux has it by now; each mapping is asked about once."""
 
     def __init__(self) -> None:
-        self._known = mappings()
+        self._known = _Mappings()
         self._written: dict[_Mapping, list[int] | None] = {}
 
     def show(self, tensors: Iterable[torch.Tensor], files: Iterable[Path]) -> bool:
@@ -122,7 +165,7 @@ class FilePages:
 
         It is Linux that says so, page by page, whoever wrote and however; nothing else proves it, and nothing is read.
         """
-        found, paths = [(_mapping_of(t, self._known), t) for t in tensors], {os.path.realpath(file) for file in files}
+        found, paths = [(self._known.of(t), t) for t in tensors], {os.path.realpath(file) for file in files}
         are_there = (each is not None and each.path in paths and Path(each.path).exists() for each in dict(found))
         return all(are_there) and all(each and self._written_in(t, each) == [] for each, t in found)
 
@@ -131,7 +174,7 @@ class FilePages:
 
         Nothing is read but the pages that were written to.
         """
-        mapped = (_mapping_of(first, self._known), _mapping_of(second, self._known))
+        mapped = (self._known.of(first), self._known.of(second))
         if mapped[0] is None or mapped[1] is None or _part_of(first, mapped[0]) != _part_of(second, mapped[1]):
             return None
         written = (self._written_in(first, mapped[0]), self._written_in(second, mapped[1]))
@@ -154,24 +197,9 @@ def _part_of(tensor: torch.Tensor, mapping: _Mapping) -> Any:
     return mapping.file, offset, tensor.dtype, tensor.shape, tensor.stride()
 
 
-def mappings() -> list[_Mapping]:
-    """Return the parts of this process's memory that are parts of files; none elsewhere than on Linux."""
-    if sys.platform != "linux":
-        return []
-    listed = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
-    return [
-        _Mapping(int(first, 16), int(last, 16), int(offset, 16), (device, number), path)
-        for first, last, offset, device, number, path in _LISTED.findall(listed)
-    ]
-
-
-def _mapping_of(tensor: torch.Tensor, known: Sequence[_Mapping]) -> _Mapping | None:
-    if tensor.device.type != "cpu" or not tensor.numel():
-        return None
-    start = address(tensor)
-    index = bisect.bisect_left(known, (start + 1,)) - 1
-    is_inside = index >= 0 and start + tensor.nbytes <= known[index].last
-    return known[index] if is_inside else None
+def _file_at(place: int, known: _Mappings) -> bytes | None:
+    found = known.at(place)
+    return found.file if found is not None and found.first == place else None
 
 
 def _map(path: str) -> torch.UntypedStorage | None:
@@ -241,8 +269,8 @@ def is_file_mapped(path: Path) -> bool:
     if sys.platform != "linux":
         return True
     # Overlays show the number of another file, and some file systems another path.
-    marks = {str(path.stat().st_ino), os.path.realpath(path)}
-    return any(not marks.isdisjoint((mapping.file[1], mapping.path)) for mapping in mappings())
+    marks = {b"%d" % path.stat().st_ino, os.path.realpath(path)}
+    return any(not marks.isdisjoint((mapping.file.split()[1], mapping.path)) for mapping in _Mappings())
 
 
 def give_back_freed() -> None:

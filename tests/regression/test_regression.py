@@ -37,13 +37,17 @@ def test_regression_files_are_there() -> None:
     ],
 )
 def test_checkpoint_of_an_older_version_predicts_what_it_did(case: Path, form: str) -> None:
-    """Outputs agree within 1e-4, the probe included, on an encoder that lies elsewhere than it did."""
+    """Outputs agree, the probe included, on an encoder that lies elsewhere than it did, and another processor.
+
+    In bf16 scores have steps of 1/256, and processors differ in where they round: two steps are no difference.
+    """
+    tolerance = 2**-7 if "bf16" in case.name else 1e-4
     expected = json.loads((case / "expected.json").read_text(encoding="utf-8"))
     model = Model.load(case / form, base_model=base_of(case))
     found = outputs(model)
     for these, those in zip(found, expected, strict=True):
         assert [value for value, _ in these] == [value for value, _ in those]
-        assert [score for _, score in these] == pytest.approx([score for _, score in those], abs=1e-4)
+        assert [score for _, score in these] == pytest.approx([score for _, score in those], abs=tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}-{case.name}")

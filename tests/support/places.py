@@ -15,8 +15,8 @@ def places_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
     A private mapping shows the pages of its file, so that a place is one in the file, or else an address in memory.
     """
-    known = mapped_memory.mappings()
-    return {name: _place(tensor, mapped_memory._mapping_of(tensor, known)) for name, tensor in tensors.items()}
+    known = mapped_memory._Mappings()
+    return {name: _place(tensor, known.of(tensor)) for name, tensor in tensors.items()}
 
 
 def _place(tensor: torch.Tensor, mapping: mapped_memory._Mapping | None) -> Any:
