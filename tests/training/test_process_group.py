@@ -33,7 +33,7 @@ SECONDS = 240  # far more than it takes; nothing here may wait for ever
 
 # The largest difference of a weight, beside the rounding of sums in another order: Adam divides gradients by their
 # own size, so that those which are zero but for rounding move weights too. bf16 has 8 bits.
-TOLERANCE = {"sgd": 2e-6, "in-groups": 2e-6, "annealed": 2e-6, "biases": 2e-6, "bf16": 4e-3}
+TOLERANCE = {"sgd": 2e-6, "in-groups": 2e-6, "annealed": 2e-6, "biases": 2e-6, "bf16": 2e-3}
 ADAM_TOLERANCE = 2e-4
 
 Base = Callable[[str], str]

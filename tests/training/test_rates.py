@@ -19,6 +19,7 @@ from peft import IA3Config, OSFConfig, PromptTuningConfig
 
 import flair_peft
 from flair_peft import LoraPlusPlugin, PeftTransformerWordEmbeddings
+from flair_peft.adapter import methods
 from flair_peft.adapter.traits import LORA_RATE
 from flair_peft.training import plugins, rates, start_line
 from tests.support.configs import lora
@@ -234,6 +235,16 @@ def test_rate_of_a_transformer_is_none_that_is_far_where_one_is_trained(
             rates.report_far_ones(model, torch.optim.AdamW(parts, lr=5e-5))
         told.append("hardly learns" in caplog.text)
     assert told == [False, True]
+
+
+def test_rates_are_far_from_ten_times_and_a_tenth_on_and_those_of_heads_from_a_twentieth() -> None:
+    """Flair's own rate for transformers is named for LoRA, ten times what suits too, and nothing between."""
+    assert methods.is_too_low(5e-5, LORA_RATE)
+    assert methods.is_too_high(5e-3, LORA_RATE)
+    assert not any(too(rate, LORA_RATE) for rate in (6e-5, 4e-3) for too in (methods.is_too_low, methods.is_too_high))
+    assert methods.is_too_low(5e-4, 1e-2, methods.TOO_LOW_FOR_HEADS)
+    assert not methods.is_too_low(6e-4, 1e-2, methods.TOO_LOW_FOR_HEADS)
+    assert not methods.is_too_high(1.0, None)
 
 
 @pytest.mark.parametrize(
