@@ -34,6 +34,9 @@ BENCHMARKS = {
         "sizes, loads and their memory, beside PEFT alone and whole files of Flair",
         ("--pairs", "1", "--stock-pairs", "1", "--shapes", "bert-base"),
     ),
+    "saves": Benchmark(
+        "saves of a model that is trained on, beside PEFT's of the adapter", ("--pairs", "1", "--shapes", "bert-base")
+    ),
     "conversion": Benchmark("converting a file of stock Flair", ("--shape", "bert-base")),
     "training": Benchmark("a training step, beside a bare loop of PEFT"),
     "prediction": Benchmark("streams of sentences: time, and memory over their length"),

@@ -8,13 +8,12 @@ writes the figures to ``resources/benchmarks``. Pairs are interleaved, since oth
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ import torch
 from flair.data import Dictionary
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import TextClassifier
-from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
 
 import flair_peft
 from tests.benchmarks.report import RESULTS, ROOT, heading, in_process, ratio, seconds, write
@@ -43,8 +40,6 @@ TIMES = {
 MEMORY = {"load_directory": ("load_with_peft", 1.1), "load_slim_file": ("load_with_peft", 1.1)}
 FASTER_THAN_STOCK = {"bert-base": 10.0, "xlm-roberta-large": 30.0}
 SIZE = 1.05
-# Of the time of a save, against PEFT's save_pretrained: both flush what they wrote, or PEFT does not.
-SAVES_AGAIN = {"with fsync": 2.5, "without": None}
 IMPORT_SECONDS = 0.3
 
 
@@ -77,79 +72,6 @@ def write_files(folder: Path) -> dict[str, float]:
         "whole.pt": seconds(lambda: model.save(folder / "whole.pt", save_base=True)),
         "stock.pt": seconds(lambda: stock.save(folder / "stock.pt")),
     }
-
-
-def train_(model: torch.nn.Module) -> None:
-    """Change the weights that are trained a little, in place: nobody saves the same ones again."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(1e-4)
-
-
-def save_with_peft(model: Any, folder: Path) -> None:
-    """Write what PEFT alone writes of the adapter, without the input embeddings, to which Flair added a row."""
-    model.embeddings.model.save_pretrained(folder, save_embedding_layers=False)
-
-
-def save_with_peft_and_flush(model: Any, folder: Path) -> None:
-    """Write the same, so that a loss of power leaves it, as each save of this package does."""
-    save_with_peft(model, folder)
-    for path in (*folder.iterdir(), folder, folder.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def saves_again(folder: Path, *, pairs: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Return rows and seconds of the first save of a model and of later ones, taken in turn with PEFT's."""
-    model = make_model(folder)
-    ours = {
-        "model.save": lambda: model.save(folder / "again.pt"),
-        "save_pretrained": lambda: flair_peft.save_pretrained(model, folder / "again"),
-    }
-    peft = {
-        "with fsync": lambda: save_with_peft_and_flush(model, folder / "peft"),
-        "without": lambda: save_with_peft(model, folder / "peft"),
-    }
-    first, rows, taken = seconds(ours["model.save"]), [], dict[str, list[float]]()
-    train_(model)
-    for save in (*ours.values(), *peft.values()):
-        save()
-    check_saved(model, folder)
-    for name, save in ours.items():
-        for how, other in peft.items():
-            key = f"{name}, PEFT {how}"
-            both = alternately(save, other, before=lambda: train_(model), pairs=pairs)
-            taken[name], taken[f"PEFT {how}"] = both
-            wanted = SAVES_AGAIN[how]
-            rows.append({"what": f"time of a later {key}", **ratio(*both), "wanted": wanted and f"≤ {wanted}"})
-    return rows, {"first model.save": first, **{name: statistics.median(times) for name, times in taken.items()}}
-
-
-def alternately(
-    one: Callable[[], None], other: Callable[[], None], *, before: Callable[[], None], pairs: int
-) -> tuple[list[float], list[float]]:
-    """Return the seconds of each of two actions, in pairs whose order changes; the first two pairs warm up."""
-    found: tuple[list[float], list[float]] = ([], [])
-    for number in range(-2, pairs):
-        before()
-        for index in sorted((0, 1), reverse=bool(number % 2)):
-            taken = seconds((one, other)[index])
-            if number >= 0:
-                found[index].append(taken)
-    return found
-
-
-def check_saved(model: TextClassifier, folder: Path) -> None:
-    """Raise unless what both wrote last holds the adapter that the model has now."""
-    live = get_peft_model_state_dict(model.embeddings.model, save_embedding_layers=False)
-    for written in ("again", "peft"):
-        held = load_file(folder / written / "adapter_model.safetensors")
-        assert held.keys() == live.keys()
-        assert all(torch.equal(held[name], tensor) for name, tensor in live.items())
-    assert torch.equal(TextClassifier.load(folder / "again.pt").decoder.weight, model.decoder.weight.cpu())
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -204,8 +126,7 @@ def import_seconds(statement: str) -> float:
 
 def evaluate(shape: str, folder: Path, *, pairs: int, stock_pairs: int) -> list[dict[str, Any]]:
     """Return the rows of one shape: what was measured, against what, and what we want."""
-    rows, saves = saves_again(folder, pairs=pairs)
-    saves |= write_files(folder)
+    saves, rows = write_files(folder), list[dict[str, Any]]()
     runs = measure(folder, pairs=pairs, stock_pairs=stock_pairs)
     check(runs)
     for way, (other, wanted) in TIMES.items():
@@ -257,24 +178,23 @@ def to_markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Checkpoints: size, time and memory",
         "",
-        f"`python -m tests.benchmarks.checkpoints`, {report['date']}, {report['machine']}, {report['versions']}.",
-        f"Ratios are medians of {report['pairs']} interleaved pairs of processes, with 95 % bootstrap intervals; every",
-        "load gave PEFT's vector. Later saves are timed with one thread, after a small change of what is trained,",
-        "against PEFT's save_pretrained of the adapter alone. That does not flush its files to the disk: the goal is",
-        "held against one that does, since every save of this package survives a loss of power.",
-        "",
-        "| shape | what | median | 95 % | wanted |",
-        "|---|---|---|---|---|",
+        "`python -m tests.benchmarks.checkpoints`. Ratios are medians of interleaved pairs of processes, with 95 %",
+        "bootstrap intervals; every load gave PEFT's vector. Later saves beside PEFT's are in [saves](saves.md).",
     ]
-    for row in report["rows"]:
-        if "what" in row:
+    for shape, measured in report["measured"].items():
+        rows = [row for row in report["rows"] if row["shape"] == shape]
+        lines += [
+            "",
+            f"## {shape or 'Import'}",
+            "",
+            f"{measured['date']}, {measured['machine']}, {measured['versions']};",
+        ]
+        lines += [f"{measured['pairs']} pairs.", "", "| what | median | 95 % | wanted |", "|---|---|---|---|"]
+        for row in (row for row in rows if "what" in row):
             interval = f"{row['low']:.2f} to {row['high']:.2f}"
-            lines.append(
-                f"| {row['shape']} | {row['what']} | {row['median']:.2f} | {interval} | {row['wanted'] or ''} |"
-            )
-    for row in report["rows"]:
-        if "figures" in row:
-            lines += ["", f"## {row['shape']}", ""]
+            lines.append(f"| {row['what']} | {row['median']:.2f} | {interval} | {row['wanted'] or ''} |")
+        for row in (row for row in rows if "figures" in row):
+            lines.append("")
             for kind, values in row["figures"].items():
                 scale, unit = (1e6, "MB") if kind.startswith("bytes") else (1, "s")
                 found = ", ".join(f"{name} {value / scale:.3g} {unit}" for name, value in values.items())
@@ -282,31 +202,37 @@ def to_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def renewed(report: dict[str, Any], shape: str, rows: list[dict[str, Any]], *, pairs: int) -> dict[str, Any]:
+    """Return a report with other rows of one shape, beside those of others from whenever they were measured."""
+    now = {**heading("no GPU used"), "pairs": pairs}
+    kept = [row for row in report.get("rows", []) if row["shape"] != shape]
+    return {**now, "measured": {**report.get("measured", {}), shape: now}, "rows": [*kept, *rows]}
+
+
 def main() -> None:
-    """Measure and write the report."""
+    """Measure, and write the report after each shape."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=21)
     parser.add_argument("--stock-pairs", type=int, default=3)
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
-    parser.add_argument("--only-saves", action="store_true", help="measure later saves and nothing else")
+    parser.add_argument(
+        "--shapes", nargs="*", default=list(FASTER_THAN_STOCK), help="others stay as they were measured"
+    )
     parser.add_argument("--folder", type=Path, help="where the models are made and kept; a temporary one if left out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = [] if options.only_saves else [evaluate_imports(options.pairs)]
+    file = options.out / "checkpoints.json"
+    report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    report = renewed(report, "", [evaluate_imports(options.pairs)], pairs=options.pairs)
     with tempfile.TemporaryDirectory() as temporary:
         for shape in options.shapes:
             folder = (options.folder or Path(temporary)) / shape
             if not (folder / "base").exists():
                 SHAPES[shape](folder / "base")
-            if options.only_saves:
-                found, figures = saves_again(folder, pairs=options.pairs)
-                rows += [{"shape": shape, **row} for row in [*found, {"figures": {"seconds to save": figures}}]]
-            else:
-                rows += evaluate(shape, folder, pairs=options.pairs, stock_pairs=options.stock_pairs)
-    report = {**heading("no GPU used"), "pairs": options.pairs, "rows": rows}
-    write("checkpoints", report, to_markdown(report), out=options.out)
+            rows = evaluate(shape, folder, pairs=options.pairs, stock_pairs=options.stock_pairs)
+            report = renewed(report, shape, rows, pairs=options.pairs)
+            write("checkpoints", report, to_markdown(report), out=options.out)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from flair_peft import errors
 from flair_peft.adapter import refusals
 from flair_peft.adapter.methods import why_not_mixed
 from flair_peft.cli import main
-from tests.benchmarks import faster_rows, quality_table, upper_layer_table
+from tests.benchmarks import faster_rows, goals, quality_table, upper_layer_table
 from tests.support import house_picture, tiny
 from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method
 
@@ -284,7 +284,8 @@ MADE: dict[str, Callable[[], str]] = {
     "settings_measured": settings_measured,
     "upper_layers": upper_layers,
     "quality": quality,
-    "quality_of_four": lambda: quality(("full fine-tuning", "frozen encoder", "LoRA", "IA³")),
+    "quality_of_three": lambda: quality(("full fine-tuning", "frozen encoder", "LoRA")),
+    "goals": lambda: "\n".join(goals.table(_figures)),
     "rates_on_real_text": lambda: "\n".join(quality_table.rates(_figures("quality")["quality"])),
     "lora_beside_full_fine_tuning": lambda: "\n".join(quality_table.leads(_figures("quality")["quality"])),
     "without_default_targets": without_default_targets,
