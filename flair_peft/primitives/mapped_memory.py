@@ -62,8 +62,8 @@ class _Mappings:
     """
 
     def __init__(self) -> None:
-        is_listed = sys.platform == "linux"
-        self._lines = Path("/proc/self/maps").read_bytes().splitlines() if is_listed else list[bytes]()
+        listed = Path("/proc/self/maps").read_bytes() if sys.platform == "linux" else b""
+        self._lines = [line for line in listed.split(b"\n") if line]  # a name may have other ends of lines in it
         self._last: _Mapping | None = None
 
     def __iter__(self) -> Iterator[_Mapping]:

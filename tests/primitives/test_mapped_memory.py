@@ -134,6 +134,22 @@ def test_map_again_takes_no_other_file_of_that_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+@pytest.mark.parametrize("name", ["a b", "a\rb", "a\u2028b", "a\x85b", "é", "a (deleted)", "0-1 r 0 0:0 1 x"])
+def test_mapping_of_a_file_is_found_whatever_its_name(name: str, tmp_path: Path) -> None:
+    """Linux lists names as they are, and those of others stand before and behind."""
+    save_file({"x": torch.arange(100_000.0)}, tmp_path / name)
+    first, other = load_file(tmp_path / name)["x"], torch.ones(100_000)
+    assert mapped_memory.is_mapped(first)
+    assert not mapped_memory.is_mapped(other)
+    assert mapped_memory.is_file_mapped(tmp_path / name)
+    [again, no] = mapped_memory.map_again([first, other])
+    assert no is None
+    assert again is not None
+    assert torch.equal(again, first)
+    assert mapped_memory.address(again) != mapped_memory.address(first)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 def test_comparer_tells_one_number_that_was_written_to_one_of_two_mappings(tmp_path: Path) -> None:
     """What two tensors show of one file is the same unread; a page that was written to is read, and so is all else."""
     save_file({"x": torch.arange(100_000.0), "y": torch.ones(3, 5)}, tmp_path / "one")
