@@ -30,7 +30,7 @@ from peft import IA3Config
 
 from flair_peft.compat import versions
 from tests.benchmarks import quality_table, steps
-from tests.benchmarks.report import RESULTS, heading, processor, write
+from tests.benchmarks.report import RESULTS, heading, processor, seconds, write
 from tests.benchmarks.text_tasks import NER_TASKS, TASKS, Task
 from tests.benchmarks.trainings import Record, kept, lacking, run
 from tests.benchmarks.ways import WAYS, Way, adapter, train, upper
@@ -72,7 +72,8 @@ class Base:
         rates: the learning rates to start the choice from, of the ways that choose; a frozen encoder has none.
         own: ways that it has apart from the others, or in a form of its own.
         few: ways that are trained on the two smaller tasks alone.
-        is_mixed: whether products of matrices are of bfloat16 in the training, by Flair's ``use_amp``.
+        is_mixed: whether products of matrices are of bfloat16 in the training, by Flair's ``use_amp``, on processors
+            that are faster so.
     """
 
     find: Callable[[], str]
@@ -200,6 +201,7 @@ def measurements(records: Sequence[Record], base: str, tasks: Sequence[str], way
 def one(plan: Record) -> Record:
     """Return the plan of a training with what came out; the first seed's models are saved and loaded as well."""
     task, settings = task_of(plan["task"]), plan["settings"]
+    is_mixed = BASES[plan["base"]].is_mixed and is_faster_in_bfloat16()
     found = train(
         task,
         {**WAYS, **BASES[plan["base"]].own}[plan["way"]],
@@ -210,18 +212,28 @@ def one(plan: Record) -> Record:
         count=settings["sentences"],
         epochs=settings["epochs"],
         batch=settings["batch"],
-        is_mixed=BASES[plan["base"]].is_mixed,
+        is_mixed=is_mixed,
         measured=task.test if plan["part"] == "test" else task.choice[-settings["choice"] :],
         prove=plan["seed"] == 1,
     )
-    return {**plan, **found, "processor": processor()}
+    return {**plan, **found, "processor": processor(), "is_mixed": is_mixed}
+
+
+@functools.cache
+def is_faster_in_bfloat16() -> bool:
+    """Return whether this processor has products of bfloat16; elsewhere they are put together, many times as slowly."""
+
+    def quickest(dtype: torch.dtype) -> float:
+        matrix = torch.ones(1024, 1024, dtype=dtype)
+        return min(seconds(lambda: matrix @ matrix) for _ in range(3))
+
+    return quickest(torch.bfloat16) < quickest(torch.float32)
 
 
 def settings_of(base: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what records must have in common, to stand in one table."""
+    """Return what records must have in common, to stand in one table; the processor decides of ``is_mixed``."""
     libraries = {library: version for library, version in versions().items() if library != "flair_peft"}
     own = {"sentences": options.sentences, "batch": options.batch, "choice": options.choice}
-    own |= {"is_mixed": True} if BASES[base].is_mixed else {}
     return {**own, "epochs": BASES[base].epochs, "libraries": libraries}
 
 
@@ -247,7 +259,8 @@ def report_of(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
         records = [r for r in kept(runs, settings) if r["base"] == base]
         of_choice = [r for r in records if is_of_choice(r, records)]
         if of_choice:
-            found[base] = {"settings": settings, "rows": quality_table.rows(of_choice, ALL_TASKS)}
+            rows = quality_table.rows(of_choice, ALL_TASKS)
+            found[base] = {"settings": settings, "mixed": sum(r["is_mixed"] for r in of_choice), "rows": rows}
             shown += of_choice
     used = [name for name, _ in Counter(record["processor"] for record in shown).most_common()]
     machine = {"machine": f"{' and '.join(used)}, one core for each training, no GPU used"} if used else {}

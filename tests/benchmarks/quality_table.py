@@ -107,12 +107,21 @@ def quality_page(found: dict[str, Any]) -> list[str]:
             f"## {NAMES[base]}",
             "",
             f"{size['sentences']} sentences of SST-2 and UD-EWT, {size['epochs']} epochs, batches of {size['batch']}."
-            + (" Trained with Flair's `use_amp` (bfloat16)." if size.get("is_mixed") else ""),
+            + _precision(of_base["mixed"], sum(len(r["scores"]) for r in of_base["rows"])),
             "",
         ]
         for task in dict.fromkeys(r["task"] for r in of_base["rows"]):
             lines += table(task, [r for r in of_base["rows"] if r["task"] == task])
     return lines
+
+
+def _precision(mixed: int, trainings: int) -> str:
+    if not mixed:
+        return ""
+    where = (
+        "" if mixed == trainings else f"; {trainings - mixed} of {trainings} trainings in fp32, on a processor without"
+    )
+    return f" Trained with Flair's `use_amp` (bfloat16){where}."
 
 
 def table(task: str, of_task: Sequence[dict[str, Any]]) -> list[str]:
