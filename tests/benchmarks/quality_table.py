@@ -46,10 +46,10 @@ def sorted_ways(ways: Iterable[str]) -> list[str]:
 def row(task: str, way: str, those: dict[int, Record], full: dict[int, Record], usual: str) -> dict[str, Any]:
     """Return the figures of one way on one task, and its lead over full fine-tuning with the same seeds.
 
-    Time is that on one kind of processor alone, the usual one.
+    Time and memory are those on one kind of processor alone, the usual one, which also trains in one precision.
     """
     scores = [100 * those[seed]["score"] for seed in sorted(those)]
-    timed = [record["seconds"] for record in those.values() if record["processor"] == usual]
+    usually = [record for record in those.values() if record["processor"] == usual]
     record = those[min(those)]
     common = sorted(those.keys() & full.keys()) if way != FULL else []
     return {
@@ -62,8 +62,8 @@ def row(task: str, way: str, those: dict[int, Record], full: dict[int, Record], 
         if len(common) > 1
         else None,
         "share": record["trained"] / record["parameters"],
-        "seconds": statistics.median(timed) if timed else None,
-        **{what: statistics.median(r[what] for r in those.values()) for what in ("memory", "file")},
+        **{what: statistics.median(r[what] for r in usually) if usually else None for what in ("seconds", "memory")},
+        "file": statistics.median(r["file"] for r in those.values()),
     }
 
 
@@ -92,11 +92,11 @@ def quality_page(found: dict[str, Any]) -> list[str]:
         "those of the whole test part: mean and standard deviation over the seeds, and the difference to full",
         "fine-tuning paired by seed, with a 95 % interval of Student's t. They say nothing of the choice of the",
         "rates, or of another test part; some short sentences stand in several parts (68 of 2,077 in the test",
-        "part of UD-EWT, 2 of 1,821 in that of SST-2). Time is that of the processor in the trainer, of trainings on",
-        "the first of the processors alone; a frozen encoder's vectors are kept after the first epoch where there is",
-        "no context. Memory is the peak until the end of the training, beyond what the process had before. Both are",
-        "medians. The first seed's model of each row was saved and loaded again, and gave 50 test sentences the same",
-        "labels and scores.",
+        "part of UD-EWT, 2 of 1,821 in that of SST-2). Time is that of the processor in the trainer; the vectors of a",
+        "frozen encoder are kept after the first epoch where there is no context. Memory is the peak until the end of",
+        "the training, beyond what the process had before. Both are medians, of trainings on the first of the",
+        "processors alone. The first seed's model of each row was saved and loaded again, and gave 50 test",
+        "sentences the same labels and scores.",
         "",
         "![What each way reached with each seed](quality.png)",
         "",
@@ -118,10 +118,8 @@ def quality_page(found: dict[str, Any]) -> list[str]:
 def _precision(mixed: int, trainings: int) -> str:
     if not mixed:
         return ""
-    where = (
-        "" if mixed == trainings else f"; {trainings - mixed} of {trainings} trainings in fp32, on a processor without"
-    )
-    return f" Trained with Flair's `use_amp` (bfloat16){where}."
+    others = f"; {trainings - mixed} of {trainings} trainings in fp32, on a processor without it"
+    return f" Trained with Flair's `use_amp` (bfloat16){others if mixed < trainings else ''}."
 
 
 def table(task: str, of_task: Sequence[dict[str, Any]]) -> list[str]:
@@ -136,7 +134,7 @@ def table(task: str, of_task: Sequence[dict[str, Any]]) -> list[str]:
         rate = "–" if r["way"] == "frozen encoder" else f"{r['rate']:g}"
         lines.append(
             f"| {r['way']} | {spread(r['scores'])} | {len(r['scores'])} | {difference(r['lead'])} | "
-            f"{100 * r['share']:.2f} % | {rate} | {r['head_rate']:g} | {_time(r)} | {r['memory'] / 1e6:.0f} | "
+            f"{100 * r['share']:.2f} % | {rate} | {r['head_rate']:g} | {_time(r)} | {_memory(r)} | "
             f"{r['file'] / 1e6:.2f} |"
         )
     return [*lines, "", *verdict(task, of_task)]
@@ -149,6 +147,10 @@ def spread(scores: Sequence[float]) -> str:
 
 def _time(of_row: dict[str, Any], unit: str = "") -> str:
     return f"{of_row['seconds']:.0f}{unit}" if of_row["seconds"] is not None else ""
+
+
+def _memory(of_row: dict[str, Any], unit: str = "") -> str:
+    return f"{of_row['memory'] / 1e6:.0f}{unit}" if of_row["memory"] is not None else ""
 
 
 def difference(of_row: dict[str, Any] | None) -> str:
@@ -185,7 +187,7 @@ def overview(found: dict[str, Any], ways: Sequence[str] = ()) -> list[str]:
             first = of_way[min(of_way, key=tasks.index)]
             lines.append(
                 f"| {base} | {way} | {100 * first['share']:.2g} % | {' | '.join(cells)} | {_time(first, ' s')} | "
-                f"{first['memory'] / 1e6:.0f} MB | {first['file'] / 1e6:.3g} MB |"
+                f"{_memory(first, ' MB')} | {first['file'] / 1e6:.3g} MB |"
             )
     return lines
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from flair.data import Sentence
 from flair.models import SequenceTagger
 
@@ -169,18 +170,18 @@ def test_rows_pair_ways_with_full_fine_tuning_by_seed() -> None:
     assert "+0.00 points over 2 seeds (wanted: ≥ -0.5; reached)" in quality_table.verdict("SST-2", [full, lora])[0]
 
 
-def test_rows_take_times_of_one_processor_alone() -> None:
-    """Scores of trainings elsewhere count; their times would compare machines, not ways."""
+def test_rows_take_costs_of_one_processor_alone() -> None:
+    """Scores of trainings elsewhere count; their times and memory would compare machines, not ways."""
     full = [_measured("full fine-tuning", seed, 0.8) for seed in (1, 2, 3)]
-    elsewhere = {"seconds": 90.0, "processor": "slow"}
+    elsewhere = {"seconds": 90.0, "memory": 3 * 10**6, "processor": "slow"}
     lora = [{**_measured("LoRA", seed, 0.82), **(elsewhere if seed > 1 else {})} for seed in (1, 2, 3)]
     _, of_both = quality_table.rows([*full, *lora], ["SST-2"])
-    assert (of_both["seconds"], len(of_both["scores"])) == (3.0, 3)
+    assert (of_both["seconds"], of_both["memory"], len(of_both["scores"])) == (3.0, 10**6, 3)
     _, of_slow = rows = quality_table.rows([*full, *lora[1:]], ["SST-2"])
-    assert of_slow["seconds"] is None
+    assert of_slow["seconds"] is of_slow["memory"] is None
     last = quality_table.overview({"bases": {"MiniLM": {"rows": rows}}})[-1]
-    assert last.endswith("| 82.0 ± 0.0 |  | 1 MB | 0.1 MB |")
-    assert "|  | 1 | 0.10 |" in quality_table.table("SST-2", rows)[-4]
+    assert last.endswith("| 82.0 ± 0.0 |  |  | 0.1 MB |")
+    assert "|  |  | 0.10 |" in quality_table.table("SST-2", rows)[-4]
 
 
 def test_overview_has_a_row_for_each_way_of_each_base_and_leaves_out_what_was_not_measured() -> None:
@@ -200,3 +201,32 @@ def test_overview_has_a_row_for_each_way_of_each_base_and_leaves_out_what_was_no
         "| MiniLM | LoRA | `1e-3`, `1e-2` | `1e-3`, `1e-2` |",
     ]
     assert quality_table.leads(found)[2:] == ["| MiniLM | SST-2 | +0.50 | -5.85 to +6.85 | 2 |"]
+
+
+@pytest.mark.parametrize(
+    ("mixed", "sentence"),
+    [
+        (0, ""),
+        (2, " Trained with Flair's `use_amp` (bfloat16)."),
+        (1, " Trained with Flair's `use_amp` (bfloat16); 1 of 2 trainings in fp32, on a processor without it."),
+    ],
+)
+def test_page_says_how_many_trainings_were_in_fp32(mixed: int, sentence: str) -> None:
+    """A base whose trainings are of bfloat16 is trained in fp32 where the processor has no such products."""
+    rows = quality_table.rows([_measured("LoRA", seed, 0.8) for seed in (1, 2)], ["SST-2"])
+    settings = {"sentences": 640, "epochs": 2, "batch": 16}
+    found = {
+        "date": "",
+        "machine": "",
+        "versions": "",
+        "bases": {"MPNet": {"settings": settings, "mixed": mixed, "rows": rows}},
+    }
+    assert f"640 sentences of SST-2 and UD-EWT, 2 epochs, batches of 16.{sentence}" in quality_table.quality_page(found)
+
+
+def test_precision_is_that_in_which_the_processor_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is a product in either."""
+    monkeypatch.setattr(quality, "seconds", lambda action: float(action().dtype == torch.bfloat16))
+    assert not quality.is_faster_in_bfloat16.__wrapped__()
+    monkeypatch.setattr(quality, "seconds", lambda action: float(action().dtype == torch.float32))
+    assert quality.is_faster_in_bfloat16.__wrapped__()
