@@ -13,8 +13,9 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from flair_peft.adapter import config as configs
-from flair_peft.adapter import injection, methods, traits
+from flair_peft.adapter import mending, methods, traits
 from flair_peft.base import module_copy
+from flair_peft.primitives import building
 
 # Numbers in an adapter that may be kept beside any base, however small.
 _FEW_NUMBERS = 1 << 20
@@ -46,7 +47,7 @@ class AdapterTemplate:
         described = [type(config).__name__, str(torch.get_default_dtype()), configs.encode_config(config)]
         settings = json.dumps(described, sort_keys=True)
         of_base = list(base.parameters())
-        with injection.building:
+        with building.lock:
             if settings == self._settings and self._model is not None:
                 return _copy_around(self._model, self._of_base, of_base)
             model, is_second = make(), settings == self._settings
@@ -79,5 +80,5 @@ def _copy_around(
         parameter.requires_grad_(old.requires_grad)
     memo = {id(old): parameter for old, parameter in zip(replaced, new, strict=True)}
     copied: PeftModel = module_copy.copy_modules(model, dict(memo))
-    injection.repair_(copied)
+    mending.repair_(copied)
     return copied

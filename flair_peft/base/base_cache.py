@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from flair_peft.adapter import injection
 from flair_peft.base import memory_check, transformer, weight_files
 from flair_peft.base.frozen_base import FrozenBase, PlacedBase, described, state_of_source
 from flair_peft.base.other_dtype import ConvertedBase
 from flair_peft.base.placement import PLACING, QUANTISING, is_placed
-from flair_peft.primitives import mapped_memory
+from flair_peft.primitives import building, mapped_memory
 from flair_peft.primitives.base_record import BaseRecord
 from flair_peft.primitives.dtypes import DtypeLike, parse_dtype
 from flair_peft.primitives.mapped_memory import FilePages
@@ -113,7 +112,7 @@ def find(
         BaseModelNotFoundError: there is none.
         InsufficientMemoryError: it does not fit.
     """
-    with injection.building:
+    with building.lock:
         bounds = memory_check.bounds()
         if bounds is not None:
             bounds.know_base(record.name, _arguments(record, kwargs))
@@ -177,7 +176,7 @@ def is_as_its_source(base: FrozenBase, kwargs: Mapping[str, Any], pages: FilePag
         kwargs: how the source is reached; another cache of the Hub's may not have it.
         pages: which of them were written to.
     """
-    with injection.building:
+    with building.lock:
         states = [key[0] for key, found in _cache.items() if found is base]
     if state_of_source(base.record) not in states:
         return False

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from flair_peft.adapter import injection
-from flair_peft.primitives import host_internals, mapped_memory
+from flair_peft.primitives import building, host_internals, mapped_memory
 
 
 class SharedWeights:
@@ -31,7 +30,7 @@ class SharedWeights:
     def copies_of(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return tensors with the values of some of the weights, which can be written to."""
         tensors = [weight.detach() for weight in weights]
-        with injection.building, torch.inference_mode(False):
+        with building.lock, torch.inference_mode(False):
             mapped = [None] * len(tensors) if self._root._is_in_memory else mapped_memory.map_again(tensors)
             return [self._clone(t) if again is None else again for t, again in zip(tensors, mapped, strict=True)]
 

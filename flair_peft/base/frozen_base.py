@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flair_peft.adapter import injection, keys
+from flair_peft.adapter import keys
 from flair_peft.base import added_rows, module_copy, placement, quantisation, transformer
 from flair_peft.base.adapter_template import AdapterTemplate
 from flair_peft.base.copy_on_write import SharedWeights
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
-from flair_peft.primitives import fingerprint, mapped_memory
+from flair_peft.primitives import building, fingerprint, mapped_memory
 from flair_peft.primitives.base_record import BaseRecord
 
 # State of a source and sample of its weights → digests of all its weights, and of those that are read.
@@ -210,7 +210,7 @@ class FrozenBase:
         attention = config._attn_implementation
         if attention in (None, self.config._attn_implementation):
             return self
-        with injection.building, torch.inference_mode(False):
+        with building.lock, torch.inference_mode(False):
             if attention not in self._by_attention:
                 self._by_attention[attention] = self._with_attention(attention)
             return self._by_attention[attention]
@@ -258,7 +258,7 @@ class FrozenBase:
                 "context separator needs one. Keep the embeddings on a device in device_map, or pass "
                 "use_context_separator=False."
             )
-        with injection.building, torch.inference_mode(False):
+        with building.lock, torch.inference_mode(False):
             if isinstance(new, int):
                 new = self._mean_row.repeat(new, 1)
             if self.is_placed:

@@ -18,11 +18,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_offline_mode
 
-from flair_peft.adapter import injection
 from flair_peft.base import config_safety, config_versions
 from flair_peft.base.unusable import UNUSABLE, not_found
 from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, FlairPeftError
-from flair_peft.primitives import host_internals, progress
+from flair_peft.primitives import building, host_internals, progress
 from flair_peft.primitives.dtypes import DtypeLike
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -119,7 +118,7 @@ def find_model(
         wanted["key_mapping"] = {r"^model\.": ""}  # Gemma 3 does not say what its weights are called below a head
     try:
         # It would warn of weights that nobody reads; what is lacking is told apart below.
-        with injection.building_anew(), host_internals.errors_of_transformers_alone():
+        with building.anew(), host_internals.errors_of_transformers_alone():
             model, found = model_class.from_pretrained(
                 source, config=config, output_loading_info=True, **wanted, **with_answer(kwargs)
             )
@@ -190,7 +189,7 @@ def build_model(
     Buffers that are not stored, such as rotary frequencies, hold their values.
     """
     wanted = {**model_kwargs} if dtype in (None, "auto") else {"dtype": dtype, **model_kwargs}
-    with injection.building_anew(), no_init_weights():
+    with building.anew(), no_init_weights():
         if config.model_type in ENCODER_OF_T5:
             model = _model_class(config, model_kwargs)._from_config(config, **wanted)
         else:

@@ -31,10 +31,10 @@ def _inspect(chosen: argparse.Namespace) -> int:
     else:
         wording.echo_inspection(found)
     if chosen.plot:
-        from flair_peft.inspection import plot
+        from flair_peft.inspection import moves, plot
 
         with showing("measuring"):
-            measured = plot.measure(found, base_model=chosen.base_model)
+            measured = moves.measure(found, base_model=chosen.base_model)
         plot.draw(measured, chosen.plot, title=chosen.path.name or str(chosen.path))
         for note in measured.notes:
             complain(note)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from flair_peft.adapter import injection
 from flair_peft.codec import setting_checks
 from flair_peft.codec.setting_checks import Check
 from flair_peft.errors import ModelFileError, UnsupportedStateError, name_some
+from flair_peft.primitives import building
 
 Fields = dict[str, Any]
 
@@ -70,7 +70,7 @@ def read_fields(kind: Kind, value: Any, where: str) -> Fields:
     fields = kind.read(value)
     odd = {name for name, check in kind.fields.items() if not check(fields[name])}
     if not odd:
-        with injection.building_anew():  # saving must not change what is drawn next in training
+        with building.anew():  # saving must not change what is drawn next in training
             odd = _differences(kind, value, (kind.mold or kind.build)(**fields))
     if odd:
         raise UnsupportedStateError(
@@ -106,7 +106,7 @@ def build_object(kind: Kind, fields: Fields, *, room: int) -> tuple[Any, int]:
             f"Cannot build a {kind.cls.__name__} with {size} weights: the file holds {room} more bytes at most. It is "
             "damaged, or was not written by flair_peft. Copy or save it again."
         )
-    with injection.building_anew():
+    with building.anew():
         built = kind.build(**settings)
     if kind.is_module:
         _set_modes_(kind, built, **{name: fields[name] for name in _MODES})

@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from flair_peft.adapter import injection, keys, methods, refusals
+from flair_peft.adapter import keys, mending, methods, model_call, refusals
 from flair_peft.base import placement, quantisation, tokenizers, transformer
 from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.embeddings import batch_division, cooperative_threads, division_trial, exact_values, flair_pooling
@@ -167,7 +167,7 @@ class AdaptedEmbeddings(TransformerEmbeddings):
         if mode and self.has_adapter:
             with self.in_use():
                 exact_values.restore_(self.model, lambda: dict(self.model.named_parameters()))
-                injection.widen_(self.model)
+                mending.widen_(self.model)
         return self
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
@@ -259,7 +259,7 @@ class AdaptedEmbeddings(TransformerEmbeddings):
                 last if index in (-1, len(states) - 1) else state
                 for index, state in zip(self.layer_indexes, wanted, strict=True)
             ]
-        first = injection.virtual_rows(self.model) if self.has_adapter and not self.keep_virtual_rows else 0
+        first = model_call.virtual_rows(self.model) if self.has_adapter and not self.keep_virtual_rows else 0
         return tuple(state[:, first:] for state in wanted)
 
     @property
@@ -274,7 +274,7 @@ class AdaptedEmbeddings(TransformerEmbeddings):
                 "without a state dict. Load the whole Flair model, or call load_state_dict first."
             )
         if self.training and self.has_adapter:
-            injection.require_input_gradients_(self.model)
+            mending.require_input_gradients_(self.model)
             refusals.refuse_lost_prefix(self.model)
         if torch.is_grad_enabled():
             _unmap_trained_(self.model)
@@ -282,7 +282,7 @@ class AdaptedEmbeddings(TransformerEmbeddings):
         inputs: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.base_dtype)
-        inputs.update(injection.without_cache(self.base_model))
+        inputs.update(model_call.without_cache(self.base_model))
         inputs = {"input_ids": input_ids.to(device), **inputs, "output_hidden_states": True, "return_dict": True}
         # Several models may predict together: then a forward pass is one for all of them.
         forward_pass = ForwardPass(self, inputs)
@@ -323,7 +323,7 @@ class ForwardPass:
                 self._forward,
                 self.inputs,
                 model=model,
-                first=injection.virtual_rows(model) if is_adapted else 0,
+                first=model_call.virtual_rows(model) if is_adapted else 0,
                 before=methods.virtual_tokens(self.embeddings.adapter_config) if is_adapted else 0,
                 is_packable=True,
             )
@@ -334,7 +334,7 @@ class ForwardPass:
 
     def _forward(self, inputs: Mapping[str, Any], rows: Sequence[int]) -> Any:
         with host_internals.one_pass_at_a_time(self.embeddings.base_model):
-            return injection.forward(self._model, inputs)
+            return model_call.forward(self._model, inputs)
 
 
 def may_be_divided(embeddings: AdaptedEmbeddings) -> bool:

@@ -18,7 +18,7 @@ from transformers import FeatureExtractionMixin, PretrainedConfig, PreTrainedMod
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from flair_peft.adapter import config as configs
-from flair_peft.adapter import injection, methods, refusals
+from flair_peft.adapter import injection, methods, refusals, trainable
 from flair_peft.base import memory_check, placement, quantisation, resolve, tokenizers, transformer
 from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.base.left_out import PlacedStart
@@ -259,7 +259,7 @@ def _try_out(embeddings: AdaptedEmbeddings) -> None:
     ids = torch.tensor([[0]]) if encoded is None or encoded["input_ids"].numel() == 0 else encoded["input_ids"]
     inputs = {"attention_mask": torch.ones_like(ids)}
     refusals.try_out(model, lambda: embeddings.hidden_states(ids, **inputs), rows=ids.shape[1])
-    injection.report_without_effect(model)
+    trainable.report_without_effect(model)
     trained, total = model.get_nb_trainable_parameters()
     log.info("%s: %s of %s parameters are trained (%.2f %%).", embeddings.name, trained, total, 100 * trained / total)
     if methods.depends_on_batch(embeddings.adapter_config):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flair_peft.adapter import injection, keys, methods
+from flair_peft.adapter import derived_state, injection, keys, methods
 from flair_peft.base import left_out as base_left_out
 from flair_peft.base import quantisation
 from flair_peft.base.frozen_base import FrozenBase
@@ -58,7 +58,9 @@ def fill_(
         _inject_into_stored_base_(embeddings, pending, {key: state_dict[stored[key]] for key in stored})
     expected = embeddings.model.state_dict()
     match = keys.match_keys(stored, expected)
-    for key in injection.derived_again(embeddings.model, {key: state_dict[stored[key]] for key in match.unexpected}):
+    for key in derived_state.computed_again(
+        embeddings.model, {key: state_dict[stored[key]] for key in match.unexpected}
+    ):
         match.unexpected.remove(key)
         del state_dict[stored.pop(key)]
     match, in_place = _without_left_out(match, embeddings, pending)
@@ -152,7 +154,7 @@ def _inject_into_stored_base_(embeddings: AdaptedEmbeddings, pending: PendingLoa
     base.load_state_dict(base_tensors, strict=False)  # both lists were read above
     assert pending.adapter_config is not None
     embeddings.model = injection.inject(base, pending.adapter_config)
-    injection.set_derived_state_(embeddings.model, pending.derived_state)
+    derived_state.put_back_(embeddings.model, pending.derived_state)
     pending.adapter_config = None
 
 

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from typing_extensions import Self
 
 from flair_peft.adapter import config as configs
-from flair_peft.adapter import injection, methods
+from flair_peft.adapter import mending, methods
 from flair_peft.base import memory_check, quantisation, tokenizers, transformer
 from flair_peft.embeddings import construction, fill_weights, stored_params, vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
@@ -295,7 +295,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
                 return clone
             clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
             if isinstance(clone.model, PeftModel):
-                injection.repair_(clone.model)
+                mending.repair_(clone.model)
         return clone
 
     def __getstate__(self) -> dict[str, Any]:

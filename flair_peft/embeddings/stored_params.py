@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from flair_peft.adapter import config as configs
-from flair_peft.adapter import injection, keys, methods
+from flair_peft.adapter import derived_state, keys, methods, trainable
 from flair_peft.base import (
     config_safety,
     memory_check,
@@ -107,7 +107,7 @@ def _own_params(embeddings: AdaptedEmbeddings) -> dict[str, Any]:
         "save_base": embeddings.save_base,
         # Without this, transformers makes a fast tokenizer of the files of a slow one.
         "transformers_tokenizer_kwargs": {} if embeddings.tokenizer.is_fast else {"use_fast": False},
-        "derived_state": injection.derived_state(embeddings.model) if methods.is_derived_from_base(config) else {},
+        "derived_state": derived_state.read(embeddings.model) if methods.is_derived_from_base(config) else {},
         # Versions that do not know these refuse them, and read all other files.
         **({"after_final_norm": True} if embeddings.after_final_norm else {}),
         **({} if embeddings.length_grouping else {"length_grouping": False}),
@@ -148,7 +148,7 @@ def proof_params(reading: Reading, index: int, stored: StoredBase, unchanged: Se
 
 def _trained_base(model: torch.nn.Module) -> Iterator[str]:
     """Yield the names of the base's own weights that are trained: a user may have unfrozen some."""
-    for name in injection.trainable_parameters(model):
+    for name in trainable.parameters(model):
         if keys.base_key(name) is not None:
             yield name
 
@@ -256,7 +256,7 @@ def take_over_(embeddings: AdaptedEmbeddings, params: Params) -> PendingLoad:
     if stored.added_rows is not None:
         _set_added_rows_(embeddings.base_model.get_input_embeddings().weight, stored.added_rows)
     if params.get("derived_state"):
-        injection.set_derived_state_(embeddings.model, params["derived_state"])
+        derived_state.put_back_(embeddings.model, params["derived_state"])
     embeddings._start, embeddings.origin = {}, (params["part"], stored)
     return PendingLoad.from_params(params)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from flair_peft.adapter import injection
+from flair_peft.adapter import trainable
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.errors import name_some
 from flair_peft.primitives import fingerprint
@@ -17,7 +17,7 @@ log = logging.getLogger("flair_peft")
 
 def trained_digests(model: torch.nn.Module) -> dict[str, str]:
     """Return name → digest of each parameter that is trained."""
-    trained = injection.trainable_parameters(model)
+    trained = trainable.parameters(model)
     return {name: fingerprint.of_tensor(parameter) for name, parameter in trained.items()}
 
 
@@ -53,7 +53,7 @@ def report_never_updated(embeddings: AdaptedEmbeddings, names: list[str]) -> Non
             "%s of %s parameters of the adapter of '%s' were never updated: %s. It was saved before it was trained, "
             "or they learned nothing.",
             len(names),
-            len(injection.trainable_parameters(embeddings.model)),
+            len(trainable.parameters(embeddings.model)),
             embeddings.name,
             name_some(names, limit=3),
         )

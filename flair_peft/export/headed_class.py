@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
-from flair_peft.adapter import injection
 from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.export.linear_head import LinearHead
 from flair_peft.foreign import source_classes
+from flair_peft.primitives import building
 
 _Rows = tuple[tuple[float, float], tuple[float, float]]
 """For two rows of each label: the factor of its score in the first layer, and in the second."""
@@ -71,7 +71,7 @@ def build(head: LinearHead, transformer: PreTrainedModel, *, dtype: torch.dtype)
     if cls is None:
         what = "words" if head.reads_words else "texts"
         raise _refused(type(transformer).__name__, f"transformers has no class for it that scores {what}")
-    with injection.building_anew(), no_init_weights():
+    with building.anew(), no_init_weights():
         model = cls._from_config(_config_of(head, transformer.config), dtype=dtype).eval()
     base_name = next((name for name, part in model.named_children() if type(part) is type(transformer)), None)
     if base_name is None:

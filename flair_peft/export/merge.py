@@ -12,7 +12,7 @@ from flair.nn import Model
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from flair_peft.adapter import injection, methods
+from flair_peft.adapter import methods, model_call
 from flair_peft.base import config_versions, quantisation, stored_config, tokenizers
 from flair_peft.base import transformer as base_transformer
 from flair_peft.codec import state_json
@@ -188,5 +188,5 @@ def _hidden_states(transformer: PreTrainedModel | PeftModel, ids: list[int]) -> 
     batch = torch.tensor([ids], device=device)
     inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch), "output_hidden_states": True}
     with torch.no_grad(), full_precision(device.type):
-        output = injection.forward(transformer, {**inputs, "return_dict": True})
+        output = model_call.forward(transformer, {**inputs, "return_dict": True})
     return torch.cat([*base_transformer.states_of(output)[0]]).cpu()

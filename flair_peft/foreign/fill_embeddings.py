@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from flair_peft.adapter import injection, keys, methods
+from flair_peft.adapter import derived_state, keys, mending, methods, trainable
 from flair_peft.errors import AdapterMismatchError, BaseMismatchError, UntrainedAdapterError, name_some
 from flair_peft.foreign import older_peft, translate_config
 from flair_peft.foreign.adapter_files import CONFIG
@@ -43,7 +43,7 @@ def fill_(embeddings: Any, plan: Plan, *, allow_untrained: bool) -> None:
     lost = [key for key, tensor in fitted.items() if not torch.equal(after[key].cpu(), tensor.to(after[key].dtype))]
     if lost:
         raise _misfit(plan, {"not taken over by PEFT": lost})
-    injection.repair_(model)
+    mending.repair_(model)
     _report(plan)
 
 
@@ -57,7 +57,7 @@ def _tensors_by_model_key(plan: Plan, model: PeftModel, expected: Tensors) -> di
             "0.7 to 0.20 trained them and did not store them. Use what was trained with bias='none' or 'all'."
         )
     unexpected = set(match.unexpected)
-    unexpected -= injection.derived_again(model, {key: plan.tensors[key] for key in unexpected})
+    unexpected -= derived_state.computed_again(model, {key: plan.tensors[key] for key in unexpected})
     if missing or unexpected or match.ambiguous:
         raise _misfit(plan, {"missing": missing, "left over": unexpected, "ambiguous": match.ambiguous})
     return {key: plan.tensors[theirs] for key, theirs in match.renamed.items()}
@@ -157,7 +157,7 @@ def _grown(tensor: torch.Tensor, own: torch.Tensor, rows: int) -> torch.Tensor:
 
 def _refuse_untrained(plan: Plan, model: PeftModel, fitted: Tensors, *, allow_untrained: bool) -> None:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    is_unscaled = bool(layers) and len(injection.modules_without_effect(model)) == len(layers)
+    is_unscaled = bool(layers) and len(trainable.modules_without_effect(model)) == len(layers)
     if is_unscaled and not allow_untrained:
         raise UntrainedAdapterError(
             f"Cannot use the adapter '{plan.source}': the scale in its {CONFIG} is zero, so that it would compute what "

@@ -18,9 +18,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from flair_peft.adapter import injection, keys
+from flair_peft.adapter import keys
 from flair_peft.base import memory_check, transformer, unusable
 from flair_peft.errors import AdapterConfigError, AdapterMismatchError, BaseMismatchError, FlairPeftError, name_some
+from flair_peft.primitives import building
 
 # Tasks of PEFT and the classes of transformers that are trained for them; the first column is what PEFT stores.
 _TASKS = (
@@ -136,7 +137,7 @@ def build_source(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTra
     """Return a model of the class without memory for its weights, or ``None`` where this config makes none."""
     _begin_to_count()
     try:
-        with injection.building, torch.device("meta"):
+        with building.lock, torch.device("meta"):
             return cls._from_config(config)
     except FlairPeftError:
         raise

@@ -9,7 +9,6 @@ import torch
 from flair.models import MultitaskModel
 from flair.nn import Model
 
-from flair_peft.adapter import injection
 from flair_peft.base import memory_check
 from flair_peft.codec import state_positions
 from flair_peft.embeddings import fill_weights, head_dtype, plain_transformers
@@ -17,6 +16,7 @@ from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, ad
 from flair_peft.errors import StateMismatchError, name_some
 from flair_peft.models import head_probe
 from flair_peft.models.stored import Stored, report_not_finite
+from flair_peft.primitives import building
 from flair_peft.primitives.load_context import within_load
 from flair_peft.torchfile import state_tree
 
@@ -38,7 +38,7 @@ def build(stored: Stored, load: Callable[[dict[str, Any]], Model]) -> Model:
         with (
             within_load(is_building=True, inner=dict(stored.inner), probes=probes),
             memory_check.bounded(source, stored.tensors),
-            injection.building,
+            building.lock,
             torch.inference_mode(False),
         ):
             _take_from_bases_(stored)

@@ -12,7 +12,7 @@ from flair.models import SequenceTagger, TextClassifier, TextPairClassifier, Tok
 from flair.nn import Model
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from flair_peft.adapter import injection, methods
+from flair_peft.adapter import methods, trainable
 from flair_peft.compat import versions
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import spell_out
@@ -182,7 +182,7 @@ def _facts(embedded: Sequence[Any], size: int, bases: Mapping[Any, StoredBase]) 
         revision = f", revision {_code(found)}" if found else ""
         rows.append(("base model", f"{_code(embeddings.base_model_name)}{revision}"))
         if method := _method(embeddings):
-            trained = sum(p.numel() for p in injection.trainable_parameters(embeddings.model).values())
+            trained = sum(p.numel() for p in trainable.parameters(embeddings.model).values())
             total = sum(p.numel() for p in embeddings.model.parameters())
             share = f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"
             rows += [("method", method), ("trained in the transformer", share)]

@@ -13,13 +13,12 @@ import torch
 from flair.nn import Model
 from peft import PeftConfig
 
-from flair_peft.adapter import injection
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import AdapterConfigError, FlairPeftError, ModelFileError, StateMismatchError, name_some
 from flair_peft.models import build, directory_layout
 from flair_peft.models import model_class as model_classes
 from flair_peft.models.stored import Stored, complete, explain_mismatch
-from flair_peft.primitives import progress
+from flair_peft.primitives import building, progress
 from flair_peft.primitives.base_record import StoredBase
 from flair_peft.primitives.load_context import LoadOptions, current, within_load
 from flair_peft.storage import checkpoint_directory, file_names, hub
@@ -145,7 +144,7 @@ def load_for_flair(
     if stored.kind == "directory" or state_tree.has_adapters(stored.state):
         return load_stored(stored, model_class, peft_config=peft_config, load=load)
     refuse_useless(given, given, stored.source, "it holds no adapter")
-    with injection.building:
+    with building.lock:
         return load(stored.state)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from flair.nn import Model
 
-from flair_peft.adapter import injection
 from flair_peft.errors import ModelFileError, StateMismatchError, UnsupportedStateError, name_some
 from flair_peft.models import load
+from flair_peft.primitives import building
 from flair_peft.primitives.fingerprint import are_same_bits
 from flair_peft.primitives.load_context import load_options
 
@@ -34,7 +34,7 @@ def compare_with_load(model: Model, document: Mapping[str, Any], files: Mapping[
     # The base that the directory names was found, by what a user said of that; nothing more is downloaded.
     options = dataclasses.replace(load_options(), base_model=None, local_files_only=True, trust_file=False)
     try:
-        with injection.building_anew():  # saving must not change what is drawn next in training
+        with building.anew():  # saving must not change what is drawn next in training
             stored = load.stored_in(document, others, tensors, model_class=type(model), source=source, options=options)
             loaded = load.load_stored(stored)
     except (ModelFileError, StateMismatchError) as error:

@@ -37,7 +37,7 @@ import torch
 from peft import PeftModel
 
 from flair_peft.adapter import config as configs
-from flair_peft.adapter import injection, keys, methods, refusals
+from flair_peft.adapter import keys, methods, model_call, refusals
 from flair_peft.base import transformer
 from flair_peft.base.changed_modules import is_changed
 from flair_peft.base.frozen_base import FrozenBase
@@ -45,6 +45,7 @@ from flair_peft.embeddings import batch_division, division_trial, vector_probe
 from flair_peft.embeddings.adapted import ForwardPass, may_be_divided
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError
+from flair_peft.primitives import building
 from flair_peft.primitives.full_precision import exact_products
 from flair_peft.serving.adapter_slots import AdapterSlot
 from flair_peft.serving.frozen_trunk import FrozenTrunks
@@ -270,7 +271,7 @@ class MixingModel:
         if number == len(slots):
             name = f"slot{sum(map(len, self._slots.values()))}"
             config = methods.without_costly_init(configs.own_config(adapter.model.peft_config[adapter.name]))
-            with injection.building_anew(), warnings.catch_warnings():
+            with building.anew(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT said it when the model was loaded
                 if self._model is None:
                     self._model = PeftModel(
@@ -347,7 +348,7 @@ def _as_pass(embeddings: PeftTransformerEmbeddings, ids: Sequence[int]) -> Forwa
     inputs = {
         "input_ids": batch,
         "attention_mask": torch.ones_like(batch),
-        **injection.without_cache(embeddings.base_model),
+        **model_call.without_cache(embeddings.base_model),
     }
     return ForwardPass(embeddings, {**inputs, "output_hidden_states": True, "return_dict": True})
 

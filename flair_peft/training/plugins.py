@@ -15,7 +15,7 @@ from flair.trainers.plugins.base import TrainerPlugin
 from peft import PeftConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 
-from flair_peft.adapter import injection, methods, refusals
+from flair_peft.adapter import methods, refusals, trainable
 from flair_peft.base import quantisation
 from flair_peft.embeddings import head_dtype
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
@@ -127,7 +127,7 @@ class RankAllocationPlugin(TrainerPlugin):
         self._step += 1
         for model, config in zip(_peft_models(self.model), self._configs(), strict=True):
             if methods.needs_step_hook(config):
-                for parameter in injection.trainable_parameters(model).values():
+                for parameter in trainable.parameters(model).values():
                     if parameter.grad is None:  # of a layer that Flair does not read, such as the pooler
                         parameter.grad = torch.zeros_like(parameter)
                 model.base_model.update_and_allocate(self._step)
@@ -157,7 +157,7 @@ class LoraPlusPlugin(TrainerPlugin):
         """Give lora_A and lora_B parameter groups of their own, in place of the ones they were in."""
         optimizer = self.trainer.optimizer
         for peft_model in _peft_models(self.model):
-            adapter = {id(p) for p in injection.trainable_parameters(peft_model).values()}
+            adapter = {id(p) for p in trainable.parameters(peft_model).values()}
             group = next(g for g in optimizer.param_groups if any(id(p) in adapter for p in g["params"]))
             settings = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
             decay = self.loraplus_weight_decay
@@ -201,7 +201,7 @@ class AdapterGuard(TrainerPlugin):
     def check_effect(self, **_: Any) -> None:
         """Say if the adapter is multiplied with zero."""
         for peft_model in _peft_models(self.model) if is_main_process() else ():
-            injection.report_without_effect(peft_model)
+            trainable.report_without_effect(peft_model)
 
     @TrainerPlugin.hook("after_setup")
     def say_what_is_trained(self, max_epochs: int, epoch: int = 0, **_: Any) -> None:
@@ -249,7 +249,7 @@ class AdapterGuard(TrainerPlugin):
             )
 
     def _report_missing_gradients(self, peft_model: PeftModel) -> None:
-        parameters = injection.trainable_parameters(peft_model)
+        parameters = trainable.parameters(peft_model)
         without = [name for name, p in parameters.items() if p.grad is None and ".pooler." not in f".{name}"]
         if parameters and len(without) == len(parameters):
             log.warning(

@@ -11,7 +11,7 @@ import torch
 from flair.embeddings import FlairEmbeddings, TransformerEmbeddings
 from flair.nn import Model
 
-from flair_peft.adapter import injection, keys, methods
+from flair_peft.adapter import keys, methods, trainable
 from flair_peft.embeddings import untrained
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings, modules_around
 
@@ -108,7 +108,7 @@ def report_far_ones(model: Model, optimizer: torch.optim.Optimizer) -> None:
     new = [embeddings for embeddings in every if untrained.never_updated(embeddings.model, embeddings._start)]
     for embeddings in every:
         if embeddings.fine_tune and not _is_transformer_trained(model):
-            trained = injection.trainable_parameters(embeddings.model)
+            trained = trainable.parameters(embeddings.model)
             _report_adapter(embeddings, rates_of(optimizer, trained.values()), type(optimizer), embeddings in new)
     _report_head(rates_of(optimizer, head_parameters(model)), type(optimizer), is_new=bool(new))
 

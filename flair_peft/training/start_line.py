@@ -11,7 +11,7 @@ from flair.embeddings.base import Embeddings
 from flair.nn import Model
 from peft import PeftConfig
 
-from flair_peft.adapter import injection, methods
+from flair_peft.adapter import methods, trainable
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings, modules_around
 from flair_peft.training import rates
 
@@ -55,7 +55,7 @@ def _of_adapter(
     what = f"{_method(embeddings.adapter_config)} on '{embeddings.base_model_name}'"
     if not embeddings.fine_tune:
         return f"{what}, frozen by fine_tune=False"
-    found = rates.rates_of(optimizer, injection.trainable_parameters(embeddings.model).values())
+    found = rates.rates_of(optimizer, trainable.parameters(embeddings.model).values())
     return f"{what} at learning rate {_written(found)}{_why('learning_rate', chosen)}"
 
 

@@ -16,8 +16,8 @@ from flair.embeddings.base import load_embeddings
 from peft import PeftConfig, PeftType
 
 from flair_peft import PeftTransformerDocumentEmbeddings
+from flair_peft.adapter import trainable
 from flair_peft.adapter.config import encode_config
-from flair_peft.adapter.injection import trainable_parameters
 from flair_peft.adapter.refusals import REFUSED_METHODS
 from flair_peft.errors import UnsupportedMethodError
 from tests.support.method_cases import KINDS, cases, make_embeddings, one_kind_each
@@ -50,7 +50,7 @@ def check_trains_and_comes_back(method: Method, kind: str, base: Callable[[str],
     embeddings.embed(sentences)
     output = torch.stack([sentence.get_embedding() for sentence in sentences])
     (output * torch.randn_like(output)).sum().backward()
-    parameters = trainable_parameters(embeddings.model)
+    parameters = trainable.parameters(embeddings.model)
     without = {name for name, parameter in parameters.items() if parameter.grad is None}
     expected = re.compile(method.without_gradient or r"(?!)")
     assert parameters
@@ -61,7 +61,7 @@ def check_trains_and_comes_back(method: Method, kind: str, base: Callable[[str],
 
     again = reload(embeddings, method)
     assert torch.equal(trained, embed(again))
-    assert trainable_parameters(again.model).keys() == parameters.keys()
+    assert trainable.parameters(again.model).keys() == parameters.keys()
     assert torch.equal(trained, embed(copy.deepcopy(embeddings)))
 
 

@@ -30,7 +30,7 @@ from peft import PeftConfig, PeftType
 from transformers import BitsAndBytesConfig
 
 import flair_peft
-from flair_peft.adapter.injection import trainable_parameters
+from flair_peft.adapter import trainable
 from flair_peft.adapter.methods import needs_step_hook
 from flair_peft.adapter.refusals import REFUSED_METHODS
 from flair_peft.errors import FlairPeftError
@@ -100,7 +100,7 @@ class Loop:
         self.model = classifier(base, config, **options)
         self.seconds_to_make = time.perf_counter() - start
         self.batch = sentences()
-        self.trained = trainable_parameters(self.model.embeddings.model)
+        self.trained = trainable.parameters(self.model.embeddings.model)
         self.hooked = self.model.embeddings.model.base_model if needs_step_hook(config) else None
         self.steps = 0
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)

@@ -14,7 +14,7 @@ from flair.models import TextClassifier
 
 import flair_peft
 from flair_peft.errors import SaveError
-from flair_peft.inspection import plot, report
+from flair_peft.inspection import moves, plot, report
 from tests.support.configs import lora
 from tests.support.models import CLASSIFIER, make
 from tests.support.selection import few
@@ -58,7 +58,7 @@ def _of_merged(model: TextClassifier, source: Path) -> Write:
 
 def _of_plot(model: TextClassifier, source: Path) -> Write:
     model.save(source / "x.pt")
-    measured = plot.measure(report.inspect(source / "x.pt"))
+    measured = moves.measure(report.inspect(source / "x.pt"))
     return lambda folder: plot.draw(measured, folder / "plot.png", title="x")
 
 

@@ -26,7 +26,8 @@ from flair_peft.errors import (
     UnsupportedMethodError,
 )
 from flair_peft.inspection import plot
-from flair_peft.inspection.plot import Map, Move, draw, effective_rank, measure, singular_values
+from flair_peft.inspection.moves import Map, Move, effective_rank, measure, singular_values
+from flair_peft.inspection.plot import draw
 from flair_peft.inspection.report import inspect
 from tests.support.configs import lora
 from tests.support.files import save_as, save_stock

@@ -22,8 +22,7 @@ from transformers import AutoModel, AutoTokenizer, T5EncoderModel
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, compat
-from flair_peft.adapter import keys
-from flair_peft.adapter.injection import trainable_parameters
+from flair_peft.adapter import keys, trainable
 from flair_peft.base import base_cache, check_base
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedMethodError, UnsupportedStateError
@@ -322,13 +321,13 @@ def test_trained_biases_beside_saved_modules_are_all_stored(bias: str, base: Bas
     """PEFT's own file would drop the biases of the modules that it keeps aside, or fail on shared tensors."""
     config = lora(bias=bias, target_modules=["query", "intermediate.dense"], modules_to_save=["LayerNorm", "pooler"])
     live = classifier(base("bert"), config)
-    trained = {name: p.detach().clone() for name, p in trainable_parameters(live.embeddings.model).items()}
+    trained = {name: p.detach().clone() for name, p in trainable.parameters(live.embeddings.model).items()}
     assert any(name.endswith("query.base_layer.bias") for name in trained)
     assert any("LayerNorm.modules_to_save.default.bias" in name for name in trained)
     flair_peft.save_pretrained(live, tmp_path / "model")
     live.save(tmp_path / "model.pt")
     for loaded in (load(tmp_path / "model"), load(tmp_path / "model.pt", TextClassifier.load)):
-        found = trainable_parameters(loaded.embeddings.model)
+        found = trainable.parameters(loaded.embeddings.model)
         assert list(found) == list(trained)
         assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
         assert predict(loaded) == predict(live)
@@ -391,7 +390,7 @@ def test_adapter_of_the_embedding_matrix_comes_back(
         found = loaded.embeddings.state_dict()
         assert list(found) == list(expected)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-        assert list(trainable_parameters(loaded.embeddings.model)) == list(trainable_parameters(live.model))
+        assert list(trainable.parameters(loaded.embeddings.model)) == list(trainable.parameters(live.model))
     assert not (tmp_path / "model" / BASE_FILE).exists()
 
     def find() -> Any:
@@ -536,9 +535,9 @@ def test_adapter_on_a_random_pooler_is_stored_without_it(base: Base, tmp_path: P
     flair_peft.save_pretrained(live, tmp_path / "model")
     loaded = load(tmp_path / "model")
     assert predict(loaded) == predict(live)
-    found = trainable_parameters(loaded.embeddings.model)
+    found = trainable.parameters(loaded.embeddings.model)
     assert any("pooler" in name for name in found)
-    assert all(torch.equal(found[name], p) for name, p in trainable_parameters(live.embeddings.model).items())
+    assert all(torch.equal(found[name], p) for name, p in trainable.parameters(live.embeddings.model).items())
 
 
 def without_weight(base: str, directory: Path, name: str) -> str:

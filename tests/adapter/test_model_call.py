@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flair_peft.adapter import injection
+from flair_peft.adapter import model_call
 
 
 class Base(torch.nn.Module):
@@ -21,8 +21,8 @@ def test_forward_after_the_method_was_replaced_gives_it_what_it_takes_by_then(mo
     """Of the class or of one model: what was read of the method before does not stay."""
     base: Any = Base()
     inputs = {"input_ids": 1, "attention_mask": 2}
-    assert injection.forward(base, inputs) == inputs
-    assert injection.without_cache(base) == {"use_cache": False}
+    assert model_call.forward(base, inputs) == inputs
+    assert model_call.without_cache(base) == {"use_cache": False}
 
     def of_class(self: Any, input_ids: Any) -> dict[str, Any]:
         return {"class": input_ids}
@@ -32,10 +32,10 @@ def test_forward_after_the_method_was_replaced_gives_it_what_it_takes_by_then(mo
 
     with monkeypatch.context() as patch:
         patch.setattr(Base, "forward", of_class)
-        assert injection.forward(base, inputs) == {"class": 1}
-        assert injection.without_cache(base) == {}
+        assert model_call.forward(base, inputs) == {"class": 1}
+        assert model_call.without_cache(base) == {}
         patch.setattr(base, "forward", of_model)
-        assert injection.forward(base, inputs) == {"model": 2}
-        assert injection.without_cache(base) == {"use_mems": False}
-        assert injection.forward(Base(), inputs) == {"class": 1}
-    assert injection.forward(base, inputs) == inputs
+        assert model_call.forward(base, inputs) == {"model": 2}
+        assert model_call.without_cache(base) == {"use_mems": False}
+        assert model_call.forward(Base(), inputs) == {"class": 1}
+    assert model_call.forward(base, inputs) == inputs
