@@ -20,7 +20,7 @@ import statistics
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from tests.benchmarks import quality_table, steps
 from tests.benchmarks.report import RESULTS, heading, processor, seconds, write
 from tests.benchmarks.text_tasks import NER_TASKS, TASKS, Task
 from tests.benchmarks.trainings import Record, kept, lacking, run
-from tests.benchmarks.ways import WAYS, Way, adapter, train, upper
+from tests.benchmarks.ways import LORA, WAYS, Way, adapter, train, upper
 from tests.support.minilm import find_minilm
 from tests.support.mpnet import find_mpnet
 
@@ -52,11 +52,27 @@ SMALL_TASKS = tuple(TASKS)
 UPPER = {f"LoRA, upper {count} layers": upper(count) for count in (8, 6, 4)}
 # PEFT has no default targets for MPNet: these are those of BERT, under its names.
 MPNET_IA3 = Way(adapter(IA3Config, target_modules=["k", "v", "output.dense"], feedforward_modules=["output.dense"]))
-RATES_OF = {**dict.fromkeys(UPPER, "LoRA"), "DoRA": "LoRA", **dict.fromkeys(NER_TASKS, "NER, linear")}
+GAP = {
+    "LoRA, r=64": Way(adapter(LORA, r=64, lora_alpha=128)),
+    "LoRA, also on word embeddings": Way(
+        adapter(LORA, target_modules=["query", "key", "value", "dense", "word_embeddings"])
+    ),
+    "LoRA, twice the epochs": Way(adapter(LORA), epochs=2),
+    "full fine-tuning, word embeddings frozen": replace(WAYS[quality_table.FULL], frozen="word_embeddings.weight"),
+    "full fine-tuning, twice the epochs": replace(WAYS[quality_table.FULL], epochs=2),
+}
+"""What may be between LoRA and full fine-tuning: its rank, its targets, or its epochs."""
+GAP_TASKS = ("UD-EWT", "NER, linear")
+"""Those on which there is something between them."""
+RATES_OF = {
+    **dict.fromkeys([*UPPER, "DoRA", *(way for way in GAP if way.startswith("LoRA"))], "LoRA"),
+    **dict.fromkeys([way for way in GAP if way.startswith(quality_table.FULL)], quality_table.FULL),
+    **dict.fromkeys(NER_TASKS, "NER, linear"),
+}
 """A way or a task → that whose rates it takes: the same method on fewer layers, the same names with another head."""
 EVERYWHERE = ("full fine-tuning", "frozen encoder", "LoRA")
 """Ways that are trained on tasks, too, that take the rates of another."""
-ALL_WAYS = tuple(quality_table.sorted_ways({*WAYS, *UPPER}))
+ALL_WAYS = tuple(quality_table.sorted_ways({*WAYS, *UPPER, *GAP}))
 
 task_of: Callable[[str], Task] = functools.cache(lambda name: ALL_TASKS[name]())
 
@@ -72,6 +88,7 @@ class Base:
         rates: the learning rates to start the choice from, of the ways that choose; a frozen encoder has none.
         own: ways that it has apart from the others, or in a form of its own.
         few: ways that are trained on the two smaller tasks alone.
+        gap: ways that look for what is between LoRA and full fine-tuning.
         is_mixed: whether products of matrices are of bfloat16 in the training, by Flair's ``use_amp``, on processors
             that are faster so.
     """
@@ -82,6 +99,7 @@ class Base:
     rates: dict[str, tuple[float, ...]]
     own: dict[str, Way] = field(default_factory=dict)
     few: tuple[str, ...] = ()
+    gap: dict[str, Way] = field(default_factory=dict)
     is_mixed: bool = False
 
     def ways(self, task: str) -> list[str]:
@@ -90,6 +108,7 @@ class Base:
         names = [name for name in {**WAYS, **self.own} if RATES_OF.get(name, name) in with_rates]
         if RATES_OF.get(task, task) != task:
             return [name for name in names if name in EVERYWHERE]
+        names += self.gap if task in GAP_TASKS else ()
         return [name for name in names if name not in self.few or task in SMALL_TASKS]
 
 
@@ -106,6 +125,7 @@ BASES = {
             **IN_FRONT,
         },
         few=tuple(IN_FRONT),
+        gap=GAP,
     ),
     "MPNet": Base(
         find_mpnet,
@@ -204,7 +224,7 @@ def one(plan: Record) -> Record:
     is_mixed = BASES[plan["base"]].is_mixed and is_faster_in_bfloat16()
     found = train(
         task,
-        {**WAYS, **BASES[plan["base"]].own}[plan["way"]],
+        {**WAYS, **BASES[plan["base"]].own, **GAP}[plan["way"]],
         BASES[plan["base"]].find(),
         rate=plan["rate"],
         head_rate=plan["head_rate"],

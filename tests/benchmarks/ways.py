@@ -36,11 +36,15 @@ class Way:
         options: of the embeddings, made anew for each training.
         is_stock: whether the embeddings are Flair's own.
         keeps_vectors: whether vectors are computed once, for all epochs.
+        epochs: how many times as many as other ways have.
+        frozen: end of the names of parameters that keep their values all the same.
     """
 
     options: Callable[[], dict[str, Any]]
     is_stock: bool = False
     keeps_vectors: bool = False
+    epochs: int = 1
+    frozen: str = ""
 
 
 class OfOneLength(FlairSampler):
@@ -154,7 +158,7 @@ def train(
             learning_rate=rate,
             decoder_learning_rate=head_rate,
             mini_batch_size=batch,
-            max_epochs=epochs,
+            max_epochs=epochs * way.epochs,
             sampler=Shuffled() if shuffled else OfOneLength(batch),
             save_final_model=False,
             use_amp=is_mixed,
@@ -192,5 +196,7 @@ def build(task: Task, way: Way, base: str, *, seed: int) -> nn.Module:
     labels = dictionary(task)
     flair.set_seed(seed)
     embeddings = task.embeddings[not way.is_stock](base, **task.options, **way.options())
+    for name, parameter in embeddings.named_parameters() if way.frozen else ():
+        parameter.requires_grad_(parameter.requires_grad and not name.endswith(way.frozen))
     flair.set_seed(seed)
     return task.model(embeddings, **task.arguments(labels))
