@@ -280,7 +280,12 @@ def report_of(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
         of_choice = [r for r in records if is_of_choice(r, records)]
         if of_choice:
             rows = quality_table.rows(of_choice, ALL_TASKS)
-            found[base] = {"settings": settings, "mixed": sum(r["is_mixed"] for r in of_choice), "rows": rows}
+            found[base] = {
+                "settings": settings,
+                "mixed": sum(r["is_mixed"] for r in of_choice),
+                "rows": [r for r in rows if r["way"] not in GAP],
+                "gap": [r for r in rows if r["way"] in GAP],
+            }
             shown += of_choice
     used = [name for name, _ in Counter(record["processor"] for record in shown).most_common()]
     machine = {"machine": f"{' and '.join(used)}, one core for each training, no GPU used"} if used else {}

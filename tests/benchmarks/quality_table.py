@@ -112,6 +112,16 @@ def quality_page(found: dict[str, Any]) -> list[str]:
         ]
         for task in dict.fromkeys(r["task"] for r in of_base["rows"]):
             lines += table(task, [r for r in of_base["rows"] if r["task"] == task])
+        if of_base["gap"]:
+            lines += [
+                "### Between LoRA and full fine-tuning",
+                "",
+                "Other ranks, targets and numbers of epochs, at the rates of LoRA and of full fine-tuning, with the",
+                "same seeds:",
+                "",
+            ]
+        for task in dict.fromkeys(r["task"] for r in of_base["gap"]):
+            lines += [f"On {task}:", "", *rows_of(task, [r for r in of_base["gap"] if r["task"] == task])]
     return lines
 
 
@@ -123,9 +133,11 @@ def _precision(mixed: int, trainings: int) -> str:
 
 
 def table(task: str, of_task: Sequence[dict[str, Any]]) -> list[str]:
+    return [f"### {task}", "", *rows_of(task, of_task), *verdict(task, of_task)]
+
+
+def rows_of(task: str, of_task: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        f"### {task}",
-        "",
         f"| way | {'micro-F1' if task.startswith('NER') else 'accuracy'}, % | seeds | against full fine-tuning | "
         "trained | rate | head's rate | time, s | peak memory, MB | file, MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -137,7 +149,7 @@ def table(task: str, of_task: Sequence[dict[str, Any]]) -> list[str]:
             f"{100 * r['share']:.2f} % | {rate} | {r['head_rate']:g} | {_time(r)} | {_memory(r)} | "
             f"{r['file'] / 1e6:.2f} |"
         )
-    return [*lines, "", *verdict(task, of_task)]
+    return [*lines, ""]
 
 
 def spread(scores: Sequence[float]) -> str:

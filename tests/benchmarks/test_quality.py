@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from flair.data import Sentence
 from flair.models import SequenceTagger
 
-from tests.benchmarks import quality, quality_table
+from tests.benchmarks import quality, quality_table, ways
 from tests.benchmarks.text_tasks import BOUNDARY, Tagged, dictionary, score, sentences, tagging
 
 NAMES: list[Tagged] = [
@@ -219,7 +220,7 @@ def test_page_says_how_many_trainings_were_in_fp32(mixed: int, sentence: str) ->
         "date": "",
         "machine": "",
         "versions": "",
-        "bases": {"MPNet": {"settings": settings, "mixed": mixed, "rows": rows}},
+        "bases": {"MPNet": {"settings": settings, "mixed": mixed, "rows": rows, "gap": []}},
     }
     assert f"640 sentences of SST-2 and UD-EWT, 2 epochs, batches of 16.{sentence}" in quality_table.quality_page(found)
 
@@ -230,3 +231,31 @@ def test_precision_is_that_in_which_the_processor_is_faster(monkeypatch: pytest.
     assert not quality.is_faster_in_bfloat16.__wrapped__()
     monkeypatch.setattr(quality, "seconds", lambda action: float(action().dtype == torch.float32))
     assert quality.is_faster_in_bfloat16.__wrapped__()
+
+
+def test_what_is_between_lora_and_full_fine_tuning_is_looked_for_at_their_rates() -> None:
+    """Another rank, other targets or more epochs choose no rates of their own, and no task without a gap has them."""
+    chosen = quality.choices([], "MiniLM", ["NER, linear"], list(quality.GAP))
+    assert {plan["way"] for plan in chosen} == {"LoRA", "full fine-tuning"}
+    assert set(quality.GAP) <= {*quality.BASES["MiniLM"].ways("UD-EWT")}
+    assert not set(quality.GAP) & {*quality.BASES["MiniLM"].ways("SST-2"), *quality.BASES["MPNet"].ways("UD-EWT")}
+
+
+def test_way_that_freezes_word_embeddings_trains_all_others(base: Callable[[str], str]) -> None:
+    """They alone keep their values, in a model that is Flair's own."""
+    way = quality.GAP["full fine-tuning, word embeddings frozen"]
+    model = ways.build(tagging(NAMES, [], [], label_type="ner"), way, base("bert"), seed=1)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["embeddings.model.embeddings.word_embeddings.weight"]
+
+
+def test_page_shows_what_is_between_apart_from_the_ways() -> None:
+    """A table of its own, behind those of the tasks, and none where nothing was tried."""
+    (row,) = quality_table.rows([_measured("LoRA, r=64", seed, 0.8) for seed in (1, 2)], ["SST-2"])
+    of_base = {"settings": {"sentences": 1, "epochs": 2, "batch": 16}, "mixed": 0, "rows": [], "gap": [row]}
+    page = {"date": "", "machine": "", "versions": "", "bases": {"MiniLM": of_base}}
+    *_, title, _, _, _, _, task, _, _, _, last, _ = quality_table.quality_page(page)
+    assert (title, task) == ("### Between LoRA and full fine-tuning", "On SST-2:")
+    assert last.startswith("| LoRA, r=64 | 80.0 ± 0.0 | 2 |")
+    of_base["gap"] = []
+    assert "### Between LoRA and full fine-tuning" not in quality_table.quality_page(page)
