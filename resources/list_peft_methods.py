@@ -1,4 +1,4 @@
-"""Write ``flair_peft/adapter/peft_registry.json``: the methods, settings and prefixes of the installed PEFT.
+"""Write ``flair_peft/adapter/peft_registry.json``: the methods and settings of the installed PEFT.
 
     python resources/list_peft_methods.py
 
@@ -7,7 +7,6 @@ Where the file already says the same of other versions, the installed one is add
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ TABLE = Path(peft_registry.__file__).with_suffix(".json")
 def describe() -> dict[str, Any]:
     """What the installed PEFT says, as the file has it."""
     found = peft_registry.ask_peft()
-    methods = {name: dataclasses.asdict(method) for name, method in sorted(found.by_name.items())}
-    return {"shared_settings": sorted(found.shared_settings), "methods": methods}
+    return {"shared_settings": sorted(found.shared_settings), "defaults": dict(sorted(found.defaults.items()))}
 
 
 def main() -> None:

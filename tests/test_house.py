@@ -192,6 +192,15 @@ def test_house_folders_say_what_lives_in_them(folder: str) -> None:
     assert "mport" in text or folder == "cli"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_house_loggers_have_names_that_are_written_out(module: str) -> None:
+    """What cleans the paths in messages is a filter of the one logger "flair_peft", which those below it do not ask."""
+    calls = [node for node in ast.walk(_tree(module)) if isinstance(node, ast.Call)]
+    names = [node.args for node in calls if ast.unparse(node.func) == "logging.getLogger"]
+    assert all(isinstance(given, ast.Constant) for args in names for given in args)
+    assert not any(given.value.startswith("flair_peft.") for args in names for given in args)
+
+
 # What other modules write to by name: (module, function, object). None of these is Flair's.
 WRITTEN_BY_NAME = {
     ("adapter/injection", "setattr", "config"),

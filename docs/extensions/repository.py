@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
 COPIES = "repository"
 """The folder of the copies, in ``docs`` while the site is built, and in the site."""
 

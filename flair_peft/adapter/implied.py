@@ -136,7 +136,7 @@ def _open_settings(method: str, settings: Mapping[str, Any], tensors: Iterable[A
         is_drawn = any(tensor.container == what_is_true.drawn for tensor in tensors)
         return tuple(name for name in unsaid if not (is_drawn and name in what_is_true.from_tensors.unless_drawn))
     known = {*_CHANGE_NOTHING, *peft_methods().shared_settings, *settings}
-    names = peft_methods().by_name[method].defaults
+    names = peft_methods().defaults[method]
     return tuple(name for name in names if name not in known and not _is_for_training(name))
 
 

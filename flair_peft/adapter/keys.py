@@ -52,11 +52,6 @@ class KeyMatch:
     unexpected: list[str] = field(default_factory=list)
     ambiguous: list[str] = field(default_factory=list)
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether every tensor of both sides has exactly one counterpart."""
-        return not (self.missing or self.unexpected or self.ambiguous)
-
 
 def is_adapter_key(key: str) -> bool:
     """Whether the key names a tensor that PEFT added, as opposed to one of the base model."""

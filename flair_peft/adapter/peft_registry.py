@@ -1,4 +1,4 @@
-"""PEFT's methods, with their config classes, settings and prefixes: known without importing PEFT, which takes seconds.
+"""PEFT's methods and their settings: known without importing PEFT, which takes seconds.
 
 ``peft_registry.json`` holds what the versions of PEFT say that it names, and ``python resources/list_peft_methods.py``
 writes it. It is read where PEFT is not imported yet and is of such a version; else PEFT itself is asked.
@@ -20,30 +20,15 @@ _TABLE = Path(__file__).with_suffix(".json")
 
 
 @dataclass(frozen=True)
-class PeftMethod:
-    """What PEFT says of one of its methods.
-
-    Attributes:
-        config_class: name of the class of its config.
-        prefix: with which the names of the containers of its tensors begin.
-        defaults: setting → default, as JSON has it; ``None`` for objects.
-    """
-
-    config_class: str
-    prefix: str
-    defaults: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class PeftMethods:
     """What PEFT says of all of its methods.
 
     Attributes:
-        by_name: PEFT's name of a method, such as "LORA" → what it says of it.
+        defaults: PEFT's name of a method, such as "LORA" → setting → default, as JSON has it; ``None`` for objects.
         shared_settings: those that the configs of all methods have.
     """
 
-    by_name: Mapping[str, PeftMethod]
+    defaults: Mapping[str, Mapping[str, Any]]
     shared_settings: frozenset[str]
 
 
@@ -57,22 +42,17 @@ def _read(*, is_imported: bool) -> PeftMethods:
     if not is_imported:
         table = json.loads(_TABLE.read_text(encoding="utf-8"))
         if importlib.metadata.version("peft") in table["versions"]:
-            methods = {name: PeftMethod(**method) for name, method in table["methods"].items()}
-            return PeftMethods(methods, frozenset(table["shared_settings"]))
+            return PeftMethods(table["defaults"], frozenset(table["shared_settings"]))
     return ask_peft()
 
 
 def ask_peft() -> PeftMethods:
     """Return what PEFT itself says of its methods; PEFT is imported."""
     from peft import PeftConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    prefixes = {_name(method): prefix for method, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
-    methods = {
-        _name(method): PeftMethod(config_class.__name__, prefixes.get(_name(method), ""), _defaults(config_class))
-        for method, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-    }
-    return PeftMethods(methods, frozenset(field.name for field in dataclasses.fields(PeftConfig)))
+    defaults = {_name(method): _defaults(config) for method, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    return PeftMethods(defaults, frozenset(field.name for field in dataclasses.fields(PeftConfig)))
 
 
 def _name(method: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -13,14 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flair_peft.adapter import keys, methods, traits
+from flair_peft.adapter import keys, methods
 from flair_peft.adapter.methods import ADAPTER_NAME, describe, method_name
 from flair_peft.errors import AdapterConfigError, FlairPeftError, UnsupportedMethodError, name_some
 
 log = logging.getLogger("flair_peft")
-
-REFUSED_METHODS: Mapping[str, str] = {name: each.refused for name, each in traits.METHODS.items() if each.refused}
-"""PEFT's name of a method that no model can have → why."""
 
 
 def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:

@@ -70,7 +70,7 @@ def read_for(base: FrozenBase, expected: BaseRecord) -> FrozenBase:
 
 
 def find_source(record: BaseRecord, config: PretrainedConfig, kwargs: Mapping[str, Any]) -> FrozenBase:
-    """Return the source of a base that is quantised when it is read or spread over devices, as it is before that.
+    """Return the source of a base, as it is before it is quantised, spread over devices or converted.
 
     Args:
         record: of the base.
@@ -182,8 +182,7 @@ def is_as_its_source(base: FrozenBase, kwargs: Mapping[str, Any], pages: FilePag
         return False
     files: list[Path] = []
     with contextlib.suppress(Exception):  # what cannot be found is read again, which says why
-        settings = {**base.record.arguments, "revision": base.record.revision, **kwargs}
-        files = weight_files.find(base.record.name, settings)
+        files = weight_files.find(base.record.name, _arguments(base.record, kwargs))
     return pages.show(base.own_weights().values(), files)
 
 

@@ -249,9 +249,8 @@ def candidate(name: str, model: PreTrainedModel, *, dtype: torch.dtype) -> BaseR
     """
     options = load_options()
     source, revision = options.source_of(BaseRecord(name, getattr(model.config, "_commit_hash", None)))
-    pinned = {} if revision is None else {"revision": revision}
     try:
-        config = transformer.find_config(source, {**options.arguments(), **pinned})
+        config = _find_config(source, revision)
         record = BaseRecord(_located(source), revision=getattr(config, "_commit_hash", None))
         found = base_cache.find_again(record, model.config, dtype=dtype, kwargs=options.arguments())
     except (BaseModelNotFoundError, BaseMismatchError):

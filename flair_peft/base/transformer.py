@@ -212,11 +212,11 @@ def read_parts(model: PreTrainedModel) -> frozenset[str] | None:
         except Exception:  # some ask for more than ids
             return None
     last = [] if model.config.is_encoder_decoder else [output[0]]
-    reached = _leaves([*states_of(output)[0], *last])
+    reached = reached_parameters([*states_of(output)[0], *last])
     return frozenset(name.partition(".")[0] for name, each in model.named_parameters() if id(each) in reached)
 
 
-def _leaves(tensors: Iterable[torch.Tensor]) -> set[int]:
+def reached_parameters(tensors: Iterable[torch.Tensor]) -> set[int]:
     """Return ``id`` of each parameter that a gradient of the tensors would reach; none is computed."""
     waiting, seen = [tensor.grad_fn for tensor in tensors], set[Any]()
     while waiting:

@@ -66,12 +66,6 @@ class AdapterMemory:
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterMemory:
         return self  # a copied model is none of those that are kept
 
-    @property
-    def resident(self) -> int:
-        """Bytes of the adapters that are in memory."""
-        with self._lock:
-            return sum(_size(adapter) for adapter in self._alive() if not adapter.places)
-
     def admit(self, embeddings: Any, path: Path) -> None:
         """Take in embeddings that were just loaded from a checkpoint.
 

@@ -266,7 +266,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
             self._is_strict = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Bring the keys of a file to those of this model, then load; see :func:`weights.fill_`."""
+        """Bring the keys of a file to those of this model, then load; see :func:`fill_weights.fill_`."""
         state_dict.pop(f"{prefix}model.embeddings.position_ids", None)  # written by transformers before 4.31
         inner = fill_weights.take_inner(prefix)
         if inner is not None and not (self._pending and self._pending.is_first):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from flair_peft.adapter import trainable
+from flair_peft.base import transformer
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.errors import name_some
 from flair_peft.primitives import fingerprint
@@ -29,21 +30,8 @@ def never_updated(model: torch.nn.Module, start: Mapping[str, str]) -> list[str]
 
 def reached_by_gradients(model: torch.nn.Module, names: Iterable[str], outputs: Iterable[torch.Tensor]) -> list[str]:
     """Return those of the named parameters that a gradient can reach: the graph of the outputs leads to them."""
-    parameters, reached = dict(model.named_parameters()), set(map(id, _leaves(outputs)))
+    parameters, reached = dict(model.named_parameters()), transformer.reached_parameters(outputs)
     return [name for name in names if id(parameters[name]) in reached]
-
-
-def _leaves(outputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yield the tensors at the ends of the graph that outputs were computed in."""
-    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if hasattr(node, "variable"):
-            yield node.variable
-        found = {following for following, _ in node.next_functions if following is not None} - seen
-        seen |= found
-        waiting += found
 
 
 def report_never_updated(embeddings: AdaptedEmbeddings, names: list[str]) -> None:

@@ -66,7 +66,8 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
         refuse_placed(embeddings)
     with same_random_numbers():
         plain = copied(model)
-        _merge_(plain, dtypes.parse_dtype(dtype))
+        wanted = dtypes.parse_dtype(dtype)
+        build.replace_each_(plain, PeftTransformerEmbeddings, lambda child: _merged_embeddings(child, wanted))
     plain.to(flair.device).eval()
     _made.add(plain)
     return plain
@@ -97,16 +98,6 @@ def refuse_placed(embeddings: PeftTransformerEmbeddings) -> None:
 def same_random_numbers() -> contextlib.AbstractContextManager[None]:
     """Inside, what is drawn does not count: a merge between two epochs must not change what is drawn in the next."""
     return torch.random.fork_rng(devices=[flair.device] if flair.device.type == "cuda" else [])
-
-
-def _merge_(model: Model, dtype: torch.dtype) -> None:
-    merged: dict[int, TransformerEmbeddings] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PeftTransformerEmbeddings):
-                if id(child) not in merged:
-                    merged[id(child)] = _merged_embeddings(child, dtype)
-                build.replace_(parent, name, child, merged[id(child)])
 
 
 def copied(model: Model) -> Model:

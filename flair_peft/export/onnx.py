@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,14 +63,10 @@ def export_onnx(
         )
     _refuse_separators(model)
     plain = merge.merge(model)
-    exported: dict[int, Embeddings[Any]] = {}
-    for parent in list(plain.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, TransformerEmbeddings):
-                if id(child) not in exported:
-                    target = _numbered(Path(path), len(exported))
-                    exported[id(child)] = _export(child, target, examples, opset_version)
-                build.replace_(parent, name, child, exported[id(child)])
+    paths = (_numbered(Path(path), number) for number in itertools.count())
+    build.replace_each_(
+        plain, TransformerEmbeddings, lambda child: _export(child, next(paths), examples, opset_version)
+    )
     return plain
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from flair_peft.base import weight_files
 from flair_peft.errors import SaveError, name_some
 from flair_peft.foreign.adapter_files import EXPORTED, TOKENIZER_FILES
+from flair_peft.primitives import fingerprint
 from flair_peft.storage import file_names, manifest
 from flair_peft.storage.manifest import CARD
 
@@ -58,7 +58,7 @@ def seal(folder: Path, settings: Mapping[str, Any], card: str) -> None:
     """The folder tells what it holds, and all of it is on the disk."""
     text = card.encode("utf-8", "replace")
     (folder / CARD).write_bytes(text)
-    files = {name: _digest_of(folder / name) for name in sorted(path.name for path in folder.iterdir())}
+    files = {name: fingerprint.of_file(folder / name) for name in sorted(path.name for path in folder.iterdir())}
     config = _read_config(folder)
     own = {name: digest for name, digest in files.items() if name not in (CONFIG, CARD)}
     config[EXPORTED] = {**settings, "files": own, "card": files[CARD], "config": _digest_of_settings(config)}
@@ -74,7 +74,7 @@ def _changed(folder: Path) -> list[str]:
     if record is None:
         return []
     there = [name for name in names_of(folder)[1:] if name != CARD and (folder / name).is_file()]
-    changed = [name for name in there if _digest_of(folder / name) != record["files"][name]]
+    changed = [name for name in there if fingerprint.of_file(folder / name) != record["files"][name]]
     return changed if _digest_of_settings(_read_config(folder)) == record.get("config") else [CONFIG, *changed]
 
 
@@ -94,11 +94,3 @@ def _digest_of_settings(config: Mapping[str, Any]) -> str:
     """Return the digest of what a config says of the model, however it is laid out."""
     settings = {name: value for name, value in config.items() if name != EXPORTED}
     return manifest.entry_of(json.dumps(settings, sort_keys=True).encode()).sha256
-
-
-def _digest_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -215,7 +215,7 @@ def _describe(
         open=unknown,
         suggestion=suggestion,
         ranks=tuple(sorted({t.shape[0] for name, t in added.items() if _is_first_factor(name) and t.shape})),
-        modules=dict(sorted(Counter(module_of(name).rpartition(".")[2] for name in _one_of_each(added)).items())),
+        modules=dict(sorted(Counter(keys.carrier(name).rpartition(".")[2] for name in _one_of_each(added)).items())),
         names=tuple(sorted({name for key in added for name in _adapter_names(key)})),
         base=_describe_base(params, config, own),
         config=config or {},
@@ -252,8 +252,7 @@ def _imply(own: Mapping[str, StoredTensor]) -> implied.ImpliedConfig | None:
 def _differing(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that are not PEFT's defaults."""
     name = config.get("peft_type")
-    method = peft_methods().by_name.get(name) if isinstance(name, str) else None
-    defaults = {} if method is None else method.defaults
+    defaults = peft_methods().defaults.get(name, {}) if isinstance(name, str) else {}
     return {
         name: sorted(value) if name == "target_modules" and _are_texts(value) else value
         for name, value in config.items()
@@ -294,18 +293,11 @@ def _first_text(values: tuple[Any, ...]) -> str | None:
     return next((value for value in values if isinstance(value, str) and value), None)
 
 
-def module_of(name: str) -> str:
-    """Return the module of the base that an adapter's tensor belongs to."""
-    segments = keys.canonical_key(name).split(".")
-    stop = next((i for i, part in enumerate(segments) if keys.base_key(part) is None), len(segments))
-    return ".".join(segment for segment in segments[:stop] if segment != "token_adapter")
-
-
 def _one_of_each(names: Mapping[str, Any]) -> Iterator[str]:
     """Yield one tensor of each module that has an adapter."""
     seen = set()
     for name in names:
-        module = module_of(name)
+        module = keys.carrier(name)
         if module and module not in seen:
             seen.add(module)
             yield name

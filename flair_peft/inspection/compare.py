@@ -42,7 +42,7 @@ _OF_EMBEDDINGS = frozenset(
 )
 _OF_TRANSFORMERS = frozenset({"transformers_version", "_name_or_path"})
 
-_DICTIONARY, _DEVICE = "flair.data.Dictionary", "torch.device"
+_DEVICE = "torch.device"
 _SETS = frozenset(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset"))
 
 

@@ -28,7 +28,7 @@ from flair_peft.errors import (
     name_some,
 )
 from flair_peft.inspection import file_contents
-from flair_peft.inspection.adapters import Adapter, module_of
+from flair_peft.inspection.adapters import Adapter
 from flair_peft.inspection.file_contents import StoredTensor
 from flair_peft.inspection.report import Inspection
 from flair_peft.primitives import progress
@@ -152,7 +152,7 @@ def _measure(
     found: Inspection, adapter: Adapter, weights: Mapping[str, StoredTensor] | None, around: str
 ) -> Iterator[Move]:
     for first, second in _pairs(found, adapter):
-        module = module_of(first)
+        module = keys.carrier(first)
         lower, upper = _tensor(found, adapter, first), _tensor(found, adapter, second)
         sigmas, rank = singular_values(lower, upper), len(lower)
         base = None if weights is None else _norm_of(weights, f"{module}.weight", _shape(lower, upper, first))

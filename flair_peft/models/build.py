@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flair.models import MultitaskModel
@@ -19,6 +19,8 @@ from flair_peft.models.stored import Stored, report_not_finite
 from flair_peft.primitives import building
 from flair_peft.primitives.load_context import within_load
 from flair_peft.torchfile import state_tree
+
+_Child = TypeVar("_Child", bound=torch.nn.Module)
 
 
 def build(stored: Stored, load: Callable[[dict[str, Any]], Model]) -> Model:
@@ -93,6 +95,17 @@ def replace_(parent: torch.nn.Module, name: str, child: torch.nn.Module, new: to
     listed = parent.__dict__.get("embeddings")
     if isinstance(listed, list):
         listed[:] = [new if item is child else item for item in listed]
+
+
+def replace_each_(model: torch.nn.Module, kind: type[_Child], make: Callable[[_Child], torch.nn.Module]) -> None:
+    """Replace each module of a class by what is made of it, once, in place, wherever in the model it stands."""
+    made: dict[int, torch.nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                if id(child) not in made:
+                    made[id(child)] = make(child)
+                replace_(parent, name, child, made[id(child)])
 
 
 def _are_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,15 @@ def full_and_part(tensors: Tensors, names: Collection[str]) -> tuple[str, str]:
 def of_tensor(tensor: torch.Tensor) -> str:
     """Return a digest of shape, dtype and all elements of one tensor."""
     return full({"": tensor})
+
+
+def of_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def not_finite(tensors: Tensors) -> list[str]:

@@ -13,7 +13,7 @@ from flair.data import Sentence
 from flair_peft.errors import PredictionError
 from flair_peft.serving.sentence_context import is_unicode
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flair_peft")
 
 
 @dataclass

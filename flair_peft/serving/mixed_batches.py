@@ -214,8 +214,7 @@ class MixingModel:
                 taken[adapter.kind] += 1
                 slots[adapter].fill_(adapter)
             names = [slots[adapter].name for adapter in adapters]
-            is_grouped = all(may_be_divided(each.embeddings) for each in passes)
-            return self._forward([each.inputs for each in passes], names, is_grouped=is_grouped)
+            return self._forward(passes, names)
         except BaseException:
             # PEFT leaves its hooks in place when a pass fails (huggingface/peft#3475): the model is built anew.
             self._slots, self._model = {}, None
@@ -224,10 +223,9 @@ class MixingModel:
             for slot in slots.values():
                 slot.empty_()
 
-    def _forward(
-        self, inputs: Sequence[Mapping[str, Any]], adapters: Sequence[Any], *, is_grouped: bool
-    ) -> list[Output]:
-        model = self._module
+    def _forward(self, passes: Sequence[ForwardPass], adapters: Sequence[Any]) -> list[Output]:
+        model, inputs = self._module, [each.inputs for each in passes]
+        is_grouped = all(may_be_divided(each.embeddings) for each in passes)
         padding = getattr(self._config, "pad_token_id", None) or 0
         length = max(given["input_ids"].shape[1] for given in inputs)
         counts = [len(given["input_ids"]) for given in inputs]
@@ -316,8 +314,7 @@ class GatheringModel(MixingModel):
 
     def run(self, passes: Sequence[ForwardPass], adapters: Sequence[Any]) -> list[Output]:
         """Return the outputs of passes that are padded to one length, each cut to the length that it has itself."""
-        is_grouped = all(may_be_divided(each.embeddings) for each in passes)
-        return self._forward([each.inputs for each in passes], adapters, is_grouped=is_grouped)
+        return self._forward(passes, adapters)
 
     def _call(self, rows: Sequence[Any], inputs: Mapping[str, Any]) -> Any:
         return self._gathered(rows, **inputs)

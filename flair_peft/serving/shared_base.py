@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,8 +27,6 @@ from flair_peft.primitives.dtypes import DtypeLike
 from flair_peft.serving.frozen_trunk import FrozenTrunks
 from flair_peft.serving.mixed_batches import MixedBatches
 from flair_peft.storage import file_names, hub
-
-log = logging.getLogger("flair_peft")
 
 # Models that read words and no labels, and embed each sentence once: they may predict for one sentence in turns.
 READ_WORDS_ONLY = frozenset((SequenceTagger, TextClassifier, TextRegressor, TokenClassifier))

@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -22,11 +22,12 @@ from flair.models import EntityMentionLinker, Lemmatizer, MultitaskModel, Regexp
 from flair.tokenization import Tokenizer
 from tqdm import tqdm
 
+from flair_peft.embeddings import vector_probe
 from flair_peft.errors import PredictionSetupError, name_some
 from flair_peft.serving.failed_items import Item, attempt, forget_frames_, prediction_error
 from flair_peft.serving.sentence_context import last_words, linked, readable
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flair_peft")
 
 ERROR_KEY = "prediction_error"
 """Where an item that could not be predicted has its :class:`PredictionError`, in its metadata."""
@@ -201,17 +202,9 @@ def _report(item: Item, errors: Errors) -> None:
     log.warning("%s", item.error)
 
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluating(model: Any) -> AbstractContextManager[None]:
     """Inside, the model is in evaluation mode; afterwards each of its modules is in its own again."""
-    training = [part for part in _parts(model) if isinstance(part, torch.nn.Module) and part.training]
-    try:
-        if training:
-            model.eval()
-        yield
-    finally:
-        for part in training:
-            part.training = True
+    return vector_probe.evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext()
 
 
 def _parts(model: Any) -> list[Any]:

@@ -33,7 +33,7 @@ from flair_peft.storage.temporaries import (
     once_old,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("flair_peft")
 
 NamesOf = Callable[[Path], list[str]]
 """The names, below a folder, of the files that belong to its content, and none where it holds no content.

@@ -1,4 +1,4 @@
-"""The checkpoint directory as files: its only writer and reader.
+"""The checkpoint directory as files: its only writer, and the reader of all of it.
 
     flair_peft.json      the document, and the manifest of the files with their hashes
     README.md            the card: people edit it, so it is in no manifest and never read
@@ -75,13 +75,11 @@ class Checkpoint:
     """What a checkpoint holds, every byte of it verified.
 
     Attributes:
-        directory: where it was read.
         document: as it was given to ``write``.
         files: name → bytes of each file that holds no tensors.
         tensors: name of a file → name → tensor, on the CPU; those of large files are mapped, not copied.
     """
 
-    directory: Path
     document: dict[str, Any]
     files: Mapping[str, bytes]
     tensors: Mapping[str, Tensors]
@@ -126,7 +124,7 @@ def read(directory: Path) -> Checkpoint:
         FormatVersionError: it was written by a newer flair_peft.
         ModelFileError: there is none, or it is not as it was written.
     """
-    return of_one_folder(directory, lambda folder: _read(folder, directory))
+    return of_one_folder(directory, _read)
 
 
 def _check_content(directory: Path, document: Mapping[str, Any], files: Mapping[str, Content]) -> None:
@@ -168,7 +166,7 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return unshared
 
 
-def _read(folder: Folder, directory: Path) -> Checkpoint:
+def _read(folder: Folder) -> Checkpoint:
     document = folder.document()
     files: dict[str, bytes] = {}
     tensors: dict[str, Tensors] = {}
@@ -188,7 +186,7 @@ def _read(folder: Folder, directory: Path) -> Checkpoint:
                 tensors[name] = _tensors(folder.path / name, small[name])
             else:
                 files[name] = small[name]
-    return Checkpoint(directory, document.body, files, tensors)
+    return Checkpoint(document.body, files, tensors)
 
 
 def _is_mapped(name: str, entry: Entry) -> bool:

@@ -27,6 +27,7 @@ from flair.trainers.plugins.base import TrainerPlugin, TrainingInterrupt
 from flair.training_utils import store_embeddings
 from torch.utils.data import RandomSampler, SequentialSampler
 
+from flair_peft.codec.state_positions import class_name
 from flair_peft.errors import FormatVersionError, TrainingSetupError, name_some
 from flair_peft.torchfile import unpickle
 from flair_peft.training import rates, trainer_state
@@ -205,7 +206,7 @@ class ResumePlugin(ProgressPlugin):
         if isinstance(settings["sampler"], RemainderSampler):
             # Flair stores the settings in every file, and a sampler holds the whole corpus.
             sampler = settings["sampler"].sampler
-            self.model.model_card["training_parameters"]["sampler"] = sampler and trainer_state.class_name(sampler)
+            self.model.model_card["training_parameters"]["sampler"] = sampler and class_name(sampler)
         now = trainer_state.plain({name: settings.get(name) for name in PLANNED}, "the settings")
         trainer_state.warn_of_changes(now, self._past["settings"], source=self.source, wins=_FOLLOWS_NEW)
 

@@ -17,6 +17,7 @@ from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import BasePlugin
 
 from flair_peft.adapter import keys, traits
+from flair_peft.codec.state_positions import class_name
 from flair_peft.errors import TrainingSetupError, UnsupportedStateError, name_some
 from flair_peft.primitives import host_internals
 from flair_peft.training.plugins import RankAllocationPlugin
@@ -309,11 +310,6 @@ def _on_device(value: Any, model: Model) -> Any:
     if isinstance(value, list):
         return [_on_device(item, model) for item in value]
     return value.to(next(model.parameters()).device) if isinstance(value, torch.Tensor) else value
-
-
-def class_name(instance: object) -> str:
-    """Return module and name of the class of an instance."""
-    return f"{type(instance).__module__}.{type(instance).__qualname__}"
 
 
 def warn_of_changes(now: Mapping[str, Any], before: Mapping[str, Any], *, source: str, wins: str) -> None:

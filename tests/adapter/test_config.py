@@ -28,9 +28,8 @@ from peft.tuners.lora.config import CordaConfig
 
 from flair_peft import PeftTransformerWordEmbeddings
 from flair_peft.adapter.config import decode_config, default_config, encode_config, own_config
-from flair_peft.adapter.refusals import REFUSED_METHODS
 from flair_peft.errors import AdapterConfigError
-from tests.support.methods import LORA_VARIANTS, METHODS
+from tests.support.methods import LORA_VARIANTS, METHODS, REFUSED_METHODS
 
 TARGETS = ["query", "value"]
 

@@ -18,10 +18,9 @@ from peft import PeftConfig, PeftType
 from flair_peft import PeftTransformerDocumentEmbeddings
 from flair_peft.adapter import trainable
 from flair_peft.adapter.config import encode_config
-from flair_peft.adapter.refusals import REFUSED_METHODS
 from flair_peft.errors import UnsupportedMethodError
 from tests.support.method_cases import KINDS, cases, make_embeddings, one_kind_each
-from tests.support.methods import METHODS, Method, perturb_
+from tests.support.methods import METHODS, REFUSED_METHODS, Method, perturb_
 from tests.support.predictions import TEXTS
 
 

@@ -28,7 +28,7 @@ def test_table_says_what_peft_says() -> None:
     """Whether PEFT is imported makes no difference to what is known of its methods."""
     found, asked = peft_registry._read(is_imported=False), peft_registry.ask_peft()
     assert found == asked
-    assert [*found.by_name["LORA"].defaults] == [*asked.by_name["LORA"].defaults]
+    assert [*found.defaults["LORA"]] == [*asked.defaults["LORA"]]
 
 
 def test_peft_of_another_version_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

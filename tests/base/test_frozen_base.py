@@ -24,7 +24,6 @@ from transformers import AutoConfig
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase
 from flair_peft.adapter import keys
-from flair_peft.adapter.refusals import REFUSED_METHODS
 from flair_peft.base import base_cache, left_out, resolve, transformer
 from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
@@ -32,7 +31,7 @@ from flair_peft.primitives import fingerprint, mapped_memory
 from flair_peft.primitives.base_record import BaseRecord
 from tests.support import methods, tiny
 from tests.support.configs import lora
-from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS
+from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, REFUSED_METHODS
 from tests.support.places import frozen_places, places_of
 from tests.support.selection import few
 from tests.support.zoo import ZOO

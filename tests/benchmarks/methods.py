@@ -32,13 +32,12 @@ from transformers import BitsAndBytesConfig
 import flair_peft
 from flair_peft.adapter import trainable
 from flair_peft.adapter.methods import needs_step_hook
-from flair_peft.adapter.refusals import REFUSED_METHODS
 from flair_peft.errors import FlairPeftError
 from tests.benchmarks.report import RESULTS, heading
 from tests.benchmarks.shapes import bert_base
 from tests.benchmarks.training import LABELS, texts
 from tests.support import tiny
-from tests.support.methods import METHODS, perturb_
+from tests.support.methods import METHODS, REFUSED_METHODS, perturb_
 
 REFERENCE = "LORA"
 TARGETS = ["query", "value"]

@@ -42,7 +42,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ENTRY = ZOO["text-classifier"]
 DOCUMENT = "flair_peft.json"
 Base = Callable[[str], str]
-Change = Callable[[dict[str, Any]], Any]
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from flair_peft import PeftTransformerDocumentEmbeddings
-from flair_peft.adapter.refusals import REFUSED_METHODS
-from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method, perturb_
+from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, REFUSED_METHODS, Method, perturb_
 from tests.support.predictions import TEXTS
 
 KINDS = {"encoder": "bert", "decoder": "llama"}

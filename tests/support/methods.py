@@ -22,6 +22,11 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
+from flair_peft.adapter import traits
+
+REFUSED_METHODS = {name: each.refused for name, each in traits.METHODS.items() if each.refused}
+"""PEFT's name of a method that no model can have → why."""
+
 ENCODER = frozenset({"encoder"})
 DECODER = frozenset({"decoder"})
 BOTH = ENCODER | DECODER
@@ -67,7 +72,6 @@ class Method:
         without_gradient: the trainable parameters that no gradient reaches, as a regular expression; None for none.
         random_in_training: the output differs between train and eval mode although every dropout is 0.
         mixes_batch: the output for a sentence depends on the other sentences of its batch and on the padding.
-        keeps_base_dtype: on a half-precision base, trainable parameters stay in half precision.
         mergeable: the kinds of models into which PEFT can merge it.
         warns: what PEFT or torch warn of, as a regular expression; None for nothing.
         before: called with the base model and the config before injection.
@@ -89,7 +93,6 @@ class Method:
     without_gradient: str | None = None
     random_in_training: bool = False
     mixes_batch: bool = False
-    keeps_base_dtype: bool = False
     mergeable: frozenset[str] = BOTH
     warns: str | None = None
     before: Callable[[nn.Module, PeftConfig], None] | None = None
@@ -234,7 +237,6 @@ METHODS: dict[str, Method] = _by_name(
         _prompt("AdaptionPromptConfig", adapter_len=4, adapter_layers=2),
         works=DECODER,
         reason="rewrites the attention of Llama, Mistral and GPT-2 only",
-        keeps_base_dtype=True,
         mergeable=NOWHERE,
     ),
     Method("IA3", _layers("IA3Config", feedforward_modules=FEEDFORWARD, init_ia3_weights=False)),
@@ -261,9 +263,7 @@ METHODS: dict[str, Method] = _by_name(
         random_in_training=True,
         mergeable=NOWHERE,
     ),
-    Method(
-        "LN_TUNING", _layers("LNTuningConfig", targets=NORMS), keeps_base_dtype=True, warns="Unsupported layer type"
-    ),
+    Method("LN_TUNING", _layers("LNTuningConfig", targets=NORMS), warns="Unsupported layer type"),
     Method("VERA", _layers("VeraConfig", r=4, d_initial=0.5, init_weights=False)),
     Method(
         "FROD",
@@ -339,7 +339,6 @@ METHODS: dict[str, Method] = _by_name(
         works=DECODER,
         reason="wraps decoder blocks only; between an encoder's blocks hidden states are no tensors",
         without_gradient=r"layers\.1\.shadow_update_",  # of the last block: there is no block after it to read them
-        keeps_base_dtype=True,
         mergeable=NOWHERE,
     ),
     Method("SUPERTUNING", _layers("SupertuningConfig", sparsity=0.9, init_weights=False)),
@@ -355,18 +354,16 @@ LORA_VARIANTS: dict[str, Method] = _by_name(
         _lora(bias="all"),
         trains_base=True,
         without_gradient=r"\bpooler\.",
-        keeps_base_dtype=True,
         warns="disabling adapter layers with bias",
     ),
     Method(
         "bias_lora_only",
         _lora(bias="lora_only"),
         trains_base=True,
-        keeps_base_dtype=True,
         warns="disabling adapter layers with bias",
     ),
     Method("lora_bias", _lora(lora_bias=True), mergeable=ENCODER, warns="type Linear has no bias|have invalid shape"),
-    Method("modules_to_save", _lora(modules_to_save=NORMS), keeps_base_dtype=True),
+    Method("modules_to_save", _lora(modules_to_save=NORMS)),
     Method(
         "layers_to_transform",
         _lora(layers_to_transform=[1]),
@@ -429,7 +426,6 @@ LORA_VARIANTS: dict[str, Method] = _by_name(
         _lora(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0)),
         derived=("r", "scaling"),  # the data decides the ranks; afterwards the config holds them
         lossy_peft_file=True,  # on a half-precision base: what PEFT loads has single precision again
-        keeps_base_dtype=True,  # where the data changed a rank
         warns="lora with eva initialization used with low_cpu_mem_usage=False",
         after=_run_eva,
     ),

@@ -27,12 +27,11 @@ from transformers import CONFIG_MAPPING
 
 import flair_peft
 from flair_peft import errors
-from flair_peft.adapter import refusals
 from flair_peft.adapter.methods import why_not_mixed
 from flair_peft.cli import main
 from tests.benchmarks import faster_rows, goals, quality_table, upper_layer_table
 from tests.support import house_picture, tiny
-from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, Method
+from tests.support.methods import LORA_VARIANTS, METHODS, OTHER_VARIANTS, REFUSED_METHODS, Method
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -59,7 +58,7 @@ def works(method: Method) -> frozenset[str]:
     """Return the kinds of models that the method works on here, as ``tests/support/method_cases.py`` has them."""
     if method.name in constant("tests/support/method_cases.py", "WORKS_HERE"):
         return frozenset(KINDS)
-    is_refused = method.name in refusals.REFUSED_METHODS or method.before is not None
+    is_refused = method.name in REFUSED_METHODS or method.before is not None
     return frozenset() if is_refused else method.works
 
 
@@ -155,7 +154,7 @@ def refused() -> str:
     for name, method in METHODS.items():
         lacking = [kind for kind in KINDS if kind not in works(method)]
         if lacking:
-            reason = refusals.REFUSED_METHODS.get(name, method.reason)
+            reason = REFUSED_METHODS.get(name, method.reason)
             rows.append([_class_of(name), " and ".join(f"{kind}s" for kind in lacking), reason])
     for method in (*LORA_VARIANTS.values(), *OTHER_VARIANTS.values()):
         lacking = [kind for kind in KINDS if kind not in works(method)]

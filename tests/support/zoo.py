@@ -85,7 +85,6 @@ class Entry:
         predict_into: labels the data points and returns a plain representation of the labels.
         level: what the model asks of its embeddings.
         prefixes: state-dict prefixes of the embeddings; several where one object is registered more than once.
-        state_keys: keys of ``_get_state_dict()`` that hold the embeddings' parameters; "a/b/c" for nested ones.
         transform_corpus: model, corpus → what the trainer takes.
         plugins: () → plugins that training needs.
         loads_in_stock: stock Flair can load what it saved; otherwise the reason why not.
@@ -97,7 +96,6 @@ class Entry:
     predict_into: Callable[[Any, list[Any]], Predictions]
     level: Literal["word", "document", "both"]
     prefixes: tuple[str, ...] = ("embeddings.",)
-    state_keys: tuple[str, ...] = ("embeddings",)
     transform_corpus: Callable[[Any, Corpus], Corpus] = lambda _, corpus: corpus
     plugins: Callable[[], list[TrainerPlugin]] = list
     loads_in_stock: Literal[True] | str = True
@@ -517,16 +515,15 @@ def _prototypes(labels: Dictionary, size: int) -> PrototypicalDecoder:
 _SENTENCES: dict[str, Any] = {"corpus": sentence_corpus}
 _WORD: dict[str, Any] = {**_SENTENCES, "level": "word"}
 _TAGGER: dict[str, Any] = {**_WORD, "model_class": SequenceTagger, "predict_into": _tag}
-_DOCUMENT: dict[str, Any] = {**_SENTENCES, "level": "document", "state_keys": ("document_embeddings",)}
+_DOCUMENT: dict[str, Any] = {**_SENTENCES, "level": "document"}
 _CLASSIFIER: dict[str, Any] = {**_DOCUMENT, "model_class": TextClassifier, "predict_into": _classify}
 _RELATIONS: dict[str, Any] = {
     **_DOCUMENT,
     "model_class": RelationClassifier,
     "predict_into": _classify_relations,
-    "state_keys": ("embeddings",),
     "transform_corpus": RelationClassifier.transform_corpus,
 }
-_TARS: dict[str, Any] = {"prefixes": ("tars_model.embeddings.",), "state_keys": ("tars_embeddings",)}
+_TARS: dict[str, Any] = {"prefixes": ("tars_model.embeddings.",)}
 
 ZOO: dict[str, Entry] = {
     "text-classifier": Entry(**_CLASSIFIER, build=lambda _, document: _text_classifier(document())),
@@ -598,14 +595,12 @@ ZOO: dict[str, Entry] = {
         model_class=SpanClassifier,
         predict_into=_classify,
         build=lambda word, _: _span_classifier(word()),
-        state_keys=("word_embeddings",),
     ),
     "span-classifier-candidates": Entry(
         **_WORD,
         model_class=SpanClassifier,
         predict_into=_classify,
         build=lambda word, _: _span_classifier(word(), _candidates()),
-        state_keys=("word_embeddings",),
     ),
     "relation-classifier": Entry(
         **_RELATIONS, build=lambda _, document: _relation_classifier(document(), TypedEntityMarker())
@@ -691,7 +686,6 @@ ZOO: dict[str, Entry] = {
         predict_into=_predict_tasks,
         level="word",
         prefixes=("first.embeddings.", "second.embeddings."),
-        state_keys=("model_states/first/embeddings", "model_states/second/embeddings"),
     ),
     "multitask-word-and-document": Entry(
         model_class=MultitaskModel,
@@ -700,6 +694,5 @@ ZOO: dict[str, Entry] = {
         predict_into=_predict_tasks,
         level="both",
         prefixes=("first.embeddings.", "second.embeddings."),
-        state_keys=("model_states/first/embeddings", "model_states/second/document_embeddings"),
     ),
 }

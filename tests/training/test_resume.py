@@ -35,7 +35,6 @@ from tests.support.zoo import BATCH, ZOO
 EPOCHS = 4
 BATCHES = 4
 State = dict[str, Any]
-Losses = list[float]
 
 
 dropping = functools.partial(lora, lora_dropout=0.2)

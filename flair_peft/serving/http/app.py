@@ -139,7 +139,7 @@ def _add_predict(app: FastAPI, service: Service, access: Access) -> None:
             raise
         except Exception as error:  # what the server logs of it would quote its message, and that may quote a text
             log.error("A request failed with a %s.", type(error).__name__)
-            raise _unexpected(error) from None
+            raise unexpected(error) from None
         if answered is None:
             return Response(status_code=499)  # nobody reads it
         service.metrics.saw_request([model.name for model in answered.models], time.monotonic() - start)
@@ -236,10 +236,11 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        return answer(_unexpected(error))
+        return answer(unexpected(error))
 
 
-def _unexpected(error: Exception) -> RequestError:
+def unexpected(error: BaseException) -> RequestError:
+    """Return what is answered where something failed that nobody foresaw."""
     return RequestError(
         f"Cannot answer this request: {type(error).__name__}. This was not expected. Tell whoever runs the server.",
         status=500,

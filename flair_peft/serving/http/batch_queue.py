@@ -71,9 +71,7 @@ class BatchQueue:
         waiting: sentences that are not predicted yet, those of the batch that is predicted apart.
     """
 
-    def __init__(
-        self, *, max_wait: float, batch: int, batch_tokens: int | None, limit: int, watcher: Watcher | None = None
-    ) -> None:
+    def __init__(self, *, max_wait: float, batch: int, batch_tokens: int | None, limit: int, watcher: Watcher) -> None:
         """Make an empty queue.
 
         Args:
@@ -277,7 +275,7 @@ class BatchQueue:
             for part in parts:
                 works.answer(part)
         except Exception as error:  # a text or a model may fail in any way, which costs the others nothing
-            _forget_frames(error)
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the batch
             if len(parts) > 1:
                 log.info("A batch of %d failed (%s); trying its requests one by one.", len(parts), type(error).__name__)
             for part in parts:
@@ -294,7 +292,7 @@ class BatchQueue:
             works.predict_together([part], self.batch)
             works.answer(part)
         except Exception as error:  # whoever asked is told
-            _forget_frames(error)
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the batch
             self._fail(part.work, error)
 
     def _fail(self, work: Work, cause: Exception) -> None:
@@ -306,9 +304,8 @@ class BatchQueue:
 
     def _note(self, parts: Sequence[Part], seconds: float) -> None:
         rows = sum((part.stop - part.start) * len(part.work.models) for part in parts)
-        if self._watcher is not None:
-            names = [model.name for part in parts for model in part.work.models for _ in range(part.start, part.stop)]
-            self._watcher.saw_batch(models=names, sentences=rows, requests=len(parts), seconds=seconds)
+        names = [model.name for part in parts for model in part.work.models for _ in range(part.start, part.stop)]
+        self._watcher.saw_batch(models=names, sentences=rows, requests=len(parts), seconds=seconds)
         with self._changed:
             # Those who wait for the same already, and those who are answered now and may ask it again.
             group = parts[0].work.group
@@ -344,10 +341,6 @@ def _call(function: Callable[[], Any], future: concurrent.futures.Future[Any]) -
         future.set_result(function())
     except Exception as error:  # whoever waits for it gets it
         future.set_exception(error)
-
-
-def _forget_frames(error: BaseException) -> None:
-    traceback.clear_frames(error.__traceback__)  # they hold the tensors of the batch
 
 
 def _closing() -> RequestError:

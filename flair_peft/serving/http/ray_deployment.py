@@ -26,7 +26,7 @@ from ray.serve.exceptions import BackPressureError
 
 from flair_peft.errors import AdapterConfigError, RequestError, name_some
 from flair_peft.serving.http.access import Access
-from flair_peft.serving.http.app import app_of
+from flair_peft.serving.http.app import app_of, unexpected
 from flair_peft.serving.http.model_forms import ModelForm
 from flair_peft.serving.http.requests import LoadRequest, PredictionRequest
 from flair_peft.serving.http.served_models import ServedModel, ServedModels
@@ -294,14 +294,7 @@ def _reply(found: Answered | BaseException) -> _Reply:
     if isinstance(found, RequestError):
         return _refusal(found)
     if isinstance(found, BaseException):
-        return _refusal(
-            RequestError(
-                f"Cannot answer this request: {type(found).__name__}. This was not expected. Tell whoever runs the "
-                "service.",
-                status=500,
-                code="failed",
-            )
-        )
+        return _refusal(unexpected(found))
     proofs = [_Proof(model.name, model.digest, model.base_fingerprint) for model in found.models]
     return _Reply(found.content, proofs)
 

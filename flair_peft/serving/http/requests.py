@@ -14,8 +14,6 @@ from flair_peft.errors import RequestError
 from flair_peft.serving.http.model_forms import ModelForm
 from flair_peft.serving.http.text_positions import TextPositions
 
-_NAMES_OF_TEXTS = ("first", "second", "third")
-
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 

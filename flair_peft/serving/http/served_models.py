@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -305,11 +303,7 @@ def digest_of(place: Any) -> str | None:
         except (OSError, ValueError, LookupError, TypeError):
             return None  # loading it says what is wrong
         return found if isinstance(found, str) else None
-    digest = hashlib.sha256()
-    with place.open("rb") as file:
-        for piece in iter(functools.partial(file.read, 1 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
+    return fingerprint.of_file(place)
 
 
 def prove(served: ServedModel) -> None:

@@ -32,7 +32,6 @@ NAMES = (
     "tars-tagger",
     "prefixed-sequence-tagger",
 )
-ADMIN = {"Authorization": "Bearer the admin's"}
 
 
 @pytest.fixture(scope="session")
