@@ -13,7 +13,7 @@ These attributes of Flair are replaced, each by a function that calls the origin
 ``TransformerEmbeddings.to_params``            keeps the PEFT config of stock embeddings
 ``TransformerEmbeddings.from_params``          rebuilds stock embeddings that have a PEFT config, with an adapter
 ``ModelTrainer.train_custom``                  checks settings, attaches :class:`.AdapterGuard`, gives the head a rate
-``ModelTrainer.fine_tune``                     gives the adapter the rate of its method, where none was given
+``ModelTrainer.fine_tune``, ``.train``            gives the adapter the rate of its method, where none was given
 ``ModelTrainer._save_model``                   leaves a best model that a training which goes on has not beaten
 ``ModelTrainer._load_model``                   reloads the best model into the live one, without a second base
 ``trainer.DistributedDataParallel``            in several processes, on CPUs too: sends what is trained, not the base
@@ -67,8 +67,8 @@ _MISSING = object()
 _IRREPLACEABLE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
 _lock = threading.RLock()
 _trainers: weakref.WeakKeyDictionary[Model, ModelTrainer] = weakref.WeakKeyDictionary()
-# Trainers whose fine_tune was called without a learning rate.
-_without_rate: weakref.WeakSet[ModelTrainer] = weakref.WeakSet()
+# Trainers that were told to train without a learning rate → the one that Flair takes then.
+_without_rate: weakref.WeakKeyDictionary[ModelTrainer, float] = weakref.WeakKeyDictionary()
 _installed: list[_Replacement] = []
 
 
@@ -148,7 +148,8 @@ def _other_replacements() -> Iterator[_Replacement]:
         TransformerEmbeddings, "from_params", _rebuilding_adapter(vars(TransformerEmbeddings)["from_params"])
     )
     yield _Replacement(ModelTrainer, "train_custom", _training_guarded(vars(ModelTrainer)["train_custom"]))
-    yield _Replacement(ModelTrainer, "fine_tune", _tuning_at_suited_rates(vars(ModelTrainer)["fine_tune"]))
+    for name in ("fine_tune", "train"):
+        yield _Replacement(ModelTrainer, name, _training_at_suited_rates(vars(ModelTrainer)[name]))
     yield _Replacement(ModelTrainer, "_save_model", _keeping_the_best(vars(ModelTrainer)["_save_model"]))
     yield _Replacement(ModelTrainer, "_load_model", _reloading_in_place(vars(ModelTrainer)["_load_model"]))
     trainer = flair.trainers.trainer
@@ -269,7 +270,7 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
             self.model,
             settings,
             optimizer=optimizer,
-            is_given=self not in _without_rate,
+            is_given=settings.get("learning_rate", _without_rate.get(self)) != _without_rate.get(self),
             past=resume.past_rates(settings),
         )
         settings.update(chosen)
@@ -281,26 +282,27 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*arguments.args, **arguments.kwargs)
         finally:
             _trainers.pop(self.model, None)
+            plugins.detach_known(self)
 
     return train_custom
 
 
-def _tuning_at_suited_rates(original: Callable[..., Any]) -> Callable[..., Any]:
+def _training_at_suited_rates(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def fine_tune(self: ModelTrainer, *args: Any, **kwargs: Any) -> Any:
+    def train(self: ModelTrainer, *args: Any, **kwargs: Any) -> Any:
         has_adapter = _installed and bool(adapted_embeddings(self.model))
         if not has_adapter or "learning_rate" in signature.bind(self, *args, **kwargs).arguments:
             return original(self, *args, **kwargs)
         # What Flair takes then is made for whole transformers; train_custom cannot tell it from one that was given.
-        _without_rate.add(self)
+        _without_rate[self] = signature.parameters["learning_rate"].default
         try:
             return original(self, *args, **kwargs)
         finally:
-            _without_rate.discard(self)
+            _without_rate.pop(self, None)
 
-    return fine_tune
+    return train
 
 
 def _keeping_the_best(original: Callable[..., None]) -> Callable[..., None]:

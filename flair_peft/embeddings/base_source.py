@@ -62,7 +62,10 @@ class BaseSource:
         source = None if self.record is None else self._read(self.record, base, pages)
         if source is None:
             log.warning(
-                "The base model '%s' is not found any more, as it was: the file will hold all its weights.",
+                "The base model '%s' is not found any more, as it was: the file will hold all its weights."
+                if self.record
+                else "Whether the weights are those of '%s' was never known: the file will hold all of them. To leave "
+                "out what is the same, use flair-peft convert.",
                 self.name,
             )
             return StoredBase(self.record)

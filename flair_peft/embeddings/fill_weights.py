@@ -71,6 +71,7 @@ def fill_(
     _refuse_offloaded(embeddings, {key for key in match.renamed if expected[key].is_meta})
     tensors = {key: state_dict.pop(stored[theirs]) for key, theirs in match.renamed.items()}
     if pending.is_first:
+        tensors = _as_was_asked(tensors, expected)
         if any(tensor.dtype != expected[key].dtype for key, tensor in tensors.items()):
             take_dtypes_(embeddings.model, tensors)
         pending.is_complete = not (match.missing or match.ambiguous)
@@ -150,6 +151,7 @@ def _inject_into_stored_base_(embeddings: AdaptedEmbeddings, pending: PendingLoa
     match = keys.match_keys(base_tensors, expected)
     match = dataclasses.replace(match, missing=[name for name in match.missing if name not in left_out])
     _check_match(embeddings, match, expected, base_tensors)
+    base_tensors = _as_was_asked(base_tensors, expected)
     take_dtypes_(embeddings.model, base_tensors)
     base.load_state_dict(base_tensors, strict=False)  # both lists were read above
     assert pending.adapter_config is not None
@@ -186,6 +188,18 @@ def _problems(match: keys.KeyMatch, expected: Tensors, stored: Tensors) -> dict[
             key for key, theirs in match.renamed.items() if _are_other_numbers(stored[theirs], expected[key])
         ],
     }
+
+
+def _as_was_asked(tensors: Tensors, expected: Tensors) -> dict[str, torch.Tensor]:
+    """Return tensors of a file with those of the base in its dtype, if it is a shared one in a dtype that was chosen.
+
+    Trained biases and weights that an initialisation rewrote compute together with the others.
+    """
+    offer = load_context.load_options().offer
+    if offer is None or not offer.is_converted:
+        return dict(tensors)
+    of_base = {key for key in tensors if keys.base_key(key) is not None}
+    return {key: tensor.to(expected[key].dtype) if key in of_base else tensor for key, tensor in tensors.items()}
 
 
 def take_dtypes_(model: torch.nn.Module, tensors: Tensors) -> None:

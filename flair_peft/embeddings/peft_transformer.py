@@ -281,7 +281,8 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
         pending = self._pending
         assert pending is not None
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in pending.in_place]
-        if pending.is_complete or not pending.is_first:
+        # Embeddings in several places of a model are read again as often: what the file leaves out stays expected.
+        if pending.is_complete or not (pending.is_first or pending.left_out):
             self._pending = None
         if pending.is_complete:
             self._start = fill_weights.finish_(self, pending)

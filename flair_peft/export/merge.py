@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 
 import flair
@@ -21,7 +20,7 @@ from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, ad
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError, name_some
 from flair_peft.models import build, save_plan
 from flair_peft.models.stored import Stored
-from flair_peft.primitives import dtypes, mapped_memory, progress
+from flair_peft.primitives import devices, dtypes, mapped_memory, progress
 from flair_peft.primitives.full_precision import full_precision
 
 # Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
@@ -64,7 +63,7 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
                 "beside its base."
             )
         refuse_placed(embeddings)
-    with same_random_numbers():
+    with devices.same_random_numbers():
         plain = copied(model)
         wanted = dtypes.parse_dtype(dtype)
         build.replace_each_(plain, PeftTransformerEmbeddings, lambda child: _merged_embeddings(child, wanted))
@@ -93,11 +92,6 @@ def refuse_placed(embeddings: PeftTransformerEmbeddings) -> None:
             f"Cannot merge the adapter of '{embeddings.name}': its base is {reason}. A merged model holds all its "
             "weights, as exact as they were. Load the model on the base as it is in its source, and merge there."
         )
-
-
-def same_random_numbers() -> contextlib.AbstractContextManager[None]:
-    """Inside, what is drawn does not count: a merge between two epochs must not change what is drawn in the next."""
-    return torch.random.fork_rng(devices=[flair.device] if flair.device.type == "cuda" else [])
 
 
 def copied(model: Model) -> Model:

@@ -22,7 +22,7 @@ from flair_peft.errors import AdapterConfigError, StateMismatchError
 from flair_peft.export import adapter_around, headed_class, merge, transformers_card, transformers_folder
 from flair_peft.export.headed_class import HeadedModel
 from flair_peft.export.linear_head import LinearHead, linear_head, live_scores
-from flair_peft.primitives import dtypes, host_internals
+from flair_peft.primitives import devices, dtypes, host_internals
 from flair_peft.primitives.dtypes import dtype_name
 from flair_peft.primitives.full_precision import full_precision
 from flair_peft.storage import atomic, manifest
@@ -86,7 +86,7 @@ def to_transformers(
         )
     _refuse_placed(head.embeddings)
     transformers_folder.refuse_others(path)
-    with atomic.explained(path), merge.same_random_numbers():
+    with atomic.explained(path), devices.same_random_numbers():
         # A head that was cast when it was loaded has its exact values in a copy.
         source = merge.copied(model) if adapted_embeddings(model) else model
         exact = linear_head(source)

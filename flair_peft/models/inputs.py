@@ -74,3 +74,16 @@ def check_points(model: Model, given: Any) -> None:
             "data points. Flair makes no sentences of texts by itself. Pass Sentence(text) or a list of sentences; "
             "flair_peft.predict_stream takes texts."
         )
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Return if these count items or mini-batches.
+
+    Raises:
+        PredictionSetupError: one of them does not.
+    """
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise PredictionSetupError(
+                f"Cannot predict with {name}={value!r}. It counts items or mini-batches. Pass an integer from 1 on."
+            )

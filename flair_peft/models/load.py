@@ -18,7 +18,7 @@ from flair_peft.errors import AdapterConfigError, FlairPeftError, ModelFileError
 from flair_peft.models import build, directory_layout
 from flair_peft.models import model_class as model_classes
 from flair_peft.models.stored import Stored, complete, explain_mismatch
-from flair_peft.primitives import building, progress
+from flair_peft.primitives import building, devices, progress
 from flair_peft.primitives.base_record import StoredBase
 from flair_peft.primitives.load_context import LoadOptions, current, within_load
 from flair_peft.storage import checkpoint_directory, file_names, hub
@@ -100,7 +100,8 @@ def load_stored(
         peft_config: for files of stock Flair, which lack it.
         load: Flair's own ``load`` of the class.
     """
-    with _naming_mismatches(stored.source):
+    # How much is drawn depends on which bases are alive already.
+    with _naming_mismatches(stored.source), devices.same_random_numbers():
         stored = complete(stored, peft_config)
         model_classes.check_class(model_class, stored)
         try:

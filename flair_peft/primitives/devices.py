@@ -20,3 +20,13 @@ def computing_on(device: torch.device) -> Iterator[None]:
         yield
     finally:
         flair.device = found
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Inside, what is drawn does not count: what is done between two epochs must not change what the next one draws."""
+    import flair
+    import torch
+
+    with torch.random.fork_rng(devices=[flair.device] if flair.device.type == "cuda" else []):
+        yield

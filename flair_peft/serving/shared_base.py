@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate.utils import convert_file_size_to_int
 from flair.data import DataPoint, Sentence
+from flair.embeddings.base import Embeddings
 from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenClassifier
 from flair.nn import Model
 from peft import PeftConfig
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flair_peft.base import resolve
 from flair_peft.embeddings.cooperative_threads import CooperativeThreads
 from flair_peft.embeddings.offload import AdapterMemory
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
-from flair_peft.errors import AdapterConfigError, BaseMismatchError
+from flair_peft.errors import AdapterConfigError, BaseMismatchError, PredictionSetupError
 from flair_peft.models import inputs, load
 from flair_peft.primitives import dtypes
 from flair_peft.primitives.dtypes import DtypeLike
@@ -188,13 +190,20 @@ class SharedBase:
 
         Raises:
             AdapterConfigError: a key is no Flair model, or has an adapter and is not one of :attr:`models`.
-            PredictionSetupError: a value is no data point, nor a list of them.
+            PredictionSetupError: a value is no data point, nor a list of them; or ``mini_batch_size`` is no size, or
+                one model's own.
         """
         if not isinstance(sentences, Mapping):
             raise _no_model(sentences)
+        inputs.check_sizes(mini_batch_size=mini_batch_size)
         for model, points in sentences.items():
             self._check(model, points)
         own = model_options or {}
+        if any("mini_batch_size" in given for given in own.values()):
+            raise PredictionSetupError(
+                "Cannot predict with a mini_batch_size in model_options: the models share their forward passes. Pass "
+                "mini_batch_size to predict."
+            )
         jobs = [_Job(model, _as_list(points), {**options, **own.get(model, {})}) for model, points in sentences.items()]
         total = sum(len(job.data_points) for job in jobs)
         trunks = FrozenTrunks()
@@ -261,7 +270,11 @@ class _Job:
 
     @functools.cached_property
     def _reads_words_once(self) -> bool:
-        return type(self.model) in READ_WORDS_ONLY and len(adapted_embeddings(self.model)) == 1
+        # What other embeddings store of a sentence, another model would clear while the forward pass is waited for.
+        every = [part for part in self.model.modules() if isinstance(part, Embeddings)]
+        around = {id(outer) for outer in every for inner in outer.modules() if inner in every and inner is not outer}
+        reading = [part for part in every if id(part) not in around]
+        return type(self.model) in READ_WORDS_ONLY and reading == adapted_embeddings(self.model) and len(reading) == 1
 
 
 def _waves(jobs: Sequence[_Job], *, limit: int) -> Iterator[list[_Job]]:
@@ -290,4 +303,6 @@ def _bytes(limit: int | str) -> int:
 
 
 def _as_list(data_points: Any) -> list[Any]:
+    if isinstance(data_points, Dataset):
+        return [data_points[place] for place in range(len(cast(Sized, data_points)))]
     return data_points if isinstance(data_points, list) else [data_points]

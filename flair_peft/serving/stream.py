@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from flair_peft.embeddings import vector_probe
 from flair_peft.errors import PredictionSetupError, name_some
+from flair_peft.models import inputs
 from flair_peft.serving.failed_items import Item, attempt, forget_frames_, prediction_error
 from flair_peft.serving.sentence_context import last_words, linked, readable
 
@@ -80,7 +81,7 @@ def predict_stream(
     """
     _check_model(model)
     _check_items(texts_or_sentences)
-    _check_sizes(mini_batch_size=mini_batch_size, window=window)
+    inputs.check_sizes(mini_batch_size=mini_batch_size, window=window)
     _check_choices(use_tokenizer=use_tokenizer, errors=errors)
     _check_options(model, options)
     if _takes(model, "mini_batch_size"):
@@ -194,6 +195,7 @@ def _make_item(index: int, given: Any, use_tokenizer: bool | Tokenizer) -> Item:
 def _report(item: Item, errors: Errors) -> None:
     """Say that an item could not be predicted, if so."""
     if item.error is None:
+        item.point._metadata.pop(ERROR_KEY, None)  # of an earlier stream
         return
     if errors == "raise":
         raise item.error
@@ -240,14 +242,6 @@ def _check_items(items: Any) -> None:
             f"Cannot predict a {type(items).__name__} as a stream. A stream is an iterable of texts or data points, "
             "and this is one item, or none. Put it into a list: predict_stream(model, [item])."
         )
-
-
-def _check_sizes(**sizes: Any) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise PredictionSetupError(
-                f"Cannot predict with {name}={value!r}. It counts items or mini-batches. Pass an integer from 1 on."
-            )
 
 
 def _check_choices(*, use_tokenizer: Any, errors: Any) -> None:

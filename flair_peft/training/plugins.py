@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 from flair.distributed_utils import is_main_process
 from flair.nn import Model
+from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import TrainerPlugin
 from peft import PeftConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
@@ -158,7 +159,10 @@ class LoraPlusPlugin(TrainerPlugin):
         optimizer = self.trainer.optimizer
         for peft_model in _peft_models(self.model):
             adapter = {id(p) for p in trainable.parameters(peft_model).values()}
-            group = next(g for g in optimizer.param_groups if any(id(p) in adapter for p in g["params"]))
+            groups = [g for g in optimizer.param_groups if any(id(p) in adapter for p in g["params"])]
+            if not groups:
+                continue  # the adapter is frozen
+            group = groups[0]
             settings = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
             decay = self.loraplus_weight_decay
             loraplus = create_loraplus_optimizer(
@@ -182,10 +186,10 @@ class AdapterGuard(TrainerPlugin):
         chosen_rates: learning rates that nobody gave, by Flair's names.
     """
 
-    def __init__(self, chosen_rates: Mapping[str, float] | None = None) -> None:
+    def __init__(self, chosen_rates: Mapping[str, float]) -> None:
         super().__init__()
-        self._chosen_rates = chosen_rates or {}
-        self._has_seen_gradients = False
+        self._chosen_rates = chosen_rates
+        self._has_said = self._has_seen_gradients = False
 
     @TrainerPlugin.hook("after_setup")
     def check_dtypes(self, **_: Any) -> None:
@@ -203,13 +207,17 @@ class AdapterGuard(TrainerPlugin):
         for peft_model in _peft_models(self.model) if is_main_process() else ():
             trainable.report_without_effect(peft_model)
 
-    @TrainerPlugin.hook("after_setup")
-    def say_what_is_trained(self, max_epochs: int, epoch: int = 0, **_: Any) -> None:
-        """Say what learns at which rate, and, where a training starts anew, which rates are far from good."""
-        if epoch >= max_epochs or not is_main_process():
+    @TrainerPlugin.hook("before_training_epoch")
+    def say_what_is_trained(self, epoch: int, **_: Any) -> None:
+        """Say what learns at which rate, and, where a training starts anew, which rates are far from good.
+
+        By then, one that goes on has the rates that it had.
+        """
+        if self._has_said or not is_main_process():
             return
+        self._has_said = True
         start_line.say(self.model, self.trainer.optimizer, self._chosen_rates)
-        if epoch == 0:
+        if epoch == 1:
             rates.report_far_ones(self.model, self.trainer.optimizer)
 
     @TrainerPlugin.hook("after_evaluation")
@@ -261,7 +269,18 @@ class AdapterGuard(TrainerPlugin):
             log.warning("These adapter parameters received no gradient in the first step: %s.", name_some(without))
 
 
-def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: Any = None) -> None:
+def detach_known(trainer: ModelTrainer) -> None:
+    """Take the plugins of this package and of Flair off a trainer whose training is over: the next has its own.
+
+    Flair leaves all of them, and a scheduler of one training does not know the parameter groups of another.
+    """
+    for plugin in list(trainer.plugins):
+        if type(plugin).__module__.partition(".")[0] in ("flair", "flair_peft"):
+            plugin.detach()
+            trainer.plugins.remove(plugin)
+
+
+def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: Any) -> None:
     """Return if Flair can train this model, which is in training mode, with these settings.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -51,16 +52,29 @@ def suited_rates(model: Model, optimizer: Any) -> dict[str, float]:
     None is for optimisers that mean something else by a rate, and none for a model whose adapter does not learn. Of
     several adapters, all have the lowest, as Flair has one rate for all embeddings.
     """
-    learning = [embeddings for embeddings in adapted_embeddings(model) if embeddings.fine_tune]
+    learning = _learning(model)
     if not learning or not is_like_adam(optimizer):
         return {}
-    suited = [methods.suited_rate(embeddings.adapter_config) for embeddings in learning]
-    found = {} if None in suited or _is_transformer_trained(model) else {"learning_rate": min(filter(None, suited))}
+    suited = None if _is_transformer_trained(model) else _suited(learning)
+    found = {} if suited is None else {"learning_rate": suited}
     return {**found, "decoder_learning_rate": methods.HEAD_RATE} if head_parameters(model) else found
+
+
+def _learning(model: Model) -> list[PeftTransformerEmbeddings]:
+    """Return the embeddings whose adapters learn."""
+    return [each for each in adapted_embeddings(model) if each.fine_tune and trainable.parameters(each.model)]
+
+
+def _suited(learning: Iterable[PeftTransformerEmbeddings]) -> float | None:
+    """Return the rate that suits all of these adapters, which is the lowest; ``None`` where one of them has none."""
+    suited = [methods.suited_rate(embeddings.adapter_config) for embeddings in learning]
+    return min(filter(None, suited)) if suited and None not in suited else None
 
 
 def is_like_adam(optimizer: Any) -> bool:
     """Whether this is one of torch's own optimisers that divide gradients by their size, as those of the rates do."""
+    while isinstance(optimizer, functools.partial):
+        optimizer = optimizer.func
     return getattr(optimizer, "__module__", "").startswith("torch.optim") and optimizer.__name__ in _LIKE_ADAM
 
 
@@ -104,25 +118,34 @@ def report_far_ones(model: Model, optimizer: torch.optim.Optimizer) -> None:
     # Optimisers of other libraries may mean another thing by a learning rate.
     if not type(optimizer).__module__.startswith("torch.optim"):
         return
-    every = adapted_embeddings(model)
+    every, learning = adapted_embeddings(model), _learning(model)
     new = [embeddings for embeddings in every if untrained.never_updated(embeddings.model, embeddings._start)]
-    for embeddings in every:
-        if embeddings.fine_tune and not _is_transformer_trained(model):
-            trained = trainable.parameters(embeddings.model)
-            _report_adapter(embeddings, rates_of(optimizer, trained.values()), type(optimizer), embeddings in new)
+    suited = None if _is_transformer_trained(model) else _suited(learning)
+    for embeddings in learning:
+        found = rates_of(optimizer, trainable.parameters(embeddings.model).values())
+        if suited is not None and found:
+            method = methods.method_name(embeddings.adapter_config)
+            whose = method if len(learning) == 1 else "the adapters of this model"
+            _report_adapter(embeddings, found, suited, type(optimizer), is_new=embeddings in new, whose=whose)
     _report_head(rates_of(optimizer, head_parameters(model)), type(optimizer), is_new=bool(new))
 
 
-def _report_adapter(embeddings: PeftTransformerEmbeddings, rates: list[float], optimizer: type, is_new: bool) -> None:
-    suited = methods.suited_rate(embeddings.adapter_config)
-    if suited is None or not rates:
-        return
-    if is_new and methods.is_too_low(rates[-1], suited):
+def _report_adapter(
+    embeddings: PeftTransformerEmbeddings,
+    rates: list[float],
+    suited: float,
+    optimizer: type,
+    *,
+    is_new: bool,
+    whose: str,
+) -> None:
+    if is_new and rates[-1] > 0 and methods.is_too_low(rates[-1], suited):
         log.warning(
             "The adapter of '%s' hardly learns with learning_rate=%s: that is made for the weights of a whole "
-            "transformer. Try learning_rate=%s.",
+            "transformer. Try learning_rate=%s%s.",
             embeddings.name,
             *map(as_written, (rates[-1], suited)),
+            _with_adam(optimizer),
         )
     elif is_like_adam(optimizer) and methods.is_too_high(rates[0], suited):
         log.warning(
@@ -131,17 +154,18 @@ def _report_adapter(embeddings: PeftTransformerEmbeddings, rates: list[float], o
             embeddings.name,
             as_written(rates[0]),
             rates[0] / suited,
-            methods.method_name(embeddings.adapter_config),
+            whose,
             as_written(suited),
         )
 
 
 def _report_head(rates: list[float], optimizer: type, *, is_new: bool) -> None:
     suited = methods.HEAD_RATE
-    if rates and is_new and methods.is_too_low(rates[-1], suited, methods.TOO_LOW_FOR_HEADS):
+    if rates and is_new and rates[-1] > 0 and methods.is_too_low(rates[-1], suited, methods.TOO_LOW_FOR_HEADS):
         log.warning(
-            "The head hardly learns with a learning rate of %s: it starts at random. Try decoder_learning_rate=%s.",
+            "The head hardly learns with a learning rate of %s: it starts at random. Try decoder_learning_rate=%s%s.",
             *map(as_written, (rates[-1], suited)),
+            _with_adam(optimizer),
         )
     elif rates and is_like_adam(optimizer) and methods.is_too_high(rates[0], suited):
         log.warning(
@@ -151,6 +175,11 @@ def _report_head(rates: list[float], optimizer: type, *, is_new: bool) -> None:
             rates[0] / suited,
             as_written(suited),
         )
+
+
+def _with_adam(optimizer: type) -> str:
+    """Return what has to be said beside a rate, where the optimiser is none for which it was found."""
+    return "" if is_like_adam(optimizer) else f" with AdamW, or a far higher one with {optimizer.__name__}"
 
 
 def as_written(rate: float) -> str:

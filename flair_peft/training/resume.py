@@ -139,7 +139,7 @@ class ResumePlugin(ProgressPlugin):
         self.source = "the given state" if isinstance(source, dict) else str(source)
         self._state = self._check(state)
         self._past: State = self._state["progress"]
-        self._is_restored = False
+        self._is_prepared = self._is_restored = False
 
     def _check(self, state: State | None) -> State:
         if state is None:
@@ -165,6 +165,7 @@ class ResumePlugin(ProgressPlugin):
         Raises:
             TrainingSetupError: another epoch is asked for.
         """
+        self._is_prepared = True
         self._refuse_other_epoch(settings.get("epoch") or self.start)
         if self._past["is_complete"]:
             return {"epoch": self.start}
@@ -199,16 +200,34 @@ class ResumePlugin(ProgressPlugin):
         Raises:
             TrainingSetupError: Flair starts at another epoch.
         """
-        super().take_settings(**settings)
         if self._is_restored:
+            super().take_settings(**settings)
             return
+        if not self._is_prepared:
+            raise TrainingSetupError(
+                f"Cannot go on with the training of '{self.source}': flair_peft did not prepare this one. It does for "
+                "models that have an adapter, as long as it is installed. Pass the trainer the model that was saved, "
+                "not a merged one, and call flair_peft.install() if it was uninstalled."
+            )
         self._refuse_other_epoch(settings["epoch"])
+        super().take_settings(**{**settings, **self._rates(settings)})
         if isinstance(settings["sampler"], RemainderSampler):
             # Flair stores the settings in every file, and a sampler holds the whole corpus.
             sampler = settings["sampler"].sampler
             self.model.model_card["training_parameters"]["sampler"] = sampler and class_name(sampler)
         now = trainer_state.plain({name: settings.get(name) for name in PLANNED}, "the settings")
         trainer_state.warn_of_changes(now, self._past["settings"], source=self.source, wins=_FOLLOWS_NEW)
+
+    def _rates(self, settings: Mapping[str, Any]) -> dict[str, float | None]:
+        """Return the rates of the training before, as far as its file names them: the optimiser goes on with these.
+
+        That of the head is compared here, that of all others with the rest of what the optimiser keeps.
+        """
+        past = {name: self._past["settings"][name] for name in rates.NAMES if name in self._past["settings"]}
+        given = {name: settings.get(name) for name in ("decoder_learning_rate",)}
+        trainer_state.warn_of_changes(given, past, source=self.source, wins=trainer_state.FOLLOWS_OLD)
+        self.model.model_card["training_parameters"].update(past)
+        return past
 
     @TrainerPlugin.hook("before_training_epoch")
     def start_epoch(self, epoch: int, **_: Any) -> None:

@@ -18,6 +18,8 @@ from flair_peft.training import rates
 # Flair's own: what it logs of a training is shown, and stands in training.log.
 log = logging.getLogger("flair")
 
+_Named = tuple[str, set[torch.nn.Parameter]]
+
 
 def say(model: Model, optimizer: torch.optim.Optimizer, chosen: Mapping[str, float]) -> None:
     """Log the line.
@@ -33,19 +35,27 @@ def say(model: Model, optimizer: torch.optim.Optimizer, chosen: Mapping[str, flo
     sizes = {embeddings: embeddings.model.get_nb_trainable_parameters() for embeddings in adapted}
     inside = {id(parameter) for embeddings in adapted for parameter in embeddings.model.parameters()}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in inside]
-    still = _frozen_embeddings(model)
-    head = [p for p in rest if p.requires_grad and not any(p in parameters for parameters in still.values())]
-    trained = _size(head) + sum(size for embeddings, (size, _) in sizes.items() if embeddings.fine_tune)
+    others, still = _other_embeddings(model)
+    head = [p for p in rest if not any(p in parameters for _, parameters in (*others, *still))]
+    outside = _size(p for p in rest if p.requires_grad and not any(p in parameters for _, parameters in still))
+    trained = outside + sum(size for embeddings, (size, _) in sizes.items() if embeddings.fine_tune)
     every = _size(rest) + sum(size for _, size in sizes.values())
     frozen = [f"{size - (e.fine_tune and learned):,} of '{e.base_model_name}'" for e, (learned, size) in sizes.items()]
+    resting = _size(p for p in head if not p.requires_grad)
     log.info(
         "Training %s. Trained: %s of %s parameters (%s), %s of them outside of the adapter. Frozen: %s.",
-        "; ".join([*(_of_adapter(e, optimizer, chosen) for e in adapted), _of_head(head, optimizer, chosen)]),
+        "; ".join(
+            [
+                *(_of_adapter(embeddings, optimizer, chosen) for embeddings in adapted),
+                *(_of_other(name, parameters, optimizer) for name, parameters in others),
+                _of_head(head, optimizer, chosen),
+            ]
+        ),
         f"{trained:,}",
         f"{every:,}",
         f"{trained / every:.2%}",
-        f"{_size(head):,}",
-        ", ".join([*frozen, *(f"'{name}'" for name in still)]),
+        f"{outside:,}",
+        ", ".join([*frozen, *(f"'{name}'" for name, _ in still), *([f"{resting:,} of the head"] if resting else [])]),
     )
 
 
@@ -56,6 +66,8 @@ def _of_adapter(
     if not embeddings.fine_tune:
         return f"{what}, frozen by fine_tune=False"
     found = rates.rates_of(optimizer, trainable.parameters(embeddings.model).values())
+    if not found:
+        return f"{what}, frozen"
     return f"{what} at learning rate {_written(found)}{_why('learning_rate', chosen)}"
 
 
@@ -69,7 +81,12 @@ def _method(config: PeftConfig) -> str:
 def _of_head(head: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, chosen: Mapping[str, float]) -> str:
     if not head:
         return "a head without parameters"
-    return f"the head at {_written(rates.rates_of(optimizer, head))}{_why('decoder_learning_rate', chosen)}"
+    found = rates.rates_of(optimizer, (parameter for parameter in head if parameter.requires_grad))
+    return f"the head at {_written(found)}{_why('decoder_learning_rate', chosen)}" if found else "a head that is frozen"
+
+
+def _of_other(name: str, parameters: set[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> str:
+    return f"'{name}' at {_written(rates.rates_of(optimizer, (p for p in parameters if p.requires_grad)))}"
 
 
 def _why(name: str, chosen: Mapping[str, float]) -> str:
@@ -80,15 +97,16 @@ def _written(found: list[float]) -> str:
     return " to ".join(map(rates.as_written, (found[0], found[-1])[: len(found)]))
 
 
-def _frozen_embeddings(model: Model) -> dict[str, set[torch.nn.Parameter]]:
-    """Return name → parameters of each of Flair's own embeddings that do not learn."""
-    found: dict[str, set[torch.nn.Parameter]] = {}
+def _other_embeddings(model: Model) -> tuple[list[_Named], list[_Named]]:
+    """Return name and parameters of each of Flair's own embeddings: of those that learn, and of those that do not."""
+    learning: list[_Named] = []
+    still: list[_Named] = []
     for _, module in modules_around(model):
         parts = [part for _, part in modules_around(module) if isinstance(part, Embeddings)]
         is_one = parts == [module] and not isinstance(module, PeftTransformerEmbeddings)
-        if is_one and not _learns(module):
-            found[str(module.name)] = set(module.parameters())
-    return {name: parameters for name, parameters in found.items() if parameters}
+        if is_one and any(True for _ in module.parameters()):
+            (learning if _learns(module) else still).append((str(module.name), set(module.parameters())))
+    return learning, still
 
 
 def _learns(module: Any) -> bool:
