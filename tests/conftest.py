@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 # Nothing here imports Flair on its own: it takes ten seconds, and the process that hands tests out runs none.
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a part of the tests be run: ``--part 1/2`` and ``--part 2/2`` are all of them."""
+    parser.addoption("--part", help="run one of so many parts of the tests, such as 1/2", metavar="N/M")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of the part that is asked for: by their names, so that others do not move when one is added."""
+    if asked := config.getoption("--part"):
+        number, parts = map(int, asked.split("/"))
+        if not 1 <= number <= parts:
+            raise pytest.UsageError(f"--part {asked}: there is no such part. Pass 1/2 or 2/2, for example.")
+        kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == number - 1]
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = kept
 
 
 def pytest_collection_finish() -> None:

@@ -33,7 +33,7 @@ _PARTS = {
 def echo_inspection(found: Inspection) -> None:
     """Print a line for each thing that is known of a model."""
     for name, value in _describe(found):
-        echo(f"{name:<16}{printable(value)}".rstrip())
+        echo(f"{name + ' ':<16}{printable(value)}".rstrip())
 
 
 def _describe(found: Inspection) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from flair.nn import Model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from flair_peft.adapter import config as configs
@@ -87,7 +88,12 @@ def _is_of_head(name: str, headed: HeadedModel) -> bool:
 def _settings(settings: dict[str, Any], head: LinearHead, headed: HeadedModel) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the class: it names each module, whatever else the class has."""
     base = headed.model.get_submodule(headed.base_name)
-    adapted = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    # What adapts a bare parameter stands around its module, and target_parameters names it.
+    adapted = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, ParamWrapper)
+    ]
     own = {name: f"{headed.base_name}.{name}" for name in adapted if f"{headed.base_name}.{name}" in headed.modules}
     settings["task_type"] = headed_class.task_of(head)
     settings["revision"] = head.embeddings.base_revision

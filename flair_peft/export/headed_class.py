@@ -123,7 +123,7 @@ def _config_of(head: LinearHead, config: PretrainedConfig) -> PretrainedConfig:
     names = head.names
     config.id2label = dict(enumerate(names))
     config.label2id = {name: names.index(name) for name in names}
-    config.output_hidden_states, config.return_dict = False, True
+    config.output_hidden_states, config.return_dict, config.torchscript = False, True, False
     if not head.reads_words:
         config.problem_type = head.problem
         if config.pad_token_id is None:

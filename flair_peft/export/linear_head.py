@@ -17,6 +17,7 @@ from flair_peft.adapter import methods
 from flair_peft.base import transformer as base_transformer
 from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
+from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.primitives.full_precision import full_precision
 
@@ -87,6 +88,8 @@ def linear_head(model: Model) -> LinearHead:
         _refuse(model, f"no class of transformers does what {type(model).__name__} does")
     embeddings = _reader(model)
     weight, bias = _layer_of(model)
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        _refuse(model, "its head holds numbers that are not finite")
     labels = ["value"] if isinstance(model, TextRegressor) else model.label_dictionary.get_items()
     has_spans = getattr(model, "predict_spans", False) or getattr(model, "span_prediction_problem", False)
     # A legacy of Flair's own: its spans, and its SequenceTagger, leave "_" out.
@@ -96,10 +99,12 @@ def linear_head(model: Model) -> LinearHead:
 
 
 def _refuse(model: Model, reason: str) -> NoReturn:
+    adapted = adapted_embeddings(model) if isinstance(model, Model) else []
+    has_weights = any(not each.adapter_config.is_prompt_learning for each in adapted)
+    plain = "Use flair_peft.merge for a plain Flair model, or train" if has_weights else "Train"
     raise AdapterConfigError(
         f"Cannot make a model of transformers of this {type(model).__name__}: {reason}. What is written would predict "
-        "something else. Use flair_peft.merge for a plain Flair model, or train with one linear layer on the last "
-        "layer of the transformer."
+        f"something else. {plain} with one linear layer on the last layer of the transformer."
     )
 
 

@@ -50,6 +50,11 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
         UnsupportedMethodError: the method cannot be merged, as prompts cannot.
         StateMismatchError: the merged model gives other hidden states.
     """
+    if not isinstance(model, Model):
+        raise AdapterConfigError(
+            f"Cannot merge this {type(model).__name__}: it is no Flair model. Pass the model that you trained, such as "
+            "a TextClassifier."
+        )
     if not adapted_embeddings(model):
         raise AdapterConfigError(
             f"Cannot merge this {type(model).__name__}: none of its embeddings has an adapter. It is a plain Flair "

@@ -39,12 +39,13 @@ from flair.data import Sentence
 tagger = pipeline("token-classification", model={model}, tokenizer="path of this folder", aggregation_strategy="first")
 tagger("George Washington went to Washington .")
 
-# The same for any text: the words that Flair reads, each tagged by its {subtoken} subtoken.
+# The same for any text: the words that Flair reads, each tagged by its {subtoken} subtoken; None where it has none.
 words = [token.text for token in Sentence("George Washington went to Washington.")]
-encoding = tagger.tokenizer(words, is_split_into_words=True, return_tensors="pt")
+encoding = tagger.tokenizer(words, is_split_into_words=True, truncation=True, return_tensors="pt")
 scores = tagger.model(**encoding).logits[0]
 places = [[place for place, word in enumerate(encoding.word_ids()) if word == number] for number in range(len(words))]
-tags = [tagger.model.config.id2label[scores[place]{pooled}.argmax().item()] for place in places]"""
+names = tagger.model.config.id2label
+tags = [names[scores[place]{pooled}.argmax().item()] if place else None for place in places]"""
 
 _POOLED = {"first": ("first", "[0]"), "last": ("last", "[-1]"), "mean": ("every", ".mean(dim=0)")}
 
@@ -54,9 +55,18 @@ from flair.data import Sentence
 
 classifier = pipeline("text-classification", model={model}, tokenizer="path of this folder"{top})
 text = Sentence("George Washington went to Washington.").to_tokenized_string()
-classifier(text)      # the words that Flair reads"""
+classifier(text, truncation=True)      # the words that Flair reads"""
 
-TO_REPEAT = ("id2label", "label2id", "problem_type", "pad_token_id")
+_WORDS_OF_TEXTS = """\
+from transformers import pipeline
+from flair.data import Sentence
+
+classifier = pipeline("text-classification", model={model}, tokenizer="path of this folder"{top})
+words = [token.text for token in Sentence("George Washington went to Washington.")]
+encoding = classifier.tokenizer(words, is_split_into_words=True, truncation=True, return_tensors="pt")
+scores = classifier.model(**encoding).logits[0]      # of the words that Flair reads"""
+
+TO_REPEAT = ("id2label", "label2id", "problem_type", "pad_token_id", "return_dict")
 """Settings of the config that PEFT does not read: it takes the base's config, unless it is told."""
 
 _FROM_PEFT = """\
@@ -66,8 +76,8 @@ from transformers import AutoConfig
 config = AutoConfig.from_pretrained("path of this folder")
 settings = {{name: getattr(config, name) for name in {names}}}
 model = AutoPeftModelFor{task}.from_pretrained("path of this folder", dtype="{dtype}", **settings)
-model = model.merge_and_unload()      # for a pipeline
 """
+_MERGED = "model = model.merge_and_unload()      # for a pipeline\n"
 
 
 def settings(model: Model, head: LinearHead) -> dict[str, Any]:
@@ -81,41 +91,58 @@ def settings(model: Model, head: LinearHead) -> dict[str, Any]:
     return kept
 
 
-def write_card(model: Model, head: LinearHead, headed: HeadedModel, *, is_merged: bool) -> str:
-    """Return the card in Markdown, with the metadata that the Hub reads."""
+def write_card(
+    model: Model, head: LinearHead, headed: HeadedModel, *, is_merged: bool, can_be_merged: bool, is_text_other: bool
+) -> str:
+    """Return the card in Markdown, with the metadata that the Hub reads.
+
+    Args:
+        model: of Flair.
+        head: of that.
+        headed: what is written.
+        is_merged: whether its weights are.
+        can_be_merged: whether PEFT merges the adapter right.
+        is_text_other: whether the tokenizer gives other subtokens for a text than for its words.
+    """
     task = "token-classification" if head.reads_words else "text-classification"
     data = ModelCardData(library_name="transformers" if is_merged else "peft", pipeline_tag=task, tags=["flair"])
     text = _CARD.format(
         metadata=data.to_yaml(),
         kind=type(headed.model).__name__,
         model=type(model).__name__,
-        use=_use(head, headed, is_merged=is_merged),
-        differences="\n".join(f"- {line}" for line in differences(model, head)),
+        use=_use(head, headed, is_merged=is_merged, can_be_merged=can_be_merged, is_text_other=is_text_other),
+        differences="\n".join(f"- {line}" for line in differences(model, head, is_text_other=is_text_other)),
     )
     return str(ModelCard(text))
 
 
-def _use(head: LinearHead, headed: HeadedModel, *, is_merged: bool) -> str:
+def _use(head: LinearHead, headed: HeadedModel, *, is_merged: bool, can_be_merged: bool, is_text_other: bool) -> str:
     top = ", top_k=None" if head.problem == "multi_label_classification" else ""
     source = '"path of this folder"' if is_merged else "model"
     if head.reads_words:
         subtoken, pooled = _POOLED[head.embeddings.subtoken_pooling]
         use = _WORDS.format(model=source, subtoken=subtoken, pooled=pooled)
     else:
-        use = _TEXTS.format(model=source, top=top)
+        use = (_WORDS_OF_TEXTS if is_text_other else _TEXTS).format(model=source, top=top)
     if is_merged:
         return use
     task = "TokenClassification" if head.reads_words else "SequenceClassification"
     dtype = str(headed.model.dtype).removeprefix("torch.")
-    return _FROM_PEFT.format(task=task, dtype=dtype, names=TO_REPEAT) + use
+    loaded = _FROM_PEFT.format(task=task, dtype=dtype, names=TO_REPEAT)
+    return loaded + (_MERGED if can_be_merged else "") + use
 
 
-def differences(model: Model, head: LinearHead) -> Iterator[str]:
+def differences(model: Model, head: LinearHead, *, is_text_other: bool) -> Iterator[str]:
     """Yield a line for each way in which transformers can read text, or what was scored, unlike Flair."""
     yield (
         "Flair splits text into words by rules of its own, and gives the tokenizer these; the tokenizer splits plain "
         'text by others. Words such as "U.S." or "don\'t" come out in another way where plain text is read.'
     )
+    if is_text_other:
+        yield (
+            "This tokenizer gives other subtokens for a text than for its words, one by one, which Flair reads: plain "
+            "text is scored in another way. Give it words, with is_split_into_words=True, as in the code above."
+        )
     embeddings = head.embeddings
     if embeddings.allow_long_sentences:
         longest = embeddings.tokenizer.model_max_length

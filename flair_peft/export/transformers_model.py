@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from flair_peft.base import quantisation, tokenizers
 from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
-from flair_peft.errors import AdapterConfigError, StateMismatchError
+from flair_peft.errors import AdapterConfigError, FlairPeftError, StateMismatchError
 from flair_peft.export import adapter_around, headed_class, merge, transformers_card, transformers_folder
 from flair_peft.export.headed_class import HeadedModel
 from flair_peft.export.linear_head import LinearHead, linear_head, live_scores
@@ -160,7 +160,14 @@ class _Export:
             self.headed.model.config.save_pretrained(folder)
             adapter_around.write(folder, self.model, self.head, self.headed)
         tokenizers.save_portable(_tokenizer(self.head.embeddings), folder)
-        card = transformers_card.write_card(self.model, self.head, self.headed, is_merged=self.is_merged)
+        card = transformers_card.write_card(
+            self.model,
+            self.head,
+            self.headed,
+            is_merged=self.is_merged,
+            can_be_merged=not self.is_merged and _can_be_merged(self.model),
+            is_text_other=_is_text_other(_tokenizer(self.head.embeddings)),
+        )
         transformers_folder.seal(folder, transformers_card.settings(self.model, self.head), card)
         with host_internals.errors_of_transformers_alone():
             tokenizer, model = self._read(folder)
@@ -237,6 +244,21 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, head: LinearHead) ->
     return torch.stack(of_words)
 
 
+def _is_text_other(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer gives other subtokens for a text than for its words."""
+    whole = [tokenizer(" ".join(words))["input_ids"] for words in _PROBES]
+    return bool(whole != [tokenizer([*words], is_split_into_words=True)["input_ids"] for words in _PROBES])
+
+
+def _can_be_merged(model: Model) -> bool:
+    """Whether PEFT merges the adapter of a model into weights that give the same."""
+    try:
+        merge.merge(model)
+    except FlairPeftError:
+        return False
+    return True
+
+
 def _report_reading(head: LinearHead, tokenizer: PreTrainedTokenizerBase) -> None:
     """Say where transformers reads what is usual in another way than Flair does."""
     name, pooling = head.embeddings.name, getattr(head.embeddings, "subtoken_pooling", None)
@@ -247,8 +269,7 @@ def _report_reading(head: LinearHead, tokenizer: PreTrainedTokenizerBase) -> Non
             name,
             pooling,
         )
-    whole = [tokenizer(" ".join(words))["input_ids"] for words in _PROBES]
-    if whole != [tokenizer([*words], is_split_into_words=True)["input_ids"] for words in _PROBES]:
+    if _is_text_other(tokenizer):
         log.warning(
             "The tokenizer of '%s' gives other subtokens for a text than for its words, one by one, which Flair reads. "
             "Give it words, with is_split_into_words=True: transformers' pipeline for tokens takes that, too.",

@@ -19,7 +19,7 @@ from flair_peft.models import card, directory_layout, trial_load
 from flair_peft.models.save_plan import Description, SavePlan, encode, plan_save
 from flair_peft.models.stored import report_not_finite
 from flair_peft.primitives import mapped_memory, progress
-from flair_peft.storage import checkpoint_directory, hub
+from flair_peft.storage import checkpoint_directory, file_names, hub, manifest
 
 # Flair's trainer writes these at protocol 4, whose frames torch's restricted unpickler does not read.
 _PICKLE_PROTOCOL = 2
@@ -173,8 +173,13 @@ def _report_not_finite(description: Description, path: Path) -> None:
 
 
 def _refuse_base_directory(directory: Path) -> None:
-    """Return unless a transformers model lies there: it would load the adapter of the checkpoint as its own."""
-    if (directory / "config.json").exists() and any((directory / name).exists() for name in weight_files.NAMES):
+    """Return unless a transformers model lies there: it would load the adapter of the checkpoint as its own.
+
+    One for PEFT has its weights in files of the names that those of a checkpoint have.
+    """
+    is_for_peft = (directory / file_names.ADAPTER_WEIGHTS).exists() and not (directory / manifest.DOCUMENT).exists()
+    has_weights = is_for_peft or any((directory / name).exists() for name in weight_files.NAMES)
+    if (directory / "config.json").exists() and has_weights:
         raise SaveError(
             f"Cannot save to '{directory}': a transformers model is there. It would load the adapter beside it as its "
             "own from then on. Choose another directory."

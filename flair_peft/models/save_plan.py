@@ -20,6 +20,7 @@ from flair_peft.compat import versions
 from flair_peft.embeddings import plain_transformers, stored_params, untrained
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.embeddings.vector_probe import Reading
+from flair_peft.errors import AdapterConfigError, UnsupportedStateError
 from flair_peft.models import card, head_probe
 from flair_peft.primitives import mapped_memory
 from flair_peft.primitives.base_record import StoredBase
@@ -113,6 +114,11 @@ def plan_save(
         UnsupportedStateError: nor can their weights.
         UnsupportedMethodError: files cannot hold the adapter.
     """
+    if not isinstance(model, Model):
+        raise AdapterConfigError(
+            f"Cannot save this {type(model).__name__}: it is no Flair model, which has a head and labels as well. Pass "
+            "the model that you trained, such as a TextClassifier."
+        )
     embedded = adapted_embeddings(model)
     if not embedded:
         return _plan_plain(model, stored_base or functools.partial(_base_here, save_base=bool(save_base)))
@@ -134,7 +140,7 @@ def _plan_plain(model: Model, stored_base: Callable[[Any], StoredBase]) -> SaveP
         plain_transformers.refuse_unstorable(embeddings)
     with _one_save:
         with plain_transformers.describing({each: {"part": index} for index, each in enumerate(embedded)}):
-            state = model._get_state_dict()
+            state = _state_of(model)
         # Those of which the state says nothing are made by code around them, and are modules like all others.
         described = {found.params.get("part") for found in state_tree.embeddings_in(state)}
         embedded = [embeddings for index, embeddings in enumerate(embedded) if index in described]
@@ -142,6 +148,21 @@ def _plan_plain(model: Model, stored_base: Callable[[Any], StoredBase]) -> SaveP
         proofs = [{"part": index, "stored_base": stored.to_dict()} for index, stored in enumerate(bases)]
         parts = tuple(map(Part, itertools.count(), embedded, bases, proofs))
         return SavePlan(model, parts, head_probe.take(model, []))
+
+
+def _state_of(model: Model) -> dict[str, Any]:
+    """Return the state that Flair gives of a model.
+
+    Raises:
+        UnsupportedStateError: Flair fails to, as with embeddings whose settings it does not read.
+    """
+    try:
+        return model._get_state_dict()
+    except AttributeError as error:
+        raise UnsupportedStateError(
+            f"Cannot store this {type(model).__name__}: Flair cannot say what it is made of ({error}). Some settings "
+            "of Flair's own embeddings cannot be stored, such as word_dropout of DocumentRNNEmbeddings. Leave it out."
+        ) from error
 
 
 def _base_here(embeddings: TransformerEmbeddings, *, save_base: bool) -> StoredBase:
@@ -174,7 +195,7 @@ def encode(plan: SavePlan, **extra: Any) -> Description:
 
     with _one_save:
         with plain_transformers.describing(plain):
-            state: dict[str, Any] = _to_store(model._get_state_dict(), plan, model, complete)
+            state: dict[str, Any] = _to_store(_state_of(model), plan, model, complete)
         head = {**plan.head, "settings": head_probe.digest(state)}
         state = {**state, head_probe.KEY: head, "versions": versions(), **extra}
         if model.model_card is not None:

@@ -12,7 +12,12 @@ import pytest
 import torch
 import transformers
 from flair.data import Dictionary, Sentence, get_spans_from_bio
-from flair.embeddings import StackedEmbeddings, TransformerDocumentEmbeddings, TransformerWordEmbeddings
+from flair.embeddings import (
+    DocumentRNNEmbeddings,
+    StackedEmbeddings,
+    TransformerDocumentEmbeddings,
+    TransformerWordEmbeddings,
+)
 from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenClassifier
 from flair.nn import Model
 from peft import (
@@ -27,7 +32,12 @@ from transformers import AutoConfig, AutoTokenizer, pipeline
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
-from flair_peft.errors import AdapterConfigError, SaveError, StateMismatchError
+from flair_peft.errors import (
+    AdapterConfigError,
+    SaveError,
+    StateMismatchError,
+    UnsupportedStateError,
+)
 from flair_peft.export import transformers_model
 from tests.export import reader
 from tests.support import tiny
@@ -345,6 +355,147 @@ def test_code_in_the_card_of_a_classifier_runs(is_merged: bool, base: Base, tmp_
     (label,) = found["classifier"](found["text"])
     assert label["label"] == sentence.labels[0].value
     assert label["score"] == pytest.approx(sentence.labels[0].score, abs=1e-4)
+
+
+def _run_card(folder: Path, text: str | list[str]) -> dict[str, Any]:
+    """Return what the code in a card finds for a text."""
+    code = (folder / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    code = code.replace("path of this folder", str(folder))
+    found: dict[str, Any] = {}
+    exec(code.replace('"George Washington went to Washington."', repr(text)), found)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Token indices sequence length")
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_code_in_the_card_bears_words_without_subtokens_and_long_texts(
+    pooling: str, base: Base, tmp_path: Path
+) -> None:
+    """The former have no tag there; of the latter, what the transformer reads at once is tagged as in Flair."""
+    model = _tagger(_words(base("bert"), subtoken_pooling=pooling, allow_long_sentences=False), tag_format="BIO")
+    flair_peft.to_transformers(model, tmp_path)
+    words = ["George", "\u200b", *["Washington"] * 600]
+    tags = _run_card(tmp_path, words)["tags"]
+    sentence = Sentence(words)
+    model.predict(sentence, force_token_predictions=True)
+    live = [token.get_label("ner", "O").value for token in sentence]
+    read = [place for place, tag in enumerate(tags) if tag is not None]
+    assert len(tags) == len(words)
+    assert 1 not in read
+    assert 10 < len(read) < 600
+    assert [tags[place] for place in read] == [live[place] for place in read]
+
+
+def test_code_in_the_card_of_a_classifier_cuts_long_texts(base: Base, tmp_path: Path) -> None:
+    """As Flair does where it reads no windows."""
+    model = _classifier(_documents(base("bert"), allow_long_sentences=False))
+    flair_peft.to_transformers(model, tmp_path)
+    text = "Washington " * 600
+    sentence = Sentence(text)
+    model.predict(sentence)
+    found = _run_card(tmp_path, text)
+    (label,) = found["classifier"](found["text"], truncation=True)
+    assert label["score"] == pytest.approx(sentence.labels[0].score, abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", few(["bert", "qwen2", "gemma"], ["bert", "qwen2"]))
+def test_card_gives_a_classifier_words_where_a_text_has_other_subtokens(
+    architecture: str, base: Base, tmp_path: Path
+) -> None:
+    """Byte-level and SentencePiece tokenizers can see the spaces between words."""
+    embeddings = _documents(base(architecture), architecture)
+    model = _classifier(embeddings) if architecture == "bert" else _without_bias(embeddings)
+    flair_peft.to_transformers(model, tmp_path)
+    is_said = "other subtokens for a text than for its words" in (tmp_path / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    of_text, of_words = tokenizer(" ".join(WORDS[0])), tokenizer(WORDS[0], is_split_into_words=True)
+    assert is_said is (of_text["input_ids"] != of_words["input_ids"])
+    assert is_said is (architecture != "bert")
+    text = "That's a U.S. thing, isn't it?"
+    sentence = Sentence(text)
+    model.predict(sentence, return_probabilities_for_all_classes=True)
+    found = _run_card(tmp_path, text)
+    live = {label.value: label.score for label in sentence.labels}
+    if is_said:
+        scores = found["scores"].softmax(dim=-1).tolist()
+        own = {found["classifier"].model.config.id2label[place]: score for place, score in enumerate(scores)}
+    else:
+        own = {each["label"]: each["score"] for each in found["classifier"](found["text"], top_k=None)}
+    assert own == pytest.approx(live, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
+def test_card_of_an_adapter_that_peft_merges_wrongly_does_not_merge_it(base: Base, tmp_path: Path) -> None:
+    """The adapter is right as it is; merged by the card's own code it would tag something else."""
+    config = lora(target_modules=["q", "shared"])
+    model = _tagger(PeftTransformerWordEmbeddings(base("t5"), peft_config=config), tag_format="BIO")
+    with pytest.raises(StateMismatchError, match="merges this method wrongly"):
+        flair_peft.merge(model)
+    flair_peft.to_transformers(model, tmp_path / "t5", merged=False)
+    assert "merge_and_unload" not in (tmp_path / "t5" / "README.md").read_text()
+    sentence = Sentence(TEXTS[0])
+    model.predict(sentence, force_token_predictions=True)
+    tags = _run_card(tmp_path / "t5", [token.text for token in sentence])["tags"]
+    assert tags == [token.get_label("ner", "O").value for token in sentence]
+    other = _tagger(_words(base("bert")))
+    flair_peft.to_transformers(other, tmp_path / "bert", merged=False)
+    assert "merge_and_unload" in (tmp_path / "bert" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+def test_base_that_returns_tuples_is_asked_for_names(is_merged: bool, base: Base, tmp_path: Path) -> None:
+    """A config may say so; what reads the export asks for logits by name."""
+    own = Path(shutil.copytree(base("bert"), tmp_path / "base"))
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**config, "return_dict": False}))
+    model = _classifier(_documents(str(own)))
+    flair_peft.to_transformers(model, tmp_path / "model", merged=is_merged)
+    found = _run_card(tmp_path / "model", "George went .")
+    assert found["classifier"](found["text"])[0]["label"] in ("good", "bad", "odd")
+
+
+def test_adapter_of_bare_parameters_is_written_for_peft(base: Base, tmp_path: Path) -> None:
+    """target_parameters names them, and none of their modules is a target besides."""
+    config = lora(target_modules=[], target_parameters=["query.weight"])
+    _assert_same(_tagger(PeftTransformerWordEmbeddings(base("bert"), peft_config=config)), tmp_path, is_merged=False)
+
+
+@pytest.mark.parametrize("kind", [_tagger, _classifier])
+def test_head_that_is_not_finite_is_refused(kind: Any, base: Base, tmp_path: Path) -> None:
+    """Of such numbers nothing could be compared."""
+    model = kind((_words if kind is _tagger else _documents)(base("bert")))
+    with torch.no_grad():
+        (model.linear if kind is _tagger else model.decoder).weight[0, 0] = torch.nan
+    with pytest.raises(AdapterConfigError, match="not finite"):
+        flair_peft.to_transformers(model, tmp_path / "model")
+
+
+def test_checkpoint_does_not_replace_what_was_written_for_peft(base: Base, tmp_path: Path) -> None:
+    """Its weights have the names that those of a checkpoint have, and its config would stay beside them."""
+    model = _tagger(_words(base("bert")))
+    flair_peft.to_transformers(model, tmp_path, merged=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(SaveError, match="a transformers model is there"):
+        flair_peft.save_pretrained(model, tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_what_is_no_model_is_named_by_all_that_take_one(base: Base, tmp_path: Path) -> None:
+    """Embeddings, or a path that somebody took for what it holds."""
+    for given in (TransformerWordEmbeddings(base("bert")), _words(base("bert")), "my-tagger"):
+        for call in (flair_peft.save_pretrained, flair_peft.to_transformers, lambda model, _: flair_peft.merge(model)):
+            with pytest.raises(AdapterConfigError, match=f"this {type(given).__name__}"):
+                call(given, tmp_path / "model")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dropout", ["word_dropout", "locked_dropout"])
+def test_settings_that_flair_cannot_read_are_refused_by_what_has_them(dropout: str, base: Base, tmp_path: Path) -> None:
+    """Flair reads an attribute of its dropout layers that they lack, and fails without a word on what to do."""
+    embeddings = DocumentRNNEmbeddings([_words(base("bert"))], hidden_size=8, **{dropout: 0.1})
+    model = _classifier(embeddings)
+    for save in (lambda: flair_peft.save_pretrained(model, tmp_path / "d"), lambda: model.save(tmp_path / "x.pt")):
+        with pytest.raises(UnsupportedStateError, match="word_dropout of DocumentRNNEmbeddings"):
+            save()
 
 
 def test_model_of_several_labels_and_regressor_have_their_problem_type(base: Base, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from flair.embeddings import StackedEmbeddings
+from flair.embeddings import StackedEmbeddings, TransformerDocumentEmbeddings
 from flair.models import TextClassifier
 from flair.nn import Classifier, Model
 from flair.trainers import ModelTrainer
@@ -41,6 +41,7 @@ from tests.support import tiny
 from tests.support.configs import lora
 from tests.support.method_cases import KINDS, make_embeddings, one_kind_each
 from tests.support.methods import METHODS, Method, perturb_
+from tests.support.opinions import opinion_corpus
 from tests.support.round_trip import SCORE_TOLERANCE, Factories, largest_difference
 from tests.support.selection import ONE_OF_A_KIND, few
 from tests.support.zoo import ZOO
@@ -291,6 +292,22 @@ def test_save_where_the_base_is_gone_says_so_and_is_self_contained(
     assert f"'{own}' is not found any more" in caplog.text
     loaded = load(tmp_path / "model")
     assert entry.predict(loaded, corpus) == before
+
+
+def test_save_of_stock_embeddings_says_that_their_base_was_never_known(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is where it was; but nothing proved that the weights in the file are its own."""
+    torch.manual_seed(0)
+    stock = TransformerDocumentEmbeddings(base("bert"), peft_config=lora())
+    labels = opinion_corpus().make_label_dictionary("opinion", add_unk=False)
+    TextClassifier(stock, label_dictionary=labels, label_type="opinion").save(tmp_path / "stock.pt")
+    loaded = TextClassifier.load(tmp_path / "stock.pt")
+    with caplog.at_level(logging.WARNING, "flair_peft"):
+        loaded.save(tmp_path / "again.pt")
+    assert f"those of '{base('bert')}' was never known" in caplog.text
+    assert "flair-peft convert" in caplog.text
+    assert "not found" not in caplog.text
 
 
 @pytest.mark.parametrize("form", ["file", "directory"])

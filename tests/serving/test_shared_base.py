@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+import re
 import shutil
 import threading
 import warnings
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from flair.data import Dictionary, Sentence
+from flair.datasets import FlairDatapointDataset
+from flair.embeddings import StackedEmbeddings, WordEmbeddings
 from flair.models import MultitaskModel, SequenceTagger, TextClassifier
 from flair.nn import Model
 from peft.tuners.lora import LoraLayer
@@ -24,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
 import flair_peft
-from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase, from_pretrained
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase, from_pretrained
 from flair_peft.base import memory_check
 from flair_peft.embeddings import pass_cost
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
@@ -819,3 +822,84 @@ def test_model_that_is_copied_goes_on_sharing_its_base(
     before = {name: mapped_memory.address(parameter) for name, parameter in model.named_parameters()}
     assert read(model)
     assert {name: mapped_memory.address(parameter) for name, parameter in model.named_parameters()} == before
+
+
+def stacked_tagger(base: str, label_type: str, *, field: str | None = None, seed: int = 0) -> SequenceTagger:
+    """Return a random tagger whose adapter stands behind a table of words, or of the labels of a type."""
+    torch.manual_seed(seed)
+    entries = (
+        ["PUNCT", "NAME", "WORD"] if field else sorted({token.text.lower() for s in TEXTS for token in Sentence(s)})
+    )
+    table = WordEmbeddings(
+        None,
+        vocab={entry: place for place, entry in enumerate([*entries, "<unk>"])},
+        embedding_length=4,
+        field=field,
+        name="table",
+    )
+    torch.nn.init.normal_(table.embedding.weight)
+    embeddings = StackedEmbeddings([table, PeftTransformerWordEmbeddings(base, peft_config=lora())])
+    labels = sentence_corpus().make_label_dictionary(label_type, add_unk=False)
+    model = SequenceTagger(embeddings, tag_dictionary=labels, tag_type=label_type, use_rnn=False, use_crf=False)
+    for parameter in model.linear.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("field", [None, "pos"])
+@pytest.mark.parametrize("storage", ["none", "cpu"])
+def test_predict_together_waits_for_models_whose_adapter_stands_in_a_stack(
+    storage: str, field: str | None, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """What stands before the adapter is stored, and may read labels: neither bears another model in between."""
+    shared, together, separate = SharedBase(base("bert")), [*map(Sentence, TEXTS)], [*map(Sentence, TEXTS)]
+    models = []
+    for number, (label_type, of) in enumerate((("pos", None), ("ner", field))):
+        flair_peft.save_pretrained(
+            stacked_tagger(base("bert"), label_type, field=of, seed=number), tmp_path / label_type
+        )
+        models.append(shared.load(tmp_path / label_type))
+        from_pretrained(tmp_path / label_type).predict(separate, embedding_storage_mode=storage)
+    shared.predict(dict.fromkeys(models, together), embedding_storage_mode=storage)
+    assert largest_difference(labels_of(separate), labels_of(together)) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("config", [{"bias": "all"}, {"init_lora_weights": "pissa"}])
+def test_base_in_another_dtype_takes_weights_of_the_base_that_a_file_holds(
+    config: dict[str, Any], dtype: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Trained biases and rewritten weights compute with the others, in the dtype that was chosen."""
+    directory, _ = save_random("text-classifier", base("bert"), tmp_path / "model", config=lora(**config))
+    loaded = SharedBase(base("bert"), dtype=dtype).load(directory)
+    exact = from_pretrained(directory)
+    trained = {key for key, p in exact.embeddings.model.named_parameters() if "bias" in key and "lora" not in key}
+    half = dict(loaded.embeddings.model.named_parameters())
+    whole = dict(exact.embeddings.model.named_parameters())
+    assert {half[key].dtype for key in trained} == {getattr(torch, dtype)}
+    assert all(torch.equal(half[key], whole[key].to(half[key].dtype)) for key in trained)
+    points = [[*map(Sentence, TEXTS)] for _ in range(2)]
+    for each, those in zip((loaded, exact), points, strict=True):
+        each.predict(those)
+    assert largest_difference(*map(labels_of, points)) < 0.1
+
+
+@pytest.mark.parametrize("size", [0, -1, "3", 2.0])
+def test_predict_refuses_what_is_no_number_of_sentences(size: Any, base: Callable[[str], str], tmp_path: Path) -> None:
+    """The memory of a pass is bounded by it."""
+    shared = SharedBase(base("bert"))
+    model = shared.load(save_random("text-classifier", base("bert"), tmp_path / "model")[0])
+    with pytest.raises(PredictionSetupError, match=re.escape(f"mini_batch_size={size!r}")):
+        shared.predict({model: [Sentence("hello")]}, mini_batch_size=size)
+    with pytest.raises(PredictionSetupError, match="share their forward passes"):
+        shared.predict({model: [Sentence("hello")]}, model_options={model: {"mini_batch_size": 2}})
+
+
+def test_predict_takes_a_data_set_of_flair(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Its sentences have the labels, as after the model's own ``predict``."""
+    shared = SharedBase(base("bert"))
+    model = shared.load(save_random("sequence-tagger", base("bert"), tmp_path / "model")[0])
+    together, separate = ([*map(Sentence, TEXTS)] for _ in range(2))
+    shared.predict({model: FlairDatapointDataset(together)})
+    model.predict(separate)
+    assert labels_of(together) == labels_of(separate)

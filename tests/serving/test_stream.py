@@ -142,6 +142,15 @@ def test_stream_of_an_entity_linker_gives_what_its_own_predict_gives() -> None:
     assert all_labels(found) == all_labels(expected)
 
 
+def test_sentence_that_was_refused_once_is_not_said_to_be_after_it_was_predicted(tagger: Model) -> None:
+    """Who finds failures by their metadata streams them again, and finds those that fail still."""
+    sentence = Sentence("Berlin !")
+    sentence.add_metadata("prediction_error", "of an earlier stream")
+    (found,) = predict_stream(tagger, [sentence])
+    assert found is sentence
+    assert not sentence.has_metadata("prediction_error")
+
+
 def test_stream_of_a_regexp_tagger_names_the_sentence_that_it_refuses(caplog: pytest.LogCaptureFixture) -> None:
     """A model that labels by rules is streamed; what it had written before it failed is not written twice."""
     tagger = RegexpTagger([(r"Ber\w+", "CITY"), (r"xy", "PART")])

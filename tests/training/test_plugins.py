@@ -132,6 +132,22 @@ def test_best_model_is_reloaded_into_the_live_one(base: Callable[[str], str], tm
     assert scores(model) == scores(Classifier.load(tmp_path / "best-model.pt"))
 
 
+@pytest.mark.parametrize("start", ["train", pytest.param("fine_tune", marks=pytest.mark.matrix)])
+def test_best_model_is_reloaded_where_embeddings_have_several_places(
+    start: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Tasks of a multitask model share embeddings, and what a file leaves out is missing under each of their names."""
+    entry = ZOO["multitask"]
+    torch.manual_seed(1)
+    shared = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    model, corpus = entry.build(lambda **_: shared, None), entry.corpus()
+    others = {} if start == "train" else {"use_final_model_for_eval": False}
+    getattr(ModelTrainer(model, corpus), start)(tmp_path, max_epochs=3, mini_batch_size=2, learning_rate=0.02, **others)
+    assert (tmp_path / "best-model.pt").is_file()
+    loaded = entry.model_class.load(tmp_path / "best-model.pt")
+    assert entry.predict(model, corpus) == entry.predict(loaded, corpus)
+
+
 def test_every_file_of_a_training_loads(base: Callable[[str], str], tmp_path: Path) -> None:
     """Best, final and epoch models load, also where the optimiser's state was asked for."""
     model = classifier(base("bert"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -70,11 +71,29 @@ ASKED: dict[str, tuple[Options, Options]] = {
     "the adapter's": ({"learning_rate": 5e-3}, {"learning_rate": 5e-3, "decoder_learning_rate": 1e-2}),
     "Flair's own for it": ({"learning_rate": 5e-5}, {"learning_rate": 5e-5, "decoder_learning_rate": 1e-2}),
     "the head's": ({"decoder_learning_rate": 3e-3}, {"learning_rate": LORA_RATE, "decoder_learning_rate": 3e-3}),
+    "train without rates": (ADAMW, {**ADAMW, "learning_rate": LORA_RATE, "decoder_learning_rate": 1e-2}),
+    "train_custom without rates": (
+        {"start": "train_custom", "optimizer": torch.optim.AdamW},
+        {
+            "start": "train_custom",
+            "optimizer": torch.optim.AdamW,
+            "learning_rate": LORA_RATE,
+            "decoder_learning_rate": 1e-2,
+        },
+    ),
+    "an optimiser with options": (
+        {"optimizer": functools.partial(torch.optim.AdamW, betas=(0.8, 0.99))},
+        {
+            "optimizer": functools.partial(torch.optim.AdamW, betas=(0.8, 0.99)),
+            "learning_rate": LORA_RATE,
+            "decoder_learning_rate": 1e-2,
+        },
+    ),
     "train": ({**ADAMW, "learning_rate": 5e-3}, {**ADAMW, "learning_rate": 5e-3, "decoder_learning_rate": 1e-2}),
 }
 
 
-@pytest.mark.parametrize("name", few(ASKED, ["nothing", "the adapter's"]))
+@pytest.mark.parametrize("name", few(ASKED, ["nothing", "the adapter's", "train without rates"]))
 def test_training_without_rates_is_the_one_with_those_of_adapter_and_head(
     name: str, base: Base, tmp_path: Path
 ) -> None:
@@ -199,6 +218,17 @@ FAR: dict[str, tuple[Callable[[], Any], Options, str | None]] = {
     "low": (lora, {"learning_rate": 1e-4}, None),
     "high": (lora, {"learning_rate": 3e-3}, None),
     "too high": (lora, {"learning_rate": 30 * LORA_RATE}, f"30 times what suits LORA.*learning_rate={SUITED_RATE}"),
+    "of a transformer with SGD": (
+        lora,
+        {"learning_rate": 5e-5, "decoder_learning_rate": 1e-2, "optimizer": torch.optim.SGD},
+        f"learning_rate={SUITED_RATE} with AdamW, or a far higher one with SGD",
+    ),
+    "of the head for SGD": (
+        lora,
+        {"learning_rate": 0.1, "decoder_learning_rate": 5e-5, "optimizer": torch.optim.SGD},
+        "decoder_learning_rate=1e-2 with AdamW, or a far higher one with SGD",
+    ),
+    "none at all": (lora, {"learning_rate": 0.0, "decoder_learning_rate": 0.0}, None),
     "too high for SGD": (lora, {"learning_rate": 3e-2, "optimizer": torch.optim.SGD}, None),
     "of a transformer for the head": (
         lora,
@@ -262,6 +292,39 @@ def test_learning_rate_that_is_far_from_good_is_said_when_the_training_starts(
     warned = [text for text in (record.getMessage() for record in caplog.records) if "Try " in text]
     assert len(warned) == (said is not None)
     assert said is None or re.search(said, warned[0])
+
+
+def test_rate_of_several_adapters_is_measured_by_the_one_that_suits_all(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was chosen for all of them is not said to be far, and what one of them alone would like is."""
+
+    def told(**options: Any) -> str:
+        configs = (lora(), IA3Config(target_modules=["key"], feedforward_modules=[]))
+        each = [PeftTransformerWordEmbeddings(base("bert"), peft_config=config) for config in configs]
+        model = ZOO["sequence-tagger"].build(lambda **_: StackedEmbeddings(each), None)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="flair_peft"):
+            ModelTrainer(model, ZOO["sequence-tagger"].corpus()).fine_tune(tmp_path, max_epochs=1, **options)
+        return caplog.text
+
+    assert "Try " not in told()
+    assert told(learning_rate=3e-2).count("60 times what suits the adapters of this model") == 2
+
+
+class OwnRate(ModelTrainer):
+    """A trainer whose user wrote the rate into it."""
+
+    @functools.wraps(ModelTrainer.train_custom)
+    def train_custom(self, *args: Any, **kwargs: Any) -> Any:
+        return super().train_custom(*args, **{**kwargs, "learning_rate": 2e-3})
+
+
+def test_rate_that_a_trainer_of_ones_own_passes_on_is_one_that_was_given(base: Base, tmp_path: Path) -> None:
+    """``fine_tune`` was called without one, and what arrives is another than Flair's."""
+    seen = Rates()
+    OwnRate(classifier(base("bert")), opinion_corpus()).fine_tune(tmp_path, max_epochs=1, plugins=[seen])
+    assert sorted(seen.found) == [2e-3, 1e-2]
 
 
 @pytest.fixture
@@ -365,3 +428,60 @@ def test_start_line_counts_quantised_weights_as_they_were(base: Base, monkeypatc
     assert counts[0]
     assert counts[1]
     assert counts[0].group(1) == counts[1].group(1)
+
+
+def freeze_adapter(model: Model) -> None:
+    model.embeddings.model.requires_grad_(False)
+
+
+def freeze_head(model: Model) -> None:
+    model.decoder.requires_grad_(False)
+
+
+@pytest.mark.usefixtures("_informed")
+@pytest.mark.parametrize(
+    ("freeze", "line"),
+    [
+        (freeze_adapter, r"', frozen; the head at 5e-5\. .*\(0\.\d+%\), 66 of them outside of the adapter\."),
+        (freeze_head, r"a head that is frozen\. .* 0 of them outside of the adapter\. .*, 66 of the head\."),
+    ],
+)
+def test_start_line_says_what_is_frozen_of_adapter_and_head(
+    freeze: Callable[[Model], None], line: str, base: Base, tmp_path: Path
+) -> None:
+    """Somebody trains the head alone, or the adapter under a head that stays."""
+    model = classifier(base("bert"))
+    freeze(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    ModelTrainer(model, opinion_corpus()).fine_tune(tmp_path, max_epochs=1, plugins=[LoraPlusPlugin()])
+    (found,) = start_lines(tmp_path)
+    assert re.search(line, found)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+@pytest.mark.usefixtures("_informed")
+def test_start_line_names_a_transformer_that_is_trained_beside_the_adapter(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are none of the head's, and have the rate of all embeddings."""
+    model = stacked(base("bert"), fine_tune=True)
+    line = said(model, monkeypatch)
+    name = next(part.name for part in model.embeddings.embeddings if type(part) is TransformerWordEmbeddings)
+    assert f"; '{name}' at 1e-3; the head at 1e-3. Trained" in line
+
+
+@pytest.mark.usefixtures("_informed")
+def test_second_training_with_one_trainer_has_its_own_plugins_alone(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Flair leaves those of the first: they would say its line, train with its rates, and step its schedule."""
+    trainer, seen = ModelTrainer(classifier(base("bert")), opinion_corpus()), Rates()
+    trainer.fine_tune(tmp_path / "first", max_epochs=1, plugins=[LoraPlusPlugin()])
+    trainer.fine_tune(tmp_path / "plus", max_epochs=1, plugins=[LoraPlusPlugin()])
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        rates_given = {"learning_rate": 3e-2, "decoder_learning_rate": 7e-3}
+        trainer.fine_tune(tmp_path / "last", max_epochs=1, plugins=[seen], **rates_given)
+    assert sorted(seen.found) == [7e-3, 3e-2]
+    (line,) = start_lines(tmp_path / "last")
+    assert "at learning rate 3e-2; the head at 7e-3." in line
+    assert caplog.text.count("60 times what suits LORA") == 1

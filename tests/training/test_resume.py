@@ -20,6 +20,7 @@ from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import TrainerPlugin, TrainingInterrupt
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig
 
+import flair_peft
 from flair_peft import LoraPlusPlugin, RankAllocationPlugin
 from flair_peft.adapter import methods
 from flair_peft.errors import FormatVersionError, TrainingSetupError, UnsupportedStateError
@@ -436,6 +437,45 @@ def test_resumed_training_keeps_the_rates_that_were_chosen_for_it(
     assert max(map(max, whole.rates)) == 1e-2
     assert resumed.rates == whole.rates[done:]
     assert_same_tensors(travel.tensors("whole"), travel.tensors("parts"))
+
+
+def test_resumed_training_says_the_rates_that_it_has_and_which_it_was_given_in_vain(
+    journey: Journeys, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The optimiser goes on with those of the file: line, warning, model card and the next file say these."""
+    travel = journey()
+    del travel.options["learning_rate"]
+    travel.seeded("parts", Stop("after_evaluation", 1))
+    travel.options["decoder_learning_rate"] = 3e-3
+    logging.getLogger("flair").setLevel(logging.INFO)
+    with caplog.at_level(logging.INFO):
+        resumed = travel.resumed("parts", stops=[Stop("after_evaluation", 2)])
+    assert "decoder_learning_rate is 0.003, was 0.01. It follows what it was." in caplog.text
+    assert "the head at 1e-2. Trained" in caplog.text
+    assert resumed.rates[0][0] > 3e-3
+    assert read_state(travel.root / "parts" / "final-model.pt")["progress"]["settings"]["decoder_learning_rate"] == 1e-2
+    del travel.options["decoder_learning_rate"]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        travel.resumed("parts")
+    assert "the head at 1e-2 (no decoder_learning_rate was given). Trained" in caplog.text
+    assert "other settings" not in caplog.text
+
+
+def test_training_that_nobody_prepared_does_not_go_on(journey: Journeys) -> None:
+    """A merged model has no adapter, and trains as Flair has it: the plugin says so instead of naming an epoch."""
+    travel = journey()
+    travel.seeded("parts", Stop("after_evaluation", 1))
+    path = travel.root / "parts" / "final-model.pt"
+    with pytest.raises(TrainingSetupError, match="flair_peft did not prepare this one"):
+        travel.train(flair_peft.merge(Model.load(path)), "merged", ResumePlugin(path))
+
+
+def test_resumed_training_that_is_annealed_with_restarts_draws_the_same(journey: Journeys) -> None:
+    """A load draws no random numbers, whatever was loaded before: Flair restarts from the best model by one."""
+    settings = {"learning_rate": 0.3, "patience": 0, "min_learning_rate": 0.0, "anneal_with_restarts": True}
+    travel = journey(schedule="train", has_easy_dev=True, **settings)
+    travel.compare(Stop("after_evaluation", 2))
 
 
 def test_ranks_masked_by_adamss_stay_frozen(journey: Journeys) -> None:
