@@ -164,6 +164,7 @@ def _fill_in_sizes_(model: PreTrainedModel, config: PeftConfig) -> None:
         return
     for setting, name in sizes.items():
         if getattr(config, setting, None) is None:
-            setattr(config, setting, getattr(model.config, name))
+            # PEFT asks every prompt for both, and some bases have no heads, or name them for their encoder apart.
+            setattr(config, setting, getattr(model.config, name, 1))
     if config.token_dim is None:
         config.token_dim = model.get_input_embeddings().embedding_dim

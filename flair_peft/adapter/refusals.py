@@ -35,6 +35,8 @@ def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
         raise unsupported(model, config, "it asks for a bounding box per row, and virtual tokens have none")
     if methods.prepends_cache(config) and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise unsupported(model, config, "its forward takes no past key values, which carry the prefix")
+    if methods.prepends_cache(config) and model.config.is_encoder_decoder:
+        raise unsupported(model, config, "a prefix reaches its decoder alone, and Flair reads its encoder")
     places = set(map(str, getattr(model, "hf_device_map", {}).values()))
     if methods.prepends_cache(config) and places and places <= {"cpu", "disk"}:
         raise unsupported(model, config, "PEFT puts a prefix on a GPU alone where the base is spread (peft#3619)")

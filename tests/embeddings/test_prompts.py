@@ -470,6 +470,35 @@ def test_prefix_on_an_architecture_without_past_key_values_is_refused(
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("method", PREFIXING)
+def test_prefix_that_a_decoder_alone_would_read_is_refused(base: Base, method: str) -> None:
+    """BART takes past key values for its decoder, and its encoder, which is read, would learn nothing."""
+    with pytest.raises(UnsupportedMethodError, match=f"{method.split('-')[0]} on BartModel.*its decoder alone"):
+        make(base, method, "bart")
+
+
+@pytest.mark.parametrize("method", PREPENDING)
+def test_prompt_on_a_base_without_heads_is_refused_by_name(base: Base, method: str) -> None:
+    """FNet mixes words without attention: there is no mask that a prompt could be part of."""
+    with pytest.raises(UnsupportedMethodError, match=f"{method.split('-')[0]} on FNetModel"):
+        make(base, method, "fnet")
+
+
+@pytest.mark.parametrize("method", few(PREPENDING, ["PROMPT_TUNING"]))
+def test_prompt_on_a_base_that_names_its_sizes_for_its_encoder_comes_back(base: Base, method: str) -> None:
+    """The config of T5Gemma has no number of heads of its own, which PEFT asks for and prompts do not need."""
+    torch.manual_seed(0)
+    embeddings = make(base, method, "t5gemma").eval()
+    loaded = type(embeddings).from_params(embeddings.to_params())
+    loaded.load_state_dict(embeddings.state_dict())
+    before = embed(embeddings)
+    assert is_same(before, embed(loaded.eval()))
+    for parameter in embeddings.model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    assert not is_close(before, embed(embeddings))
+
+
 @pytest.mark.parametrize("architecture", tiny.LAYOUT)
 @pytest.mark.parametrize("method", PREPENDING)
 def test_prompt_without_bounding_boxes_of_its_own_is_refused_on_layout_models(
