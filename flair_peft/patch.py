@@ -13,7 +13,7 @@ These attributes of Flair are replaced, each by a function that calls the origin
 ``TransformerEmbeddings.to_params``            keeps the PEFT config of stock embeddings
 ``TransformerEmbeddings.from_params``          rebuilds stock embeddings that have a PEFT config, with an adapter
 ``ModelTrainer.train_custom``                  checks settings, attaches :class:`.AdapterGuard`, gives the head a rate
-``ModelTrainer.fine_tune``, ``.train``            gives the adapter the rate of its method, where none was given
+``ModelTrainer.fine_tune``, ``.train``         gives the adapter the rate of its method, where none was given
 ``ModelTrainer._save_model``                   leaves a best model that a training which goes on has not beaten
 ``ModelTrainer._load_model``                   reloads the best model into the live one, without a second base
 ``trainer.DistributedDataParallel``            in several processes, on CPUs too: sends what is trained, not the base

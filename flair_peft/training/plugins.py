@@ -276,8 +276,9 @@ def detach_known(trainer: ModelTrainer) -> None:
     """
     for plugin in list(trainer.plugins):
         if type(plugin).__module__.partition(".")[0] in ("flair", "flair_peft"):
-            plugin.detach()
             trainer.plugins.remove(plugin)
+            if plugin.pluggable is not None:
+                plugin.detach()
 
 
 def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: Any) -> None:
