@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,7 @@ def save_file(
     with checkpoint_directory.explained(path):
         description = encode(plan_save(model, save_base=save_base), **extra)
         _report_not_finite(description, path)
-        tensors = {name: _alone(tensor) for name, tensor in description.tensors.items()}
-        stored = _StoredState(Description(description.document, tensors))
+        stored = _StoredState(Description(description.document, _alone(description.tensors)))
         checkpoint_directory.write_file(path, lambda file: torch.save(stored, file, pickle_protocol=_PICKLE_PROTOCOL))
 
 
@@ -186,8 +185,20 @@ def _refuse_base_directory(directory: Path) -> None:
         )
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor in a storage of just its size: torch writes whole storages, and maps them in whole."""
-    is_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    is_alone = is_alone and not mapped_memory.is_copied_on_write(tensor)
-    return tensor if is_alone else tensor.detach().clone(memory_format=torch.contiguous_format)
+def _alone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors, each in a storage of just its size: torch writes whole storages, and maps them in whole.
+
+    Those that have the same elements stay one, such as the weights of embeddings that several tasks share.
+    """
+    found: dict[str, torch.Tensor] = {}
+    copies: dict[Hashable, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        is_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        if is_alone and not mapped_memory.is_copied_on_write(tensor):
+            found[name] = tensor
+            continue
+        place = mapped_memory.address(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        if place not in copies:
+            copies[place] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        found[name] = copies[place]
+    return found

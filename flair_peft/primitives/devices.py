@@ -28,5 +28,6 @@ def same_random_numbers() -> Iterator[None]:
     import flair
     import torch
 
-    with torch.random.fork_rng(devices=[flair.device] if flair.device.type == "cuda" else []):
+    device = torch.device(flair.device)  # which may be given as a text
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

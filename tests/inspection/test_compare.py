@@ -66,6 +66,16 @@ def test_comparison_of_a_model_with_itself_finds_nothing(name: str, base: Base, 
             assert found.equal > 15
 
 
+def test_file_of_tasks_with_one_base_holds_it_once_wherever_it_is_in_memory(base: Base, tmp_path: Path) -> None:
+    """Weights on a shared base stand in memory that is copied on write, of which a file holds copies."""
+    model = make(ZOO["multitask"], base("bert"), lora())
+    loaded = flair_peft.SharedBase(base("bert")).load(save_as("directory", model, tmp_path))
+    paths = [save_as("whole-file", loaded, tmp_path), save_as("whole-directory", model, tmp_path)]
+    found = diff(*paths)
+    assert not (found.added or found.removed or found.reshaped or found.values)
+    assert paths[0].stat().st_size < 1.5 * sum(path.stat().st_size for path in paths[1].iterdir() if path.is_file())
+
+
 def test_comparison_with_a_model_that_was_loaded_and_saved_finds_the_same_tensors(base: Base, tmp_path: Path) -> None:
     """Loading and saving changes no setting, no label and no tensor."""
     first = save_as("file", make(CLASSIFIER, base("bert"), lora(use_dora=True)), tmp_path)
