@@ -72,7 +72,7 @@ def test_file_of_tasks_with_one_base_holds_it_once_wherever_it_is_in_memory(base
     loaded = flair_peft.SharedBase(base("bert")).load(save_as("directory", model, tmp_path))
     paths = [save_as("whole-file", loaded, tmp_path), save_as("whole-directory", model, tmp_path)]
     found = diff(*paths)
-    assert not (found.added or found.removed or found.reshaped or found.values)
+    assert [*found.added, *found.removed, *found.reshaped, *found.values] == []
     assert paths[0].stat().st_size < 1.5 * sum(path.stat().st_size for path in paths[1].iterdir() if path.is_file())
 
 
