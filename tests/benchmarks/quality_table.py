@@ -233,6 +233,20 @@ def leads(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def gaps(found: dict[str, Any]) -> list[str]:
+    """Return the lines of the table of what was tried between LoRA and full fine-tuning, of several seeds, and LoRA."""
+    lines = ["| | | | % | against full fine-tuning, points | seeds |", "|---|---|---|---|---|---|"]
+    for base, of_base in found["bases"].items():
+        tried = [r for r in of_base["gap"] if len(r["scores"]) > 1]
+        for task in dict.fromkeys(r["task"] for r in tried):
+            of_lora = [r for r in of_base["rows"] if (r["task"], r["way"]) == (task, LORA)]
+            for r in (*of_lora, *(r for r in tried if r["task"] == task)):
+                way = f"{LORA}, r=16" if r["way"] == LORA else r["way"]
+                cells = (base, task, way, spread(r["scores"]), difference(r["lead"]), str(len(r["scores"])))
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def plot(found: dict[str, Any], path: Path) -> None:
     """Write a picture: what each way reached with each seed, a row of panels for each base."""
     bases = found["bases"]

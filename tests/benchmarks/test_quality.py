@@ -259,3 +259,18 @@ def test_page_shows_what_is_between_apart_from_the_ways() -> None:
     assert last.startswith("| LoRA, r=64 | 80.0 ± 0.0 | 2 |")
     of_base["gap"] = []
     assert "### Between LoRA and full fine-tuning" not in quality_table.quality_page(page)
+
+
+def test_table_of_what_is_between_begins_with_lora_itself_and_leaves_out_single_seeds() -> None:
+    """What was tried once shows nothing yet."""
+    records = [_measured("full fine-tuning", seed, 0.8 + seed / 100) for seed in (1, 2)]
+    records += [_measured(way, seed, 0.82) for way in ("LoRA", "LoRA, r=64") for seed in (1, 2)]
+    rows = quality_table.rows([*records, _measured("LoRA, twice the epochs", 1, 0.9)], ["SST-2"])
+    of_base = {
+        "rows": [r for r in rows if r["way"] not in quality.GAP],
+        "gap": [r for r in rows if r["way"] in quality.GAP],
+    }
+    assert quality_table.gaps({"bases": {"MiniLM": of_base}})[2:] == [
+        "| MiniLM | SST-2 | LoRA, r=16 | 82.0 ± 0.0 | +0.5 (-5.9 to +6.9) | 2 |",
+        "| MiniLM | SST-2 | LoRA, r=64 | 82.0 ± 0.0 | +0.5 (-5.9 to +6.9) | 2 |",
+    ]

@@ -287,6 +287,7 @@ MADE: dict[str, Callable[[], str]] = {
     "goals": lambda: "\n".join(goals.table(_figures)),
     "rates_on_real_text": lambda: "\n".join(quality_table.rates(_figures("quality")["quality"])),
     "lora_beside_full_fine_tuning": lambda: "\n".join(quality_table.leads(_figures("quality")["quality"])),
+    "between_lora_and_full_fine_tuning": lambda: "\n".join(quality_table.gaps(_figures("quality")["quality"])),
     "without_default_targets": without_default_targets,
     "lora_options": lora_options,
     "refused": refused,
