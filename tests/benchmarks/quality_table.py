@@ -62,9 +62,15 @@ def row(task: str, way: str, those: dict[int, Record], full: dict[int, Record], 
         if len(common) > 1
         else None,
         "share": record["trained"] / record["parameters"],
-        **{what: statistics.median(r[what] for r in usually) if usually else None for what in ("seconds", "memory")},
+        **{what: _median(r[what] for r in usually) for what in ("seconds", "memory")},
         "file": statistics.median(r["file"] for r in those.values()),
     }
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """Return the median of what was measured; of trainings that shared a process, memory was not."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def to_markdown(report: dict[str, Any]) -> str:

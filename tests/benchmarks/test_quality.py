@@ -180,6 +180,8 @@ def test_rows_take_costs_of_one_processor_alone() -> None:
     assert (of_both["seconds"], of_both["memory"], len(of_both["scores"])) == (3.0, 10**6, 3)
     _, of_slow = rows = quality_table.rows([*full, *lora[1:]], ["SST-2"])
     assert of_slow["seconds"] is of_slow["memory"] is None
+    unknown = [{**_measured("LoRA", seed, 0.82), "memory": None if seed > 1 else 10**6} for seed in (1, 2, 3)]
+    assert quality_table.rows([*full, *unknown], ["SST-2"])[1]["memory"] == 10**6
     last = quality_table.overview({"bases": {"MiniLM": {"rows": rows}}})[-1]
     assert last.endswith("| 82.0 ± 0.0 |  |  | 0.1 MB |")
     assert "|  |  | 0.10 |" in quality_table.table("SST-2", rows)[-4]
