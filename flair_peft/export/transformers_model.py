@@ -251,10 +251,10 @@ def _is_text_other(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _can_be_merged(model: Model) -> bool:
-    """Whether PEFT merges the adapter of a model into weights that give the same."""
+    """Whether PEFT merges the adapter of a model into weights that give the same, as far as there is memory to try."""
     try:
         merge.merge(model)
-    except FlairPeftError:
+    except (FlairPeftError, MemoryError, torch.OutOfMemoryError):
         return False
     return True
 

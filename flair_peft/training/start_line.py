@@ -94,7 +94,8 @@ def _why(name: str, chosen: Mapping[str, float]) -> str:
 
 
 def _written(found: list[float]) -> str:
-    return " to ".join(map(rates.as_written, (found[0], found[-1])[: len(found)]))
+    ends = dict.fromkeys((*found[:1], *found[-1:]))
+    return " to ".join(map(rates.as_written, ends)) or "no rate"
 
 
 def _other_embeddings(model: Model) -> tuple[list[_Named], list[_Named]]:
