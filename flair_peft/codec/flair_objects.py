@@ -22,11 +22,10 @@ from flair.nn import DeepNCMDecoder, LabelVerbalizerDecoder, PrototypicalDecoder
 from torch import nn
 
 from flair_peft.codec import setting_checks
-from flair_peft.codec.objects import Fields, Kind, area, dtype_of, plain_kind, read_attributes
-from flair_peft.codec.setting_checks import Check
+from flair_peft.codec.objects import Fields, Kind, area, dtype_of, plain_kind
 
 
-def _read_dictionary(dictionary: Dictionary) -> Fields:
+def _derive_dictionary(dictionary: Dictionary) -> Fields:
     # Flair's own files of older versions lack the two flags.
     flags = {name: getattr(dictionary, name, False) for name in ("multi_label", "span_labels")}
     items, indices = list(map(_to_text, dictionary.idx2item)), dictionary.item2idx
@@ -68,20 +67,9 @@ def _build_task_prompt(entity_types: list[str], task_prompt: list[str]) -> Entit
     return strategy
 
 
-_PROTOTYPES: dict[str, Check] = {
-    "num_prototypes": setting_checks.is_size,
-    "prototype_size": setting_checks.is_size,
-    "min_radius": setting_checks.is_number,
-    "unlabeled_distance": setting_checks.optional(setting_checks.is_number),
-    "unlabeled_idx": setting_checks.optional(setting_checks.is_size),
-    "learning_mode": setting_checks.optional(setting_checks.is_text),
-}
-
-
-def _read_prototypes(decoder: PrototypicalDecoder) -> Fields:
+def _derive_prototypes(decoder: PrototypicalDecoder) -> Fields:
     mapping = decoder.metric_space_decoder
     return {
-        **read_attributes(decoder, names=tuple(_PROTOTYPES)),
         "embeddings_size": decoder.prototype_size if mapping is None else mapping.in_features,
         "distance_function": decoder._distance_function,
         "use_radius": decoder.prototype_radii is not None,
@@ -99,21 +87,10 @@ def _size_prototypes(fields: Fields) -> int:
     return mapping + area(count, width or length) + area(count, fields["use_radius"])
 
 
-_MEANS: dict[str, Check] = {
-    "label_dictionary": setting_checks.is_dictionary,
-    "use_encoder": setting_checks.is_flag,
-    "encoding_dim": setting_checks.is_size,
-    "alpha": setting_checks.is_number,
-    "mean_update_method": setting_checks.is_text,
-    "multi_label": setting_checks.is_flag,
-}
-
-
-def _read_means(decoder: DeepNCMDecoder) -> Fields:
+def _derive_means(decoder: DeepNCMDecoder) -> Fields:
     # What is summed up for the next update is no parameter: no state dict holds it.
     updates, counts = decoder.prototype_updates, decoder.prototype_update_counts
     return {
-        **read_attributes(decoder, names=tuple(_MEANS)),
         "embeddings_size": decoder.embedding_dim,
         "dtype": dtype_of(decoder),
         "pending": [updates, counts] if bool(counts.any()) or bool(updates.any()) else [],
@@ -140,7 +117,7 @@ def _size_means(fields: Fields) -> int:
     return encoder + area(len(fields["label_dictionary"]), width + 1)
 
 
-def _read_verbalizer(decoder: LabelVerbalizerDecoder) -> Fields:
+def _derive_verbalizer(decoder: LabelVerbalizerDecoder) -> Fields:
     # save_embeddings without the state dict: the model's own holds these weights as decoder.label_embedding.*
     return {
         "label_embedding": decoder.label_embedding.save_embeddings(use_state_dict=False),
@@ -188,7 +165,7 @@ KINDS: tuple[Kind, ...] = (
             "multi_label": setting_checks.is_flag,
             "span_labels": setting_checks.is_flag,
         },
-        read=_read_dictionary,
+        derive=_derive_dictionary,
         build=_build_dictionary,
     ),
     *(plain_kind(name, cls, add_special_tokens=setting_checks.is_flag) for name, cls in _STRATEGIES.items()),
@@ -196,27 +173,30 @@ KINDS: tuple[Kind, ...] = (
         name="task_prompt",
         cls=EntityTypeTaskPromptAugmentationStrategy,
         fields={"entity_types": setting_checks.is_words, "task_prompt": setting_checks.is_names},
-        read=partial(read_attributes, names=("entity_types", "task_prompt")),
         build=_build_task_prompt,
     ),
     Kind(
         name="candidates",
         cls=CandidateGenerator,
         fields={"mention_to_candidates_map": partial(setting_checks.is_a, dict), "backoff": setting_checks.is_flag},
-        read=partial(read_attributes, names=("mention_to_candidates_map", "backoff")),
         build=_build_candidates,
     ),
     Kind(
         name="prototypes",
         cls=PrototypicalDecoder,
         fields={
-            **_PROTOTYPES,
+            "num_prototypes": setting_checks.is_size,
+            "prototype_size": setting_checks.is_size,
+            "min_radius": setting_checks.is_number,
+            "unlabeled_distance": setting_checks.optional(setting_checks.is_number),
+            "unlabeled_idx": setting_checks.optional(setting_checks.is_size),
+            "learning_mode": setting_checks.optional(setting_checks.is_text),
             "embeddings_size": setting_checks.is_size,
             "distance_function": setting_checks.is_text,
             "use_radius": setting_checks.is_flag,
             "dtype": setting_checks.is_dtype,
         },
-        read=_read_prototypes,
+        derive=_derive_prototypes,
         build=_build_prototypes,
         size=_size_prototypes,
     ),
@@ -224,12 +204,17 @@ KINDS: tuple[Kind, ...] = (
         name="class_means",
         cls=DeepNCMDecoder,
         fields={
-            **_MEANS,
+            "label_dictionary": setting_checks.is_dictionary,
+            "use_encoder": setting_checks.is_flag,
+            "encoding_dim": setting_checks.is_size,
+            "alpha": setting_checks.is_number,
+            "mean_update_method": setting_checks.is_text,
+            "multi_label": setting_checks.is_flag,
             "embeddings_size": setting_checks.is_size,
             "dtype": setting_checks.is_dtype,
             "pending": _is_pending,
         },
-        read=_read_means,
+        derive=_derive_means,
         build=_build_means,
         size=_size_means,
     ),
@@ -241,7 +226,7 @@ KINDS: tuple[Kind, ...] = (
             "embeds_in_training": setting_checks.is_flag,
             "labels": setting_checks.is_names,
         },
-        read=_read_verbalizer,
+        derive=_derive_verbalizer,
         build=_build_verbalizer,
         mold=_mold_verbalizer,
         holds_modules=True,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -34,7 +33,7 @@ class Kind:
         name: stands for the class in files.
         cls: the class itself; a subclass is another class, with settings and code of its own.
         fields: setting → whether a value can be one.
-        read: object → its settings, which may themselves be objects; they are shared with it.
+        derive: object → those of its settings that are no attributes of their names.
         build: settings as keyword arguments → a new object.
         size: settings → how many elements the weights have that ``build`` allocates.
         mold: as ``build``, but what it returns is only compared with the original; where building is costly.
@@ -44,8 +43,8 @@ class Kind:
     name: str
     cls: type
     fields: Mapping[str, Check]
-    read: Callable[[Any], Fields]
     build: Callable[..., Any]
+    derive: Callable[[Any], Fields] = lambda _: {}
     size: Callable[[Fields], int] = lambda _: 0
     mold: Callable[..., Any] | None = None
     holds_modules: bool = False
@@ -54,6 +53,11 @@ class Kind:
     def is_module(self) -> bool:
         """Whether objects of this kind are torch modules."""
         return issubclass(self.cls, nn.Module)
+
+    def read(self, value: Any) -> Fields:
+        """Return the settings of an object, which may themselves be objects; they are shared with it."""
+        derived = self.derive(value)
+        return {name: derived[name] if name in derived else getattr(value, name) for name in self.fields}
 
 
 def read_fields(kind: Kind, value: Any, where: str) -> Fields:
@@ -163,14 +167,9 @@ def _traits(module: nn.Module) -> Iterator[str]:
         yield f"{name} of {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def read_attributes(value: Any, *, names: tuple[str, ...]) -> Fields:
-    """Return the attributes of these names as settings."""
-    return {name: getattr(value, name) for name in names}
-
-
 def plain_kind(name: str, cls: type, **fields: Check) -> Kind:
     """Return the kind of a class whose constructor takes what its attributes hold."""
-    return Kind(name=name, cls=cls, fields=fields, read=partial(read_attributes, names=tuple(fields)), build=cls)
+    return Kind(name=name, cls=cls, fields=fields, build=cls)
 
 
 def area(*sizes: Any) -> int:

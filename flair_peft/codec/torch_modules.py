@@ -7,49 +7,11 @@ from collections import OrderedDict
 from torch import nn
 
 from flair_peft.codec import setting_checks
-from flair_peft.codec.objects import Fields, Kind, area, dtype_of, plain_kind, read_attributes
-from flair_peft.codec.setting_checks import Check
+from flair_peft.codec.objects import Fields, Kind, area, dtype_of, plain_kind
 
 
-def _read_linear(layer: nn.Linear) -> Fields:
-    sizes = read_attributes(layer, names=("in_features", "out_features"))
-    return {**sizes, "bias": layer.bias is not None, "dtype": layer.weight.dtype}
-
-
-_LAYER_NORM: dict[str, Check] = {
-    "normalized_shape": setting_checks.is_sizes,
-    "eps": setting_checks.is_number,
-    "elementwise_affine": setting_checks.is_flag,
-}
-
-
-def _read_layer_norm(layer: nn.LayerNorm) -> Fields:
-    settings = read_attributes(layer, names=tuple(_LAYER_NORM))
-    return {**settings, "bias": layer.bias is not None, "dtype": dtype_of(layer)}
-
-
-_EMBEDDING: dict[str, Check] = {
-    "num_embeddings": setting_checks.is_size,
-    "embedding_dim": setting_checks.is_size,
-    "padding_idx": setting_checks.optional(setting_checks.is_size),
-    "max_norm": setting_checks.optional(setting_checks.is_number),
-    "norm_type": setting_checks.is_number,
-    "scale_grad_by_freq": setting_checks.is_flag,
-    "sparse": setting_checks.is_flag,
-}
-
-
-def _read_embedding(layer: nn.Embedding) -> Fields:
-    return {**read_attributes(layer, names=tuple(_EMBEDDING)), "dtype": layer.weight.dtype}
-
-
-def _read_sequential(module: nn.Sequential) -> Fields:
-    # named_children() leaves out a layer that stands there a second time, as activations do.
-    return {"modules": dict(module._modules)}
-
-
-def _build_sequential(modules: dict[str, nn.Module]) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(modules))
+def _bias_and_dtype(layer: nn.Linear | nn.LayerNorm) -> Fields:
+    return {"bias": layer.bias is not None, "dtype": dtype_of(layer)}
 
 
 KINDS: tuple[Kind, ...] = (
@@ -62,23 +24,38 @@ KINDS: tuple[Kind, ...] = (
             "bias": setting_checks.is_flag,
             "dtype": setting_checks.is_dtype,
         },
-        read=_read_linear,
+        derive=_bias_and_dtype,
         build=nn.Linear,
         size=lambda fields: area(fields["in_features"] + fields["bias"], fields["out_features"]),
     ),
     Kind(
         name="layer_norm",
         cls=nn.LayerNorm,
-        fields={**_LAYER_NORM, "bias": setting_checks.is_flag, "dtype": setting_checks.is_dtype},
-        read=_read_layer_norm,
+        fields={
+            "normalized_shape": setting_checks.is_sizes,
+            "eps": setting_checks.is_number,
+            "elementwise_affine": setting_checks.is_flag,
+            "bias": setting_checks.is_flag,
+            "dtype": setting_checks.is_dtype,
+        },
+        derive=_bias_and_dtype,
         build=nn.LayerNorm,
         size=lambda fields: area((1 + fields["bias"]) * fields["elementwise_affine"], *fields["normalized_shape"]),
     ),
     Kind(
         name="embedding",
         cls=nn.Embedding,
-        fields={**_EMBEDDING, "dtype": setting_checks.is_dtype},
-        read=_read_embedding,
+        fields={
+            "num_embeddings": setting_checks.is_size,
+            "embedding_dim": setting_checks.is_size,
+            "padding_idx": setting_checks.optional(setting_checks.is_size),
+            "max_norm": setting_checks.optional(setting_checks.is_number),
+            "norm_type": setting_checks.is_number,
+            "scale_grad_by_freq": setting_checks.is_flag,
+            "sparse": setting_checks.is_flag,
+            "dtype": setting_checks.is_dtype,
+        },
+        derive=lambda layer: {"dtype": layer.weight.dtype},
         build=nn.Embedding,
         size=lambda fields: area(fields["num_embeddings"], fields["embedding_dim"]),
     ),
@@ -94,15 +71,16 @@ KINDS: tuple[Kind, ...] = (
         name="sequential",
         cls=nn.Sequential,
         fields={"modules": setting_checks.is_named_modules},
-        read=_read_sequential,
-        build=_build_sequential,
+        # named_children() leaves out a layer that stands there a second time, as activations do.
+        derive=lambda module: {"modules": dict(module._modules)},
+        build=lambda modules: nn.Sequential(OrderedDict(modules)),
         holds_modules=True,
     ),
     Kind(
         name="module_list",
         cls=nn.ModuleList,
         fields={"modules": setting_checks.is_modules},
-        read=lambda module: {"modules": list(module)},
+        derive=lambda module: {"modules": list(module)},
         build=nn.ModuleList,
         holds_modules=True,
     ),
