@@ -54,8 +54,8 @@ def is_index(value: Any) -> bool:
     return type(value) is dict and all(isinstance(k, str) and is_size(v) for k, v in value.items())
 
 
-def is_a(cls: type, value: Any) -> bool:
-    """Whether a value is an instance of a class."""
+def is_a(cls: type | tuple[type, ...], value: Any) -> bool:
+    """Whether a value is an instance of a class, or of one of several."""
     return isinstance(value, cls)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from numbers import Number
 from typing import Any
@@ -38,9 +39,8 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from flair_peft.base import config_safety
+from flair_peft.codec.setting_checks import Check, is_a, is_text, optional
 from flair_peft.errors import name_some
-
-Check = Callable[[Any], bool]
 
 
 def unsafe_part(params: Mapping[Any, Any]) -> str | None:
@@ -131,17 +131,9 @@ def _names_others(config: Any) -> bool:
     return is_other or any(map(_names_others, config.values()))
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, Number)
-
-
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_nested(value: Any) -> bool:
-    # Whoever asks about a state asks about each dictionary in it.
-    return isinstance(value, dict)
+_is_plain, _is_text = optional(partial(is_a, Number)), optional(is_text)
+_is_nested = partial(is_a, dict)  # whoever asks about a state asks about each dictionary in it
+_is_dictionary = partial(is_a, Dictionary)
 
 
 def _is_list(value: Any) -> bool:
@@ -150,10 +142,6 @@ def _is_list(value: Any) -> bool:
 
 def _is_numbers(value: Any) -> bool:
     return all(map(_is_numbers, value)) if isinstance(value, list | tuple) else _is_plain(value)
-
-
-def _is_bytes(value: Any) -> bool:
-    return isinstance(value, bytes)
 
 
 def _is_archive(value: Any) -> bool:
@@ -171,10 +159,6 @@ def _names_code(name: str, archive: BytesIO) -> bool:
         return False
     # transformers passes code by where it knows the class itself.
     return all(tokenizer_class_from_name(str(settings.get("tokenizer_class")) + end) is None for end in ("", "Fast"))
-
-
-def _is_dictionary(value: Any) -> bool:
-    return isinstance(value, Dictionary)
 
 
 def _is_language_model(value: Any) -> bool:
@@ -200,16 +184,16 @@ _TRANSFORMER = _Rules(
     {
         "config_state_dict": _is_shape,
         "tokenizer_data": _is_archive,
-        "feature_extractor_data": lambda value: value is None or _is_archive(value),
+        "feature_extractor_data": optional(_is_archive),
         # With the two above, neither of these is looked for.
         "model": _is_text,
-        "peft_config": lambda value: value is None or isinstance(value, dict),
+        "peft_config": optional(_is_nested),
         "stored_base": _is_nested,
         **dict.fromkeys(("layers", "subtoken_pooling", "cls_pooling"), _is_text),
     },
     required=frozenset({"config_state_dict", "tokenizer_data"}),
 )
-_WORDS = _Rules({"vocab": lambda value: isinstance(value, dict)})
+_WORDS = _Rules({"vocab": _is_nested})
 
 _RULES: dict[type[Embeddings[Any]], _Rules] = {
     TransformerEmbeddings: _TRANSFORMER,
@@ -222,7 +206,7 @@ _RULES: dict[type[Embeddings[Any]], _Rules] = {
     OneHotEmbeddings: _Rules({"vocab_dictionary": _is_dictionary}),
     HashEmbeddings: _Rules({"hash_method": _is_text}),
     MuseCrosslingualEmbeddings: _Rules({}),
-    BytePairEmbeddings: _Rules({"spm_model_binary": _is_bytes, "word2vec_binary": _is_bytes}),
+    BytePairEmbeddings: _Rules(dict.fromkeys(("spm_model_binary", "word2vec_binary"), partial(is_a, bytes))),
     DocumentPoolEmbeddings: _Rules({"embeddings": _is_nested, "pooling": _is_text, "fine_tune_mode": _is_text}),
     DocumentRNNEmbeddings: _Rules({"embeddings": _is_nested, "rnn_type": _is_text}),
     DocumentCNNEmbeddings: _Rules({"embeddings": _is_nested, "kernels": _is_numbers}),
@@ -233,13 +217,8 @@ _RULES: dict[type[Embeddings[Any]], _Rules] = {
 _ABSTRACT = ("Embeddings", "TokenEmbeddings", "DocumentEmbeddings", "ImageEmbeddings", "TransformerBaseEmbeddings")
 
 
-def _is_embeddings(value: Any) -> bool:
-    # Flair takes text for the name of a transformer here.
-    return value is None or isinstance(value, dict | list | tuple | torch.nn.Module)
-
-
-def _is_labels(value: Any) -> bool:
-    return value is None or _is_dictionary(value)
+# Flair takes text for the name of a transformer here.
+_is_embeddings = optional(partial(is_a, (dict, list, tuple, torch.nn.Module)))
 
 
 def _are_states(value: Any) -> bool:
@@ -259,7 +238,7 @@ def _never(_: Any) -> bool:
 
 _MODEL_SETTINGS: dict[str, Check] = {
     "char_dict": _is_dictionary,
-    **dict.fromkeys(("label_dictionary", "tag_dictionary"), _is_labels),
+    **dict.fromkeys(("label_dictionary", "tag_dictionary"), optional(_is_dictionary)),
     **dict.fromkeys(("embeddings", "document_embeddings", "word_embeddings", "tars_embeddings"), _is_embeddings),
     # Flair loads what it finds here: states as they are, and all else as the name of a file.
     "model_states": _are_states,
