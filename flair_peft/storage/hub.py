@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -44,10 +45,7 @@ def find_checkpoint(source: str, *, revision: str | None, options: LoadOptions) 
     try:
         found = _download(source, revision=revision, options=options)
     except _FROM_THE_HUB as error:
-        raise ModelFileError(
-            f"Cannot load '{source}': it is neither a directory here nor a repository that could be downloaded "
-            f"({_reason(error)}). Check the name, the revision, the token and the network."
-        ) from error
+        raise _not_downloaded(source, error) from error
     if found is None:
         raise ModelFileError(
             f"Cannot load '{source}': the repository, or what the local cache has of it, holds no "
@@ -122,10 +120,7 @@ def find_files(
             local_files_only=options.local_files_only,
         )
     except _FROM_THE_HUB as error:
-        raise ModelFileError(
-            f"Cannot load '{source}': it is neither a directory here nor a repository that could be downloaded "
-            f"({_reason(error)}). Check the name, the revision, the token and the network."
-        ) from error
+        raise _not_downloaded(source, error) from error
     return Path(folder, subfolder or "")
 
 
@@ -133,12 +128,12 @@ def upload(
     folder: Path,
     repo_id: str,
     *,
-    token: str | bool | None,
-    private: bool | None,
-    revision: str | None,
     commit_message: str,
-    create_pr: bool,
-    endpoint: str | None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    endpoint: str | None = None,
 ) -> str:
     """Return the address of the commit by which the Hub holds a checkpoint; for the arguments see ``push_to_hub``.
 
@@ -179,30 +174,16 @@ def report_local_base(name: str) -> None:
     )
 
 
-def push_directory(
-    directory: str | Path,
-    repo_id: str,
-    *,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-    endpoint: str | None = None,
-) -> str:
+def push_directory(directory: str | Path, repo_id: str, *, commit_message: str | None = None, **options: Any) -> str:
     """Return the address of the commit by which the Hub holds a checkpoint as it lies in a directory, card and all.
 
     Every byte is verified first; the base model is not needed. Other files in the directory stay here.
 
     Args:
         directory: of the checkpoint.
-        repo_id: for it and the other arguments see :func:`flair_peft.push_to_hub`.
-        token: as there.
-        private: as there.
-        revision: as there.
+        repo_id: as for :func:`flair_peft.push_to_hub`.
         commit_message: as there.
-        create_pr: as there.
-        endpoint: as there.
+        **options: as there: ``token``, ``private``, ``revision``, ``create_pr``, ``endpoint``.
 
     Raises:
         ModelFileError: there is no checkpoint, or it is not as it was written.
@@ -215,16 +196,8 @@ def push_directory(
                 Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, Path(folder, name))
         checkpoint_directory.read(Path(folder))
-        return upload(
-            Path(folder),
-            repo_id,
-            token=token,
-            private=private,
-            revision=revision,
-            commit_message=commit_message or f"Upload {str(document.body.get('class')).rpartition('.')[2]}",
-            create_pr=create_pr,
-            endpoint=endpoint,
-        )
+        message = commit_message or f"Upload {str(document.body.get('class')).rpartition('.')[2]}"
+        return upload(Path(folder), repo_id, commit_message=message, **options)
 
 
 def _download(source: str, *, revision: str | None, options: LoadOptions) -> Path | None:
@@ -265,6 +238,13 @@ def _standing_in(api: HfApi, repo_id: str, *, revision: str | None) -> tuple[lis
             document = manifest.parse((folder / manifest.DOCUMENT).read_bytes(), folder / manifest.DOCUMENT)
         is_ours = has_card and manifest.entry_of((folder / manifest.CARD).read_bytes()).sha256 == document.card
         return sorted(document.files), has_card and not is_ours
+
+
+def _not_downloaded(source: str, error: BaseException) -> ModelFileError:
+    return ModelFileError(
+        f"Cannot load '{source}': it is neither a directory here nor a repository that could be downloaded "
+        f"({_reason(error)}). Check the name, the revision, the token and the network."
+    )
 
 
 def _reason(error: BaseException) -> str:
