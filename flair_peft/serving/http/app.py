@@ -172,17 +172,17 @@ def _add_state(app: FastAPI, service: Service, access: Access) -> None:
 
     @app.get("/health", summary="Whether the process lives")
     async def health() -> Response:
-        return _json({"status": "alive"})
+        return JSONResponse({"status": "alive"})
 
     @app.get("/ready", summary="Whether requests are answered")
     async def ready() -> Response:
         if service.is_ready:
-            return _json({"status": "ready"})
-        return _json({"status": "draining"}, status=503, headers={"Retry-After": "1"})
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "draining"}, status_code=503, headers={"Retry-After": "1"})
 
     @app.get("/info", dependencies=user, summary="Models, versions and limits")
     async def info() -> Response:
-        return _json(await service.info())
+        return JSONResponse(await service.info())
 
     @app.get("/metrics", dependencies=user, summary="Figures for Prometheus")
     async def metrics() -> Response:
@@ -205,12 +205,12 @@ def _add_admin(app: FastAPI, service: Service, access: Access) -> None:
     async def load(request: Request) -> Response:
         """A model is loaded and proves itself, then it has the name; answers under way come from the one before."""
         asked = requests.parse(await read_json(request, service.limits.max_body), LoadRequest)
-        return _json((await service.load(asked)).to_info())
+        return JSONResponse((await service.load(asked)).to_info())
 
     @app.delete("/models/{name:path}", dependencies=admin, summary="Unload a model")
     async def unload(name: str) -> Response:
         """The name is gone at once; answers under way come from the model that had it."""
-        return _json(service.unload(name).to_info())
+        return JSONResponse(service.unload(name).to_info())
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
@@ -219,7 +219,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
         if error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return _json({"error": str(error), "code": error.code}, status=error.status, headers=headers)
+        return JSONResponse({"error": str(error), "code": error.code}, status_code=error.status, headers=headers)
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> Response:
@@ -246,10 +246,6 @@ def unexpected(error: BaseException) -> RequestError:
         status=500,
         code="failed",
     )
-
-
-def _json(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(content, status_code=status, headers=dict(headers or {}))
 
 
 def _body_of(kind: Any) -> dict[str, Any]:

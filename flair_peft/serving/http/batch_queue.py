@@ -21,24 +21,20 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flair_peft.errors import RequestError
 from flair_peft.serving.http import works
 from flair_peft.serving.http.served_models import ServedModel
 from flair_peft.serving.http.works import Part, Work
 
+if TYPE_CHECKING:
+    from flair_peft.serving.http.metrics import Metrics
+
 log = logging.getLogger("flair_peft")
 
 # Seconds after the last answer in which the first of those who got one may be followed by the others.
 _EXPECTED_SECONDS = 0.05
-
-
-class Watcher(Protocol):
-    """Is told of each batch."""
-
-    def saw_batch(self, *, models: Sequence[str], sentences: int, requests: int, seconds: float) -> None:
-        """Note a batch that was predicted."""
 
 
 @dataclass
@@ -69,9 +65,10 @@ class BatchQueue:
 
     Attributes:
         waiting: sentences that are not predicted yet, those of the batch that is predicted apart.
+        is_draining: whether nothing more is taken.
     """
 
-    def __init__(self, *, max_wait: float, batch: int, batch_tokens: int | None, limit: int, watcher: Watcher) -> None:
+    def __init__(self, *, max_wait: float, batch: int, batch_tokens: int | None, limit: int, watcher: Metrics) -> None:
         """Make an empty queue.
 
         Args:
@@ -91,14 +88,9 @@ class BatchQueue:
         self._company: tuple[Any, int] = None, 0  # a group, and how many works of it can be expected
         self._free_since, self._first_at, self._seconds_each = 0.0, 0.0, 0.01
         self._wanted = 1  # works for which the thread is to be woken
-        self._is_closed = self._is_draining = False
+        self._is_closed = self.is_draining = False
         self._thread: threading.Thread | None = None
         self.waiting = 0
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether nothing more is taken."""
-        return self._is_draining
 
     @property
     def is_alive(self) -> bool:
@@ -163,13 +155,13 @@ class BatchQueue:
     def drain(self) -> None:
         """Take nothing more; what waits is predicted."""
         with self._changed:
-            self._is_draining = True
+            self.is_draining = True
             self._changed.notify()
 
     def close(self, timeout: float | None = None) -> None:
         """Predict what waits, and end the thread."""
         with self._changed:
-            self._is_draining = self._is_closed = True
+            self.is_draining = self._is_closed = True
             self._changed.notify()
         if self._thread is not None:
             self._thread.join(timeout)
@@ -182,7 +174,7 @@ class BatchQueue:
             self._changed.notify()
 
     def _refuse_if_full(self, rows: int) -> None:
-        if self._is_draining:
+        if self.is_draining:
             raise _closing()
         waiting = self.waiting
         if rows > self.limit:
@@ -232,7 +224,7 @@ class BatchQueue:
             self._changed.wait()
             self._drop_cancelled()
         group, company = self._company
-        while not (self._calls or self._is_draining) and self._works and self._works[0].group == group:
+        while not (self._calls or self.is_draining) and self._works and self._works[0].group == group:
             start = max(self._free_since, self._first_at)
             is_expected = start - self._free_since <= _EXPECTED_SECONDS
             left = start + self.max_wait - time.monotonic() if is_expected else 0.0
