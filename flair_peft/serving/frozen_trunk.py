@@ -101,7 +101,7 @@ class FrozenTrunks:
         """
         ids = passes[0].inputs["input_ids"]
         start, tokens = _LAYER_START.get(ids.device.type, _LAYER_START_ELSEWHERE), ids.numel()
-        layers = sum(is_layer for _, _, is_layer in _parts_of(_read_model(passes[0].embeddings)))
+        layers = sum(is_layer for _, _, is_layer in _parts_of(passes[0].embeddings.model))
         computed = len(passes) * layers - sum(self._depth(passes[0], other) for other in passes[1:])
         with_trunk = computed * (start + tokens)
 
@@ -128,12 +128,12 @@ class FrozenTrunks:
         """Return the output of a pass whose parts do, from below, what is made of their forward methods."""
         embeddings, parts = forward_pass.embeddings, dict[str, torch.nn.Module]()
         for (path, _, _), replace in zip(self._parts_of(embeddings), replaced, strict=False):
-            part = _read_model(embeddings).get_submodule(path)
+            part = embeddings.model.get_submodule(path)
             parts[path] = _shallow_copy(part)
             # Of the class: transformers, called in another thread, may have its own in the layer for a while.
             parts[path].forward = replace(type(part).forward.__get__(part))
         view = _shallow_copy(embeddings)
-        view._modules["model"] = _with_modules(_read_model(embeddings), parts)
+        view._modules["model"] = _with_modules(embeddings.model, parts)
         with embeddings.in_use():
             seen = dataclasses.replace(forward_pass, embeddings=view)
             vars(seen)["division"] = forward_pass.division  # to find them may take passes, which are not to be recorded
@@ -155,7 +155,7 @@ class FrozenTrunks:
             found, configs = list[_Part](), dict[int, str]()
             # Rows of a prompt are read by every layer.
             has_prompt = embeddings.has_adapter and embeddings.adapter_config.is_prompt_learning
-            parts = [] if has_prompt else [*_parts_of(_read_model(embeddings))]
+            parts = [] if has_prompt else [*_parts_of(embeddings.model)]
             lowest = next((part for _, part, is_layer in parts if is_layer), None)
             is_alone = lowest is None or any(map(_is_of_others, lowest.modules()))  # what is below is no trunk
             for path, part, is_layer in () if is_alone else parts:
@@ -297,12 +297,6 @@ def _with_equal_inputs(passes: Sequence[ForwardPass]) -> list[list[int]]:
         else:
             groups.append([number])
     return [group for groups in alike.values() for group in groups if len(group) > 1]
-
-
-def _read_model(embeddings: AdaptedEmbeddings) -> torch.nn.Module:
-    """Return what a forward pass of the embeddings calls."""
-    model: torch.nn.Module = embeddings.model
-    return model
 
 
 def _parts_of(module: torch.nn.Module, path: str = "") -> Iterator[tuple[str, torch.nn.Module, bool]]:

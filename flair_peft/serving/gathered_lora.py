@@ -84,7 +84,7 @@ class PlainLora:
                 return None
             else:
                 found.classes.append(module.__class__)
-                found.others.extend(filter(_is_tensor, module._parameters.values()))
+                found.others += [weight for weight in module._parameters.values() if weight is not None]
                 for key, child in module._modules.items():
                     if child is not None:
                         stack.append((f"{path}.{key}" if path else key, child))
@@ -100,10 +100,6 @@ class PlainLora:
 @functools.cache
 def _belongs_to_adapters(kind: Any) -> bool:
     return issubclass(kind, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-
-
-def _is_tensor(parameter: torch.Tensor | None) -> bool:
-    return parameter is not None
 
 
 def _matrices_of(layer: Linear, name: str) -> LowRank | None:

@@ -226,7 +226,7 @@ class MixingModel:
     def _forward(self, passes: Sequence[ForwardPass], adapters: Sequence[Any]) -> list[Output]:
         model, inputs = self._module, [each.inputs for each in passes]
         is_grouped = all(may_be_divided(each.embeddings) for each in passes)
-        padding = getattr(self._config, "pad_token_id", None) or 0
+        padding = getattr(model.config, "pad_token_id", None) or 0
         length = max(given["input_ids"].shape[1] for given in inputs)
         counts = [len(given["input_ids"]) for given in inputs]
         fill = {"input_ids": padding, "attention_mask": 0}
@@ -254,14 +254,9 @@ class MixingModel:
 
     @property
     def _module(self) -> torch.nn.Module:
-        """What computes."""
+        """What computes; its config is that of the transformer."""
         assert self._model is not None
         return self._model
-
-    @property
-    def _config(self) -> Any:
-        assert self._model is not None
-        return self._model.get_base_model().config
 
     def _slot(self, adapter: AdapterSlot, number: int) -> AdapterSlot:
         """Return the slot of this number for adapters like this one, made if there is none yet."""
@@ -326,10 +321,6 @@ class GatheringModel(MixingModel):
     @property
     def _module(self) -> torch.nn.Module:
         return self._gathered.model
-
-    @property
-    def _config(self) -> Any:
-        return self._gathered.model.config
 
     def _has_place(self, adapter: Any, count: int) -> bool:
         return count == 2 * len(adapter.matrices)
