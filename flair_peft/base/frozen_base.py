@@ -167,9 +167,7 @@ class FrozenBase:
 
     def names_of_input_embeddings(self) -> frozenset[str]:
         """Return the names under which state dicts hold the input embeddings: several where weights are tied."""
-        matrix = self._model.get_input_embeddings().weight
-        parameters = self._model.named_parameters(remove_duplicate=False)
-        return frozenset(name for name, parameter in parameters if parameter is matrix)
+        return transformer.names_of_input_embeddings(self._model)
 
     def copy(self) -> PreTrainedModel:
         """Return a model with parameters and buffers of its own; the parameters take memory where they are written to.

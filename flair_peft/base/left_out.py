@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flair_peft.adapter import keys
-from flair_peft.base import quantisation
+from flair_peft.base import quantisation, transformer
 from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.base.placement import is_dispatched
 from flair_peft.errors import AdapterConfigError, name_some
@@ -129,12 +129,11 @@ class PlacedStart:
     @classmethod
     def of(cls, base: PreTrainedModel, *, dtype: torch.dtype, random_names: frozenset[str]) -> PlacedStart:
         """Return what the model is now, before it has an adapter and before its first forward pass."""
-        matrix, named = base.get_input_embeddings().weight, base.named_parameters(remove_duplicate=False)
         weights = _Weights.of(base)
         return cls(
             dtype=dtype,
             random_names=random_names,
-            matrices=frozenset(name for name, parameter in named if parameter is matrix),
+            matrices=transformer.names_of_input_embeddings(base),
             digests={key: weights.digest(key) for key in weights.state if key not in weights.biases},
         )
 

@@ -76,6 +76,12 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config if hasattr(config, "vocab_size") else config.get_text_config()
 
 
+def names_of_input_embeddings(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names under which state dicts hold the input embeddings: several where weights are tied."""
+    matrix = model.get_input_embeddings().weight
+    return frozenset(name for name, each in model.named_parameters(remove_duplicate=False) if each is matrix)
+
+
 def _read_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
     described, settings = PretrainedConfig.get_config_dict(source, **kwargs)
     config_safety.refuse_many(described, source)

@@ -13,7 +13,7 @@ from flair.embeddings import TransformerEmbeddings
 from peft import PeftModel
 
 from flair_peft.adapter import keys
-from flair_peft.base import config_safety, placement, resolve, stored_config, tokenizers
+from flair_peft.base import config_safety, placement, resolve, stored_config, tokenizers, transformer
 from flair_peft.embeddings import stored_params
 from flair_peft.embeddings.base_source import BaseSource
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
@@ -73,13 +73,8 @@ def compare_with_base(embeddings: TransformerEmbeddings) -> StoredBase:
     if left_out == state.keys():
         # By what is stored of them, embeddings are found among the tensors of a model.
         left_out.discard(min(state, key=lambda key: state[key].numel()))
-    rows = found.added_rows if left_out & _input_matrices(model) else None
+    rows = found.added_rows if left_out & transformer.names_of_input_embeddings(model) else None
     return dataclasses.replace(found, left_out=frozenset(left_out), added_rows=rows)
-
-
-def _input_matrices(model: Any) -> set[str]:
-    matrix = model.get_input_embeddings().weight
-    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is matrix}
 
 
 @contextlib.contextmanager
