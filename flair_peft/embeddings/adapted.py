@@ -26,7 +26,7 @@ from flair_peft.embeddings.batch_division import Division
 from flair_peft.embeddings.offload import AdapterMemory
 from flair_peft.embeddings.pending_load import PendingLoad, canonical
 from flair_peft.errors import AdapterConfigError, ModelFileError
-from flair_peft.primitives import host_internals, mapped_memory
+from flair_peft.primitives import host_internals
 from flair_peft.primitives.base_record import BaseRecord, StoredBase
 
 
@@ -371,5 +371,5 @@ def _unmap_trained_(model: torch.nn.Module) -> None:
     memory that is copied on write would not be copied.
     """
     for parameter in model.parameters():
-        if parameter.requires_grad and mapped_memory.is_copied_on_write(parameter):
+        if parameter.requires_grad and host_internals.is_copied_on_write(parameter):
             parameter.data = parameter.data.clone()

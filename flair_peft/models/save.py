@@ -18,7 +18,7 @@ from flair_peft.errors import SaveError
 from flair_peft.models import card, directory_layout, trial_load
 from flair_peft.models.save_plan import Description, SavePlan, encode, plan_save
 from flair_peft.models.stored import report_not_finite
-from flair_peft.primitives import mapped_memory, progress
+from flair_peft.primitives import host_internals, mapped_memory, progress
 from flair_peft.storage import checkpoint_directory, file_names, hub, manifest
 
 # Flair's trainer writes these at protocol 4, whose frames torch's restricted unpickler does not read.
@@ -194,7 +194,7 @@ def _alone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     copies: dict[Hashable, torch.Tensor] = {}
     for name, tensor in tensors.items():
         is_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        if is_alone and not mapped_memory.is_copied_on_write(tensor):
+        if is_alone and not host_internals.is_copied_on_write(tensor):
             found[name] = tensor
             continue
         place = mapped_memory.address(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -103,14 +103,9 @@ def address(tensor: torch.Tensor) -> int:
     return host_internals.storage_address(tensor) + int(tensor.storage_offset()) * tensor.itemsize
 
 
-def is_copied_on_write(tensor: torch.Tensor) -> bool:
-    """Whether torch copies the tensor's memory before it is written to, or read by what might write."""
-    return host_internals.is_copied_on_write(tensor)
-
-
 def lent(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor for somebody who reads it as if he might write: what is copied on write stays as it is."""
-    return host_internals.lazy_clone(tensor.detach()) if is_copied_on_write(tensor) else tensor
+    return host_internals.lazy_clone(tensor.detach()) if host_internals.is_copied_on_write(tensor) else tensor
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:

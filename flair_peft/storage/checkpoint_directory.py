@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 
 from flair_peft.errors import name_some
-from flair_peft.primitives import mapped_memory, progress
+from flair_peft.primitives import host_internals, mapped_memory, progress
 from flair_peft.storage.atomic import explained, flushing, replace_directory, write_file
 from flair_peft.storage.held_directory import (
     Folder,
@@ -161,7 +161,7 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     for name, tensor in tensors.items():
         plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         storage = mapped_memory.address(plain) - plain.storage_offset() * plain.itemsize
-        unshared[name] = plain.clone() if storage in seen or mapped_memory.is_copied_on_write(plain) else plain
+        unshared[name] = plain.clone() if storage in seen or host_internals.is_copied_on_write(plain) else plain
         seen.add(storage)
     return unshared
 

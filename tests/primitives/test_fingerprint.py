@@ -7,7 +7,7 @@ import hashlib
 import pytest
 import torch
 
-from flair_peft.primitives import fingerprint, mapped_memory
+from flair_peft.primitives import fingerprint, host_internals
 
 
 def expected(tensors: dict[str, torch.Tensor]) -> str:
@@ -42,7 +42,7 @@ def test_full_digest_is_of_every_byte_wherever_a_tensor_lies(
     assert fingerprint.full(tensors) == expected(tensors)
     of_all, of_part = fingerprint.full_and_part(tensors, {"a"})
     assert (of_all, of_part) == (expected(tensors), expected({"a": tensors["a"]}))
-    assert mapped_memory.is_copied_on_write(matrix) == ("copied" in where)  # reading copies nothing
+    assert host_internals.is_copied_on_write(matrix) == ("copied" in where)  # reading copies nothing
 
 
 def test_sampled_digest_of_a_view_is_that_of_its_copy() -> None:

@@ -32,7 +32,7 @@ from flair_peft.base import memory_check
 from flair_peft.embeddings import pass_cost
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, PredictionSetupError
-from flair_peft.primitives import mapped_memory
+from flair_peft.primitives import host_internals, mapped_memory
 from flair_peft.serving import mixed_batches
 from tests.support.configs import lora
 from tests.support.method_cases import KINDS, cases, make_embeddings
@@ -800,9 +800,9 @@ def test_trained_weights_of_a_shared_base_get_memory_of_their_own_before_they_ge
     model.forward_loss([Sentence("Berlin").add_label("class", "a")])[0].backward()
     trained = [parameter for parameter in model.embeddings.parameters() if parameter.requires_grad]
     assert len(trained) > 10
-    assert not any(map(mapped_memory.is_copied_on_write, trained))
+    assert not any(map(host_internals.is_copied_on_write, trained))
     frozen = [parameter for parameter in model.embeddings.parameters() if not parameter.requires_grad]
-    assert any(map(mapped_memory.is_copied_on_write, frozen))
+    assert any(map(host_internals.is_copied_on_write, frozen))
     assert shared.models == []
 
 
