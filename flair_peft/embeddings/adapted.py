@@ -19,7 +19,6 @@ from typing_extensions import Self
 
 from flair_peft.adapter import keys, mending, methods, model_call, refusals
 from flair_peft.base import placement, quantisation, tokenizers, transformer
-from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.embeddings import batch_division, cooperative_threads, division_trial, exact_values, flair_pooling
 from flair_peft.embeddings.base_source import BaseSource
 from flair_peft.embeddings.batch_division import Division
@@ -124,18 +123,6 @@ class AdaptedEmbeddings(TransformerEmbeddings):
     def compare_with_base(self, trained: Set[str] | None = None, *, is_tied: bool = True) -> StoredBase:
         """Return which of the weights are the base's own and need not be stored; see :meth:`BaseSource.compare`."""
         return self.base_source.compare(self.model, self.base_model, trained, is_tied=is_tied)
-
-    def without_frozen_weights(self) -> StoredBase:
-        """Return what a file would leave out if all that is frozen were the base's own; the base is not read."""
-        return self.base_source.without_frozen(self.model)
-
-    def find_base_(self) -> bool:
-        """Take note of the base model that these weights may come from, if there is one of their shape."""
-        return self.base_source.find_record_(self.base_model)
-
-    def share_with(self, base: FrozenBase) -> bool:
-        """Let the frozen weights that are the base's, bit by bit, have its storage; return whether there are any."""
-        return self.base_source.share_(self.model, self.base_model, base)
 
     def expect_whole(self) -> None:
         """Let the next state dict hold every weight again."""

@@ -107,7 +107,7 @@ def _refuse_other_base(stored: StoredBase, *, source: str) -> None:
 
 def _compare(embeddings: PeftTransformerEmbeddings, *, is_whole: bool, is_given: bool) -> StoredBase:
     """Return which weights are the base model's own, and report those that are not."""
-    if is_whole or not embeddings.find_base_():
+    if is_whole or not embeddings.base_source.find_record_(embeddings.base_model):
         if not is_whole:
             _report_no_base(embeddings.base_model_name)
         return StoredBase(embeddings.base_record)

@@ -161,7 +161,7 @@ def check_storable(model: Model) -> None:
     Raises:
         UnsupportedStateError: the model holds an object that they cannot hold.
     """
-    encode(plan_save(model, stored_base=lambda embeddings: embeddings.without_frozen_weights()))
+    encode(plan_save(model, stored_base=lambda each: each.base_source.without_frozen(each.model)))
 
 
 def _report_not_finite(description: Description, path: Path) -> None:

@@ -117,7 +117,7 @@ class SharedBase:
         """
         model, directory = self._load(source, peft_config, **options)
         embedded = adapted_embeddings(model)
-        are_shared = [embeddings.share_with(self._base) for embeddings in embedded]
+        are_shared = [each.base_source.share_(each.model, each.base_model, self._base) for each in embedded]
         if not embedded:
             raise BaseMismatchError(
                 f"Cannot load '{source}' on the shared base '{self._base.record.name}': it has no adapter, so its "
