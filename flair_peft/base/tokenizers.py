@@ -146,14 +146,12 @@ def _unreadable(source: str, error: Exception) -> BaseModelNotFoundError:
     )
 
 
-@contextlib.contextmanager
-def exclusively(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def exclusively(tokenizer: PreTrainedTokenizerBase) -> contextlib.AbstractContextManager[Any]:
     """Inside, no other thread uses the vocabulary of the tokenizer.
 
     Its library would raise "Already borrowed": https://github.com/huggingface/tokenizers/issues/537
     """
-    with _locks.setdefault(tokenizer, threading.RLock()):
-        yield
+    return _locks.setdefault(tokenizer, threading.RLock())
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
