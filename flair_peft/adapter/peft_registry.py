@@ -51,16 +51,11 @@ def ask_peft() -> PeftMethods:
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    defaults = {_name(method): _defaults(config) for method, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    defaults = {
+        str(getattr(method, "value", method)): {field.name: _default(field) for field in dataclasses.fields(config)}
+        for method, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
     return PeftMethods(defaults, frozenset(field.name for field in dataclasses.fields(PeftConfig)))
-
-
-def _name(method: Any) -> str:
-    return str(getattr(method, "value", method))
-
-
-def _defaults(config_class: type) -> dict[str, Any]:
-    return {field.name: _default(field) for field in dataclasses.fields(config_class)}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

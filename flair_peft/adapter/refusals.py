@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -165,18 +166,14 @@ def refuse_without_adapter(model: torch.nn.Module) -> None:
         AdapterConfigError: it has none; the message names what merges a whole Flair model.
     """
     is_there = isinstance(model, PeftModel) and ADAPTER_NAME in model.peft_config
-    if not is_there or all(keys.base_key(name) is not None for name in _names_of_tensors(model)):
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    if not is_there or all(keys.base_key(name) is not None for name, _ in named):
         raise AdapterConfigError(
             "Cannot store, train or copy these embeddings: their adapter was merged, unloaded or deleted, and what is "
             "left can only embed. Files hold adapters beside their base, and a load would look for one. Make the "
             "embeddings again; flair_peft.merge(model) turns a model with its adapter into a plain one, which Flair "
             "saves and loads."
         )
-
-
-def _names_of_tensors(model: torch.nn.Module) -> Iterator[str]:
-    yield from (name for name, _ in model.named_parameters())
-    yield from (name for name, _ in model.named_buffers())
 
 
 def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None = None) -> None:

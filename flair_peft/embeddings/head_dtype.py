@@ -35,7 +35,8 @@ def align_head_(model: Model) -> None:
     restore_head_(model)
     dtype = choose_head_dtype(model, adapted)
     if dtype != made_head_dtype(model):
-        _cast_head_(model, dtype)
+        for owner in _flair_models(model):
+            exact_values.cast_(owner, _head_tensors_of(owner), dtype)
     for embeddings in adapted:
         embeddings.output_dtype = dtype
 
@@ -131,11 +132,6 @@ def check_head(model: Model) -> None:
                 f"{dtype_name(tensor.dtype)}. The first matrix product would fail. Convert the whole model, for "
                 f"example model.to(torch.{dtype_name(dtype)}), not one of its parts."
             )
-
-
-def _cast_head_(model: Model, dtype: torch.dtype) -> None:
-    for owner in _flair_models(model):
-        exact_values.cast_(owner, _head_tensors_of(owner), dtype)
 
 
 def _flair_models(model: torch.nn.Module) -> list[Model]:

@@ -220,26 +220,20 @@ def _outputs(model: Model, readings: Sequence[Reading]) -> Tensors:
     try:
         # Flair's batches are drawn by torch, and another precision would give other numbers than a load outside of it.
         with (
-            _all_reading(readings),
+            contextlib.ExitStack() as stack,
             vector_probe.evaluating(model),
             torch.no_grad(),
             torch.random.fork_rng(devices=[]),
             full_precision(torch.device(flair.device).type),
         ):
+            for each in readings:
+                stack.enter_context(each.going_on())
             for task in model.tasks.values() if isinstance(model, MultitaskModel) else [model]:
                 task.predict([_make_point(task)], label_name=_LABEL)
     finally:
         for hook in hooks:
             hook.remove()
     return found
-
-
-@contextlib.contextmanager
-def _all_reading(readings: Sequence[Reading]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for reading in readings:
-            stack.enter_context(reading.going_on())
-        yield
 
 
 def _parts(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, torch.nn.Module]]:

@@ -78,7 +78,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
             if sys.platform == "win32":  # an open file cannot be moved there, and nothing is locked
                 file.close()
             new.replace(target)
-    _after(target, _no_names)
+    _after(target, lambda _: [])
 
 
 def replace_directory(
@@ -316,10 +316,6 @@ def _same_working_directory(target: Path) -> Iterator[None]:
     if here is not None and here.is_relative_to(target):
         with contextlib.suppress(OSError):
             os.chdir(here)
-
-
-def _no_names(_: Path) -> list[str]:
-    return []
 
 
 def _names_of_both(one: Path, other: Path, names_of: NamesOf) -> list[str]:
