@@ -56,11 +56,6 @@ def is_derived_from_base(config: PeftConfig) -> bool:
     return any(each.derived_from_base for each in all_traits(config))
 
 
-def init_rewrites_base(init: object) -> bool:
-    """Whether this value of ``init_lora_weights`` takes something out of the base's weights."""
-    return traits.of_init(init).rewrites_base
-
-
 def rewrites_base(config: PeftConfig) -> bool:
     """Whether adding the adapter, or filling it, may change frozen weights of the base, or needs them to be there."""
     return any(each.rewrites_base or each.derived_from_base for each in all_traits(config))

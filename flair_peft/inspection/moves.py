@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from flair_peft.adapter import keys, methods, traits
+from flair_peft.adapter import keys, traits
 from flair_peft.base import weight_files
 from flair_peft.errors import (
     BaseMismatchError,
@@ -144,7 +144,7 @@ def _notes(adapter: Adapter) -> Iterator[str]:
     if adapter.config.get("use_dora"):
         yield "DoRA: ΔW is that of the two factors alone, before the columns are scaled to their learned magnitudes"
     init = adapter.config.get("init_lora_weights")
-    if isinstance(init, str) and methods.init_rewrites_base(init):
+    if isinstance(init, str) and traits.of_init(init).rewrites_base:
         yield f"'{init}' rewrote the base: ΔW counts from the rewritten weights"
 
 

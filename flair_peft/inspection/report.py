@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flair_peft.adapter import keys, methods
+from flair_peft.adapter import keys, traits
 from flair_peft.inspection import file_contents
 from flair_peft.inspection.adapters import Adapter, PlainTransformer, find_adapters, find_plain
 from flair_peft.inspection.file_contents import ADAPTER, CHECKPOINT, Contents, StoredTensor
@@ -180,13 +180,8 @@ class Inspection:
         folders = [f"{folder}/" for folder in file_names.ARCHIVES.values()]
         in_files = sum(size for name, size in self.contents.files.items() if any(part in name for part in folders))
         blobs = (found.params.get(name) for found in embeddings_in(self.contents.state) for name in file_names.ARCHIVES)
-        return in_files + sum(map(self.size_of, blobs))
-
-    @classmethod
-    def size_of(cls, stream: Any) -> int:
-        """Return the size of an archive in a pickle."""
-        content = cls.content_of(stream)
-        return content.length if isinstance(content, Blob) else len(content)
+        contents = map(self.content_of, blobs)
+        return in_files + sum(each.length if isinstance(each, Blob) else len(each) for each in contents)
 
     @staticmethod
     def content_of(stream: Any) -> bytes | Blob:
@@ -238,7 +233,7 @@ def _find_notes(found: Inspection) -> Iterator[str]:
         if config.get("trainable_token_indices"):
             yield "rows of the embedding matrix were trained"
         init = config.get("init_lora_weights")
-        if isinstance(init, str) and methods.init_rewrites_base(init):
+        if isinstance(init, str) and traits.of_init(init).rewrites_base:
             yield f"the initialisation '{init}' rewrote weights of the base"
         if adapter.base["needs_remote_code"]:
             yield "the base comes with code of its own: loading needs trust_remote_code=True"
