@@ -11,7 +11,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flair_peft.torchfile import scan
@@ -181,36 +181,21 @@ def _build(machine: _Machine, *_: int) -> None:
         raise MalformedPickleError("something is given a state that has none")
 
 
-def _append(machine: _Machine, items: list[Any]) -> None:
+def _append(machine: _Machine, items: Sequence[Any]) -> None:
     target = machine.stack[-1]
     (target.items if isinstance(target, Made) else target).extend(items)
 
 
-def _set_items(target: Any, items: list[Any]) -> Any:
-    entries = target.entries if isinstance(target, Made) else target
+def _set(machine: _Machine, items: Sequence[Any]) -> None:
+    target = machine.stack[-1]
+    _set_items(target.entries if isinstance(target, Made) else target, items)
+
+
+def _set_items(entries: Any, items: Sequence[Any]) -> Any:
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Others could take for ever to compare; under a name of its own, no entry hides another.
         entries[key if isinstance(key, (str, bytes, int, float, bool, type(None))) else Blob(0)] = value
-    return target
-
-
-def _append_marked(machine: _Machine, *_: int) -> None:
-    items = machine.take_marked()
-    _append(machine, items)
-
-
-def _append_one(machine: _Machine, *_: int) -> None:
-    _append(machine, list(machine.take(1)))
-
-
-def _set_marked(machine: _Machine, *_: int) -> None:
-    items = machine.take_marked()
-    _set_items(machine.stack[-1], items)
-
-
-def _set_one(machine: _Machine, *_: int) -> None:
-    items = list(machine.take(2))
-    _set_items(machine.stack[-1], items)
+    return entries
 
 
 def _pop(machine: _Machine, *_: int) -> None:
@@ -258,82 +243,59 @@ def _pushing(make: Callable[[], Any]) -> _Handler:
     return lambda machine, *_: machine.push(make())
 
 
-def _pushing_taken(make: Callable[[Any], Any], count: int) -> _Handler:
-    return lambda machine, *_: machine.push(make(machine.take(count)))
+def _pushing_taken(count: int) -> _Handler:
+    return lambda machine, *_: machine.push(machine.take(count))
 
 
 def _pushing_marked(make: Callable[[list[Any]], Any]) -> _Handler:
-    def handle(machine: _Machine, *_: int) -> None:
-        items = machine.take_marked()
-        machine.push(make(items))
-
-    return handle
+    return lambda machine, *_: machine.push(make(machine.take_marked()))
 
 
-_Handler = Callable[[_Machine, int, int], None]
-
-
-def _nothing(*_: Any) -> None:
-    return None
+_Handler = Callable[[_Machine, int, int], object]
 
 
 def _unsigned(machine: _Machine, start: int, stop: int) -> int:
     return int.from_bytes(machine.buffer[start:stop], "little")
 
 
-_BY_OPCODE: dict[str, _Handler] = {
-    "PROTO": _nothing,
-    "FRAME": _nothing,
-    "STOP": _nothing,
+_BY_OPCODES: dict[str, _Handler] = {
+    "PROTO FRAME STOP": lambda *_: None,
     "MARK": lambda machine, *_: machine.mark(),
     "POP": _pop,
-    "POP_MARK": lambda machine, *_: _nothing(machine.take_marked()),
+    "POP_MARK": lambda machine, *_: machine.take_marked(),
     "DUP": lambda machine, *_: machine.push(machine.stack[-1]),
     "NONE": _pushing(lambda: None),
     "NEWTRUE": _pushing(lambda: True),
     "NEWFALSE": _pushing(lambda: False),
-    "INT": _push_int_line,
-    "LONG": _push_int_line,
-    "BININT": _push_number,
-    "BININT1": lambda machine, start, stop: machine.push(_unsigned(machine, start, stop)),
-    "BININT2": lambda machine, start, stop: machine.push(_unsigned(machine, start, stop)),
-    "LONG1": _push_number,
-    "LONG4": _push_number,
+    "INT LONG": _push_int_line,
+    "BININT LONG1 LONG4": _push_number,
+    "BININT1 BININT2": lambda machine, start, stop: machine.push(_unsigned(machine, start, stop)),
     "FLOAT": lambda machine, start, stop: machine.push(float(_line(machine, start, stop))),
     "BINFLOAT": lambda machine, start, stop: machine.push(struct.unpack(">d", machine.buffer[start:stop])[0]),
     "STRING": lambda machine, start, stop: machine.push(_line(machine, start, stop).strip("\"'")),
-    "BINSTRING": lambda machine, start, stop: machine.push(machine.text(start, stop, "latin-1")),
-    "SHORT_BINSTRING": lambda machine, start, stop: machine.push(machine.text(start, stop, "latin-1")),
+    "BINSTRING SHORT_BINSTRING": lambda machine, start, stop: machine.push(machine.text(start, stop, "latin-1")),
     "UNICODE": lambda machine, start, stop: machine.push(machine.text(start, stop - 1, "raw-unicode-escape")),
-    "SHORT_BINUNICODE": lambda machine, start, stop: machine.push(machine.text(start, stop)),
-    "BINUNICODE": lambda machine, start, stop: machine.push(machine.text(start, stop)),
-    "BINUNICODE8": lambda machine, start, stop: machine.push(machine.text(start, stop)),
-    "BINBYTES": _push_bytes,
-    "SHORT_BINBYTES": _push_bytes,
-    "BINBYTES8": _push_bytes,
-    "BYTEARRAY8": _push_bytes,
+    "SHORT_BINUNICODE BINUNICODE BINUNICODE8": lambda machine, start, stop: machine.push(machine.text(start, stop)),
+    "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8": _push_bytes,
     "EMPTY_LIST": _pushing(list),
     "LIST": _pushing_marked(list),
-    "APPEND": _append_one,
-    "APPENDS": _append_marked,
+    "APPEND": lambda machine, *_: _append(machine, machine.take(1)),
+    "APPENDS ADDITEMS": lambda machine, *_: _append(machine, machine.take_marked()),
     "EMPTY_TUPLE": _pushing(tuple),
     "TUPLE": _pushing_marked(tuple),
-    "TUPLE1": _pushing_taken(tuple, 1),
-    "TUPLE2": _pushing_taken(tuple, 2),
-    "TUPLE3": _pushing_taken(tuple, 3),
+    "TUPLE1": _pushing_taken(1),
+    "TUPLE2": _pushing_taken(2),
+    "TUPLE3": _pushing_taken(3),
     "EMPTY_DICT": _pushing(dict),
     "DICT": _pushing_marked(lambda items: _set_items({}, items)),
-    "SETITEM": _set_one,
-    "SETITEMS": _set_marked,
+    "SETITEM": lambda machine, *_: _set(machine, machine.take(2)),
+    "SETITEMS": lambda machine, *_: _set(machine, machine.take_marked()),
     "EMPTY_SET": _pushing(lambda: Made("builtins.set")),
-    "ADDITEMS": _append_marked,
     "FROZENSET": _pushing_marked(lambda items: Made("builtins.frozenset", items=items)),
     "GET": lambda machine, start, stop: machine.push(machine.memo[int(_line(machine, start, stop))]),
-    "BINGET": lambda machine, start, stop: machine.push(machine.memo[_unsigned(machine, start, stop)]),
-    "LONG_BINGET": lambda machine, start, stop: machine.push(machine.memo[_unsigned(machine, start, stop)]),
+    "BINGET LONG_BINGET": lambda machine, start, stop: machine.push(machine.memo[_unsigned(machine, start, stop)]),
     "PUT": lambda machine, start, stop: machine.remember(int(_line(machine, start, stop))),
-    "BINPUT": lambda machine, start, stop: machine.remember(_unsigned(machine, start, stop)),
-    "LONG_BINPUT": lambda machine, start, stop: machine.remember(_unsigned(machine, start, stop)),
+    "BINPUT LONG_BINPUT": lambda machine, start, stop: machine.remember(_unsigned(machine, start, stop)),
     "MEMOIZE": lambda machine, *_: machine.remember(len(machine.memo)),
     "GLOBAL": _name,
     "STACK_GLOBAL": _name_of_stack,
@@ -343,6 +305,11 @@ _BY_OPCODE: dict[str, _Handler] = {
     "BUILD": _build,
     "BINPERSID": _refer,
 }
-"""Opcode → what it does; torch and Flair write no others."""
+"""Opcodes → what they do; torch and Flair write no others."""
 
-_HANDLERS = {ord(opcode.code): _BY_OPCODE[opcode.name] for opcode in pickletools.opcodes if opcode.name in _BY_OPCODE}
+_HANDLERS = {
+    ord(opcode.code): handle
+    for names, handle in _BY_OPCODES.items()
+    for opcode in pickletools.opcodes
+    if opcode.name in names.split()
+}
