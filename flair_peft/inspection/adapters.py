@@ -114,17 +114,17 @@ def find_plain(found: Contents) -> Iterator[PlainTransformer]:
             continue  # embeddings that several tasks share
         seen.update({number} if isinstance(number, int) else ())
         prefixes = found.prefixes[number] if found.kind == CHECKPOINT and _is_index(number, found.prefixes) else ()
-        own = _own_tensors(found, prefixes or _plain_prefixes(found, embeddings))
+        own = own_tensors(found, prefixes or _plain_prefixes(found, embeddings))
         base = _describe_base(embeddings.params, None, own)
         yield PlainTransformer(place_of(embeddings), name if isinstance(name, str) else None, base)
 
 
 def _hold_adapter(found: Contents, prefixes: tuple[str, ...]) -> bool:
     """Whether any tensor of these prefixes is one that PEFT adds."""
-    return any(keys.is_adapter_key(name) for name in _own_tensors(found, prefixes))
+    return any(keys.is_adapter_key(name) for name in own_tensors(found, prefixes))
 
 
-def _own_tensors(found: Contents, prefixes: tuple[str, ...]) -> dict[str, StoredTensor]:
+def own_tensors(found: Contents, prefixes: tuple[str, ...]) -> dict[str, StoredTensor]:
     """Return the tensors of a transformer by their names in it; under the first of several prefixes are all of them."""
     first = prefixes[0] if prefixes else None
     return {} if first is None else {k.removeprefix(first): t for k, t in found.tensors.items() if k.startswith(first)}
@@ -202,7 +202,7 @@ def _plain_setting(value: Any, depth: int = 0) -> Any:
 def _describe(
     found: Contents, place: str, params: Mapping[Any, Any], config: Mapping[str, Any] | None, prefixes: tuple[str, ...]
 ) -> Adapter:
-    own = _own_tensors(found, prefixes)
+    own = own_tensors(found, prefixes)
     added = {name: tensor for name, tensor in own.items() if keys.base_key(name) is None}
     method, settings, unknown, suggestion = _settings(config, own)
     embeddings = params.get("__cls__")
@@ -238,9 +238,7 @@ def _settings(
 
 def implied_config(contents: Contents, adapter: Adapter) -> implied.ImpliedConfig | None:
     """Return the config that the tensors of an adapter imply; see ``flair_peft.adapter.implied.ImpliedConfig``."""
-    first = adapter.prefixes[0] if adapter.prefixes else ""
-    named = contents.tensors.items()
-    return _imply({name.removeprefix(first): tensor for name, tensor in named if name.startswith(first)})
+    return _imply(own_tensors(contents, adapter.prefixes or ("",)))
 
 
 def _imply(own: Mapping[str, StoredTensor]) -> implied.ImpliedConfig | None:

@@ -9,7 +9,7 @@ directions are equally strong, 1 if one is all there is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from flair_peft.errors import (
     name_some,
 )
 from flair_peft.inspection import file_contents
-from flair_peft.inspection.adapters import Adapter
+from flair_peft.inspection.adapters import Adapter, own_tensors
 from flair_peft.inspection.file_contents import StoredTensor
 from flair_peft.inspection.report import Inspection
 from flair_peft.primitives import progress
@@ -151,22 +151,20 @@ def _notes(adapter: Adapter) -> Iterator[str]:
 def _measure(
     found: Inspection, adapter: Adapter, weights: Mapping[str, StoredTensor] | None, around: str
 ) -> Iterator[Move]:
-    for first, second in _pairs(found, adapter):
+    own = own_tensors(found.contents, adapter.prefixes or ("",))
+    for first, second in _pairs(own, found.contents.path):
         module = keys.carrier(first)
-        lower, upper = _tensor(found, adapter, first), _tensor(found, adapter, second)
+        lower, upper = own[first].read(), own[second].read()
         sigmas, rank = singular_values(lower, upper), len(lower)
         base = None if weights is None else _norm_of(weights, f"{module}.weight", _shape(lower, upper, first))
         norm = abs(_scale(adapter.config, module, rank)) * float(sigmas.norm())
         yield Move(around + module, norm, base, effective_rank(sigmas), rank)
 
 
-def _pairs(found: Inspection, adapter: Adapter) -> Iterator[tuple[str, str]]:
+def _pairs(own: Collection[str], path: Path) -> Iterator[tuple[str, str]]:
     """Yield the names of A and B of each module, of the adapter that Flair uses."""
-    prefix = adapter.prefixes[0] if adapter.prefixes else ""
-    names = sorted(name.removeprefix(prefix) for name in found.contents.tensors if name.startswith(prefix))
-    own = set(names)
     seen = set()
-    for name in names:
+    for name in sorted(own):
         segments = name.split(".")
         factor = next((part for part in _FACTORS if part in segments), None)
         if factor is not None and keys.canonical_key(name) not in seen:
@@ -174,14 +172,10 @@ def _pairs(found: Inspection, adapter: Adapter) -> Iterator[tuple[str, str]]:
             other = ".".join(_FACTORS[factor] if part == factor else part for part in segments)
             if other not in own:
                 raise ModelFileError(
-                    f"Cannot plot '{found.contents.path}': '{other}' is missing beside '{name}'. The file is damaged. "
+                    f"Cannot plot '{path}': '{other}' is missing beside '{name}'. The file is damaged. "
                     "Copy or save it again."
                 )
             yield name, other
-
-
-def _tensor(found: Inspection, adapter: Adapter, name: str) -> torch.Tensor:
-    return found.contents.tensors[(adapter.prefixes[0] if adapter.prefixes else "") + name].read()
 
 
 def singular_values(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -223,9 +217,7 @@ def _own_base(found: Inspection, adapter: Adapter) -> Mapping[str, StoredTensor]
     """Return the weights of the base that the file itself holds."""
     if not found.holds_base or not adapter.prefixes:
         return None
-    prefix = adapter.prefixes[0]
-    own = ((name, tensor) for name, tensor in found.contents.tensors.items() if name.startswith(prefix))
-    named = ((keys.base_key(name.removeprefix(prefix)), tensor) for name, tensor in own)
+    named = ((keys.base_key(name), tensor) for name, tensor in own_tensors(found.contents, adapter.prefixes).items())
     return {name: tensor for name, tensor in named if name is not None}
 
 
