@@ -55,7 +55,7 @@ from flair_peft.models import load as loading
 from flair_peft.models import save as saving
 from flair_peft.models.model_class import subclasses
 from flair_peft.primitives import host_internals, mapped_memory
-from flair_peft.storage import checkpoint_directory as checkpoint_files
+from flair_peft.storage import atomic
 from flair_peft.torchfile import unpickle
 from flair_peft.training import ddp, plugins, position, rates, resume
 
@@ -340,7 +340,7 @@ def _replace_whole(path: Path, save: Callable[[Path], None]) -> None:
     The weights of a live model may be mapped from the file that is there, and it may be the only copy of an adapter.
     """
     try:
-        checkpoint_files.write_file(path, lambda file: save(Path(file.name)))
+        atomic.write_file(path, lambda file: save(Path(file.name)))
     except SaveError as error:
         if error.errno not in _IRREPLACEABLE or not path.is_file() or mapped_memory.is_file_mapped(path):
             raise

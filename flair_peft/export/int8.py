@@ -15,7 +15,7 @@ from flair.nn import Model
 
 from flair_peft.errors import AdapterConfigError, FlairPeftError, SaveError
 from flair_peft.primitives import host_internals
-from flair_peft.storage import checkpoint_directory
+from flair_peft.storage import atomic
 
 log = logging.getLogger("flair_peft")
 
@@ -108,7 +108,7 @@ def _quantize_one_(embeddings: TransformerOnnxEmbeddings) -> None:
     path = Path(embeddings.onnx_model)
     target = path.with_name(f"{path.stem}-int8{path.suffix}")
     try:
-        checkpoint_directory.write_file(target, lambda file: embeddings.quantize_model(file.name))
+        atomic.write_file(target, lambda file: embeddings.quantize_model(file.name))
     except BaseException as error:
         path.with_name(f"{path.stem}-inferred{path.suffix}").unlink(missing_ok=True)  # which onnxruntime leaves behind
         if isinstance(error, FlairPeftError) or not isinstance(error, Exception):

@@ -22,7 +22,7 @@ from flair_peft.errors import AdapterConfigError, StateMismatchError, Unsupporte
 from flair_peft.export import merge
 from flair_peft.models import build
 from flair_peft.primitives.full_precision import full_precision
-from flair_peft.storage import checkpoint_directory
+from flair_peft.storage import atomic
 
 # Of onnxruntime's vectors from torch's, as a share of their norm.
 _TOLERANCE = 1e-3
@@ -76,7 +76,7 @@ def _export(
     """Export to a file, which is as it was if that fails or if the graph gives other vectors."""
     exported: list[Any] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint_directory.write_file(
+    atomic.write_file(
         path, lambda file: exported.append(_export_to(Path(file.name), embeddings, examples, opset_version))
     )
     (on_file,) = exported

@@ -19,7 +19,7 @@ from flair_peft.foreign import older_peft
 from flair_peft.primitives.fingerprint import not_finite
 from flair_peft.primitives.held_file import AnyFile, HeldFile
 from flair_peft.primitives.load_context import LoadOptions
-from flair_peft.storage import checkpoint_directory, hub
+from flair_peft.storage import held_directory, hub
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -74,7 +74,7 @@ def read(source: str, *, revision: str | None, subfolder: str | None, options: L
     wanted = [CONFIG, WEIGHTS, OLD_WEIGHTS, _MODEL_CONFIG, *TOKENIZER_FILES]
     folder = hub.find_files(source, wanted, revision=revision, subfolder=subfolder, options=options)
     # From a checkpoint that is being replaced, settings and tensors are those of one.
-    files = checkpoint_directory.hold_files(folder, (CONFIG, WEIGHTS, OLD_WEIGHTS)) if folder.is_dir() else {}
+    files = held_directory.hold_files(folder, (CONFIG, WEIGHTS, OLD_WEIGHTS)) if folder.is_dir() else {}
     if CONFIG not in files:
         raise _missing(source, folder, CONFIG)
     settings = _read_json(files[CONFIG])

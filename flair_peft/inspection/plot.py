@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from flair_peft.errors import ModelFileError
 from flair_peft.inspection.moves import Map, Move
-from flair_peft.storage import checkpoint_directory
+from flair_peft.storage import atomic
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _MOST_WRITTEN = 200  # numbers in cells; more cannot be read
@@ -47,7 +47,7 @@ def draw(measured: Map, path: str | Path, *, title: str) -> None:
         )
     try:
         form = Path(path).suffix[1:]
-        checkpoint_directory.write_file(Path(path), lambda file: figure.savefig(file, dpi=150, format=form))
+        atomic.write_file(Path(path), lambda file: figure.savefig(file, dpi=150, format=form))
     except ValueError as error:
         raise ModelFileError(
             f"Cannot write '{path}': {error}. The ending says in which format. Use .png, .svg or .pdf."

@@ -21,7 +21,7 @@ from flair_peft.models.stored import Stored, complete, explain_mismatch
 from flair_peft.primitives import building, devices, progress
 from flair_peft.primitives.base_record import StoredBase
 from flair_peft.primitives.load_context import LoadOptions, current, within_load
-from flair_peft.storage import checkpoint_directory, file_names, hub
+from flair_peft.storage import checkpoint_directory, file_names, held_directory, hub
 from flair_peft.torchfile import state_tree, unpickle
 
 # How torch lists the keys that do not fit.
@@ -57,7 +57,7 @@ def _open_file(path: Path, options: LoadOptions, expects_adapters: bool) -> Stor
 
 
 def _open_directory(directory: Path, options: LoadOptions) -> Stored:
-    if (directory / file_names.ADAPTER_CONFIG).is_file() and not checkpoint_directory.is_checkpoint(directory):
+    if (directory / file_names.ADAPTER_CONFIG).is_file() and not held_directory.is_checkpoint(directory):
         raise ModelFileError(
             f"Cannot load '{directory}': it is an adapter of PEFT and no Flair model, which has a head and labels as "
             "well. Another library trained it, or the rest was not copied. Make embeddings of it for a model of your "

@@ -19,7 +19,7 @@ from flair_peft.models import card, directory_layout, trial_load
 from flair_peft.models.save_plan import Description, SavePlan, encode, plan_save
 from flair_peft.models.stored import report_not_finite
 from flair_peft.primitives import host_internals, mapped_memory, progress
-from flair_peft.storage import checkpoint_directory, file_names, hub, manifest
+from flair_peft.storage import atomic, checkpoint_directory, file_names, hub, manifest
 
 # Flair's trainer writes these at protocol 4, whose frames torch's restricted unpickler does not read.
 _PICKLE_PROTOCOL = 2
@@ -67,7 +67,7 @@ def write_directory(model: Model, directory: Path, **how: Any) -> SavePlan:
         The plan.
     """
     _refuse_base_directory(directory)
-    with checkpoint_directory.explained(directory):
+    with atomic.explained(directory):
         plan = plan_save(model, **how)
         description = encode(plan)
         document, files = directory_layout.to_files(description, plan)
@@ -148,11 +148,11 @@ def save_file(
         SaveError: the file could not be written.
     """
     extra = {} if training_state is None else {"training_state": dict(training_state)}
-    with checkpoint_directory.explained(path):
+    with atomic.explained(path):
         description = encode(plan_save(model, save_base=save_base), **extra)
         _report_not_finite(description, path)
         stored = _StoredState(Description(description.document, _alone(description.tensors)))
-        checkpoint_directory.write_file(path, lambda file: torch.save(stored, file, pickle_protocol=_PICKLE_PROTOCOL))
+        atomic.write_file(path, lambda file: torch.save(stored, file, pickle_protocol=_PICKLE_PROTOCOL))
 
 
 def check_storable(model: Model) -> None:

@@ -24,16 +24,8 @@ import torch
 
 from flair_peft.errors import name_some
 from flair_peft.primitives import host_internals, mapped_memory, progress
-from flair_peft.storage.atomic import explained, flushing, replace_directory, write_file
-from flair_peft.storage.held_directory import (
-    Folder,
-    hold,
-    hold_files,
-    is_checkpoint,
-    names_of,
-    of_one_folder,
-    readable,
-)
+from flair_peft.storage.atomic import flushing, replace_directory
+from flair_peft.storage.held_directory import Folder, names_of, of_one_folder, readable
 from flair_peft.storage.manifest import (
     CARD,
     DOCUMENT,
@@ -47,21 +39,6 @@ from flair_peft.storage.manifest import (
     is_name,
     unsupported,
 )
-
-__all__ = [
-    "CARD",
-    "DOCUMENT",
-    "Checkpoint",
-    "Content",
-    "Tensors",
-    "explained",
-    "hold",
-    "hold_files",
-    "is_checkpoint",
-    "read",
-    "write",
-    "write_file",
-]
 
 Tensors = dict[str, torch.Tensor]
 Content = bytes | Mapping[str, torch.Tensor]

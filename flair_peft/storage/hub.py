@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from flair_peft.errors import ModelFileError, SaveError
 from flair_peft.primitives.load_context import LoadOptions
-from flair_peft.storage import checkpoint_directory, file_names, manifest
+from flair_peft.storage import atomic, checkpoint_directory, file_names, held_directory, manifest
 
 log = logging.getLogger("flair_peft")
 
@@ -189,9 +189,9 @@ def push_directory(directory: str | Path, repo_id: str, *, commit_message: str |
         ModelFileError: there is no checkpoint, or it is not as it was written.
         SaveError: the Hub refused it or could not be reached.
     """
-    document, files = checkpoint_directory.hold(Path(directory))
+    document, files = held_directory.hold(Path(directory))
     with tempfile.TemporaryDirectory() as folder:
-        with checkpoint_directory.explained(Path(folder)):
+        with atomic.explained(Path(folder)):
             for name, file in files.items():
                 Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, Path(folder, name))

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from flair_peft.errors import ModelFileError, SaveError  # noqa: E402
-from flair_peft.storage import atomic, checkpoint_directory, manifest, other_files, temporaries  # noqa: E402
+from flair_peft.storage import atomic, checkpoint_directory, held_directory, manifest, other_files, temporaries  # noqa: E402
 
 POINTS = 100
 LAYER = {module.__file__ for module in (other_files, checkpoint_directory, manifest, atomic, temporaries)}
@@ -62,7 +62,7 @@ def label_of(place: Path) -> str:
 
 
 def label_or_nothing(place: Path) -> str | None:
-    return label_of(place) if checkpoint_directory.is_checkpoint(place) else None
+    return label_of(place) if held_directory.is_checkpoint(place) else None
 
 
 def with_log(place: Path) -> tuple[int, int]:
@@ -197,14 +197,14 @@ def kill_file() -> None:
     def check(place: Path, log: None) -> str:
         found = place.read_bytes()
         assert found in (b"A" * 2000, b"B" * 2000)
-        checkpoint_directory.write_file(place, writes(b"C" * 2000))
+        atomic.write_file(place, writes(b"C" * 2000))
         assert place.read_bytes() == b"C" * 2000
         assert [path.name for path in place.parent.iterdir()] == ["model"]
         return found[:1].decode()
 
     kill_everywhere(
         lambda place: place.write_bytes(b"A" * 2000) and None,
-        lambda place: checkpoint_directory.write_file(place, writes(b"B" * 2000)),
+        lambda place: atomic.write_file(place, writes(b"B" * 2000)),
         check,
     )
 
@@ -237,7 +237,7 @@ def full_disk() -> None:
                 file.write(b"1" * 1000)
 
             for write in (torch_save, plain_save):
-                assert in_child(lambda: starve(limit, lambda: checkpoint_directory.write_file(file, write))) == 0  # noqa: B023
+                assert in_child(lambda: starve(limit, lambda: atomic.write_file(file, write))) == 0  # noqa: B023
                 assert [path.name for path in file.parent.iterdir()] == ["model.pt"]
                 assert file.read_bytes() == b"old"
 
@@ -263,9 +263,7 @@ def read_only() -> None:
             (folder / "parent" / "x.pt").chmod(0o666 if writable else 0o444)
             assert in_child(lambda: refused(lambda: save(place, "B"))) == 0
             assert in_child(lambda: refused(lambda: save(folder / "parent" / "new", "B"))) == 0
-            assert (
-                in_child(lambda: refused(lambda: checkpoint_directory.write_file(folder / "parent" / "x.pt", len))) == 0
-            )
+            assert in_child(lambda: refused(lambda: atomic.write_file(folder / "parent" / "x.pt", len))) == 0
             assert (folder / "parent" / "x.pt").read_bytes() == b"old"
         # Reading needs no permission to write, also when there is something to put back.
         place.rename(temporaries.backup_of(place))
@@ -353,19 +351,19 @@ def race_files() -> None:
 
     with scratch() as folder, scratch() as outside:
         place = folder / "model.pt"
-        checkpoint_directory.write_file(place, writes("A"))
+        atomic.write_file(place, writes("A"))
         reading = [_start(lambda: reads_until(outside / "finished", place)) for _ in range(2)]
         writing = [
-            _start(lambda label=label: [checkpoint_directory.write_file(place, writes(label)) for _ in range(100)])
+            _start(lambda label=label: [atomic.write_file(place, writes(label)) for _ in range(100)])
             for label in "ABCD"
         ]
-        killed = [in_child(lambda: checkpoint_directory.write_file(place, dies)) for _ in range(10)]
+        killed = [in_child(lambda: atomic.write_file(place, dies)) for _ in range(10)]
         ended = [os.waitpid(child, 0)[1] for child in writing]
         (outside / "finished").touch()
         ended += [os.waitpid(child, 0)[1] for child in reading]
         assert not any(ended), ended
         assert all(map(os.WIFSIGNALED, killed))
-        checkpoint_directory.write_file(place, writes("E"))
+        atomic.write_file(place, writes("E"))
         assert [path.name for path in folder.iterdir()] == ["model.pt"]
 
 
@@ -465,7 +463,7 @@ def test_file_whose_calls_fail_one_by_one_is_the_old_or_the_new_one() -> None:
                 failing = Failing(patch, number, errno.ENOSPC)
                 expected = b"B"
                 try:
-                    checkpoint_directory.write_file(place, lambda file: file.write(b"B") and None)
+                    atomic.write_file(place, lambda file: file.write(b"B") and None)
                 except SaveError:
                     expected = b"A"
             assert place.read_bytes() == expected

@@ -272,7 +272,7 @@ def test_reader_beside_a_writer_gets_one_model_each_time(kind: str, places: Call
 
     def write(source: Path) -> None:
         if kind == "file":
-            checkpoint_directory.write_file(path, lambda file: file.write(source.read_bytes()) and None)
+            atomic.write_file(path, lambda file: file.write(source.read_bytes()) and None)
         else:
             found = checkpoint_directory.read(source)
             checkpoint_directory.write(path, found.document, {**found.files, **found.tensors}, "card")

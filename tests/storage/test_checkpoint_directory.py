@@ -22,7 +22,10 @@ from packaging.version import Version
 
 from flair_peft.errors import FormatVersionError, ModelFileError, SaveError, UnsupportedStateError
 from flair_peft.storage import atomic, checkpoint_directory, held_directory, manifest, temporaries
-from flair_peft.storage.checkpoint_directory import CARD, DOCUMENT, is_checkpoint, read, write, write_file
+from flair_peft.storage.atomic import write_file
+from flair_peft.storage.checkpoint_directory import read, write
+from flair_peft.storage.held_directory import is_checkpoint
+from flair_peft.storage.manifest import CARD, DOCUMENT
 
 DOC = {"class": "TextClassifier", "labels": ["ü", "\ud800", "\u2028", ""], "numbers": [1, 2.5, -0.0, 1e300, None, True]}
 ADAPTER = "adapter_model.safetensors"
