@@ -204,6 +204,7 @@ def _describe(
 ) -> Adapter:
     own = own_tensors(found, prefixes)
     added = {name: tensor for name, tensor in own.items() if keys.base_key(name) is None}
+    modules = {keys.carrier(name) for name in added} - {""}
     method, settings, unknown, suggestion = _settings(config, own)
     embeddings = params.get("__cls__")
     return Adapter(
@@ -215,7 +216,7 @@ def _describe(
         open=unknown,
         suggestion=suggestion,
         ranks=tuple(sorted({t.shape[0] for name, t in added.items() if _is_first_factor(name) and t.shape})),
-        modules=dict(sorted(Counter(keys.carrier(name).rpartition(".")[2] for name in _one_of_each(added)).items())),
+        modules=dict(sorted(Counter(module.rpartition(".")[2] for module in modules).items())),
         names=tuple(sorted({name for key in added for name in _adapter_names(key)})),
         base=_describe_base(params, config, own),
         config=config or {},
@@ -289,16 +290,6 @@ def _describe_base(
 
 def _first_text(values: tuple[Any, ...]) -> str | None:
     return next((value for value in values if isinstance(value, str) and value), None)
-
-
-def _one_of_each(names: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one tensor of each module that has an adapter."""
-    seen = set()
-    for name in names:
-        module = keys.carrier(name)
-        if module and module not in seen:
-            seen.add(module)
-            yield name
 
 
 def _is_first_factor(name: str) -> bool:

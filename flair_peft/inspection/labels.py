@@ -23,10 +23,10 @@ def find_labels(state: Mapping[Any, Any], task: str = "") -> Iterator[tuple[str,
     kinds = [state.get(name) for name in ("label_type", "tag_type")]
     kind = next((value for value in kinds if isinstance(value, str)), None)
     for name, value in state.items():
-        items = _items_of(value) if isinstance(name, str) and name.endswith("dictionary") else None
-        if items is not None:
+        found = dictionary_in(value) if isinstance(name, str) and name.endswith("dictionary") else None
+        if found is not None:
             marks = state_tree.MARKS if name == "tag_dictionary" else ()
-            yield f"{task}{name}", Labels(kind, tuple(item for item in items if item not in marks))
+            yield f"{task}{name}", Labels(kind, tuple(item for item in found.items if item not in marks))
     tasks = state.get("model_states")
     for name, part in tasks.items() if isinstance(tasks, dict) and not task else ():
         if isinstance(part, dict):
@@ -70,8 +70,3 @@ def _is_usual(indices: Any, items: Any) -> bool:
     if not isinstance(indices, dict) or not isinstance(items, list):
         return False
     return list(indices.items()) == [(item, index) for index, item in enumerate(items)]
-
-
-def _items_of(value: Any) -> list[str] | None:
-    found = dictionary_in(value)
-    return None if found is None else found.items
