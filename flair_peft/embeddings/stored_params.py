@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from types import NoneType
 from typing import Any
@@ -142,15 +142,9 @@ def proof_params(reading: Reading, index: int, stored: StoredBase, unchanged: Se
         "stored_base": stored.to_dict(),
         "probe": probe,
         "untrained": untrained.reached_by_gradients(embeddings.model, unchanged, states),
-        "trained_base": sorted(set(_trained_base(embeddings.model))),
+        # The base's own weights that are trained: a user may have unfrozen some.
+        "trained_base": sorted(n for n in trainable.parameters(embeddings.model) if keys.base_key(n) is not None),
     }
-
-
-def _trained_base(model: torch.nn.Module) -> Iterator[str]:
-    """Yield the names of the base's own weights that are trained: a user may have unfrozen some."""
-    for name in trainable.parameters(model):
-        if keys.base_key(name) is not None:
-            yield name
 
 
 def rebuild(embeddings_class: type[AdaptedEmbeddings], params: Params) -> Any:
@@ -220,17 +214,13 @@ def _refuse_unknown(embeddings_class: type[AdaptedEmbeddings], params: Params) -
     known = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
     unknown = set(params) - (known - _ONLY_FROM_USERS - {"self", "args", "kwargs"}) - _STORED_BESIDE
     if unknown:
-        raise ModelFileError(
-            f"Cannot rebuild the embeddings of '{params.get('model')}': their parameters hold {name_some(unknown)}, "
-            "which no embeddings have. They are damaged or were not written by Flair or flair_peft. Save the model "
-            "again."
-        )
+        raise _damaged(params, f"their parameters hold {name_some(unknown)}, which no embeddings have")
 
 
 def _damaged(params: Params, what: str) -> ModelFileError:
     return ModelFileError(
         f"Cannot rebuild the embeddings of '{params.get('model')}': {what}. They are damaged or were not written by "
-        "flair_peft. Save the model again."
+        "Flair or flair_peft. Save the model again."
     )
 
 

@@ -73,11 +73,9 @@ class Part:
         anchor = next((key for key, tensor in self.weights.items() if tensor.numel()), "")
         for name in tensors:
             prefix = name.removesuffix(anchor)
-            if prefix != name and prefix.endswith("model.") and self._lies_at(prefix, tensors):
+            may_be_here = prefix != name and prefix.endswith("model.")
+            if may_be_here and all(_is_same(tensors.get(prefix + key), each) for key, each in self.weights.items()):
                 yield prefix
-
-    def _lies_at(self, prefix: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-        return all(_is_same(tensors.get(prefix + key), tensor) for key, tensor in self.weights.items())
 
 
 @dataclass(frozen=True)
