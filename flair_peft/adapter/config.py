@@ -160,6 +160,11 @@ def _check_method(name: Any) -> None:
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
+def value_for(pattern: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """Return what a pattern of a config gives a module of this name, as PEFT looks it up."""
+    return pattern.get(get_pattern_key(pattern.keys(), name), default)
+
+
 def rivals(pattern: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Return the names of modules to which two keys of a pattern give different values.
 

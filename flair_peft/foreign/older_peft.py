@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.utils.other import get_pattern_key
 
+from flair_peft.adapter import config as configs
 from flair_peft.errors import AdapterConfigError, UnsupportedMethodError, name_some
 
 log = logging.getLogger("flair_peft")
@@ -65,7 +65,7 @@ def refuse_other_alpha(config: PeftConfig, settings: Settings, names: Iterable[s
     if not alphas or "peft_version" in settings or "trainable_token_indices" in settings:
         return
     looked_up = list(alphas) if "exclude_modules" in settings else [*ranks, *alphas]
-    unlike = [name for name in names if alphas.get(_older_key(looked_up, name)) != _alpha(alphas, name)]
+    unlike = [name for name in names if alphas.get(_older_key(looked_up, name)) != configs.value_for(alphas, name)]
     if unlike:
         raise AdapterConfigError(
             f"Cannot tell the alpha of {name_some(unlike, 3)}: an older PEFT wrote the adapter, and those before 0.15 "
@@ -77,10 +77,6 @@ def refuse_other_alpha(config: PeftConfig, settings: Settings, names: Iterable[s
 
 def _older_key(pattern: Iterable[str], name: str) -> str | None:
     return next((key for key in pattern if re.match(rf".*\.{key}$", name)), None)
-
-
-def _alpha(pattern: Mapping[str, Any], name: str) -> Any:
-    return pattern.get(get_pattern_key(pattern.keys(), name))
 
 
 def is_lost_bias(config: PeftConfig, missing: Collection[str]) -> bool:

@@ -211,12 +211,8 @@ def _refuse_rivals(pattern: Mapping[str, Any], setting: str, prefix: str, adapte
 
 def _resolve_pattern_(config: Any, setting: str, prefix: str, adapted: Collection[str]) -> None:
     pattern = getattr(config, setting)
-
-    def value(name: str) -> Any:
-        return pattern.get(get_pattern_key(pattern.keys(), name))
-
-    meant = {name: value(prefix + name) for name in sorted(adapted)}
-    if any(value(name) != wanted for name, wanted in meant.items()):
+    meant = {name: configs.value_for(pattern, prefix + name) for name in sorted(adapted)}
+    if any(configs.value_for(pattern, name) != wanted for name, wanted in meant.items()):
         exact = {f"^{re.escape(name)}": wanted for name, wanted in meant.items() if wanted is not None}
     else:
         used = {get_pattern_key(pattern.keys(), name) for name in adapted}

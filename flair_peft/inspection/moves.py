@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
+from flair_peft.adapter import config as configs
 from flair_peft.adapter import keys, traits
 from flair_peft.base import weight_files
 from flair_peft.errors import (
@@ -204,7 +204,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """Return what PEFT multiplies B·A with: alpha / r, or alpha / √r with rsLoRA."""
     patterns = config.get("alpha_pattern")
     patterns = patterns if isinstance(patterns, dict) else {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config.get("lora_alpha"))
+    alpha = configs.value_for(patterns, module, config.get("lora_alpha"))
     if not isinstance(alpha, (int, float)):
         raise MissingConfigError(
             f"Cannot plot the adapter: its config has no lora_alpha but {alpha!r:.40}, and without it the scale of "
