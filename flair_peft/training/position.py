@@ -29,6 +29,13 @@ PLANNED = (
 )
 
 
+_KEPT = (
+    *("epoch", "batches", "is_complete", "is_evaluated", "steps", "evaluations", "scores", "is_best", "best"),
+    "is_interrupted",
+)
+"""Attributes that the state of the training holds under their own names."""
+
+
 class ProgressPlugin(TrainerPlugin):
     """Knows how far a training has come, which Flair's trainer keeps in local variables."""
 
@@ -57,16 +64,7 @@ class ProgressPlugin(TrainerPlugin):
     def state_dict(self) -> State:
         """Return where the training stands, as plain values."""
         state = {
-            "epoch": self.epoch,
-            "batches": self.batches,
-            "is_complete": self.is_complete,
-            "is_evaluated": self.is_evaluated,
-            "steps": self.steps,
-            "evaluations": self.evaluations,
-            "scores": self.scores,
-            "is_best": self.is_best,
-            "best": self.best,
-            "is_interrupted": self.is_interrupted,
+            **{name: getattr(self, name) for name in _KEPT},
             "train_loss": self._train_loss,
             "random_at_epoch": None if self.is_complete else self._random_at_epoch,
             "settings": {name: self._settings.get(name) for name in (*PLANNED, *rates.NAMES)},
