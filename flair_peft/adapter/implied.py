@@ -176,7 +176,8 @@ def _prompt_method(tensors: Iterable[AdapterTensor], shapes: Shapes) -> str:
 def _ranks_and_flags(tensors: list[AdapterTensor], shapes: Shapes, says: traits.FromTensors) -> dict[str, Any]:
     setting, containers = says.rank
     ranks = {tensor.module: tensor.shape[0] for tensor in tensors if tensor.container in containers}
-    settings = {**({setting: _most_common(ranks)} if ranks else {}), **_only_targets(tensors, shapes, says)}
+    usual = Counter(ranks.values()).most_common(1)
+    settings = {**({setting: usual[0][0]} if usual else {}), **_only_targets(tensors, shapes, says)}
     others = {module: rank for module, rank in ranks.items() if rank != settings[setting]}
     if others and says.has_rank_pattern:
         settings["rank_pattern"] = {_suffix(module, [*ranks]): rank for module, rank in sorted(others.items())}
@@ -263,10 +264,6 @@ def _without_wrappers(key: str) -> str:
     """Return the key without PEFT's wrapper and what a Flair model puts in front of it."""
     wrapper = next((each for each in ("base_model.model.", "base_model.") if each in key), "base_model.model.")
     return key.rpartition(wrapper)[2]
-
-
-def _most_common(ranks: Mapping[str, int]) -> int:
-    return Counter(ranks.values()).most_common(1)[0][0]
 
 
 def _call(method: str, arguments: Mapping[str, Any]) -> str:

@@ -77,10 +77,6 @@ def _derive_prototypes(decoder: PrototypicalDecoder) -> Fields:
     }
 
 
-def _build_prototypes(dtype: torch.dtype, **settings: Any) -> PrototypicalDecoder:
-    return PrototypicalDecoder(**settings).to(dtype)
-
-
 def _size_prototypes(fields: Fields) -> int:
     count, width, length = fields["num_prototypes"], fields["prototype_size"], fields["embeddings_size"]
     mapping = area(length + 1, width) if width != length else 0
@@ -124,10 +120,6 @@ def _derive_verbalizer(decoder: LabelVerbalizerDecoder) -> Fields:
         "embeds_in_training": decoder.label_embedding.training,
         "labels": [_text_of(sentence) for sentence in decoder.verbalized_labels],
     }
-
-
-def _mold_verbalizer(label_embedding: Fields, embeds_in_training: bool, labels: list[str]) -> LabelVerbalizerDecoder:
-    return LabelVerbalizerDecoder(nn.Identity(), Dictionary(add_unk=False))
 
 
 def _text_of(sentence: Sentence) -> str | None:
@@ -197,7 +189,7 @@ KINDS: tuple[Kind, ...] = (
             "dtype": setting_checks.is_dtype,
         },
         derive=_derive_prototypes,
-        build=_build_prototypes,
+        build=lambda dtype, **settings: PrototypicalDecoder(**settings).to(dtype),
         size=_size_prototypes,
     ),
     Kind(
@@ -228,7 +220,7 @@ KINDS: tuple[Kind, ...] = (
         },
         derive=_derive_verbalizer,
         build=_build_verbalizer,
-        mold=_mold_verbalizer,
+        mold=lambda **_: LabelVerbalizerDecoder(nn.Identity(), Dictionary(add_unk=False)),
         holds_modules=True,
     ),
 )

@@ -58,9 +58,9 @@ def unsafe_part(params: Mapping[Any, Any]) -> str | None:
         return None
     if _trusts_code(params):
         return "trust_remote_code, with which transformers runs code from the Hub"
-    if any(_is_ours(base) for base in embeddings_class.__mro__):
-        return None
-    root = next((base for base in embeddings_class.__mro__ if _is_of_flair(base)), Embeddings)
+    if any(_package_of(base) == "flair_peft" for base in embeddings_class.__mro__):
+        return None  # these read their parameters by rules of their own
+    root = next((base for base in embeddings_class.__mro__ if _package_of(base) == "flair"), Embeddings)
     rules = next((_RULES[base] for base in root.__mro__ if base in _RULES), None)
     if rules is None:
         return None if root.__name__ in _ABSTRACT else f"{name}, which are read from a file or a program of their own"
@@ -97,13 +97,8 @@ class _Rules:
                 yield str(name)
 
 
-def _is_ours(base: type) -> bool:
-    # These read their parameters by rules of their own.
-    return base.__module__.split(".")[0] == "flair_peft"
-
-
-def _is_of_flair(base: type) -> bool:
-    return base.__module__.split(".")[0] == "flair"
+def _package_of(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
 
 
 def _trusts_code(settings: Mapping[Any, Any]) -> bool:

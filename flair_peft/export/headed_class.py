@@ -162,7 +162,9 @@ def fill_(headed: HeadedModel, head: LinearHead, is_right: Callable[[], bool]) -
     if 2 * len(head.labels) > first.out_features:
         raise _refused(kind, f"its first layer has no room for {len(head.labels)} labels")
     lengths = list[float]()
-    seeing = first.register_forward_pre_hook(lambda _, given: lengths.append(_longest(given[0])))
+    seeing = first.register_forward_pre_hook(
+        lambda _, given: lengths.append(float(given[0].float().norm(dim=-1).max()))
+    )
     with contextlib.ExitStack() as ending:
         ending.callback(seeing.remove)
         _fill_two_(first, last, head, _HALVES)
@@ -170,10 +172,6 @@ def fill_(headed: HeadedModel, head: LinearHead, is_right: Callable[[], bool]) -
             return True
     _fill_two_(first, last, head, _of_tanh(head, longest=max(lengths)))
     return is_right()
-
-
-def _longest(vectors: torch.Tensor) -> float:
-    return float(vectors.float().norm(dim=-1).max())
 
 
 def _of_tanh(head: LinearHead, *, longest: float) -> _Rows:

@@ -85,7 +85,7 @@ def find_adapters(found: Contents) -> Iterator[Adapter]:
         prefixes = _prefixes_of(found, embeddings, number, groups)
         config = found.configs.get(number) if isinstance(number, int) else None
         config = config or _plain_config(embeddings.params.get("peft_config"))
-        if config is not None or _hold_adapter(found, prefixes):
+        if config is not None or any(map(keys.is_adapter_key, own_tensors(found, prefixes))):
             seen.update({number} if isinstance(number, int) else ())
             yield _describe(found, place_of(embeddings), embeddings.params, config, prefixes)
 
@@ -117,11 +117,6 @@ def find_plain(found: Contents) -> Iterator[PlainTransformer]:
         own = own_tensors(found, prefixes or _plain_prefixes(found, embeddings))
         base = _describe_base(embeddings.params, None, own)
         yield PlainTransformer(place_of(embeddings), name if isinstance(name, str) else None, base)
-
-
-def _hold_adapter(found: Contents, prefixes: tuple[str, ...]) -> bool:
-    """Whether any tensor of these prefixes is one that PEFT adds."""
-    return any(keys.is_adapter_key(name) for name in own_tensors(found, prefixes))
 
 
 def own_tensors(found: Contents, prefixes: tuple[str, ...]) -> dict[str, StoredTensor]:

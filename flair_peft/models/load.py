@@ -140,7 +140,10 @@ def load_for_flair(
         elif not place.is_file():
             _refuse_device(place)
             refuse_useless(given, given, str(place), "there is no such file, and no such checkpoint on the Hub")
-            return _leave_to_flair(load, source if revision is None else f"{source}@{revision}")
+            name = source if revision is None else f"{source}@{revision}"
+            # Flair's own classes call one another's load with the same name: it is looked up once.
+            with within_load(left_to_flair=str(name)):
+                return load(name)
     stored = open_stored(place, chosen, expects_adapters=False)
     if stored.kind == "directory" or state_tree.has_adapters(stored.state):
         return load_stored(stored, model_class, peft_config=peft_config, load=load)
@@ -152,12 +155,6 @@ def load_for_flair(
 def is_flairs_own(source: Any) -> bool:
     """Whether Flair itself calls a ``load`` inside one: of a part of what is built, or of what it looks for already."""
     return current().is_building or current().left_to_flair == str(source)
-
-
-def _leave_to_flair(load: Callable[[Any], Model], name: Any) -> Model:
-    # Flair's own classes call one another's load with the same name: it is looked up once.
-    with within_load(left_to_flair=str(name)):
-        return load(name)
 
 
 def _refuse_device(path: Path) -> None:

@@ -99,10 +99,15 @@ def replace_directory(
     with explained(target):
         _check_place(target, is_right=os.path.isdir, kind="file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(target) as new, _nothing_left_of(new, target, names_of):
-            fill(new)
-            with lock(target.parent, WRITERS_PATIENCE):
-                _put_in_place(new, target, names_of, gives_way)
+        with new_folder(target) as new:
+            try:
+                fill(new)
+                with lock(target.parent, WRITERS_PATIENCE):
+                    _put_in_place(new, target, names_of, gives_way)
+            except BaseException:
+                for leftover in (new, once_old(new)):
+                    _dispose(leftover, target, names_of)
+                raise
     _after(target, names_of)
 
 
@@ -191,16 +196,6 @@ def _number_in(error: Exception) -> int | None:
     """Return the system's number of what went wrong where an error only tells it: libraries in Rust raise such."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found.group(1)) if found else None
-
-
-@contextlib.contextmanager
-def _nothing_left_of(new: Path, target: Path, names_of: NamesOf) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for leftover in (new, once_old(new)):
-            _dispose(leftover, target, names_of)
-        raise
 
 
 def _after(target: Path, names_of: NamesOf) -> None:

@@ -152,7 +152,7 @@ def _read(folder: Folder) -> Checkpoint:
         large = {
             name: opened.enter_context(folder.open(name, entry.bytes))
             for name, entry in document.files.items()
-            if _is_mapped(name, entry)
+            if name.endswith(".safetensors") and entry.bytes >= _MAPPED_FROM
         }
         small = {name: folder.content(name, entry.bytes) for name, entry in document.files.items() if name not in large}
         for name, entry in document.files.items():
@@ -164,10 +164,6 @@ def _read(folder: Folder) -> Checkpoint:
             else:
                 files[name] = small[name]
     return Checkpoint(document.body, files, tensors)
-
-
-def _is_mapped(name: str, entry: Entry) -> bool:
-    return name.endswith(".safetensors") and entry.bytes >= _MAPPED_FROM
 
 
 def _check_hash(path: Path, content: bytes | BinaryIO, entry: Entry) -> None:

@@ -117,7 +117,8 @@ def _read_old(path: HeldFile) -> Outline:
             if found[0] != _OLD_MAGIC:  # one pickle alone
                 return Outline(path, found[0], {})
         value, keys = found[3:]
-        return Outline(path, value, _places_in_row(mapped, end, keys, _storages_in(value)))
+        known = {tensor.storage.key: tensor.storage for tensor in tensors_in(value).values()}
+        return Outline(path, value, _places_in_row(mapped, end, keys, known))
 
 
 def _places_in_row(mapped: mmap.mmap, end: int, keys: Any, known: Mapping[str, Storage]) -> dict[str, tuple[int, int]]:
@@ -131,10 +132,6 @@ def _places_in_row(mapped: mmap.mmap, end: int, keys: Any, known: Mapping[str, S
             raise MalformedPickleError("the file ends before its tensors do")
         places[key] = (start, end)
     return places
-
-
-def _storages_in(value: Any) -> dict[str, Storage]:
-    return {tensor.storage.key: tensor.storage for tensor in tensors_in(value).values()}
 
 
 def tensors_in(value: Any) -> dict[str, Tensor]:

@@ -85,17 +85,13 @@ def holds_adapters(path: AnyFile) -> bool:
 def _holds_adapters(path: AnyFile, contents: scan.PickleContents | None) -> bool:
     if contents is None or not contents.marks:
         return False
-    if not contents.is_whole or any(map(_tells_of_adapters, contents.globals)):
+    if not contents.is_whole or any(n == scan.UNRESOLVED or n.startswith("flair_peft.") for n in contents.globals):
         return True
     try:
         state = outline.read_outline(path).value
     except ModelFileError:
         return True
     return not isinstance(state, dict) or not _holds_tensors(state) or state_tree.has_adapters(state)
-
-
-def _tells_of_adapters(name: str) -> bool:
-    return name == scan.UNRESOLVED or name.startswith("flair_peft.")
 
 
 def _read(path: HeldFile, *, expects_adapters: bool, trust_pickle: bool) -> Any:
@@ -150,11 +146,6 @@ def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it holds bytes in {encoding!r:.80}")
     return text.encode("latin1")
-
-
-def _empty_bytes() -> bytes:
-    """Return no bytes, which protocol 2 stores as a call; with a number, ``bytes`` would fill the memory."""
-    return b""
 
 
 def _default_dictionary(factory: str | None = None) -> defaultdict[Any, Any]:
@@ -219,7 +210,7 @@ def _is_config(name: str) -> bool:
 # Instead of what these names mean elsewhere, which does more with some arguments than a Flair model needs.
 _REPLACED: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
-    "__builtin__.bytes": _empty_bytes,
+    "__builtin__.bytes": lambda: b"",  # as protocol 2 stores no bytes; with a number, they would fill the memory
     "collections.defaultdict": _default_dictionary,
     "numpy.dtype": _NumpyType,
     "numpy.core.multiarray.scalar": _number,
