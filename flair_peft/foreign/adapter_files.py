@@ -19,9 +19,10 @@ from flair_peft.foreign import older_peft
 from flair_peft.primitives.fingerprint import not_finite
 from flair_peft.primitives.held_file import AnyFile, HeldFile
 from flair_peft.primitives.load_context import LoadOptions
-from flair_peft.storage import held_directory, hub
+from flair_peft.storage import file_names, held_directory, hub
 
-CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, WEIGHTS = file_names.ADAPTER_CONFIG, file_names.ADAPTER_WEIGHTS
+OLD_WEIGHTS = file_names.OLD_ADAPTER_WEIGHTS
 
 EXPORTED = "flair_peft"
 """What the config of a model that this package exported calls the settings of the Flair model."""

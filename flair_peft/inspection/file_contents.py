@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CHECKPOINT, FILE, STOCK, ADAPTER = "checkpoint", "file", "stock", "adapter"
 
 _RESTORE = "flair_peft.codec.restore_state"
-_ADAPTER_FILES = (file_names.ADAPTER_WEIGHTS, "adapter_model.bin")
+_ADAPTER_FILES = (file_names.ADAPTER_WEIGHTS, file_names.OLD_ADAPTER_WEIGHTS)
 _LARGEST_CONFIG = 16 << 20
 
 # As safetensors calls them, where torch's own names differ.

@@ -9,6 +9,7 @@ from typing import Any
 from flair_peft.errors import ModelFileError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OLD_ADAPTER_WEIGHTS = "adapter_model.bin"
 
 
 HEAD, BASE = "head.safetensors", "base.safetensors"
