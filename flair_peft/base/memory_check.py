@@ -155,21 +155,18 @@ class Bounds(TorchFunctionMode):
         Raises:
             ModelFileError: they are.
         """
-        with contextlib.suppress(RecursionError):  # who reads a config that is so deep says so
-            self._check_settings(settings)
-
-    def _check_settings(self, settings: Any) -> None:
         size = max(_USUAL_SIZE, self.largest)
-        for name, value in settings.items() if isinstance(settings, Mapping) else ():
-            is_size = name in _RANKS and not traits.of_method(str(settings.get("peft_type"))).has_free_rank
-            too_large = [number for number in _numbers_in(value) if number > size] if is_size else []
-            if too_large or _entries(value, size) > max(_USUAL_ENTRIES, _TENSORS_FOR_EACH * self.count):
-                what = f"{max(too_large):,}" if too_large else f"{len(value):,} entries"
-                raise ModelFileError(
-                    f"Cannot build the adapter in '{self.source}': its config has {what} in '{name}', and the file has "
-                    "no tensor that is so large, or not so many. It is not the config that the tensors were trained "
-                    "with. Correct it, or copy or save the file again."
-                )
+        with contextlib.suppress(RecursionError):  # who reads a config that is so deep says so
+            for name, value in settings.items() if isinstance(settings, Mapping) else ():
+                is_size = name in _RANKS and not traits.of_method(str(settings.get("peft_type"))).has_free_rank
+                too_large = [number for number in _numbers_in(value) if number > size] if is_size else []
+                if too_large or _entries(value, size) > max(_USUAL_ENTRIES, _TENSORS_FOR_EACH * self.count):
+                    what = f"{max(too_large):,}" if too_large else f"{len(value):,} entries"
+                    raise ModelFileError(
+                        f"Cannot build the adapter in '{self.source}': its config has {what} in '{name}', and the file "
+                        "has no tensor that is so large, or not so many. It is not the config that the tensors were "
+                        "trained with. Correct it, or copy or save the file again."
+                    )
 
     def begin(self, factor: int = _TENSORS_FOR_EACH) -> None:
         """Begin to count anew: a model is built next, or an adapter, with so many tensors for each in the files."""

@@ -24,27 +24,19 @@ log = logging.getLogger("flair_peft")
 
 
 @dataclass
-class _Place:
-    """Device and dtype of a tensor of an adapter that is in use."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-
-@dataclass
 class _Adapter:
     """The adapter of one embeddings module, and its tensors as its file holds them.
 
     Attributes:
         files: name of a parameter → the same values, mapped from the file.
-        places: name of a parameter that was left on disk → where it belongs.
+        places: name of a parameter that was left on disk → device and dtype that it has in use.
         users: forward passes that are going on.
         is_changed: whether none of its tensors was found to be as the file has it.
     """
 
     embeddings: weakref.ref[torch.nn.Module]
     files: dict[str, torch.Tensor]
-    places: dict[str, _Place] = field(default_factory=dict)
+    places: dict[str, tuple[torch.device, torch.dtype]] = field(default_factory=dict)
     users: int = 0
     is_changed: bool = False
 
@@ -137,7 +129,7 @@ def _offload_(adapter: _Adapter) -> None:
     for name, parameter in model.named_parameters():
         stored = adapter.files.get(name)
         if stored is not None and are_same_bits(exact.get(name, parameter).cpu(), stored):
-            adapter.places[name] = _Place(parameter.device, parameter.dtype)
+            adapter.places[name] = parameter.device, parameter.dtype
             parameter.data = stored
             if name in exact:
                 exact[name] = stored
@@ -155,7 +147,7 @@ def _reload_(adapter: _Adapter) -> None:
         parameters = dict(_model_of(adapter).named_parameters())
         for name, place in places.items():
             if name in parameters and parameters[name].data_ptr() == adapter.files[name].data_ptr():
-                parameters[name].data = adapter.files[name].to(place.device, place.dtype)
+                parameters[name].data = adapter.files[name].to(*place)
 
 
 def _size(adapter: _Adapter) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,14 +19,6 @@ log = logging.getLogger("flair_peft")
 
 # What transformers applies a head to → Flair models whose head is applied to the same.
 _READERS = {"tokens": (SequenceTagger, TokenClassifier), "last token": (TextClassifier,)}
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A foreign linear layer: ``weight`` is (labels, length), ``bias`` (labels,); transformers leaves out some."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
 
 
 def take_over_head(model: Model, *, labels: Sequence[str] | None = None) -> list[str]:
@@ -52,16 +43,21 @@ def take_over_head(model: Model, *, labels: Sequence[str] | None = None) -> list
     embeddings = _embeddings_of(model)
     head = embeddings.foreign_head
     assert head is not None
-    foreign, own = _linear_of(head), _own_linear(model)
+    weight, bias = _linear_of(head)
+    own = _own_linear(model)
     _check_reading(model, embeddings, head)
-    names = _check_labels(labels or head.labels, len(foreign.weight))
-    if foreign.weight.shape[1] != own.in_features:
-        raise _refused(model, f"it reads vectors of length {foreign.weight.shape[1]}, and this one {own.in_features}")
+    names = _check_labels(labels or head.labels, len(weight))
+    if weight.shape[1] != own.in_features:
+        raise _refused(model, f"it reads vectors of length {weight.shape[1]}, and this one {own.in_features}")
     items = model.label_dictionary.get_items()
     rows = {items.index(name): row for row, name in enumerate(names) if name in items}
     if not rows:
         raise _refused(model, f"it knows the labels {name_some(names)}, and this one {name_some(items)}")
-    _copy_(own, foreign, rows)
+    with torch.no_grad():
+        for mine, theirs in rows.items():
+            own.weight[mine] = weight[theirs].to(own.weight)
+            if own.bias is not None:
+                own.bias[mine] = bias[theirs].to(own.bias)
     model.eval()  # Flair does so in its load and its trainer, never in predict
     lacking, unused = [name for name in items if name not in names], [name for name in names if name not in items]
     if lacking or unused:
@@ -85,7 +81,8 @@ def _embeddings_of(model: Model) -> PeftTransformerEmbeddings:
     return with_head[0]
 
 
-def _linear_of(head: ForeignHead) -> _Linear:
+def _linear_of(head: ForeignHead) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weight, (labels, length), and the bias, (labels,), of a head; transformers leaves out some biases."""
     if head.reads is None:
         raise HeadMismatchError(
             f"Cannot take over the head of {head.source_class or 'an unknown class'}: {name_some(head.tensors)}. It is "
@@ -104,7 +101,7 @@ def _linear_of(head: ForeignHead) -> _Linear:
             "several. Save it with modules_to_save, or train the head anew on these embeddings."
         )
     bias = parts.get("bias")
-    return _Linear(weight, torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias)
+    return weight, torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias
 
 
 def _own_linear(model: Model) -> torch.nn.Linear:
@@ -151,14 +148,6 @@ def _check_labels(labels: Sequence[str] | None, rows: int) -> Sequence[str]:
             "head scores one label. Pass labels=[…] in the order of the rows."
         )
     return labels
-
-
-def _copy_(own: torch.nn.Linear, foreign: _Linear, rows: Mapping[int, int]) -> None:
-    with torch.no_grad():
-        for mine, theirs in rows.items():
-            own.weight[mine] = foreign.weight[theirs].to(own.weight)
-            if own.bias is not None:
-                own.bias[mine] = foreign.bias[theirs].to(own.bias)
 
 
 def _refused(model: Any, reason: str) -> HeadMismatchError:
