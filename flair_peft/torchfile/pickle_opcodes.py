@@ -26,7 +26,6 @@ _LONGEST_BYTES = 10_000
 LONGEST_TEXT = 64 << 20
 _LONGEST_NUMBER = 16
 _MOST_DIMENSIONS = 64
-_ZIP = b"PK\x03\x04"
 
 _DTYPES = {f"torch.{dtype}": dtype for dtype in ITEM_BYTES}
 _DICTIONARIES = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter"})
@@ -115,7 +114,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 def _blob(content: bytes) -> Blob:
     marked = content
-    if content.startswith(_ZIP):
+    if content.startswith(scan.ZIP_START):
         # An archive also says when its files were written.
         with contextlib.suppress(zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, OSError):
             members = zipfile.ZipFile(io.BytesIO(content)).infolist()
@@ -154,10 +153,6 @@ def _refer(machine: _Machine, *_: int) -> None:
     if kind != "storage" or not isinstance(storage, Name) or not isinstance(key, str) or type(count) is not int:
         raise MalformedPickleError("it refers to something that is not a tensor's storage")
     machine.push(Storage(storage.text, key, count))
-
-
-def _reduce(machine: _Machine, *_: int) -> None:
-    machine.push(_call(*machine.take(2)))
 
 
 def _create(machine: _Machine, *_: int) -> None:
@@ -239,34 +234,19 @@ def _push_bytes(machine: _Machine, start: int, stop: int) -> None:
     machine.push(_blob(content) if len(content) > _LONGEST_BYTES else content)
 
 
-def _pushing(make: Callable[[], Any]) -> _Handler:
-    return lambda machine, *_: machine.push(make())
-
-
-def _pushing_taken(count: int) -> _Handler:
-    return lambda machine, *_: machine.push(machine.take(count))
-
-
-def _pushing_marked(make: Callable[[list[Any]], Any]) -> _Handler:
-    return lambda machine, *_: machine.push(make(machine.take_marked()))
-
-
-_Handler = Callable[[_Machine, int, int], object]
-
-
 def _unsigned(machine: _Machine, start: int, stop: int) -> int:
     return int.from_bytes(machine.buffer[start:stop], "little")
 
 
-_BY_OPCODES: dict[str, _Handler] = {
+_BY_OPCODES: dict[str, Callable[[_Machine, int, int], object]] = {
     "PROTO FRAME STOP": lambda *_: None,
     "MARK": lambda machine, *_: machine.mark(),
     "POP": _pop,
     "POP_MARK": lambda machine, *_: machine.take_marked(),
     "DUP": lambda machine, *_: machine.push(machine.stack[-1]),
-    "NONE": _pushing(lambda: None),
-    "NEWTRUE": _pushing(lambda: True),
-    "NEWFALSE": _pushing(lambda: False),
+    "NONE": lambda machine, *_: machine.push(None),
+    "NEWTRUE": lambda machine, *_: machine.push(True),
+    "NEWFALSE": lambda machine, *_: machine.push(False),
     "INT LONG": _push_int_line,
     "BININT LONG1 LONG4": _push_number,
     "BININT1 BININT2": lambda machine, start, stop: machine.push(_unsigned(machine, start, stop)),
@@ -277,21 +257,21 @@ _BY_OPCODES: dict[str, _Handler] = {
     "UNICODE": lambda machine, start, stop: machine.push(machine.text(start, stop - 1, "raw-unicode-escape")),
     "SHORT_BINUNICODE BINUNICODE BINUNICODE8": lambda machine, start, stop: machine.push(machine.text(start, stop)),
     "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8": _push_bytes,
-    "EMPTY_LIST": _pushing(list),
-    "LIST": _pushing_marked(list),
+    "EMPTY_LIST": lambda machine, *_: machine.push([]),
+    "LIST": lambda machine, *_: machine.push(machine.take_marked()),
     "APPEND": lambda machine, *_: _append(machine, machine.take(1)),
     "APPENDS ADDITEMS": lambda machine, *_: _append(machine, machine.take_marked()),
-    "EMPTY_TUPLE": _pushing(tuple),
-    "TUPLE": _pushing_marked(tuple),
-    "TUPLE1": _pushing_taken(1),
-    "TUPLE2": _pushing_taken(2),
-    "TUPLE3": _pushing_taken(3),
-    "EMPTY_DICT": _pushing(dict),
-    "DICT": _pushing_marked(lambda items: _set_items({}, items)),
+    "EMPTY_TUPLE": lambda machine, *_: machine.push(()),
+    "TUPLE": lambda machine, *_: machine.push(tuple(machine.take_marked())),
+    "TUPLE1": lambda machine, *_: machine.push(machine.take(1)),
+    "TUPLE2": lambda machine, *_: machine.push(machine.take(2)),
+    "TUPLE3": lambda machine, *_: machine.push(machine.take(3)),
+    "EMPTY_DICT": lambda machine, *_: machine.push({}),
+    "DICT": lambda machine, *_: machine.push(_set_items({}, machine.take_marked())),
     "SETITEM": lambda machine, *_: _set(machine, machine.take(2)),
     "SETITEMS": lambda machine, *_: _set(machine, machine.take_marked()),
-    "EMPTY_SET": _pushing(lambda: Made("builtins.set")),
-    "FROZENSET": _pushing_marked(lambda items: Made("builtins.frozenset", items=items)),
+    "EMPTY_SET": lambda machine, *_: machine.push(Made("builtins.set")),
+    "FROZENSET": lambda machine, *_: machine.push(Made("builtins.frozenset", items=machine.take_marked())),
     "GET": lambda machine, start, stop: machine.push(machine.memo[int(_line(machine, start, stop))]),
     "BINGET LONG_BINGET": lambda machine, start, stop: machine.push(machine.memo[_unsigned(machine, start, stop)]),
     "PUT": lambda machine, start, stop: machine.remember(int(_line(machine, start, stop))),
@@ -299,7 +279,7 @@ _BY_OPCODES: dict[str, _Handler] = {
     "MEMOIZE": lambda machine, *_: machine.remember(len(machine.memo)),
     "GLOBAL": _name,
     "STACK_GLOBAL": _name_of_stack,
-    "REDUCE": _reduce,
+    "REDUCE": lambda machine, *_: machine.push(_call(*machine.take(2))),
     "NEWOBJ": _create,
     "NEWOBJ_EX": _create_by_names,
     "BUILD": _build,

@@ -23,7 +23,7 @@ UNRESOLVED = "<a name that the file computes>"
 
 Buffer = bytes | mmap.mmap
 
-_ZIP_START = b"PK\x03\x04"
+ZIP_START = b"PK\x03\x04"
 
 # Old-style torch files are a magic number, a protocol, the system, the object and the storage keys, one pickle each;
 # the bytes of the tensors follow, and they may look like anything.
@@ -61,8 +61,8 @@ _STRINGS = _UNICODE | _OLD_STRINGS
 
 # Whoever names something of this package wrote a model with an adapter, whatever its tensors are called.
 _OWN = b"flair_peft."
-_MARKING = _STRINGS | _codes("GLOBAL", "INST")
 _NAMES_IN_PLACE = _codes("GLOBAL", "INST")
+_MARKING = _STRINGS | _NAMES_IN_PLACE
 _EXTENSIONS = _codes("EXT1", "EXT2", "EXT4")
 _GETS = _codes("GET", "BINGET", "LONG_BINGET")
 _PUTS = _codes("PUT", "BINPUT", "LONG_BINPUT")
@@ -113,7 +113,7 @@ def read_contents(path: AnyFile) -> PickleContents | None:
 def is_zip(path: AnyFile) -> bool:
     """Whether torch reads the file as a zip file: it looks at the first four bytes only."""
     with path.open("rb") as file:
-        return file.read(4) == _ZIP_START
+        return file.read(4) == ZIP_START
 
 
 @contextlib.contextmanager
@@ -370,7 +370,7 @@ def _locate(mapped: mmap.mmap, listed: zipfile.ZipInfo, path: AnyFile) -> Member
     is_deferred = bool(flags & 8)
     sizes_agree = {packed, unpacked} <= {listed.file_size, 0xFFFFFFFF} and checksum == listed.CRC
     if (
-        signature != _ZIP_START
+        signature != ZIP_START
         or method != zipfile.ZIP_STORED
         or name != listed.orig_filename.encode()
         or listed.compress_size != listed.file_size
