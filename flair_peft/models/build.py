@@ -14,7 +14,7 @@ from flair_peft.codec import state_positions
 from flair_peft.embeddings import fill_weights, head_dtype, plain_transformers
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.errors import StateMismatchError, name_some
-from flair_peft.models import head_probe
+from flair_peft.models import head_probe, unkept_settings
 from flair_peft.models.stored import Stored, report_not_finite
 from flair_peft.primitives import building
 from flair_peft.primitives.load_context import within_load
@@ -46,6 +46,7 @@ def build(stored: Stored, load: Callable[[dict[str, Any]], Model]) -> Model:
             _take_from_bases_(stored)
             tensors = state_tree.tensors_of(stored.state)
             model = load(stored.state)
+        unkept_settings.set_again_(model, stored.state, source=source)
         if stored.kind == "directory" and not adapted_embeddings(model):
             fill_weights.take_dtypes_(model, tensors)
         _check_numbers(model, stored.tensors, source)

@@ -21,7 +21,7 @@ from flair_peft.embeddings import plain_transformers, stored_params, untrained
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.embeddings.vector_probe import Reading
 from flair_peft.errors import AdapterConfigError, UnsupportedStateError
-from flair_peft.models import card, head_probe
+from flair_peft.models import card, head_probe, unkept_settings
 from flair_peft.primitives import mapped_memory
 from flair_peft.primitives.base_record import StoredBase
 from flair_peft.primitives.load_context import LoadOptions, within_load
@@ -117,6 +117,7 @@ def plan_save(
             f"Cannot save this {type(model).__name__}: it is no Flair model, which has a head and labels as well. Pass "
             "the model that you trained, such as a TextClassifier."
         )
+    unkept_settings.refuse_deciding(model)
     embedded = adapted_embeddings(model)
     if not embedded:
         return _plan_plain(model, stored_base or functools.partial(_base_here, save_base=bool(save_base)))
@@ -194,6 +195,8 @@ def encode(plan: SavePlan, **extra: Any) -> Description:
     with _one_save:
         with plain_transformers.describing(plain):
             state: dict[str, Any] = _to_store(_state_of(model), plan, model, complete)
+        if unkept := unkept_settings.read(model):
+            state = {**state, unkept_settings.KEY: unkept}
         head = {**plan.head, "settings": head_probe.digest(state)}
         state = {**state, head_probe.KEY: head, "versions": versions(), **extra}
         if model.model_card is not None:

@@ -49,6 +49,6 @@ def compare_with_load(model: Model, document: Mapping[str, Any], files: Mapping[
 def _lost(model: Model, source: str, what: str) -> UnsupportedStateError:
     return UnsupportedStateError(
         f"Cannot save this {type(model).__name__} to '{source}': what Flair stores of it does not load as the same "
-        f"model ({what.rstrip('.')}). A part of it was made with a setting that its class does not keep, as "
-        "FlairEmbeddings do not keep with_whitespace=False. Nothing was written; make that part without the setting."
+        f"model ({what.rstrip('.')}). A part of it was made with a setting that its class does not keep. "
+        "Nothing was written; make that part without the setting."
     )

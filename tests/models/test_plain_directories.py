@@ -397,7 +397,6 @@ def test_embeddings_that_code_around_them_makes_are_stored_whole(
 
 
 UNSTORABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "a setting that is not kept": (lambda _: characters(with_whitespace=False), "with_whitespace=False"),
     "words of a corpus": (lambda _: DocumentTFIDFEmbeddings([Sentence("Berlin")] * 2), "DocumentTFIDFEmbeddings"),
     "an adapter": (lambda at: TransformerDocumentEmbeddings(at, peft_config=lora()), "PeftTransformerDocument"),
 }

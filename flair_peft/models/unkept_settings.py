@@ -1,0 +1,115 @@
+"""Settings that Flair's classes take and do not keep: stored beside what Flair stores, and set again by a load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+from flair.embeddings import FlairEmbeddings
+from flair.models import SequenceTagger, SpanClassifier, TARSClassifier, TARSTagger, TokenClassifier
+from flair.nn import Model
+
+from flair_peft.errors import ModelFileError, UnsupportedStateError
+
+KEY = "unkept_settings"
+"""Where the state of a model holds them: path of the module → name → value."""
+
+# Class → attributes that neither its state nor its parameters bring back, with what they are without.
+_UNKEPT: dict[type, dict[str, Any]] = {
+    FlairEmbeddings: {"with_whitespace": True},
+    SpanClassifier: {"_span_label_type": None},  # Flair stores it, and does not read it again
+    TARSClassifier: {
+        "prefix": True,
+        "tars_model.multi_label": False,
+        "tars_model.multi_label_threshold": {"default": 0.5},
+    },
+    TokenClassifier: {"span_encoding": "BIOES"},
+}
+
+# Those on which the weights depend: what Flair builds without them cannot hold these.
+_DECIDING: tuple[tuple[type, str, Callable[[Any], bool]], ...] = (
+    (FlairEmbeddings, "a recurrent_type other than LSTM", lambda found: found.lm.recurrent_type != "LSTM"),
+    (SequenceTagger, "bidirectional=False", lambda found: found.use_rnn and not found.bidirectional),
+    (TARSClassifier, "loss_weights", lambda found: found.tars_model.loss_weights is not None),
+    (TARSTagger, "tag_format", lambda found: found.tars_model.tag_format != "BIOES"),
+)
+
+
+def refuse_deciding(model: Model) -> None:
+    """Return if what Flair builds of the settings that it keeps has places for the weights of the model.
+
+    Raises:
+        UnsupportedStateError: it has not.
+    """
+    for module in model.modules():
+        for kind, setting, is_set in _DECIDING:
+            if isinstance(module, kind) and is_set(module):
+                raise UnsupportedStateError(
+                    f"Cannot store this {type(model).__name__}: Flair does not keep {setting} of {kind.__name__}, and "
+                    "what it builds without that has no place for the weights. Nothing could load what would be "
+                    f"written. Make the {kind.__name__} without it."
+                )
+
+
+def read(model: Model) -> dict[str, dict[str, Any]]:
+    """Return those that differ from what Flair's classes take where nobody says anything: path → name → value."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, module, name, usual in _settings(model):
+        value = attrgetter(name)(module)
+        if value != usual:
+            found.setdefault(path, {})[name] = value
+    return found
+
+
+def set_again_(model: Model, state: Mapping[str, Any], *, source: str) -> None:
+    """The model has the settings of a state, in place; what the state does not say stays.
+
+    Raises:
+        ModelFileError: the state says something that no such model has.
+    """
+    stored = state.get(KEY, {})
+    if KEY not in state and isinstance(model, SpanClassifier) and state.get("span_label_type") is not None:
+        stored = {"": {"_span_label_type": state["span_label_type"]}}  # files of before, and of Flair
+    known = {(path, name): (module, usual) for path, module, name, usual in _settings(model)}
+    given = [*_given(stored)]
+    if any(entry is None or not _fits(entry[2], known.get(entry[:2])) for entry in given):
+        raise ModelFileError(
+            f"Cannot load '{source}': its '{KEY}' are damaged. They hold settings that Flair's classes do not "
+            "keep, and fit no module of this model. Copy or save the file again."
+        )
+    for path, name, value in filter(None, given):
+        *above, attribute = name.split(".")
+        module = known[path, name][0]
+        setattr(attrgetter(*above)(module) if above else module, attribute, value)
+        if name == "tars_model.multi_label":
+            loss = torch.nn.BCEWithLogitsLoss if value else torch.nn.CrossEntropyLoss
+            module.tars_model.loss_function = loss(reduction="sum")
+
+
+def _settings(model: Model) -> Iterator[tuple[str, Any, str, Any]]:
+    """Yield path and module, name of an attribute, and what it is without."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for kind, settings in _UNKEPT.items():
+            if isinstance(module, kind):
+                yield from ((path, module, name, usual) for name, usual in settings.items())
+
+
+def _given(stored: Any) -> Iterator[tuple[str, str, Any] | None]:
+    """Yield path, name and value; ``None`` for what has another form."""
+    for path, settings in stored.items() if isinstance(stored, Mapping) else [("", None)]:
+        if not isinstance(settings, Mapping):
+            yield None
+        else:
+            yield from ((path, name, value) for name, value in settings.items())
+
+
+def _fits(value: Any, known: tuple[Any, Any] | None) -> bool:
+    """Whether a value is of the kind that the usual one is."""
+    if known is None:
+        return False
+    if isinstance(known[1], dict):
+        is_plain = isinstance(value, dict) and all(type(each) in (int, float) for each in value.values())
+        return is_plain and "default" in value
+    return type(value) is (str if known[1] is None else type(known[1]))

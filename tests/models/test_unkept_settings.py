@@ -1,0 +1,227 @@
+"""Settings that Flair's classes take and do not keep come back all the same, or are refused before a training.
+
+The oracle is the live model before it is saved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flair.data import Corpus, Dictionary, Sentence
+from flair.embeddings import (
+    FlairEmbeddings,
+    PooledFlairEmbeddings,
+    StackedEmbeddings,
+    TransformerDocumentEmbeddings,
+    TransformerWordEmbeddings,
+)
+from flair.models import LanguageModel, SequenceTagger, SpanClassifier, TARSClassifier, TARSTagger, TokenClassifier
+from flair.nn import Model
+from flair.trainers import ModelTrainer
+
+import flair_peft
+from flair_peft.errors import ModelFileError, UnsupportedStateError
+from flair_peft.models import unkept_settings
+from tests.support.configs import lora
+from tests.support.files import resign, save_as
+from tests.support.methods import perturb_
+
+Base = Callable[[str], str]
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?"
+
+
+def dictionary(*items: str, add_unk: bool = False, span_labels: bool = False) -> Dictionary:
+    made = Dictionary(add_unk=add_unk)
+    made.span_labels = span_labels
+    for item in items:
+        made.add_item(item)
+    return made
+
+
+def characters(recurrent_type: str = "LSTM", **options: Any) -> FlairEmbeddings:
+    made = LanguageModel(
+        dictionary(*LETTERS, add_unk=True),
+        True,
+        hidden_size=16,
+        nlayers=1,
+        embedding_size=8,
+        recurrent_type=recurrent_type,
+    )
+    return FlairEmbeddings(made, name="characters", **options)
+
+
+def tagger(embeddings: Any, **options: Any) -> SequenceTagger:
+    heads = {"use_rnn": False, "use_crf": False, "reproject_embeddings": False, **options}
+    return SequenceTagger(embeddings, dictionary("O", "S-PER", "S-LOC"), "ner", **heads)
+
+
+def linker(words: Any) -> SpanClassifier:
+    labels = dictionary("Berlin_(city)", "Paris_(city)", add_unk=True)
+    return SpanClassifier(words, labels, label_type="nel", span_label_type="ner")
+
+
+def tars(texts: Any, **options: Any) -> TARSClassifier:
+    return TARSClassifier("task", dictionary("good", "bad", "odd"), "class", texts, **options)
+
+
+MODELS: dict[str, tuple[bool, Callable[[Any], Model]]] = {
+    "spans to link": (True, linker),
+    "spans in BIO": (
+        True,
+        lambda words: TokenClassifier(words, dictionary("PER", "LOC", span_labels=True), "ner", span_encoding="BIO"),
+    ),
+    "without whitespace": (True, lambda words: tagger(StackedEmbeddings([words, characters(with_whitespace=False)]))),
+    "pooled": (
+        True,
+        lambda words: tagger(StackedEmbeddings([words, PooledFlairEmbeddings(characters(with_whitespace=False))])),
+    ),
+    "several labels": (False, lambda texts: tars(texts, multi_label=True, multi_label_threshold=0.01)),
+    "thresholds": (False, lambda texts: tars(texts, multi_label_threshold={"default": 0.2, "good": 0.9})),
+    "prompt behind": (False, lambda texts: tars(texts, prefix=False)),
+    "no task": (False, lambda texts: TARSClassifier(embeddings=texts, prefix=False)),
+}
+"""Name → whether it reads words, and the model around embeddings."""
+
+
+def embeddings_for(at: str, *, words: bool, has_adapter: bool) -> Any:
+    if has_adapter:
+        ours = flair_peft.PeftTransformerWordEmbeddings if words else flair_peft.PeftTransformerDocumentEmbeddings
+        return ours(at, peft_config=lora())
+    return (TransformerWordEmbeddings if words else TransformerDocumentEmbeddings)(at)
+
+
+def answers(model: Any) -> list[tuple[str, str, float]]:
+    sentence = Sentence("Berlin and Paris are large .", use_tokenizer=False)
+    sentence[0:1].add_label("ner", "LOC")
+    for module in model.modules():
+        if isinstance(module, PooledFlairEmbeddings):  # these remember what they saw
+            module.word_embeddings, module.word_count = {}, {}
+    model.eval()
+    if isinstance(model, TARSClassifier) and model._current_task is None:
+        model.predict_zero_shot(sentence, ["good", "bad"], multi_label=True)
+    else:
+        model.predict(sentence, label_name="found", return_probabilities_for_all_classes=True)
+    labels = [*sentence.get_labels("found"), *sentence.get_labels("good-bad"), *sentence.labels]
+    tags = [label for token in sentence for label in token.get_tags_proba_dist("found")]
+    return [(label.data_point.text, label.value, label.score) for label in [*labels, *tags]]
+
+
+@pytest.mark.parametrize("has_adapter", [True, False])
+@pytest.mark.parametrize("kind", MODELS)
+def test_settings_that_flair_does_not_keep_come_back(kind: str, has_adapter: bool, base: Base, tmp_path: Path) -> None:
+    """In a directory and in a file, through a second save, with an adapter and without."""
+    words, make = MODELS[kind]
+    model = make(embeddings_for(base("bert"), words=words, has_adapter=has_adapter))
+    perturb_(model, 1)
+    expected, settings = answers(model), unkept_settings.read(model)
+    assert expected
+    assert settings
+    for form in ("directory", "file") if has_adapter else ("directory",):
+        loaded = type(model).load(save_as(form, model, tmp_path))
+        assert answers(loaded) == expected
+        assert unkept_settings.read(loaded) == settings
+        again = type(model).load(save_as(form, loaded, tmp_path / "again"))
+        assert answers(again) == expected
+
+
+def test_loss_of_a_tars_with_several_labels_is_what_it_was(base: Base, tmp_path: Path) -> None:
+    """A training that goes on would lower something else."""
+    texts = embeddings_for(base("bert"), words=False, has_adapter=True)
+    model = tars(texts, multi_label=True)
+    loaded = flair_peft.from_pretrained(save_as("directory", model, tmp_path))
+    assert type(loaded.tars_model.loss_function) is type(model.tars_model.loss_function)
+    assert loaded.tars_model.loss_function.reduction == model.tars_model.loss_function.reduction
+
+
+def test_training_goes_on_with_spans_in_bio(base: Base, tmp_path: Path) -> None:
+    """Tags of another encoding are not in the dictionary of the head."""
+    words = embeddings_for(base("bert"), words=True, has_adapter=True)
+    labels = dictionary("PER", span_labels=True)
+    model = TokenClassifier(words, labels, "ner", span_encoding="BIO")
+    loaded = flair_peft.from_pretrained(save_as("directory", model, tmp_path))
+    sentence = Sentence("George Washington spoke")
+    sentence[0:2].add_label("ner", "PER")
+    loss, count = loaded.forward_loss([sentence])
+    assert loss.isfinite()
+    assert count == 3
+
+
+def test_spans_that_a_file_of_before_links_are_found_again(base: Base, tmp_path: Path) -> None:
+    """Flair wrote the name of their labels into each file, and read it from none."""
+    model = linker(embeddings_for(base("bert"), words=True, has_adapter=True))
+    saved = save_as("directory", model, tmp_path)
+    resign(saved, lambda document: document["model"].pop(unkept_settings.KEY))
+    loaded = flair_peft.from_pretrained(saved, verify=False)
+    assert loaded._span_label_type == "ner"
+    assert answers(loaded) == answers(model)
+
+
+DAMAGED: dict[str, Any] = {
+    "no mapping": ["ner"],
+    "no module": {"elsewhere": {"_span_label_type": "ner"}},
+    "no setting of this class": {"": {"predict": "ner"}},
+    "another kind of value": {"": {"_span_label_type": 3}},
+    "no settings": {"": "ner"},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_settings_are_refused(damage: str, base: Base, tmp_path: Path) -> None:
+    """Nothing but what Flair's classes do not keep can be set by a file."""
+    saved = save_as("directory", linker(embeddings_for(base("bert"), words=True, has_adapter=True)), tmp_path)
+    resign(saved, lambda document: document["model"].update({unkept_settings.KEY: DAMAGED[damage]}))
+    with pytest.raises(ModelFileError, match=unkept_settings.KEY):
+        flair_peft.from_pretrained(saved, verify=False)
+
+
+DECIDING: dict[str, tuple[bool, Callable[[Any], Model]]] = {
+    "bidirectional=False": (True, lambda words: tagger(words, use_rnn=True, hidden_size=8, bidirectional=False)),
+    "recurrent_type": (True, lambda words: tagger(StackedEmbeddings([words, characters("GRU")]))),
+    "tag_format": (True, lambda words: TARSTagger("task", dictionary("PER"), "ner", words, tag_format="BIO")),
+    "loss_weights": (False, lambda texts: tars(texts, loss_weights={"good": 3.0})),
+}
+
+
+@pytest.mark.parametrize("has_adapter", [True, False])
+@pytest.mark.parametrize("setting", DECIDING)
+def test_settings_on_which_weights_depend_are_refused_by_name(
+    setting: str, has_adapter: bool, base: Base, tmp_path: Path
+) -> None:
+    """No load could bring these weights back."""
+    words, make = DECIDING[setting]
+    model = make(embeddings_for(base("bert"), words=words, has_adapter=has_adapter))
+    with pytest.raises(UnsupportedStateError, match=setting):
+        save_as("directory", model, tmp_path)
+    assert not (tmp_path / "directory").exists()
+
+
+def test_settings_on_which_weights_depend_are_refused_before_a_training(base: Base, tmp_path: Path) -> None:
+    """And not by the load of its result."""
+    words = embeddings_for(base("bert"), words=True, has_adapter=True)
+    model = tagger(words, use_rnn=True, hidden_size=8, bidirectional=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sentence = Sentence("George spoke")
+    sentence[0].add_label("ner", "S-PER")
+    with pytest.raises(UnsupportedStateError, match="bidirectional=False"):
+        ModelTrainer(model, Corpus([sentence], sample_missing_splits=False)).fine_tune(tmp_path, max_epochs=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_flair_keeps_none_of_these_settings(base: Base) -> None:
+    """Once it does, what this package does for them can go."""
+    for kind in ("spans to link", "spans in BIO", "several labels", "prompt behind"):
+        words, make = MODELS[kind]
+        model = make(embeddings_for(base("bert"), words=words, has_adapter=False))
+        state = model._get_state_dict()
+        flair_peft.uninstall()
+        try:
+            loaded = type(model).load(state)
+        finally:
+            flair_peft.install()
+        assert unkept_settings.read(loaded) != unkept_settings.read(model)
+    assert "with_whitespace" not in json.dumps(sorted(characters(with_whitespace=False).to_params()))
