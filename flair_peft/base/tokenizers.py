@@ -282,7 +282,12 @@ def complete_padding_(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def forget_use_(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Take away truncation and padding that the last batch left in the tokenizer, in place: each batch sets both."""
+    """Take away truncation and padding that the last batch left in the tokenizer, in place: each batch sets both.
+
+    From which side it cuts is not forgotten: transformers writes that only where it was given or read.
+    """
+    if tokenizer.truncation_side != "right":
+        tokenizer.init_kwargs["truncation_side"] = tokenizer.truncation_side
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         with exclusively(tokenizer):
             tokenizer.backend_tokenizer.no_truncation()

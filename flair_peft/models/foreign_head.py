@@ -49,6 +49,8 @@ def take_over_head(model: Model, *, labels: Sequence[str] | None = None) -> list
     names = _check_labels(labels or head.labels, len(weight))
     if weight.shape[1] != own.in_features:
         raise _refused(model, f"it reads vectors of length {weight.shape[1]}, and this one {own.in_features}")
+    if own.bias is None and bool(bias.any()):
+        raise _refused(model, "it adds a bias, and the head of this one has none")
     items = model.label_dictionary.get_items()
     rows = {items.index(name): row for row, name in enumerate(names) if name in items}
     if not rows:

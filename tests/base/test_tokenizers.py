@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from flair.data import Sentence
+from flair.data import Dictionary, Sentence
 from flair.embeddings import TransformerWordEmbeddings
 from flair.embeddings.base import load_embeddings
+from flair.models import SequenceTagger
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
+import flair_peft
 from flair_peft import PeftTransformerWordEmbeddings
 from flair_peft.base import tokenizers
 from flair_peft.errors import BaseModelNotFoundError
@@ -128,6 +131,40 @@ def test_tokenizer_with_a_list_of_extra_special_tokens_has_them(base: Base, tmp_
     found = tokenizers.find_tokenizer(str(folder), {})
     expected = AutoTokenizer.from_pretrained(base("bert"), additional_special_tokens=["[E1]", "[E2]"])
     assert newer.describe(found) == newer.describe(expected)
+
+
+def _through_a_file(embeddings: TransformerWordEmbeddings, _: Path) -> TransformerWordEmbeddings:
+    return load_embeddings(embeddings.save_embeddings())
+
+
+def _through_a_pickle(embeddings: TransformerWordEmbeddings, _: Path) -> TransformerWordEmbeddings:
+    return pickle.loads(pickle.dumps(embeddings))
+
+
+def _through_a_directory(embeddings: TransformerWordEmbeddings, folder: Path) -> TransformerWordEmbeddings:
+    head = SequenceTagger(embeddings, Dictionary(), "pos", use_rnn=False, use_crf=False)
+    flair_peft.save_pretrained(head, folder)
+    return flair_peft.from_pretrained(folder).embeddings
+
+
+@pytest.mark.parametrize("options", [{}, {"use_fast": False}], ids=["fast", "slow"])
+@pytest.mark.parametrize("make", [PeftTransformerWordEmbeddings, TransformerWordEmbeddings])
+@pytest.mark.parametrize("stored", [_through_a_file, _through_a_directory, _through_a_pickle])
+def test_side_from_which_a_tokenizer_cuts_is_stored(
+    base: Base, stored: Callable[..., Any], make: Callable[..., Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """What was set on the tokenizer is there after a load, after another, and after it was set back."""
+    adapter = {"peft_config": lora()} if make is PeftTransformerWordEmbeddings else {}
+    embeddings = make(base("bert"), allow_long_sentences=False, **adapter, **options)
+    text = [" ".join(str(number) for number in range(600))]
+    cut = {}
+    for turn, side in enumerate(["left", "left", "right"]):
+        embeddings.tokenizer.truncation_side = side
+        cut[side] = _embed(embeddings, "bert", text)
+        embeddings = stored(embeddings, tmp_path / str(turn))
+        assert embeddings.tokenizer.truncation_side == side
+        assert is_same(_embed(embeddings, "bert", text), cut[side])
+    assert not is_same(cut["left"], cut["right"])
 
 
 @pytest.mark.parametrize("name", ["TokenizersBackend", "ClassOfTomorrow"])

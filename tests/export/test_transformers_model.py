@@ -28,6 +28,9 @@ from peft import (
     RandLoraConfig,
     TrainableTokensConfig,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoTokenizer, pipeline
 
 import flair_peft
@@ -725,6 +728,43 @@ def test_class_that_reads_another_token_is_refused(base: Base, tmp_path: Path) -
     with pytest.raises(StateMismatchError, match="another token"):
         flair_peft.to_transformers(_classifier(_documents(base("xlnet"), "xlnet")), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("bias", "dtype"), [(1e5, "float32"), (-50.0, "float32"), (30.0, "bfloat16")])
+def test_class_that_reads_another_token_is_refused_whatever_all_texts_have_in_common(
+    bias: float, dtype: str, base: Base, tmp_path: Path
+) -> None:
+    """A large bias, as that of years or prices, is most of each score and says nothing of a text."""
+    model = TextRegressor(_documents(base("xlnet"), "xlnet", dtype=dtype), "value").eval()
+    torch.nn.init.constant_(model.decoder.bias, bias)
+    with pytest.raises(StateMismatchError, match="another token"):
+        flair_peft.to_transformers(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bias", [1e5, 30.0])
+def test_regressor_of_large_numbers_is_written(bias: float, dtype: str, base: Base, tmp_path: Path) -> None:
+    """What rounding takes from large numbers is no other model."""
+    model = TextRegressor(_documents(base("bert"), dtype=dtype), "value").eval()
+    torch.nn.init.constant_(model.decoder.bias, bias)
+    flair_peft.to_transformers(model, tmp_path)
+    allowed = bias * (1e-6 if dtype == "float32" else 0.01)
+    assert (_read_scores(tmp_path, model) - _live_scores(model)).abs().max() < allowed
+
+
+def test_class_that_takes_an_unknown_word_for_padding_is_refused(base: Base, tmp_path: Path) -> None:
+    """A decoder's class looks for the last token that is no padding, and tokenizers have one mark for both at times."""
+    folder = shutil.copytree(base("llama"), tmp_path / "base")
+    words = {word: number for number, word in enumerate(["<unk>", *sorted({w for text in WORDS for w in text}), "Yes"])}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    marks = {"unk_token": "<unk>", "pad_token": "<unk>", "model_max_length": 64}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **marks).save_pretrained(folder)
+    model = _without_bias(_documents(str(folder), "llama"))
+    with pytest.raises(StateMismatchError, match="another token"):
+        flair_peft.to_transformers(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_directory_of_an_earlier_export_is_replaced_and_others_files_stay(base: Base, tmp_path: Path) -> None:

@@ -194,6 +194,13 @@ def test_take_over_head_with_trained_biases_takes_the_trained_copy(base: Bases, 
     assert (_word_logits(model, text) - expected).abs().max() <= TOLERANCE
 
 
+def _token_classifier_without_bias(folder: Path) -> TokenClassifier:
+    embeddings = _words(folder)
+    embeddings.foreign_head.tensors["classifier.bias"].fill_(0.5)
+    layer = torch.nn.Linear(embeddings.embedding_length, 3, bias=False)
+    return TokenClassifier(embeddings, _dictionary(LABELS), "pos", decoder=layer)
+
+
 def _refusals() -> dict[str, tuple[str, str, Callable[[Path], Any], Any, str]]:
     return {
         "reprojection": (
@@ -219,6 +226,13 @@ def _refusals() -> dict[str, tuple[str, str, Callable[[Path], Any], Any, str]]:
             lambda f: _tagger(_words(f, layers="-2"), LABELS),
             LABELS,
             "it reads the last layer",
+        ),
+        "a bias": (
+            "bert",
+            "tokens",
+            lambda f: _token_classifier_without_bias(f),
+            LABELS,
+            "it adds a bias, and the head of this one has none",
         ),
         "no labels": ("bert", "tokens", lambda f: _tagger(_words(f), LABELS), None, "Cannot tell the labels of the 3"),
         "too few labels": ("bert", "tokens", lambda f: _tagger(_words(f), LABELS), ["O"], "Cannot give 1 different"),
