@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,12 +52,13 @@ class Reading:
 
     @contextlib.contextmanager
     def going_on(self) -> Iterator[None]:
-        """Inside, the first sentence that the embeddings read alone, by its tokens and nothing else, is taken."""
-        alone = self.embeddings.hidden_states
+        """Inside, the first sentence that they read alone in this thread, by its tokens and nothing else, is taken."""
+        alone, thread = self.embeddings.hidden_states, threading.get_ident()
 
         def hidden_states(input_ids: torch.Tensor, **tensors: Any) -> tuple[torch.Tensor, ...]:
             is_plain = len(input_ids) == 1 and tensors.keys() == {"attention_mask"}
-            if self.ids is not None or not is_plain or not tensors["attention_mask"].all():
+            is_ours = self.ids is None and threading.get_ident() == thread
+            if not is_ours or not is_plain or not tensors["attention_mask"].all():
                 return alone(input_ids, **tensors)
             self.ids = input_ids[0].tolist()
             self.states = probe_states(self.embeddings, self.ids, has_graph=self.has_graph)

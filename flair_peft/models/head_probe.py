@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any
@@ -216,7 +217,8 @@ def _coarsest(model: Model) -> str:
 def _outputs(model: Model, readings: Sequence[Reading]) -> Tensors:
     """Return name → what each part of the head with weights gives for the probe, when it is called first."""
     found: Tensors = {}
-    hooks = [part.register_forward_hook(functools.partial(_note, found, name)) for name, part in _parts(model)]
+    note = functools.partial(_note, found, threading.get_ident())
+    hooks = [part.register_forward_hook(functools.partial(note, name)) for name, part in _parts(model)]
     try:
         # Flair's batches are drawn by torch, and another precision would give other numbers than a load outside of it.
         with (
@@ -244,8 +246,13 @@ def _parts(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, torch
             yield from _parts(child, f"{name}{child_name}.")
 
 
-def _note(found: Tensors, name: str, _: torch.nn.Module, __: Any, output: Any) -> None:
-    """Keep what a part of the head gave first: later calls depend on what was decided after the first."""
+def _note(found: Tensors, thread: int, name: str, _: torch.nn.Module, __: Any, output: Any) -> None:
+    """Keep what a part of the head gave first: later calls depend on what was decided after the first.
+
+    Other threads may predict with the model meanwhile.
+    """
+    if threading.get_ident() != thread:
+        return
     while isinstance(output, tuple | list) and output:
         output = output[0]
     if isinstance(output, torch.Tensor) and output.is_floating_point() and name not in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import shutil
@@ -147,15 +148,25 @@ def _through_a_directory(embeddings: TransformerWordEmbeddings, folder: Path) ->
     return flair_peft.from_pretrained(folder).embeddings
 
 
-@pytest.mark.parametrize("options", [{}, {"use_fast": False}], ids=["fast", "slow"])
-@pytest.mark.parametrize("make", [PeftTransformerWordEmbeddings, TransformerWordEmbeddings])
-@pytest.mark.parametrize("stored", [_through_a_file, _through_a_directory, _through_a_pickle])
+ADAPTED = functools.partial(PeftTransformerWordEmbeddings, peft_config=lora())
+
+
+@pytest.mark.parametrize("use_fast", [True, False])
+@pytest.mark.parametrize(
+    ("make", "stored"),
+    [
+        (ADAPTED, _through_a_file),
+        (ADAPTED, _through_a_directory),
+        (ADAPTED, _through_a_pickle),
+        (TransformerWordEmbeddings, _through_a_directory),
+    ],
+)
 def test_side_from_which_a_tokenizer_cuts_is_stored(
-    base: Base, stored: Callable[..., Any], make: Callable[..., Any], options: dict[str, Any], tmp_path: Path
+    base: Base, make: Callable[..., Any], stored: Callable[..., Any], use_fast: bool, tmp_path: Path
 ) -> None:
     """What was set on the tokenizer is there after a load, after another, and after it was set back."""
-    adapter = {"peft_config": lora()} if make is PeftTransformerWordEmbeddings else {}
-    embeddings = make(base("bert"), allow_long_sentences=False, **adapter, **options)
+    options = {"transformers_tokenizer_kwargs": {"use_fast": use_fast}, "allow_long_sentences": False}
+    embeddings = make(base("bert"), **options)
     text = [" ".join(str(number) for number in range(600))]
     cut = {}
     for turn, side in enumerate(["left", "left", "right"]):
