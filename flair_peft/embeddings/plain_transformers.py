@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from flair.embeddings import TransformerEmbeddings
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from flair_peft.adapter import keys
 from flair_peft.base import config_safety, placement, resolve, stored_config, tokenizers, transformer
@@ -23,6 +25,9 @@ from flair_peft.primitives.base_record import StoredBase
 from flair_peft.primitives.load_context import load_options
 
 Tensors = dict[str, torch.Tensor]
+
+# A transformer can have an adapter without being one: by its add_adapter.
+_OF_PEFT = (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def plain_transformers(model: torch.nn.Module) -> list[TransformerEmbeddings]:
@@ -38,7 +43,7 @@ def refuse_unstorable(embeddings: TransformerEmbeddings) -> None:
         AdapterConfigError: their transformer has an adapter of PEFT.
         UnsupportedStateError: their weights are quantised, or spread over devices, or their config changes.
     """
-    if isinstance(embeddings.model, PeftModel):
+    if any(isinstance(module, _OF_PEFT) for module in embeddings.model.modules()):
         raise AdapterConfigError(
             f"Cannot save '{embeddings.name}' in a directory: it is of Flair's own class and has an adapter of PEFT. "
             "Flair does not store how that is read. Make the model with "
