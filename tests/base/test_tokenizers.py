@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pickle
 import shutil
@@ -148,25 +147,22 @@ def _through_a_directory(embeddings: TransformerWordEmbeddings, folder: Path) ->
     return flair_peft.from_pretrained(folder).embeddings
 
 
-ADAPTED = functools.partial(PeftTransformerWordEmbeddings, peft_config=lora())
-
-
-@pytest.mark.parametrize("use_fast", [True, False])
 @pytest.mark.parametrize(
-    ("make", "stored"),
+    ("make", "stored", "use_fast"),
     [
-        (ADAPTED, _through_a_file),
-        (ADAPTED, _through_a_directory),
-        (ADAPTED, _through_a_pickle),
-        (TransformerWordEmbeddings, _through_a_directory),
+        *((PeftTransformerWordEmbeddings, each, True) for each in (_through_a_file, _through_a_pickle)),
+        *((PeftTransformerWordEmbeddings, _through_a_directory, use_fast) for use_fast in (True, False)),
+        (TransformerWordEmbeddings, _through_a_directory, True),
     ],
 )
 def test_side_from_which_a_tokenizer_cuts_is_stored(
     base: Base, make: Callable[..., Any], stored: Callable[..., Any], use_fast: bool, tmp_path: Path
 ) -> None:
     """What was set on the tokenizer is there after a load, after another, and after it was set back."""
-    options = {"transformers_tokenizer_kwargs": {"use_fast": use_fast}, "allow_long_sentences": False}
-    embeddings = make(base("bert"), **options)
+    options = {"peft_config": lora()} if make is PeftTransformerWordEmbeddings else {}
+    embeddings = make(
+        base("bert"), allow_long_sentences=False, transformers_tokenizer_kwargs={"use_fast": use_fast}, **options
+    )
     text = [" ".join(str(number) for number in range(600))]
     cut = {}
     for turn, side in enumerate(["left", "left", "right"]):
