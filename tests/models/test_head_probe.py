@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,33 @@ def test_save_without_memory_for_the_probe_keeps_the_model(
         patch.setattr(TextClassifier, "predict", run_out)
         flair_peft.save_pretrained(model, tmp_path / "model")
     assert entry.predict(flair_peft.from_pretrained(tmp_path / "model"), entry.corpus()) == expected
+
+
+@pytest.mark.parametrize("name", ["text-classifier", "sequence-tagger-rnn-crf"])
+@pytest.mark.parametrize("step", [flair_peft.save_pretrained, lambda _, path: flair_peft.from_pretrained(path)])
+def test_predictions_of_another_thread_are_no_part_of_a_proof(
+    step: Callable[..., Any], name: str, place: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that predicts with the model while it is probed is heard by nobody, and gets what it gets alone."""
+    path, entry = place(name), ZOO[name]
+    model = flair_peft.from_pretrained(path)
+    expected, take = entry.predict(model, entry.corpus()), head_probe._make_point
+    elsewhere = []
+
+    def while_another_predicts(part: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            others = [part.embeddings.embed, lambda _: elsewhere.append(entry.predict(part, entry.corpus()))]
+            for other in others:
+                thread = threading.Thread(target=other, args=[Sentence("Something else")])
+                thread.start()
+                thread.join()
+        return take(part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(head_probe, "_make_point", while_another_predicts)
+        step(model, path)
+    assert elsewhere == [expected]
+    assert entry.predict(flair_peft.from_pretrained(path, verify="full"), entry.corpus()) == expected
 
 
 @pytest.fixture
