@@ -15,8 +15,12 @@ from dataclasses import dataclass, field
 
 from flair_peft.adapter.traits import NESTED_CONTAINERS, is_container
 
-# Segments in front of every key that say only who wrapped the model; one of each, outermost first.
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "base_model.")
+# Segments in front of every key that say only who wrapped the model; one of each, outermost first. What is called
+# "module" elsewhere may be a module of the base.
+WRAPPER_PREFIXES = ("module.", "base_model.model.module.", "base_model.model.", "base_model.")
+
+# Segments of those who wrap a model, or any module in it, and that no module of a base is called.
+_WRAPPING_ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 # Segments inside a key that wrapping inserts between a module and its own weight.
 TRANSPARENT_SEGMENTS = frozenset({"base_layer"})
@@ -152,6 +156,7 @@ def find_adapter_prefixes(keys: Iterable[str]) -> list[str]:
 
 def strip_wrappers(key: str) -> str:
     """Return the key as the innermost model spells it."""
+    key = ".".join(segment for segment in key.split(".") if segment not in _WRAPPING_ANYWHERE)
     for prefix in WRAPPER_PREFIXES:
         key = key.removeprefix(prefix)
     return key

@@ -13,6 +13,7 @@ from flair_peft.adapter.keys import KeyMatch, canonical_key, find_adapter_prefix
 from tests.support.methods import METHODS
 
 QUERY = "encoder.layer.0.attention.self.query"
+WRAPPED_QUERY = QUERY.replace("layer.0.", "layer.0._checkpoint_wrapped_module._fsdp_wrapped_module.")
 NAME = "default"
 
 SAME_TENSOR: dict[str, tuple[str, ...]] = {
@@ -24,6 +25,10 @@ SAME_TENSOR: dict[str, tuple[str, ...]] = {
         f"module.{QUERY}.weight",
         f"_orig_mod.base_model.model.{QUERY}.base_layer.weight",
         f"module._orig_mod.base_model.model.{QUERY}.base_layer.weight",
+        f"_orig_mod.module.base_model.model._orig_mod.{QUERY}.weight",
+        f"base_model.model.module.{QUERY}.weight",
+        f"base_model.model._orig_mod.module.{QUERY}.weight",
+        f"_fsdp_wrapped_module.base_model.model.{WRAPPED_QUERY}.base_layer.weight",
     ),
     f"{QUERY}.bias": (f"{QUERY}.base_layer.bias", f"base_model.model.{QUERY}.base_layer.bias"),
     f"{QUERY}.lora_A.weight": (
@@ -32,6 +37,9 @@ SAME_TENSOR: dict[str, tuple[str, ...]] = {
         f"base_model.model.{QUERY}.lora_A.weight",
         f"base_model.model.{QUERY}.lora_A.default.weight",
         f"module.base_model.model.{QUERY}.lora_A.other.weight",
+        f"base_model.model._fsdp_wrapped_module.{WRAPPED_QUERY}.lora_A.default._fsdp_wrapped_module.weight",
+        f"base_model.model._orig_mod.{QUERY}.lora_A.weight",
+        f"base_model.model.module.{QUERY}.lora_A.weight",
     ),
     f"{QUERY}.lora_B.bias": (f"{QUERY}.lora_B.default.bias", f"base_model.model.{QUERY}.lora_B.other.bias"),
     f"{QUERY}.lora_magnitude_vector.weight": (f"base_model.model.{QUERY}.lora_magnitude_vector.default.weight",),
@@ -84,6 +92,8 @@ DIFFERENT_TENSORS = (
     ("base_model.frod_V.self_query.default", "base_model.frod_V.self_value.default"),
     ("base_model.model.h.0.ln_1.weight", "base_model.model.h.0.ln_2.weight"),
     ("embeddings.model.weight", "embeddings.weight"),
+    ("base_model.model.encoder.module.weight", "base_model.model.encoder.weight"),
+    ("base_model.model.encoder._orig_module.weight", "base_model.model.encoder.weight"),
 )
 
 ADAPTER_KEYS = (
