@@ -43,12 +43,12 @@ from peft import PeftConfig, PeftModel
 
 from flair_peft import compat
 from flair_peft.adapter import config as configs
-from flair_peft.adapter import methods
+from flair_peft.adapter import methods, refusals
 from flair_peft.embeddings import head_dtype
 from flair_peft.embeddings.adapted import has_nothing_to_embed
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.embeddings.word_and_document import counterpart
-from flair_peft.errors import ModelFileError, SaveError
+from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
 from flair_peft.export import merge
 from flair_peft.models import inputs
 from flair_peft.models import load as loading
@@ -229,6 +229,11 @@ def _keeping_config(original: Callable[..., dict[str, Any]]) -> Callable[..., di
     def to_params(self: TransformerEmbeddings) -> dict[str, Any]:
         params = original(self)
         if not _installed or isinstance(self, PeftTransformerEmbeddings) or not isinstance(self.model, PeftModel):
+            return params
+        try:
+            refusals.refuse_unstorable(self.model)
+        except AdapterConfigError as error:
+            log.warning("'%s' is stored without its PEFT config, which a load will ask for. %s", self.name, error)
             return params
         encoded = configs.encode_config(self.model.peft_config[methods.ADAPTER_NAME])
         # Mark the layout, so that loading in a process that never imported flair_peft imports it.

@@ -30,7 +30,8 @@ from flair.embeddings.base import Embeddings
 from flair.models import MultitaskModel, SequenceTagger, TextClassifier
 from flair.nn import Classifier, Model
 from flair.trainers import ModelTrainer
-from peft import OSFConfig, PeftConfig, PeftModel, PsoftConfig
+from peft import OSFConfig, PeftConfig, PeftModel, PsoftConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 import flair_peft
 from flair_peft import (
@@ -429,6 +430,46 @@ def test_stock_file_with_its_config_predicts_like_the_live_model(name: str, base
     loaded = entry.model_class.load(path, peft_config=lora())
     assert any(isinstance(module, PeftTransformerEmbeddings) for module in loaded.modules())
     assert entry.predict(loaded, corpus) == entry.predict(live, corpus)
+
+
+def _add_another(model: PeftModel) -> None:
+    model.add_adapter("second", lora(lora_alpha=20))
+
+
+CHANGES: dict[str, Callable[[PeftModel], Any]] = {
+    "merged": lambda model: model.merge_adapter(),
+    "switched off": lambda model: model.base_model.disable_adapter_layers(),
+    "scaled": lambda model: [m.scale_layer(0.25) for m in model.modules() if isinstance(m, LoraLayer)],
+    "one of several": _add_another,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_stock_embeddings_whose_adapter_no_config_gives_back_are_stored_without_it(
+    change: str, base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file is that of stock Flair, with a word about it; loading it asks for the config."""
+    live = make(CLASSIFIER, base("bert"), lora(), is_stock=True)
+    CHANGES[change](live.embeddings.model)
+    path = save(live, tmp_path)
+    assert "is stored without its PEFT config, which a load will ask for" in caplog.text
+    assert "Undo that on embeddings.model" in caplog.text
+    with pytest.raises(FlairPeftError):
+        Model.load(path)
+
+
+def test_stock_embeddings_with_an_adapter_of_another_name_are_stored_without_its_config(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in stock Flair, they can be saved; with the config, the file gives the model that was saved."""
+    live = make(CLASSIFIER, base("bert"), None, is_stock=True)
+    live.embeddings.model = get_peft_model(live.embeddings.model, lora(), adapter_name="mine")
+    path = save(live, tmp_path)
+    assert "is stored without its PEFT config, which a load will ask for" in caplog.text
+    with pytest.raises(MissingConfigError, match="rank 4"):
+        Model.load(path)
+    corpus = CLASSIFIER.corpus()
+    assert CLASSIFIER.predict(Model.load(path, peft_config=lora()), corpus) == CLASSIFIER.predict(live, corpus)
 
 
 @pytest.mark.parametrize("loader", [Classifier, Model])
