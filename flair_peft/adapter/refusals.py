@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from flair_peft.adapter import config as configs
 from flair_peft.adapter import keys, methods
 from flair_peft.adapter.methods import ADAPTER_NAME, describe, method_name
 from flair_peft.errors import AdapterConfigError, FlairPeftError, UnsupportedMethodError, name_some
@@ -184,17 +187,19 @@ def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None 
         layers: those of the adapter, if they were looked up already.
 
     Raises:
-        AdapterConfigError: the adapter is merged or switched off, or there are several.
+        AdapterConfigError: the adapter is merged, switched off or, unless layers are given, scaled in another way
+            than its config says, or there are several.
     """
     if not isinstance(model, PeftModel):
         refuse_without_adapter(model)
+    is_looked_up = layers is not None
     if layers is None:
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     others = sorted(set(model.peft_config) - {ADAPTER_NAME})
     if ADAPTER_NAME not in model.peft_config:
         raise AdapterConfigError(
-            f"Cannot store the adapter: it is called {name_some(others) or 'nothing'}, and files hold the one called "
-            f"'{ADAPTER_NAME}', which was deleted. Make embeddings with the adapter that you want to store."
+            f"Cannot store the adapter: it is called {name_some(others) or 'nothing'}, and files hold one called "
+            f"'{ADAPTER_NAME}' alone. Make embeddings with the adapter that you want to store."
         )
     refuse_without_adapter(model)
     if others:
@@ -203,12 +208,41 @@ def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None 
         reason, remedy = "is merged into the base, onto which a load would add it once more", "unmerge_adapter()"
     elif model._adapters_disabled or any(layer.disable_adapters for layer in layers):
         reason, remedy = "is switched off, and a load would switch it on", "leave disable_adapter() first"
+    elif not is_looked_up and (rescaled := _rescaled(model)):
+        reason = f"is scaled in {name_some(rescaled)} otherwise than its config says, from which a load would scale it"
+        remedy = f"set_scale('{ADAPTER_NAME}', 1) of each layer and its first lora_alpha, or make embeddings with another"
     else:
         return
     raise AdapterConfigError(
         f"Cannot store the {describe(model.peft_config[ADAPTER_NAME])} adapter as it is: it {reason}. The model would "
         f"predict something else after loading. Undo that on embeddings.model, here by {remedy}."
     )
+
+
+def _rescaled(model: PeftModel) -> list[str]:
+    """Return the names of LoRA's layers whose scale is not what PEFT makes of their config."""
+    config = model.peft_config[ADAPTER_NAME]
+    layers = model.get_base_model().named_modules() if isinstance(config, LoraConfig) else ()
+    return [
+        name
+        for name, layer in layers
+        if isinstance(layer, LoraLayer)
+        and ADAPTER_NAME in layer.scaling
+        # Scales are tensors of float32 where adapters are swapped in a compiled model.
+        and not math.isclose(float(layer.scaling[ADAPTER_NAME]), _scale(config, name, layer), rel_tol=1e-5)
+    ]
+
+
+def _scale(config: LoraConfig, name: str, layer: LoraLayer) -> float:
+    """Return the scale that PEFT gives a layer of LoRA when it adds it."""
+    alpha, rank = config.lora_alpha, layer.r[ADAPTER_NAME]
+    if isinstance(config, AdaLoraConfig):
+        return alpha if alpha > 0 else rank
+    if config.alpha_pattern:
+        # Layers within layers, and those around parameters, are looked up by other names than they have.
+        is_renamed = isinstance(layer, ParamWrapper) or "base_layer" in name.split(".")
+        alpha = layer.lora_alpha[ADAPTER_NAME] if is_renamed else configs.value_for(config.alpha_pattern, name, alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def explain_injection(model: PreTrainedModel, config: PeftConfig, error: Exception) -> AdapterConfigError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
@@ -27,7 +28,9 @@ from flair.models import TextClassifier
 from flair.nn import Classifier, Model
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins import TrainerPlugin
-from peft import PeftConfig
+from peft import AdaLoraConfig, PeftConfig
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModel, AutoTokenizer
 
 import flair_peft
@@ -580,6 +583,69 @@ def test_adapter_in_a_state_that_no_file_gives_back_is_refused(
         peft_model.delete_adapter("second")
     model.save(tmp_path / "model.pt")
     Model.load(tmp_path / "model.pt")
+
+
+def _edit_alpha(model: Any) -> None:
+    model.peft_config["default"].lora_alpha += 4
+
+
+def _each_layer(act: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def act_on_all(model: Any) -> None:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                act(layer)
+
+    return act_on_all
+
+
+RESCALING: dict[str, Callable[[Any], Any]] = {
+    "scale_layer": _each_layer(lambda layer: layer.scale_layer(0.25)),
+    "set_scale": _each_layer(lambda layer: layer.set_scale("default", 3)),
+    "one layer": lambda model: [m for m in model.modules() if isinstance(m, LoraLayer)][-1].scale_layer(2),
+    "alpha of the config": _edit_alpha,
+}
+SCALED_CONFIGS = [
+    lora(target_modules=["query"]),
+    lora(target_modules=["query", "word_embeddings"], use_rslora=True, rank_pattern={"query": 3}),
+    lora(target_modules=["query", "value"], alpha_pattern={r"^encoder.layer.0.*query": 5}, use_dora=True),
+    AdaLoraConfig(target_modules=["query"], init_r=4, target_r=2, lora_alpha=6, total_step=10, tinit=1, tfinal=2),
+]
+
+
+@pytest.mark.parametrize("config", SCALED_CONFIGS, ids=["lora", "rslora", "patterns", "adalora"])
+@pytest.mark.parametrize("change", RESCALING)
+def test_adapter_that_is_scaled_otherwise_than_its_config_says_is_refused(
+    change: str, config: PeftConfig, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A load scales by the config: a file is written again when the scale is what that says."""
+    entry = ZOO["text-classifier"]
+    model = entry.build(
+        None, lambda **kwargs: PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config, **kwargs)
+    )
+    peft_model = model.embeddings.model
+    perturb_(peft_model, 3)
+    expected = entry.predict(model, entry.corpus())
+    RESCALING[change](peft_model)
+    for save in (model.save, functools.partial(flair_peft.save_pretrained, model)):
+        with pytest.raises(AdapterConfigError, match=r"is scaled in '.*set_scale"):
+            save(tmp_path / "model.pt")
+    assert not (tmp_path / "model.pt").exists()
+    if change == "alpha of the config":
+        peft_model.peft_config["default"].lora_alpha -= 4
+    elif isinstance(config, AdaLoraConfig):
+        _each_layer(lambda layer: layer.scaling.update(default=config.lora_alpha))(peft_model)
+    else:
+        _each_layer(lambda layer: layer.set_scale("default", 1))(peft_model)
+    model.save(tmp_path / "model.pt")
+    assert entry.predict(Model.load(tmp_path / "model.pt"), entry.corpus()) == expected
+
+
+def test_adapter_is_not_stored_within_a_context_that_scales_it(base: Callable[[str], str], tmp_path: Path) -> None:
+    """What `rescale_adapter_scale` does ends with its context."""
+    model = query_classifier(base("bert"))
+    with rescale_adapter_scale(model.embeddings.model, 0.5), pytest.raises(AdapterConfigError, match="is scaled in"):
+        model.save(tmp_path / "model.pt")
+    model.save(tmp_path / "model.pt")
 
 
 def query_classifier(base: str, **options: Any) -> TextClassifier:
