@@ -117,7 +117,15 @@ def _without_left_out(
     if pending.left_out and quantisation.engine(embeddings.base_model) is not None:
         # Engines keep other statistics beside the weights on other devices.
         left_out |= base_left_out.quantised_keys(embeddings.model).intersection(match.missing)
+    if pending.left_out:
+        # The base of a model may have been made without what nobody reads.
+        left_out |= {key for key in match.missing if _is_unread(key)}
     return dataclasses.replace(match, missing=[key for key in match.missing if key not in left_out]), left_out
+
+
+def _is_unread(key: str) -> bool:
+    name = keys.base_key(key)
+    return name is not None and keys.is_unread(name)
 
 
 def _put_base_in_place_(model: torch.nn.Module, tensors: Tensors, shared: FrozenBase | None) -> set[str]:

@@ -648,6 +648,29 @@ def test_adapter_is_not_stored_within_a_context_that_scales_it(base: Callable[[s
     model.save(tmp_path / "model.pt")
 
 
+POOLERLESS: dict[str, dict[str, Any]] = {
+    "argument": {"transformers_model_kwargs": {"add_pooling_layer": False}},
+    "keyword": {"add_pooling_layer": False},
+    "taken away": {},
+}
+
+
+@pytest.mark.parametrize("save", [Model.save, flair_peft.save_pretrained])
+@pytest.mark.parametrize("how", POOLERLESS)
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_model_whose_base_has_no_pooler_comes_back(
+    architecture: str, how: str, save: Callable[..., Any], base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Nobody reads a pooler, so that it makes no difference that a load has one."""
+    entry, model = ZOO["text-classifier"], query_classifier(base(architecture), **POOLERLESS[how])
+    model.embeddings.base_model.pooler = None
+    save(model, tmp_path / "model")
+    loaded = flair_peft.from_pretrained(tmp_path / "model", verify="full")
+    assert entry.predict(loaded, entry.corpus()) == entry.predict(model, entry.corpus())
+    save(loaded, tmp_path / "again")
+    flair_peft.from_pretrained(tmp_path / "again")
+
+
 def query_classifier(base: str, **options: Any) -> TextClassifier:
     config = lora(target_modules=["query"])
     return ZOO["text-classifier"].build(
