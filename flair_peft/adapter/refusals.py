@@ -210,7 +210,7 @@ def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None 
         reason, remedy = "is switched off, and a load would switch it on", "leave disable_adapter() first"
     elif not is_looked_up and (rescaled := _rescaled(model)):
         reason = f"is scaled in {name_some(rescaled)} otherwise than its config says, from which a load would scale it"
-        remedy = f"set_scale('{ADAPTER_NAME}', 1) of each layer and its first lora_alpha, or make embeddings with another"
+        remedy = f"set_scale('{ADAPTER_NAME}', 1) of its layers, or set lora_alpha in the config of new embeddings"
     else:
         return
     raise AdapterConfigError(
