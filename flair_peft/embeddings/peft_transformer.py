@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from typing_extensions import Self
 
 from flair_peft.adapter import config as configs
-from flair_peft.adapter import mending, methods
+from flair_peft.adapter import mending, methods, refusals
 from flair_peft.base import memory_check, quantisation, tokenizers, transformer
 from flair_peft.embeddings import construction, fill_weights, stored_params, vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
@@ -302,6 +302,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
     def __getstate__(self) -> dict[str, Any]:
         if self.is_placed:
             raise stored_params.without_weights(self.name)
+        refusals.refuse_unstorable(self.model)
         return {
             _PARAMS_IN_PICKLE: self.to_params(),
             "state_dict": {name: mapped_memory.lent(tensor) for name, tensor in self.state_dict().items()},

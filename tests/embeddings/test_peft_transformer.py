@@ -36,7 +36,8 @@ from flair.embeddings.base import load_embeddings
 from flair.embeddings.transformer import SENTENCE_BOUNDARY_TAG
 from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenClassifier
 from flair.trainers import ModelTrainer
-from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModel
 
 import flair_peft
@@ -746,6 +747,25 @@ def test_copy_keeps_the_mode(base: Base, copied: Copy) -> None:
     assert copied(embeddings).training
     embeddings.eval()
     assert not copied(embeddings).training
+
+
+CHANGES: dict[str, Callable[[PeftModel], Any]] = {
+    "merged": lambda model: model.merge_adapter(),
+    "switched off": lambda model: model.base_model.disable_adapter_layers(),
+    "scaled": lambda model: [m.scale_layer(0.25) for m in model.modules() if isinstance(m, LoraLayer)],
+    "one of several": lambda model: model.add_adapter("second", lora(lora_alpha=20)),
+}
+
+
+@pytest.mark.parametrize("copied", [pickled, torch_saved])
+@pytest.mark.parametrize("change", CHANGES)
+def test_adapter_in_a_state_that_no_pickle_gives_back_is_refused(base: Base, change: str, copied: Copy) -> None:
+    """What would embed something else after unpickling is refused when it is pickled; a deep copy embeds the same."""
+    embeddings = WORD(base("bert"), peft_config=lora())
+    CHANGES[change](embeddings.model)
+    with pytest.raises(AdapterConfigError, match="Undo that on embeddings"):
+        copied(embeddings)
+    assert is_same(embed(copy.deepcopy(embeddings)), embed(embeddings))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
