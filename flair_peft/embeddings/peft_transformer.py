@@ -304,7 +304,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
             raise stored_params.without_weights(self.name)
         refusals.refuse_unstorable(self.model)
         return {
-            _PARAMS_IN_PICKLE: self.to_params(),
+            _PARAMS_IN_PICKLE: {**self.to_params(), "trained_base": stored_params.trained_base(self)},
             "state_dict": {name: mapped_memory.lent(tensor) for name, tensor in self.state_dict().items()},
             "output_dtype": self.output_dtype,
             "training": self.training,

@@ -142,9 +142,13 @@ def proof_params(reading: Reading, index: int, stored: StoredBase, unchanged: Se
         "stored_base": stored.to_dict(),
         "probe": probe,
         "untrained": untrained.reached_by_gradients(embeddings.model, unchanged, states),
-        # The base's own weights that are trained: a user may have unfrozen some.
-        "trained_base": sorted(n for n in trainable.parameters(embeddings.model) if keys.base_key(n) is not None),
+        "trained_base": trained_base(embeddings),
     }
+
+
+def trained_base(embeddings: AdaptedEmbeddings) -> list[str]:
+    """Return the names of the base's own weights that are trained: a user may have unfrozen some."""
+    return sorted(name for name in trainable.parameters(embeddings.model) if keys.base_key(name) is not None)
 
 
 def rebuild(embeddings_class: type[AdaptedEmbeddings], params: Params) -> Any:

@@ -740,6 +740,17 @@ def test_copy_keeps_the_output_dtype(base: Base, copied: Copy) -> None:
 
 
 @COPIES
+def test_copy_trains_what_was_unfrozen_of_the_base(base: Base, copied: Copy) -> None:
+    """Weights of the base that a user unfroze are trained on in the copy, and no others."""
+    embeddings = WORD(base("bert"), peft_config=lora())
+    embeddings.base_model.encoder.layer[1].output.dense.requires_grad_(True)
+    expected = {name for name, parameter in embeddings.named_parameters() if parameter.requires_grad}
+    clone = copied(copied(embeddings))
+    assert {name for name, parameter in clone.named_parameters() if parameter.requires_grad} == expected
+    assert is_same(embed(clone), embed(embeddings))
+
+
+@COPIES
 def test_copy_keeps_the_mode(base: Base, copied: Copy) -> None:
     """Embeddings copied while they train go on training."""
     embeddings = WORD(base("bert"), peft_config=lora())
