@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -40,6 +40,12 @@ class _Verdict:
     other: float = float("inf")
 
 
+# Where what computes in a transformer comes from. What others put in can do something else from one batch to the next,
+# and no trial tells.
+_KNOWN = frozenset(
+    {"torch", "transformers", "transformers_modules", "peft", "accelerate", "bitsandbytes", "flair_peft"}
+)
+
 # What makes models alike → what was found of them, for as long as the process runs.
 _verdicts: dict[tuple[Any, ...], _Verdict] = {}
 _lock = threading.Lock()
@@ -63,7 +69,7 @@ def find_division(
     These are packed rows, groups of similar length, or ``None``: as it is. Where it is not known of models alike
     whether they can run so, the model runs for some short rows, so and alone. It is in evaluation mode and without
     gradient then, and left as it was found, random numbers included. Some models go another way beyond a length: what
-    held for shorter rows is tried out again.
+    held for shorter rows is tried out again. Hooks, methods and modules of a user's own get batches as they are.
 
     Args:
         run: computes with the model.
@@ -78,6 +84,9 @@ def find_division(
     lengths = batch_division.find_lengths(inputs, cost)
     if lengths is None:
         return None
+    composition = _composition(model)
+    if _has_others(composition, is_quantised=bool(getattr(base, "quantization_method", None))):
+        return None
     price, width = cost(), inputs["input_ids"].shape[1]
     groups = length_groups.group(lengths, price, width=width, first=first, before=before)
     ways: list[Division] = [groups]
@@ -85,7 +94,8 @@ def find_division(
         ways += packed_rows.find(inputs, lengths, price, base)
     whole = price.of(len(lengths), before + width)
     dtype = pass_cost.compute_dtype(base)
-    kinds = (*_describe(model, base), dtype, device.type, frozenset(inputs), first)
+    told = _describe(model, base), composition.kinds, composition.methods, composition.numbers
+    kinds = (told, dtype, device.type, frozenset(inputs), first)
     is_same = functools.partial(_is_same, run, inputs, model=model, kinds=kinds, tolerance=TOLERANCE.get(dtype, 0.0))
     for way in sorted(ways, key=lambda way: way.cost(price)):
         # In either way sentences lose their padding, which may make a difference in one pass for all.
@@ -131,27 +141,52 @@ def _describe(model: torch.nn.Module, base: Any) -> tuple[Any, ...]:
     is_off = getattr(model, "_adapters_disabled", False) or (layer is not None and layer.disable_adapters)
     active = tuple(layer.active_adapters) if layer is not None else ()
     attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
-    return (*_descriptions[model][1], attention, bool(is_off), active, *_composition(model))
+    return (*_descriptions[model][1], attention, bool(is_off), active)
 
 
-def _composition(model: torch.nn.Module) -> tuple[Any, ...]:
+class _Composition(NamedTuple):
+    """What computes in a model: classes of all modules, their methods, what else is in them, and numbers of that."""
+
+    kinds: tuple[type[torch.nn.Module], ...]
+    methods: tuple[Any, ...]
+    others: tuple[Any, ...]
+    numbers: tuple[int, ...]
+
+
+def _composition(model: torch.nn.Module) -> _Composition:
     """Return the classes of all modules, and what else computes in them: hooks, and methods put into them.
 
     ``Module.modules`` would take twice as long, for each batch.
     """
-    kinds, others, waiting = list[type[torch.nn.Module]](), list[Any](), [model]
+    kinds, others, numbers, waiting = list[type[torch.nn.Module]](), list[Any](), list[int](), [model]
     while waiting:
         module = waiting.pop()
         own = module.__dict__
         kinds.append(module.__class__)
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            others += [*own["_forward_hooks"], *own["_forward_pre_hooks"]]  # numbers that torch gives once
+            for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+                numbers += hooks  # that torch gives once
+                others += hooks.values()
         if "forward" in own and (forward := changed_modules.method_of_others(module)) is not None:
-            others.append(_number_of(forward))
+            others.append(forward)
+            numbers.append(_number_of(forward))
         if own["_modules"]:
             waiting += [child for child in own["_modules"].values() if child is not None]
     methods = tuple(kind.forward for kind in dict.fromkeys(kinds))  # of classes, which can be patched as well
-    return tuple(kinds), methods, tuple(others)
+    return _Composition(tuple(kinds), methods, tuple(others), tuple(numbers))
+
+
+def _has_others(composition: _Composition, *, is_quantised: bool) -> bool:
+    """Whether something computes in a model that is of a user's own, or of a library that is not known."""
+    kinds = () if is_quantised else dict.fromkeys(composition.kinds)
+    return not all(map(_is_known, itertools.chain(kinds, composition.methods, composition.others)))
+
+
+def _is_known(thing: Any) -> bool:
+    while isinstance(thing, functools.partial):
+        thing = thing.func
+    module = getattr(thing, "__module__", None) or type(thing).__module__
+    return str(module).partition(".")[0] in _KNOWN
 
 
 def _number_of(method: Any) -> int:

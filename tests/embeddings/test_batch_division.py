@@ -60,6 +60,14 @@ Divided = list[Division | None]
 PRICES = {"groups": 1.0, "packed": 30.0}
 
 
+KNOWN = division_trial._KNOWN
+
+
+@pytest.fixture(autouse=True)
+def _modules_of_tests_stand_for_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(division_trial, "_KNOWN", KNOWN | {"tests"})
+
+
 @pytest.fixture(params=PRICES)
 def divided(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Divided:
     """Let passes cost little, forget all trials, and return how each batch of several rows is divided."""
@@ -429,6 +437,77 @@ def test_model_that_was_changed_after_a_trial_is_tried_out_again(
     assert are_alike(embeddings, sentences)
     assert are_alike(untouched, sentences)
     assert [each is None for each in divided] == [False, True, False]
+
+
+class Steered(nn.Module):
+    """A layer to which somebody adds what all sentences of a batch have in common, now more and now less of it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return steer(self, args, self.layer(*args, **kwargs))
+
+
+def steer(_: Any, args: Any, output: Any) -> Any:
+    added = STRENGTH["now"] * args[0].mean(dim=(0, 1))
+    return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
+
+
+STRENGTH = {"now": 0.0}
+
+
+def steer_by_hook(base: Any) -> None:
+    base.encoder.layer[0].register_forward_hook(steer)
+
+
+def steer_by_partial(base: Any) -> None:
+    base.encoder.layer[0].register_forward_hook(functools.partial(steer))
+
+
+def steer_before(base: Any) -> None:
+    base.encoder.layer[1].register_forward_pre_hook(lambda _, args: (steer(_, args, args[0]), *args[1:]))
+
+
+def steer_by_method(base: Any) -> None:
+    layer = base.encoder.layer[0]
+    own = type(layer).forward
+    layer.forward = lambda *args, **kwargs: steer(layer, args, own(layer, *args, **kwargs))
+
+
+def steer_by_module(base: Any) -> None:
+    base.encoder.layer[0] = Steered(base.encoder.layer[0])
+
+
+@pytest.mark.parametrize("put_in", [steer_by_hook, steer_by_partial, steer_before, steer_by_method, steer_by_module])
+def test_what_a_user_put_into_a_model_gets_batches_as_they_are(
+    put_in: Callable[[Any], None], base: Base, divided: Divided, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can do something else in the next batch than it did when that was tried out."""
+    monkeypatch.setattr(division_trial, "_KNOWN", KNOWN)
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    put_in(embeddings.base_model)
+    sentences = [Sentence(text) for text in TEXTS]
+    for strength in (0.0, 1.0, 0.0):
+        monkeypatch.setitem(STRENGTH, "now", strength)
+        assert are_alike(embeddings, sentences)
+    assert divided == [None] * 3
+
+
+@pytest.mark.parametrize("setting", ["as it is", "checkpointing", "frozen below"])
+def test_what_libraries_put_into_a_model_costs_no_division(
+    setting: str, base: Base, divided: Divided, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their hooks do in each batch what they did when that was tried out."""
+    monkeypatch.setattr(division_trial, "_KNOWN", KNOWN)
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    if setting == "checkpointing":
+        embeddings.model.gradient_checkpointing_enable()
+    if setting == "frozen below":
+        embeddings.model.enable_input_require_grads()
+    assert are_alike(embeddings, [Sentence(text) for text in TEXTS])
+    assert None not in divided
 
 
 def test_longer_padding_is_tried_out_again(base: Base, divided: Divided) -> None:
