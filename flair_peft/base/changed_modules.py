@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+
+_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
+
+# Of torch's own, and what makes no difference without a gradient.
+_BESIDE = frozenset({*vars(torch.nn.Module()), "gradient_checkpointing"})
+
+
+class Computation(NamedTuple):
+    """What a module computes with, beside its weights: its class, and its plain settings."""
+
+    kind: type[torch.nn.Module]
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> Computation:
+        """Return that of a module."""
+        own = vars(module).items()
+        return cls(type(module), {key: each for key, each in own if type(each) in _PLAIN and key not in _BESIDE})
+
+    def is_of(self, module: torch.nn.Module) -> bool:
+        """Whether a module computes with the same."""
+        own = module.__dict__
+        return type(module) is self.kind and all(key in own and own[key] == each for key, each in self.settings.items())
 
 
 def is_changed(module: torch.nn.Module) -> bool:

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from flair_peft.adapter import keys
 from flair_peft.base import added_rows, module_copy, placement, quantisation, transformer
 from flair_peft.base.adapter_template import AdapterTemplate
+from flair_peft.base.changed_modules import Computation
 from flair_peft.base.copy_on_write import SharedWeights
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
 from flair_peft.primitives import building, fingerprint, mapped_memory
@@ -156,6 +157,15 @@ class FrozenBase:
     def is_placed(self) -> bool:
         """Whether the weights may not be moved; see :func:`flair_peft.base.placement.is_placed`."""
         return placement.is_placed(self._model)
+
+    @functools.cached_property
+    def _computations(self) -> dict[str, Computation]:
+        return {path: Computation.of(module) for path, module in self._model.named_modules()}
+
+    def computes_as(self, modules: Mapping[str, torch.nn.Module]) -> bool:
+        """Whether modules, by their paths, do what those of the base do, beside what weights and the config say."""
+        known = self._computations
+        return all(path not in known or known[path].is_of(module) for path, module in modules.items())
 
     def own_weights(self) -> Mapping[str, torch.Tensor]:
         """Return name → tensor of all weights that the source has; they must not be written to."""

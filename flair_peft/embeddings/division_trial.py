@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -40,8 +40,7 @@ class _Verdict:
     other: float = float("inf")
 
 
-# Where what computes in a transformer comes from. What others put in can do something else from one batch to the next,
-# and no trial tells.
+# Where modules of transformers come from. Those of others can compute something else in each batch: no trial tells.
 _KNOWN = frozenset(
     {"torch", "transformers", "transformers_modules", "peft", "accelerate", "bitsandbytes", "flair_peft"}
 )
@@ -69,7 +68,8 @@ def find_division(
     These are packed rows, groups of similar length, or ``None``: as it is. Where it is not known of models alike
     whether they can run so, the model runs for some short rows, so and alone. It is in evaluation mode and without
     gradient then, and left as it was found, random numbers included. Some models go another way beyond a length: what
-    held for shorter rows is tried out again. Hooks, methods and modules of a user's own get batches as they are.
+    held for shorter rows is tried out again. A user's own modules, and hooks that return something, get batches as they
+    are.
 
     Args:
         run: computes with the model.
@@ -85,7 +85,8 @@ def find_division(
     if lengths is None:
         return None
     composition = _composition(model)
-    if _has_others(composition, is_quantised=bool(getattr(base, "quantization_method", None))):
+    is_quantised = bool(getattr(base, "quantization_method", None))  # by modules of any library
+    if not is_quantised and not all(map(_is_known, dict.fromkeys(composition[0]))):
         return None
     price, width = cost(), inputs["input_ids"].shape[1]
     groups = length_groups.group(lengths, price, width=width, first=first, before=before)
@@ -94,8 +95,7 @@ def find_division(
         ways += packed_rows.find(inputs, lengths, price, base)
     whole = price.of(len(lengths), before + width)
     dtype = pass_cost.compute_dtype(base)
-    told = _describe(model, base), composition.kinds, composition.methods, composition.numbers
-    kinds = (told, dtype, device.type, frozenset(inputs), first)
+    kinds = (*_describe(model, base), *composition, dtype, device.type, frozenset(inputs), first)
     is_same = functools.partial(_is_same, run, inputs, model=model, kinds=kinds, tolerance=TOLERANCE.get(dtype, 0.0))
     for way in sorted(ways, key=lambda way: way.cost(price)):
         # In either way sentences lose their padding, which may make a difference in one pass for all.
@@ -144,49 +144,57 @@ def _describe(model: torch.nn.Module, base: Any) -> tuple[Any, ...]:
     return (*_descriptions[model][1], attention, bool(is_off), active)
 
 
-class _Composition(NamedTuple):
-    """What computes in a model: classes of all modules, their methods, what else is in them, and numbers of that."""
-
-    kinds: tuple[type[torch.nn.Module], ...]
-    methods: tuple[Any, ...]
-    others: tuple[Any, ...]
-    numbers: tuple[int, ...]
-
-
-def _composition(model: torch.nn.Module) -> _Composition:
-    """Return the classes of all modules, and what else computes in them: hooks, and methods put into them.
+def _composition(model: torch.nn.Module) -> tuple[tuple[type[torch.nn.Module], ...], tuple[Any, ...], tuple[Any, ...]]:
+    """Return the classes of all modules, their methods, and what else computes in them: hooks, and methods put in.
 
     ``Module.modules`` would take twice as long, for each batch.
     """
-    kinds, others, numbers, waiting = list[type[torch.nn.Module]](), list[Any](), list[int](), [model]
+    kinds, others, waiting = list[type[torch.nn.Module]](), list[Any](), [model]
     while waiting:
         module = waiting.pop()
         own = module.__dict__
         kinds.append(module.__class__)
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
-                numbers += hooks  # that torch gives once
-                others += hooks.values()
+            others += [*own["_forward_hooks"], *own["_forward_pre_hooks"]]  # numbers that torch gives once
         if "forward" in own and (forward := changed_modules.method_of_others(module)) is not None:
-            others.append(forward)
-            numbers.append(_number_of(forward))
+            others.append(_number_of(forward))
         if own["_modules"]:
             waiting += [child for child in own["_modules"].values() if child is not None]
     methods = tuple(kind.forward for kind in dict.fromkeys(kinds))  # of classes, which can be patched as well
-    return _Composition(tuple(kinds), methods, tuple(others), tuple(numbers))
-
-
-def _has_others(composition: _Composition, *, is_quantised: bool) -> bool:
-    """Whether something computes in a model that is of a user's own, or of a library that is not known."""
-    kinds = () if is_quantised else dict.fromkeys(composition.kinds)
-    return not all(map(_is_known, itertools.chain(kinds, composition.methods, composition.others)))
+    return tuple(kinds), methods, tuple(others)
 
 
 def _is_known(thing: Any) -> bool:
+    """Whether a class, or a hook, is of torch, transformers, PEFT, or a library that these build on."""
     while isinstance(thing, functools.partial):
         thing = thing.func
     module = getattr(thing, "__module__", None) or type(thing).__module__
     return str(module).partition(".")[0] in _KNOWN
+
+
+@contextlib.contextmanager
+def _noting_what_hooks_return(model: torch.nn.Module) -> Iterator[list[Any]]:
+    """Yield a list that gets what hooks of others return: they change states, in the next batch maybe otherwise."""
+    returned = list[Any]()
+
+    def noting(hook: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            found = hook(*args, **kwargs)
+            returned.extend([] if found is None else [found])
+            return found
+
+        return noted
+
+    everywhere = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    before = [(hooks, key, hook) for hooks in everywhere for key, hook in hooks.items() if not _is_known(hook)]
+    for hooks, key, hook in before:
+        hooks[key] = noting(hook)
+    try:
+        yield returned
+    finally:
+        for hooks, key, hook in before:
+            if key in hooks:
+                hooks[key] = hook
 
 
 def _number_of(method: Any) -> int:
@@ -201,9 +209,9 @@ def _try_out(run: Run, inputs: Inputs, way: Division, *, model: torch.nn.Module,
     """Return whether sentences that run so have the states that they have alone, ``None`` for want of memory."""
     batch, division, lengths = way.sample(inputs)
     try:
-        with _undisturbed(model, inputs["input_ids"].device):
+        with _undisturbed(model, inputs["input_ids"].device), _noting_what_hooks_return(model) as returned:
             together = _states(batch_division.run_divided(run, batch, division))
-            return all(
+            return not returned and all(
                 _are_close(_of_sentence(together, row, length, way), _states(run(alone, (row,))), tolerance)
                 for row, length in enumerate(lengths)
                 for alone in [batch_division.cut(batch, (row,), length)]

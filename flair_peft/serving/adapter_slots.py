@@ -17,6 +17,9 @@ from flair_peft.adapter import config as configs
 # Of an adapter's config, what says nothing of its tensors.
 _APART = {"base_model_name_or_path": None, "revision": None, "inference_mode": None}
 
+# Of a path in a model, where PEFT has the module that it wraps.
+_WRAPPED = frozenset({"base_layer", "original_module"})
+
 
 @dataclass(eq=False)
 class AdapterSlot:
@@ -67,6 +70,12 @@ class AdapterSlot:
         """What adapters have in common that can take each other's place: shapes, targets, settings, and modules."""
         config = configs.encode_config(self.model.peft_config[self.name])
         return json.dumps({**config, **_APART}, sort_keys=True, default=str), tuple(self.classes)
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Path in the base → module; those that PEFT wraps, without its own."""
+        named = self.model.get_base_model().named_modules()
+        return {".".join(part for part in path.split(".") if part not in _WRAPPED): module for path, module in named}
 
     def fits(self, other: AdapterSlot) -> bool:
         """Whether both have tensors and settings of the same names."""

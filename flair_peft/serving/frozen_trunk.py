@@ -42,6 +42,8 @@ _LAYER_START = {"cpu": 48}
 _LAYER_START_ELSEWHERE = 4096
 
 _VALUES = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size})
+_OF_TORCH = frozenset(vars(torch.nn.Module()))
+_KNOWN = frozenset({"torch", "transformers", "transformers_modules"})
 _FUNCTIONS = frozenset({FunctionType, BuiltinFunctionType})
 
 
@@ -321,8 +323,8 @@ def _describe(layer: torch.nn.Module, configs: dict[int, str]) -> tuple[Hashable
         configs: ``id`` of a config of this transformer → its description; those that are met are added.
 
     Returns:
-        ``None`` if there is an adapter, a hook, a weight that is trained, or a method of somebody else's in the layer,
-        or if it is in training mode.
+        ``None`` if there is an adapter, a hook, a weight that is trained, a method or a module with other attributes of
+        somebody else's in the layer, or if it is in training mode.
     """
     parts, tensors = list[Hashable](), list[torch.Tensor]()
     for name, module in layer.named_modules():
@@ -338,6 +340,8 @@ def _describe(layer: torch.nn.Module, configs: dict[int, str]) -> tuple[Hashable
                 parts.append((key, configs[id(value)]))
             elif isinstance(value, torch.Tensor):
                 tensors.append(value)
+            elif key not in _OF_TORCH and type(module).__module__.partition(".")[0] not in _KNOWN:
+                return None  # what else it computes with cannot be compared
         for key, parameter in module._parameters.items():
             if parameter is not None and (type(parameter) is not torch.nn.Parameter or parameter.requires_grad):
                 return None

@@ -53,11 +53,13 @@ class PlainLora:
         matrices: path of the linear layer in the base → what is added to its output.
         others: parameters that are not of the adapter.
         classes: of the modules that are not of the adapter, in the order in which they were found.
+        modules: these, by their path in the base.
     """
 
     matrices: dict[str, LowRank] = field(default_factory=dict)
     others: list[torch.nn.Parameter] = field(default_factory=list)
     classes: list[type[torch.nn.Module]] = field(default_factory=list)
+    modules: dict[str, torch.nn.Module] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PeftModel, name: str) -> PlainLora | None:
@@ -75,7 +77,7 @@ class PlainLora:
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            if is_changed(module):
+            if is_changed(module) or module.training:
                 return None
             if type(module) is Linear and (matrices := _matrices_of(module, name)) is not None:
                 found.matrices[path] = matrices
@@ -84,6 +86,7 @@ class PlainLora:
                 return None
             else:
                 found.classes.append(module.__class__)
+                found.modules[path] = module
                 found.others += [weight for weight in module._parameters.values() if weight is not None]
                 for key, child in module._modules.items():
                     if child is not None:
@@ -107,6 +110,9 @@ def _matrices_of(layer: Linear, name: str) -> LowRank | None:
     if layer.merged_adapters or layer.disable_adapters or name in layer.lora_variant or layer.active_adapters != [name]:
         return None
     # From the dictionaries: to find an attribute of a module takes longer than all the rest.
+    dropout = layer._modules["lora_dropout"]._modules.get(name)
+    if dropout is not None and dropout.training:
+        return None
     a, b = (_only_weight(layer._modules[key]._modules.get(name)) for key in ("lora_A", "lora_B"))
     return None if a is None or b is None else LowRank(a, b, float(layer.scaling[name]))
 

@@ -136,8 +136,8 @@ class MixedBatches:
         if embeddings.training or not isinstance(embeddings.model, PeftModel):
             return None
         plain = PlainLora.of(embeddings.model, methods.ADAPTER_NAME)
-        if plain is None and any(map(is_changed, embeddings.model.modules())):
-            return None  # a hook sees the passes of its own model
+        if plain is None and any(is_changed(module) or module.training for module in embeddings.model.modules()):
+            return None  # a hook sees the passes of its own model, and dropout may be wanted
         adapter = plain or AdapterSlot(embeddings.model, methods.ADAPTER_NAME)
         try:
             if isinstance(adapter, AdapterSlot):
@@ -187,6 +187,8 @@ class MixingModel:
             return "the base below is not in memory together with the others', or was changed"
         if vars(embeddings.base_model.config) != vars(self._base.config):
             return "its config is not that of the base any more"
+        if not self._base.computes_as(adapter.modules):
+            return "its modules are not those of the base any more, or have other settings"
         kind = adapter.kind
         if kind not in self._tried and kind not in self._refused:
             try:

@@ -470,17 +470,11 @@ def steer_before(base: Any) -> None:
     base.encoder.layer[1].register_forward_pre_hook(lambda _, args: (steer(_, args, args[0]), *args[1:]))
 
 
-def steer_by_method(base: Any) -> None:
-    layer = base.encoder.layer[0]
-    own = type(layer).forward
-    layer.forward = lambda *args, **kwargs: steer(layer, args, own(layer, *args, **kwargs))
-
-
 def steer_by_module(base: Any) -> None:
     base.encoder.layer[0] = Steered(base.encoder.layer[0])
 
 
-@pytest.mark.parametrize("put_in", [steer_by_hook, steer_by_partial, steer_before, steer_by_method, steer_by_module])
+@pytest.mark.parametrize("put_in", [steer_by_hook, steer_by_partial, steer_before, steer_by_module])
 def test_what_a_user_put_into_a_model_gets_batches_as_they_are(
     put_in: Callable[[Any], None], base: Base, divided: Divided, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,17 +489,19 @@ def test_what_a_user_put_into_a_model_gets_batches_as_they_are(
     assert divided == [None] * 3
 
 
-@pytest.mark.parametrize("setting", ["as it is", "checkpointing", "frozen below"])
-def test_what_libraries_put_into_a_model_costs_no_division(
+@pytest.mark.parametrize("setting", ["as it is", "checkpointing", "frozen below", "a hook that reads"])
+def test_what_changes_nothing_from_batch_to_batch_costs_no_division(
     setting: str, base: Base, divided: Divided, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their hooks do in each batch what they did when that was tried out."""
+    """Their hooks do in each batch what they did when that was tried out, and so do those that change nothing."""
     monkeypatch.setattr(division_trial, "_KNOWN", KNOWN)
     embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
     if setting == "checkpointing":
         embeddings.model.gradient_checkpointing_enable()
     if setting == "frozen below":
         embeddings.model.enable_input_require_grads()
+    if setting == "a hook that reads":
+        embeddings.base_model.encoder.layer[0].register_forward_hook(lambda *_: None)
     assert are_alike(embeddings, [Sentence(text) for text in TEXTS])
     assert None not in divided
 

@@ -264,6 +264,98 @@ def test_predict_together_shows_a_training_in_between(base: Callable[[str], str]
             models[0].eval()
 
 
+class Steered(torch.nn.Module):
+    """A norm whose output is multiplied with a number, which is no weight."""
+
+    def __init__(self, norm: torch.nn.Module, factor: float) -> None:
+        super().__init__()
+        self.norm, self.settings = norm, {"factor": factor}
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.norm(states) * self.settings["factor"]
+
+
+def _norm_of(embeddings: Any) -> Any:
+    return embeddings.base_model.encoder.layer[0].output.LayerNorm
+
+
+def _steer(embeddings: Any, factor: float) -> None:
+    output = embeddings.base_model.encoder.layer[0].output
+    output.LayerNorm = Steered(output.LayerNorm, factor)
+
+
+@pytest.mark.parametrize("config", [{}, {"bias": "lora_only"}, {"layers_to_transform": [1]}])
+@pytest.mark.parametrize("is_same_text", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda embeddings, number: setattr(
+            embeddings.base_model.encoder.layer[0].output.LayerNorm, "eps", 1.0 + number
+        ),
+        lambda embeddings, number: _steer(embeddings, 1.0 + 2 * number),
+    ],
+    ids=["eps", "module"],
+)
+def test_predict_together_follows_settings_that_are_no_weights(
+    change: Callable[[Any, int], None],
+    is_same_text: bool,
+    config: dict[str, Any],
+    base: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    """Each model computes with its own, whatever was found of one like it before."""
+    shared = SharedBase(base("bert"))
+    models = [
+        shared.load(save_random("text-classifier", base("bert"), tmp_path / str(n), config=lora(**config), seed=n)[0])
+        for n in range(2)
+    ]
+    for number, model in enumerate(models):
+        model._label_type = f"label{number}"
+    shared.predict({model: [Sentence(TEXTS[0])] for model in models})
+    for number, model in enumerate(models):
+        change(model.embeddings, number)
+    together = [[Sentence(text) for text in TEXTS] for _ in models]
+    together = together[:1] * 2 if is_same_text else together
+    shared.predict(dict(zip(models, together, strict=True)), return_probabilities_for_all_classes=True)
+    for model, sentences in zip(models, together, strict=True):
+        alone = [Sentence(text) for text in TEXTS]
+        model.predict(alone, return_probabilities_for_all_classes=True)
+        for found, expected in zip(sentences, alone, strict=True):
+            scores = {label.value: label.score for label in expected.get_labels(model.label_type)}
+            assert {label.value: label.score for label in found.get_labels(model.label_type)} == pytest.approx(
+                scores, abs=TOLERANCE
+            )
+
+
+@pytest.mark.parametrize("config", [{}, {"bias": "lora_only"}])
+@pytest.mark.parametrize("part", ["base", "adapter"])
+def test_predict_together_draws_dropout_that_was_switched_on(
+    part: str, config: dict[str, Any], base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Whoever samples predictions so gets as many different ones as alone; the models mix again afterwards."""
+    shared, options = SharedBase(base("bert")), lora(lora_dropout=0.5, **config)
+    models = [
+        shared.load(save_random("text-classifier", base("bert"), tmp_path / str(n), config=options, seed=n)[0])
+        for n in range(2)
+    ]
+    inside = [m for n, m in models[0].embeddings.model.named_modules() if ("lora_dropout" in n) is (part == "adapter")]
+    dropout = [module for module in inside if isinstance(module, torch.nn.Dropout)]
+
+    def score() -> float:
+        sentences = {model: [Sentence(TEXTS[0])] for model in models}
+        shared.predict(sentences, return_probabilities_for_all_classes=True)
+        return float(sentences[models[0]][0].labels[0].score)
+
+    quiet = score()
+    for module in dropout:
+        module.p = 0.5
+        module.train()
+    assert len({score() for _ in range(4)}) > 1
+    for module in dropout:
+        module.eval()
+    assert score() == pytest.approx(quiet, abs=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     "change",
     [
