@@ -213,9 +213,14 @@ class AdaptedEmbeddings(TransformerEmbeddings):
     def _tokenising(self) -> tuple[Any, ...]:
         """Return all that the model inputs of a batch depend on, beside its sentences."""
         settings = {**self.to_args(), "name": None, "fine_tune": None, "embedding_length": None}
-        settings["tokenizer"] = (tokenizers.vocabulary_of(self.tokenizer), self.tokenizer.model_max_length)
+        tokenizer = self.tokenizer
+        settings["tokenizer"] = (
+            tokenizers.vocabulary_of(tokenizer),
+            *(tokenizer.model_max_length, tokenizer.truncation_side, tokenizer.pad_token_id),
+            *tokenizer.model_input_names,
+        )
         settings["feature_extractor"] = id(self.feature_extractor)
-        return tuple(sorted(settings.items()))
+        return (type(self), *sorted(settings.items()))  # a subclass may put words in front
 
     def forward(self, input_ids: torch.Tensor, **tensors: Any) -> dict[str, torch.Tensor]:
         """Return ``{"document_embeddings": (batch, length), "token_embeddings": (batch, words, length)}``.

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from flair_peft.adapter import methods
 from flair_peft.base import changed_modules, transformer
 from flair_peft.embeddings import batch_division, length_groups, packed_rows, pass_cost
 from flair_peft.embeddings.batch_division import Division, Inputs, Run
@@ -45,7 +46,8 @@ _KNOWN = frozenset(
     {"torch", "transformers", "transformers_modules", "peft", "accelerate", "bitsandbytes", "flair_peft"}
 )
 
-# What makes models alike → what was found of them, for as long as the process runs.
+# What makes models alike → what was found of them, for as long as the process runs; of the last so many.
+_MOST = 256
 _verdicts: dict[tuple[Any, ...], _Verdict] = {}
 _lock = threading.Lock()
 # Model → a copy of its settings and its adapters', and what they tell: to write that takes longer than to compare.
@@ -111,7 +113,10 @@ def _is_same(
 ) -> bool:
     """Return whether models alike have the same states so, and try it out where that is not known."""
     with _lock:
-        verdict = _verdicts.setdefault((*kinds, way.kind), _Verdict())
+        key = (*kinds, way.kind)
+        verdict = _verdicts[key] = _verdicts.pop(key, _Verdict())
+        while len(_verdicts) > _MOST:
+            _verdicts.pop(next(iter(_verdicts)))
     if verdict.same < way.tried_length < verdict.other:
         found = _try_out(run, inputs, way, model=model, tolerance=tolerance)
         if found:
@@ -134,7 +139,7 @@ def _describe(model: torch.nn.Module, base: Any) -> tuple[Any, ...]:
     settings = [vars(each) for each in (*configs, *adapters)]
     if model not in _descriptions or _descriptions[model][0] != settings:
         # Slots of mixed batches have configs alike: how many there are makes no difference.
-        told = frozenset(str(config.to_dict()) for config in adapters)
+        told = frozenset(str(_that_count(config)) for config in adapters)
         shape = tuple(config.to_json_string() for config in configs)
         _descriptions[model] = copy.deepcopy(settings), (type(base), *shape, told)
     layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
@@ -142,6 +147,12 @@ def _describe(model: torch.nn.Module, base: Any) -> tuple[Any, ...]:
     active = tuple(layer.active_adapters) if layer is not None else ()
     attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
     return (*_descriptions[model][1], attention, bool(is_off), active)
+
+
+def _that_count(config: PeftConfig) -> dict[str, Any]:
+    """Return settings of an adapter, without the ranks that a training gives to matrices step by step."""
+    changes = {"rank_pattern"} if methods.method_traits(config).masks_ranks else ()
+    return {name: value for name, value in config.to_dict().items() if name not in changes}
 
 
 def _composition(model: torch.nn.Module) -> tuple[tuple[type[torch.nn.Module], ...], tuple[Any, ...], tuple[Any, ...]]:

@@ -17,7 +17,7 @@ import torch
 from flair.data import Sentence
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.nn import Model
-from peft import PromptTuningConfig
+from peft import AdaLoraConfig, PromptTuningConfig
 from torch import nn
 
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings
@@ -504,6 +504,34 @@ def test_what_changes_nothing_from_batch_to_batch_costs_no_division(
         embeddings.base_model.encoder.layer[0].register_forward_hook(lambda *_: None)
     assert are_alike(embeddings, [Sentence(text) for text in TEXTS])
     assert None not in divided
+
+
+def test_what_was_found_of_models_is_kept_of_the_last_ones_alone(
+    base: Base, divided: Divided, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook for each batch would leave something for ever."""
+    monkeypatch.setattr(division_trial, "_MOST", 3)
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    sentences = [Sentence(text) for text in TEXTS]
+    for _ in range(5):
+        hook = embeddings.base_model.encoder.layer[0].register_forward_hook(lambda *_: None)
+        assert are_alike(embeddings, sentences)
+        hook.remove()
+        assert len(division_trial._verdicts) <= 3
+    assert None not in divided
+
+
+def test_ranks_that_a_training_moves_are_no_other_model(base: Base, divided: Divided) -> None:
+    """AdaLoRA writes what its budget leaves into the config, step by step."""
+    config = AdaLoraConfig(init_r=4, lora_alpha=12, total_step=10, target_modules=["query"], init_lora_weights=False)
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=config)
+    sentences, found = [Sentence(text) for text in TEXTS], list[int]()
+    for kept in (4, 3, 2):
+        path = "encoder.layer.0.attention.self.query.lora_E"
+        embeddings.model.peft_config["default"].rank_pattern = {path: [number < kept for number in range(4)]}
+        assert are_alike(embeddings, sentences)
+        found.append(len(division_trial._verdicts))
+    assert found == found[:1] * 3
 
 
 def test_longer_padding_is_tried_out_again(base: Base, divided: Divided) -> None:

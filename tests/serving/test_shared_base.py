@@ -20,6 +20,7 @@ import torch
 from flair.data import Dictionary, Sentence
 from flair.datasets import FlairDatapointDataset
 from flair.embeddings import StackedEmbeddings, WordEmbeddings
+from flair.embeddings.base import register_embeddings
 from flair.models import MultitaskModel, SequenceTagger, TextClassifier
 from flair.nn import Model
 from peft.tuners.lora import LoraLayer
@@ -428,6 +429,45 @@ def test_predict_same_sentences_under_equal_settings_tokenises_them_once(
     monkeypatch.setattr(PreTrainedTokenizerFast, "_batch_encode_plus", counted)
     shared.predict(dict.fromkeys([*models, classifier], sentences))
     assert calls == [3, 3]
+
+
+@register_embeddings
+class Asking(PeftTransformerDocumentEmbeddings):
+    """Embeddings that put words in front of each text, as models for searches want."""
+
+    def _expand_sentence_with_context(self, sentence: Sentence) -> tuple[list[Any], int]:
+        tokens, offset = super()._expand_sentence_with_context(sentence)
+        return [*Sentence("who :", use_tokenizer=False).tokens, *tokens], offset + 2
+
+
+@pytest.mark.parametrize("change", ["a subclass", "the side that is cut"])
+def test_predict_same_sentences_under_models_that_read_them_otherwise(
+    change: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Each reads its own tokens, whatever its settings have in common with those of others."""
+    kinds = [PeftTransformerDocumentEmbeddings, Asking if change == "a subclass" else PeftTransformerDocumentEmbeddings]
+    shared, models = SharedBase(base("bert")), list[Any]()
+    labels = Dictionary(add_unk=False)
+    for label in ("good", "bad"):
+        labels.add_item(label)
+    for number, kind in enumerate(kinds):
+        embeddings = kind(base("bert"), peft_config=lora(), allow_long_sentences=False)
+        model = TextClassifier(embeddings, label_type=f"label{number}", label_dictionary=labels).eval()
+        flair_peft.save_pretrained(model, tmp_path / str(number))
+        models.append(shared.load(tmp_path / str(number)))
+    if change == "the side that is cut":
+        models[1].embeddings.tokenizer.truncation_side = "left"
+    texts = [" ".join(str(number) for number in range(count)) for count in (1, 3, 600)]
+    together, options = [Sentence(text) for text in texts], {"return_probabilities_for_all_classes": True}
+    shared.predict(dict.fromkeys(models, together), **options)
+    for model in models:
+        alone = [Sentence(text) for text in texts]
+        model.predict(alone, **options)
+        for found, expected in zip(together, alone, strict=True):
+            scores = {label.value: label.score for label in expected.labels}
+            assert {each.value: each.score for each in found.get_labels(model.label_type)} == pytest.approx(
+                scores, abs=TOLERANCE
+            )
 
 
 def test_threads_with_models_of_one_base_predict_what_they_predict_in_turn(
