@@ -207,7 +207,8 @@ def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None 
     elif any(layer.merged for layer in layers):
         reason, remedy = "is merged into the base, onto which a load would add it once more", "unmerge_adapter()"
     elif model._adapters_disabled or any(layer.disable_adapters for layer in layers):
-        reason, remedy = "is switched off, and a load would switch it on", "leaving disable_adapter(), or enable_adapter_layers()"
+        reason = "is switched off, and a load would switch it on"
+        remedy = "leaving disable_adapter(), or enable_adapter_layers()"
     elif not is_looked_up and (rescaled := _rescaled(model)):
         reason = f"is scaled in {name_some(rescaled)} otherwise than its config says, from which a load would scale it"
         remedy = f"set_scale('{ADAPTER_NAME}', 1) of its layers, or set lora_alpha in the config of new embeddings"

@@ -51,6 +51,11 @@ def _serve(chosen: argparse.Namespace) -> int:
     token = _token(chosen.token_file, _TOKEN)
     admin_token = _token(chosen.admin_token_file, _ADMIN_TOKEN)
     _refuse_open_address(chosen.host, token)
+    if not 0 <= chosen.port <= 65535:
+        raise AdapterConfigError(
+            f"Cannot listen at port {chosen.port}: ports go from 0 to 65535. Nothing could reach the service. Pass "
+            "--port with one of these; 0 takes one that is free."
+        )
     if chosen.merge and len(models) > 1:
         raise AdapterConfigError(
             f"Cannot merge {len(models)} models that are served together: each would have a base of its own, and they "

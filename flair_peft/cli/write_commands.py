@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flair_peft
-from flair_peft.cli.command import OK, add_command, add_load, load_model
+from flair_peft.cli.command import OK, add_command, add_load, load_model, refuse_missing
 from flair_peft.cli.terminal import echo, printable, showing, size
 from flair_peft.errors import ModelFileError, SaveError
 
@@ -32,6 +32,7 @@ def _push(chosen: argparse.Namespace) -> int:
     from flair_peft.inspection import report
     from flair_peft.storage import hub
 
+    refuse_missing(chosen.source)
     options: dict[str, Any] = {
         "private": chosen.private,
         "revision": chosen.revision,

@@ -171,6 +171,8 @@ class Service:
         return Answered(content, models, request.parameters.adapter)
 
     async def _ask(self, request: PredictionRequest, models: Sequence[ServedModel]) -> dict[ServedModel, list[Any]]:
+        if not request.items:
+            return {model: [] for model in models}
         size = sum(len(part) for item in request.items for part in item.parts) * len(models)
         if size <= _SPLIT_AT_ONCE:
             works = _works(request, models)

@@ -234,6 +234,14 @@ def test_text_without_words_has_an_empty_answer(client: httpx.Client, text: str)
     assert both[1]
 
 
+@pytest.mark.parametrize("model", ["text-classifier", ["text-classifier", "sequence-tagger"]])
+def test_no_texts_have_no_answers(model: str | list[str], client: httpx.Client) -> None:
+    """Nothing is waited for."""
+    response = client.post("/predict", json={"model": model, "inputs": []}, timeout=20)
+    assert response.status_code == 200
+    assert response.json() == ([] if isinstance(model, str) else {name: [] for name in model})
+
+
 def test_words_that_were_split_before_are_counted_as_sent(client: httpx.Client, alone: Callable[[str], Model]) -> None:
     """Positions are those in the words joined by blanks; empty words have none, but keep their numbers."""
     words = ["Berlin", "", "is", "larger than", "Zu\u200brich", "."]
