@@ -82,7 +82,8 @@ def set_again_(model: Model, state: Mapping[str, Any], *, source: str) -> None:
     for path, name, value in filter(None, given):
         *above, attribute = name.split(".")
         module = known[path, name][0]
-        setattr(attrgetter(*above)(module) if above else module, attribute, value)
+        owner = attrgetter(*above)(module) if above else module
+        setattr(owner, attribute, value)
         if name == "tars_model.multi_label":
             loss = torch.nn.BCEWithLogitsLoss if value else torch.nn.CrossEntropyLoss
             module.tars_model.loss_function = loss(reduction="sum")
