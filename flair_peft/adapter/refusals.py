@@ -8,9 +8,10 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
@@ -223,10 +224,9 @@ def refuse_unstorable(model: PeftModel, layers: Sequence[BaseTunerLayer] | None 
 def _rescaled(model: PeftModel) -> list[str]:
     """Return the names of LoRA's layers whose scale is not what PEFT makes of their config."""
     config = model.peft_config[ADAPTER_NAME]
-    layers = model.get_base_model().named_modules() if isinstance(config, LoraConfig) else ()
     return [
         name
-        for name, layer in layers
+        for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraLayer)
         and ADAPTER_NAME in layer.scaling
         # Scales are tensors of float32 where adapters are swapped in a compiled model.
@@ -234,10 +234,10 @@ def _rescaled(model: PeftModel) -> list[str]:
     ]
 
 
-def _scale(config: LoraConfig, name: str, layer: LoraLayer) -> float:
+def _scale(config: Any, name: str, layer: LoraLayer) -> float:
     """Return the scale that PEFT gives a layer of LoRA when it adds it."""
     alpha, rank = config.lora_alpha, layer.r[ADAPTER_NAME]
-    if isinstance(config, AdaLoraConfig):
+    if methods.method_traits(config).masks_ranks:
         return alpha if alpha > 0 else rank
     if config.alpha_pattern:
         # Layers within layers, and those around parameters, are looked up by other names than they have.
