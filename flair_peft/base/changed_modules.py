@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,8 +10,16 @@ import torch
 
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
 
-# Of torch's own, and what makes no difference without a gradient.
-_BESIDE = frozenset({*vars(torch.nn.Module()), "gradient_checkpointing"})
+OF_TORCH = frozenset(vars(torch.nn.Module()))
+"""Attributes that every module has."""
+
+# These and what makes no difference without a gradient.
+_BESIDE = OF_TORCH | {"gradient_checkpointing"}
+
+LIBRARIES = frozenset(
+    {"torch", "transformers", "transformers_modules", "peft", "accelerate", "bitsandbytes", "flair_peft"}
+)
+"""Where what computes in a transformer comes from. What others put in can do something else from batch to batch."""
 
 
 class Computation(NamedTuple):
@@ -29,6 +38,14 @@ class Computation(NamedTuple):
         """Whether a module computes with the same."""
         own = module.__dict__
         return type(module) is self.kind and all(key in own and own[key] == each for key, each in self.settings.items())
+
+
+def is_of_libraries(thing: Any) -> bool:
+    """Whether a class of modules, or a hook, is of torch, transformers, PEFT, or a library that they build on."""
+    while isinstance(thing, functools.partial):
+        thing = thing.func
+    module = getattr(thing, "__module__", None) or type(thing).__module__
+    return str(module).partition(".")[0] in LIBRARIES
 
 
 def is_changed(module: torch.nn.Module) -> bool:

@@ -41,11 +41,6 @@ class _Verdict:
     other: float = float("inf")
 
 
-# Where modules of transformers come from. Those of others can compute something else in each batch: no trial tells.
-_KNOWN = frozenset(
-    {"torch", "transformers", "transformers_modules", "peft", "accelerate", "bitsandbytes", "flair_peft"}
-)
-
 # What makes models alike → what was found of them, for as long as the process runs; of the last so many.
 _MOST = 256
 _verdicts: dict[tuple[Any, ...], _Verdict] = {}
@@ -88,7 +83,7 @@ def find_division(
         return None
     composition = _composition(model)
     is_quantised = bool(getattr(base, "quantization_method", None))  # by modules of any library
-    if not is_quantised and not all(map(_is_known, dict.fromkeys(composition[0]))):
+    if not is_quantised and not all(map(changed_modules.is_of_libraries, dict.fromkeys(composition[0]))):
         return None
     price, width = cost(), inputs["input_ids"].shape[1]
     groups = length_groups.group(lengths, price, width=width, first=first, before=before)
@@ -175,14 +170,6 @@ def _composition(model: torch.nn.Module) -> tuple[tuple[type[torch.nn.Module], .
     return tuple(kinds), methods, tuple(others)
 
 
-def _is_known(thing: Any) -> bool:
-    """Whether a class, or a hook, is of torch, transformers, PEFT, or a library that these build on."""
-    while isinstance(thing, functools.partial):
-        thing = thing.func
-    module = getattr(thing, "__module__", None) or type(thing).__module__
-    return str(module).partition(".")[0] in _KNOWN
-
-
 @contextlib.contextmanager
 def _noting_what_hooks_return(model: torch.nn.Module) -> Iterator[list[Any]]:
     """Yield a list that gets what hooks of others return: they change states, in the next batch maybe otherwise."""
@@ -197,7 +184,12 @@ def _noting_what_hooks_return(model: torch.nn.Module) -> Iterator[list[Any]]:
         return noted
 
     everywhere = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-    before = [(hooks, key, hook) for hooks in everywhere for key, hook in hooks.items() if not _is_known(hook)]
+    before = [
+        (hooks, key, hook)
+        for hooks in everywhere
+        for key, hook in hooks.items()
+        if not changed_modules.is_of_libraries(hook)
+    ]
     for hooks, key, hook in before:
         hooks[key] = noting(hook)
     try:

@@ -30,7 +30,7 @@ _UNKEPT: dict[type, dict[str, Any]] = {
 
 # Those on which the weights depend: what Flair builds without them cannot hold these.
 _DECIDING: tuple[tuple[type, str, Callable[[Any], bool]], ...] = (
-    (FlairEmbeddings, "a recurrent_type other than LSTM", lambda found: found.lm.recurrent_type != "LSTM"),
+    (FlairEmbeddings, "a recurrent_type other than LSTM", lambda found: not isinstance(found.lm.rnn, torch.nn.LSTM)),
     (SequenceTagger, "bidirectional=False", lambda found: found.use_rnn and not found.bidirectional),
     (TARSClassifier, "loss_weights", lambda found: found.tars_model.loss_weights is not None),
     (TARSTagger, "tag_format", lambda found: found.tars_model.tag_format != "BIOES"),
@@ -45,7 +45,8 @@ def refuse_deciding(model: Model) -> None:
     """
     for module in model.modules():
         for kind, setting, is_set in _DECIDING:
-            if isinstance(module, kind) and is_set(module):
+            is_of_flair = type(module).__module__.startswith("flair.")  # a user's own class may keep what it wants
+            if is_of_flair and isinstance(module, kind) and is_set(module):
                 raise UnsupportedStateError(
                     f"Cannot store this {type(model).__name__}: Flair does not keep {setting} of {kind.__name__}, and "
                     "what it builds without that has no place for the weights. Nothing could load what would be "

@@ -29,7 +29,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PretrainedConfig
 
 from flair_peft.base import frozen_base, transformer
-from flair_peft.base.changed_modules import is_changed
+from flair_peft.base.changed_modules import OF_TORCH, is_changed, is_of_libraries
 from flair_peft.embeddings.adapted import AdaptedEmbeddings, ForwardPass
 from flair_peft.primitives import fingerprint, mapped_memory
 
@@ -42,8 +42,6 @@ _LAYER_START = {"cpu": 48}
 _LAYER_START_ELSEWHERE = 4096
 
 _VALUES = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size})
-_OF_TORCH = frozenset(vars(torch.nn.Module()))
-_KNOWN = frozenset({"torch", "transformers", "transformers_modules"})
 _FUNCTIONS = frozenset({FunctionType, BuiltinFunctionType})
 
 
@@ -340,7 +338,7 @@ def _describe(layer: torch.nn.Module, configs: dict[int, str]) -> tuple[Hashable
                 parts.append((key, configs[id(value)]))
             elif isinstance(value, torch.Tensor):
                 tensors.append(value)
-            elif key not in _OF_TORCH and type(module).__module__.partition(".")[0] not in _KNOWN:
+            elif key not in OF_TORCH and not is_of_libraries(type(module)):
                 return None  # what else it computes with cannot be compared
         for key, parameter in module._parameters.items():
             if parameter is not None and (type(parameter) is not torch.nn.Parameter or parameter.requires_grad):

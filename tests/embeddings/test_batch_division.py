@@ -21,6 +21,7 @@ from peft import AdaLoraConfig, PromptTuningConfig
 from torch import nn
 
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings
+from flair_peft.base import changed_modules
 from flair_peft.embeddings import adapted, batch_division, division_trial, length_groups, packed_rows, pass_cost
 from flair_peft.embeddings.adapted import ForwardPass
 from flair_peft.embeddings.batch_division import Division
@@ -60,12 +61,12 @@ Divided = list[Division | None]
 PRICES = {"groups": 1.0, "packed": 30.0}
 
 
-KNOWN = division_trial._KNOWN
+LIBRARIES = changed_modules.LIBRARIES
 
 
 @pytest.fixture(autouse=True)
 def _modules_of_tests_stand_for_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(division_trial, "_KNOWN", KNOWN | {"tests"})
+    monkeypatch.setattr(changed_modules, "LIBRARIES", LIBRARIES | {"tests"})
 
 
 @pytest.fixture(params=PRICES)
@@ -479,7 +480,7 @@ def test_what_a_user_put_into_a_model_gets_batches_as_they_are(
     put_in: Callable[[Any], None], base: Base, divided: Divided, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It can do something else in the next batch than it did when that was tried out."""
-    monkeypatch.setattr(division_trial, "_KNOWN", KNOWN)
+    monkeypatch.setattr(changed_modules, "LIBRARIES", LIBRARIES)
     embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
     put_in(embeddings.base_model)
     sentences = [Sentence(text) for text in TEXTS]
@@ -494,7 +495,7 @@ def test_what_changes_nothing_from_batch_to_batch_costs_no_division(
     setting: str, base: Base, divided: Divided, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their hooks do in each batch what they did when that was tried out, and so do those that change nothing."""
-    monkeypatch.setattr(division_trial, "_KNOWN", KNOWN)
+    monkeypatch.setattr(changed_modules, "LIBRARIES", LIBRARIES)
     embeddings = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
     if setting == "checkpointing":
         embeddings.model.gradient_checkpointing_enable()

@@ -200,6 +200,29 @@ def test_settings_on_which_weights_depend_are_refused_by_name(
     assert not (tmp_path / "directory").exists()
 
 
+class KeepsItsDirection(SequenceTagger):
+    """A class of one's own that stores what Flair's does not."""
+
+    def _get_state_dict(self) -> dict[str, Any]:
+        return {**super()._get_state_dict(), "bidirectional": self.bidirectional}
+
+    @classmethod
+    def _init_model_with_state_dict(cls, state: dict[str, Any], **kwargs: Any) -> Any:
+        return super()._init_model_with_state_dict(state, bidirectional=state["bidirectional"], **kwargs)
+
+
+def test_what_stores_such_a_setting_by_itself_is_saved(base: Base, tmp_path: Path) -> None:
+    """Neither a class of one's own, nor a language model of an older file, which calls its layers otherwise."""
+    words = embeddings_for(base("bert"), words=True, has_adapter=True)
+    heads = {"use_rnn": True, "hidden_size": 8, "use_crf": False, "reproject_embeddings": False}
+    own = KeepsItsDirection(words, dictionary("O", "S-PER"), "ner", bidirectional=False, **heads)
+    old = tagger(StackedEmbeddings([embeddings_for(base("bert"), words=True, has_adapter=True), characters("lstm")]))
+    for number, model in enumerate((own, old)):
+        perturb_(model, number)
+        loaded = type(model).load(save_as("directory", model, tmp_path / str(number)))
+        assert answers(loaded) == answers(model)
+
+
 def test_settings_on_which_weights_depend_are_refused_before_a_training(base: Base, tmp_path: Path) -> None:
     """And not by the load of its result."""
     words = embeddings_for(base("bert"), words=True, has_adapter=True)
