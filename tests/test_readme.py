@@ -234,7 +234,7 @@ READERS: dict[str, Callable[[World], None]] = {
     "path/of/the/same/base": _best_model,
     "push_to_hub(model": _tagger,
     "trainer.fine_tune": _trainer,
-    "# written with save_optimizer_state": _interrupted,
+    "# with save_optimizer_state=True": _interrupted,
     "join_processes": _model,
     "ten-million-lines": _stream,
     "predict_stream(model, texts):": _texts,
