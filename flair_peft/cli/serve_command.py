@@ -62,37 +62,37 @@ def _serve(chosen: argparse.Namespace) -> int:
             "could share neither memory nor batches. Leave out --merge, or serve one model."
         )
     from flair_peft.serving import create_app
+    from flair_peft.serving.http.server import DrainingServer, reserve
 
     _set_threads(chosen.threads)
-    with showing("loading"):
-        app = create_app(
-            models,
-            base_model=chosen.base_model,
-            trust_remote_code=chosen.trust_remote_code,
-            dtype=chosen.dtype,
-            adapter_memory=chosen.adapter_memory,
-            merge=chosen.merge,
-            max_wait=chosen.max_wait / 1000,
-            batch=chosen.batch,
-            batch_tokens=chosen.batch_tokens,
-            queue=chosen.queue,
-            token=token,
-            admin_token=admin_token,
-            cors=chosen.cors,
-        )
-    from flair_peft.serving.http.server import DrainingServer
+    with reserve(chosen.host, chosen.port) as at:
+        with showing("loading"):
+            app = create_app(
+                models,
+                base_model=chosen.base_model,
+                trust_remote_code=chosen.trust_remote_code,
+                dtype=chosen.dtype,
+                adapter_memory=chosen.adapter_memory,
+                merge=chosen.merge,
+                max_wait=chosen.max_wait / 1000,
+                batch=chosen.batch,
+                batch_tokens=chosen.batch_tokens,
+                queue=chosen.queue,
+                token=token,
+                admin_token=admin_token,
+                cors=chosen.cors,
+            )
+        served = [model.to_info() for model in app.state.service.models.all]
+        names = some([printable(model["name"]) for model in served], 10)
+        bases = some(sorted({printable(model["base"]) for model in served if model["adapter"]}), 3)
+        on_bases = f" on {bases}" if bases else ""
 
-    served = [model.to_info() for model in app.state.service.models.all]
-    names = some([printable(model["name"]) for model in served], 10)
-    bases = some(sorted({printable(model["base"]) for model in served if model["adapter"]}), 3)
-    on_bases = f" on {bases}" if bases else ""
+        def tell(address: str) -> None:
+            echo(f"{address} answers with {names}{on_bases}.")
+            sys.stdout.flush()  # whoever started it may read a pipe
 
-    def tell(address: str) -> None:
-        echo(f"{address} answers with {names}{on_bases}.")
-        sys.stdout.flush()  # whoever started it may read a pipe
-
-    server = DrainingServer(app, host=chosen.host, port=chosen.port, started=tell)
-    server.run()
+        server = DrainingServer(app, at, started=tell)
+        server.run()
     return OK if server.started else TROUBLE
 
 

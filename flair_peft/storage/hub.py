@@ -23,6 +23,7 @@ log = logging.getLogger("flair_peft")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _FILE_ENDINGS = (".pt", ".bin", ".pth")
+_BEGINS_A_PATH = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]")
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _FROM_THE_HUB = (HfHubHTTPError, HFValidationError, OSError)
@@ -37,11 +38,7 @@ def find_checkpoint(source: str, *, revision: str | None, options: LoadOptions) 
     if Path(source).exists():
         refuse_revision(source, revision)
         return Path(source)
-    if source.endswith(_FILE_ENDINGS):
-        raise ModelFileError(
-            f"Cannot load '{source}': there is no such file or directory. By its ending it is not meant to be on the "
-            "Hub. Check the path."
-        )
+    _refuse_path(source)
     try:
         found = _download(source, revision=revision, options=options)
     except _FROM_THE_HUB as error:
@@ -72,21 +69,38 @@ def find_for_flair(source: str, *, revision: str | None, options: LoadOptions) -
     """Return the directory of the checkpoint that ``Model.load`` was asked for; ``None`` if that is Flair's business.
 
     Raises:
-        ModelFileError: a directory that holds no checkpoint; Flair loads none either.
+        ModelFileError: a path at which there is nothing.
     """
     if Path(source).exists():
         refuse_revision(source, revision)
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).exists() or not _HUB_ID.fullmatch(source) or source.endswith(_FILE_ENDINGS):
+        return Path(source) if Path(source).is_dir() else None
+    _refuse_path(source)
+    if not _HUB_ID.fullmatch(source):
         return None
     try:
         return _download(source, revision=revision, options=options)
     except _FROM_THE_HUB as error:
         log.warning(
-            "Not searched for a checkpoint: '%s' (%s). Flair looks for a model of its own.", source, _reason(error)
+            "'%s' is no file or directory here, and was not found as a checkpoint on the Hub (%s). Flair looks for a "
+            "model of its own.",
+            source,
+            _reason(error),
         )
         return None
+
+
+def _refuse_path(source: str) -> None:
+    """Return unless this can only be the path of what is on this machine.
+
+    Raises:
+        ModelFileError: it is one, and there is nothing.
+    """
+    has_folders = source.partition("@")[0].count("/") > 1 and "://" not in source
+    if source.endswith(_FILE_ENDINGS) or has_folders or _BEGINS_A_PATH.match(source):
+        raise ModelFileError(
+            f"Cannot load '{source}': there is no such file or directory, and no repository on the Hub is called so. "
+            "Check the path."
+        )
 
 
 def find_files(
@@ -108,6 +122,7 @@ def find_files(
     if Path(source).exists():
         refuse_revision(source, revision)
         return Path(source, subfolder or "")
+    _refuse_path(source)
     name, _, behind = source.partition("@")
     within = f"{subfolder.strip('/')}/" if subfolder else ""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import httpx
 import pytest
 
 from flair_peft.cli import main
+from flair_peft.serving.http import served_models
 from tests.support.files import save_as
 from tests.support.models import classifier
 
@@ -71,7 +73,9 @@ def test_serve_refuses_to_merge_several_models(run: Run) -> None:
         (["--threads", "0"], "Cannot compute in 0 threads"),
         (["--batch", "0"], "Cannot serve with batch=0"),
         (["--max-wait", "-1"], "Cannot serve with max_wait=-0.001"),
-        ([], "Cannot load"),
+        (["--cors", "nonsense"], "Cannot answer pages of 'nonsense'"),
+        (["--cors", "https://example.org/"], "Cannot answer pages of 'https://example.org/'"),
+        ([], "there is no such file or directory"),
     ],
 )
 def test_serve_says_what_it_cannot_use(run: Run, arguments: list[Any], words: str, tmp_path: Path) -> None:
@@ -79,6 +83,34 @@ def test_serve_says_what_it_cannot_use(run: Run, arguments: list[Any], words: st
     code, out, errors = run(tmp_path / "no.pt", *arguments)
     assert (code, out) == (2, "")
     assert words in errors
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_serve_learns_of_a_taken_port_before_it_loads(run: Run, host: str, tmp_path: Path) -> None:
+    """What it is given as a model is not even looked for."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, out, errors = run(tmp_path / "no.pt", "--host", host, "--port", port)
+    assert (code, out) == (2, "")
+    assert f"Cannot listen at {host}, port {port}: Address already in use" in errors
+
+
+def test_serve_says_that_another_program_was_faster(run: Run, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two may reserve one address, and the first that listens has it."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        load = served_models.ServedModels.load
+
+        def load_slowly(*arguments: Any) -> Any:
+            other.listen()
+            return load(*arguments)
+
+        monkeypatch.setattr(served_models.ServedModels, "load", load_slowly)
+        code, out, errors = run(directory, "--port", port)
+    assert (code, out) == (2, "")
+    assert f"Cannot listen at 127.0.0.1, port {port}: " in errors
 
 
 @contextmanager

@@ -443,8 +443,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "me/private": ({}, "Repository Not Found.*private.*the token"),
     BASE: ({}, "holds no flair_peft.json, so it is no checkpoint"),
     "not a name": ({}, "neither a directory here nor a repository"),
-    "a/b/c": ({}, "neither a directory here nor a repository"),
 }
+PATHS = ["a/b/c", "./models", "../tagger", "/models/tagger", "~/tagger", "C:\\tagger", "best-model.pt", "me/tagger.bin"]
 
 
 @pytest.mark.parametrize("source", REFUSALS)
@@ -461,12 +461,23 @@ def test_hub_model_that_cannot_be_had_is_an_error_that_says_why(
     assert not list(stranger.glob("*/blobs/*"))
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_path_at_which_nothing_is_does_not_go_to_the_hub(path: str, hub: _Hub) -> None:
+    """Nor to Flair, which would say that a repository cannot be called so."""
+    ways = [Model.load, TextClassifier.load, flair_peft.from_pretrained, flair_peft.verify]
+    for way in (*ways, flair_peft.PeftTransformerDocumentEmbeddings.from_adapter):
+        with pytest.raises(ModelFileError, match=r"there is no such file or directory.*Check the path"):
+            way(path)
+    assert hub.requests == []
+
+
 def test_hub_reason_is_logged_where_flair_looks_for_a_model_of_its_own(
     hub: _Hub, pushed: tuple[str, list[Any]], stranger: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """``Model.load`` leaves it to Flair to fail, which does not say why: the reason stands in the log."""
     with caplog.at_level(logging.WARNING, "flair_peft"), pytest.raises(ValueError, match="Could not find any model"):
         Model.load("me/nothing")
+    assert "'me/nothing' is no file or directory here" in caplog.text
     assert "Repository Not Found" in caplog.text
 
 

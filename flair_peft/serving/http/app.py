@@ -7,6 +7,7 @@ import contextlib
 import html
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from flair_peft._version import __version__
-from flair_peft.errors import RequestError
+from flair_peft.errors import AdapterConfigError, RequestError
 from flair_peft.primitives.dtypes import DtypeLike
 from flair_peft.serving.http import requests
 from flair_peft.serving.http.access import Access, SafeHeaders, read_json
@@ -32,6 +33,7 @@ log = logging.getLogger("flair_peft")
 
 PAGE = Path(__file__).parent / "page"
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
 _PROOF_HEADERS = ["X-Model", "X-Adapter-Digest", "X-Base-Fingerprint", "X-Adapter", "Retry-After"]
 
 
@@ -76,15 +78,30 @@ def create_app(
         **options: of each load, as for :func:`flair_peft.from_pretrained`: ``base_model``, ``trust_remote_code``, …
 
     Raises:
-        AdapterConfigError: a model cannot be served, or a number makes no sense.
+        AdapterConfigError: a model cannot be served, or a number or an origin makes no sense.
         FlairPeftError: a model cannot be loaded.
     """
+    refuse_no_origin(cors)
     sizes = {"queue": queue, "max_texts": max_texts, "max_length": max_length, "max_body": max_body}
     limits = Limits(max_wait=max_wait, batch=batch, batch_tokens=batch_tokens, **sizes)
     served = ServedModels(options=options, dtype=dtype, adapter_memory=adapter_memory, is_merged=merge)
     for name, source in models.items():
         served.put(served.load(name, served.find(source)))
     return app_of(Service(served, limits), Access(token, admin_token), cors)
+
+
+def refuse_no_origin(cors: Sequence[str]) -> None:
+    """Return if each of these is what a browser sends as the origin of a page, or "*".
+
+    Raises:
+        AdapterConfigError: one is not; its pages would be refused without a word.
+    """
+    for text in cors:
+        if text not in ("*", "null") and not _ORIGIN.fullmatch(text):
+            raise AdapterConfigError(
+                f"Cannot answer pages of {text!r:.100}: no browser sends that as an origin. It is compared letter by "
+                "letter. Pass scheme, host and port alone, such as https://example.org, or *."
+            )
 
 
 class _Page(StaticFiles):

@@ -26,7 +26,7 @@ from ray.serve.exceptions import BackPressureError
 
 from flair_peft.errors import AdapterConfigError, RequestError, name_some
 from flair_peft.serving.http.access import Access
-from flair_peft.serving.http.app import app_of, unexpected
+from flair_peft.serving.http.app import app_of, refuse_no_origin, unexpected
 from flair_peft.serving.http.model_forms import ModelForm
 from flair_peft.serving.http.requests import LoadRequest, PredictionRequest
 from flair_peft.serving.http.served_models import ServedModel, ServedModels
@@ -83,8 +83,9 @@ def ray_app(
         **options: of each load, as for :func:`flair_peft.from_pretrained`.
 
     Raises:
-        AdapterConfigError: a model is none that can be sent to another machine.
+        AdapterConfigError: a model is none that can be sent to another machine, or an origin is none.
     """
+    refuse_no_origin(cors)
     sources = _sources(models)
     sizes = {"queue": queue, "max_texts": max_texts, "max_length": max_length, "max_body": max_body}
     limits = Limits(max_wait=max_wait, batch=batch, batch_tokens=batch_tokens, **sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -10,39 +12,68 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from flair_peft.errors import AdapterConfigError
+
 # Seconds for which it refuses requests before it ends: whoever asks /ready learns of it.
 _NOT_READY_SECONDS = 1.0
 # Seconds after which readers that are too slow are left alone.
 _LAST_SECONDS = 30
 
 
+def reserve(host: str, port: int) -> socket.socket:
+    """Return a socket with this address, at which nobody is answered yet: it is taken while the models are loaded.
+
+    Args:
+        host: name or address.
+        port: 0 takes a free one.
+
+    Raises:
+        AdapterConfigError: it cannot be had.
+    """
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if os.name == "posix":  # elsewhere this would let two programs answer at one address
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise _taken(host, port, error) from error
+    return found
+
+
+def _taken(host: str, port: int, error: OSError) -> AdapterConfigError:
+    return AdapterConfigError(
+        f"Cannot listen at {host}, port {port}: {error.strerror or error}. No other program can have that address, "
+        "and this machine must have it. Pass another --port, of which 0 takes a free one, or another --host."
+    )
+
+
 class DrainingServer(uvicorn.Server):
     """Serves an app until a signal comes; a second one ends it at once."""
 
-    def __init__(self, app: FastAPI, *, host: str, port: int, started: Callable[[str], None]) -> None:
+    def __init__(self, app: FastAPI, at: socket.socket, *, started: Callable[[str], None]) -> None:
         """Make the server.
 
         Args:
             app: as ``create_app`` makes it.
-            host: name or address.
-            port: 0 takes a free one.
+            at: as :func:`reserve` returns it.
             started: is told the address once it listens.
         """
         # h11 bounds headers, and httptools does not.
         options: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "warning", "access_log": False}
-        super().__init__(
-            uvicorn.Config(
-                app, host=host, port=port, server_header=False, timeout_graceful_shutdown=_LAST_SECONDS, **options
-            )
-        )
-        self._service, self._tell = app.state.service, started
+        super().__init__(uvicorn.Config(app, server_header=False, timeout_graceful_shutdown=_LAST_SECONDS, **options))
+        self._service, self._at, self._tell = app.state.service, at, started
         self._ends_at: float | None = None
 
     async def startup(self, sockets: Any = None) -> None:
         """Listen, and say where."""
-        await super().startup(sockets)
+        host, port = self._at.getsockname()[:2]
+        try:
+            self._at.listen(self.config.backlog)  # uvloop would say nothing of an error
+        except OSError as error:  # a program that reserved it as well was faster
+            raise _taken(host, port, error) from error
+        await super().startup([self._at])
         if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
             self._tell(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
