@@ -34,12 +34,13 @@ It scores what a {model} of [Flair](https://github.com/flairNLP/flair) scores fo
 
 _WORDS = """\
 from transformers import pipeline
-from flair.data import Sentence
 
 tagger = pipeline("token-classification", model={model}, tokenizer="path of this folder", aggregation_strategy="first")
 tagger("George Washington went to Washington .")
 
 # The same for any text: the words that Flair reads, each tagged by its {subtoken} subtoken; None where it has none.
+from flair.data import Sentence
+
 words = [token.text for token in Sentence("George Washington went to Washington.")]
 encoding = tagger.tokenizer(words, is_split_into_words=True, truncation=True, return_tensors="pt")
 scores = tagger.model(**encoding).logits[0]
@@ -51,15 +52,19 @@ _POOLED = {"first": ("first", "[0]"), "last": ("last", "[-1]"), "mean": ("every"
 
 _TEXTS = """\
 from transformers import pipeline
-from flair.data import Sentence
 
 classifier = pipeline("text-classification", model={model}, tokenizer="path of this folder"{top})
+classifier("George Washington went to Washington .", truncation=True)
+
+# The same for any text: the words that Flair reads.
+from flair.data import Sentence
+
 text = Sentence("George Washington went to Washington.").to_tokenized_string()
-classifier(text, truncation=True)      # the words that Flair reads"""
+classifier(text, truncation=True)"""
 
 _WORDS_OF_TEXTS = """\
-from transformers import pipeline
 from flair.data import Sentence
+from transformers import pipeline
 
 classifier = pipeline("text-classification", model={model}, tokenizer="path of this folder"{top})
 words = [token.text for token in Sentence("George Washington went to Washington.")]
