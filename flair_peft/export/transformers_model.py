@@ -225,10 +225,16 @@ class _Export:
         )
 
     def _other(self, what: str) -> StateMismatchError:
+        embeddings = self.head.embeddings
+        reads = "reads or computes something else from the same words, such as another token or one more norm"
+        if not self.head.reads_words and embeddings.cls_pooling == "cls" and not embeddings.initial_cls_token:
+            reads = (
+                "perhaps reads another token, or has one more norm: Flair reads the last token where the tokenizer, as "
+                "here, puts no [CLS] in front"
+            )
         return StateMismatchError(
             f"Cannot make a {type(self.headed.model).__name__} of this {type(self.model).__name__}: {what}. That class "
-            "reads or computes something else from the same words, such as another token or one more norm. Use "
-            "flair_peft.merge for a plain Flair model."
+            f"{reads}. Use flair_peft.merge for a plain Flair model."
         )
 
 

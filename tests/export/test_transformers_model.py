@@ -730,6 +730,14 @@ def test_class_that_reads_another_token_is_refused(base: Base, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_tokenizer_that_puts_no_mark_in_front_is_named(tmp_path: Path) -> None:
+    """BERT's class reads the first token, and Flair the last one then."""
+    embeddings = _documents(str(Path(__file__).parents[2] / "resources" / "tiny-encoder"))
+    assert not embeddings.initial_cls_token
+    with pytest.raises(StateMismatchError, match=r"another token.*the tokenizer, as here, puts no \[CLS\] in front"):
+        flair_peft.to_transformers(_classifier(embeddings), tmp_path / "out")
+
+
 @pytest.mark.parametrize(("bias", "dtype"), [(1e5, "float32"), (-50.0, "float32"), (30.0, "bfloat16")])
 def test_class_that_reads_another_token_is_refused_whatever_all_texts_have_in_common(
     bias: float, dtype: str, base: Base, tmp_path: Path
