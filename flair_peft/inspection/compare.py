@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import math
 import zipfile
 import zlib
@@ -316,7 +318,7 @@ def _tokenizer_files(found: Inspection) -> dict[str, str]:
     """Return name → size and checksum of each file of a tokenizer, or of all of them together where it is pickled."""
     if found.kind == file_contents.CHECKPOINT:
         names = (name for name in found.contents.held if "tokenizer/" in name or "image_processor/" in name)
-        return {name: _mark(Path(found.contents.held[name]).read_bytes()) for name in sorted(names)}
+        return {name: _mark_of_file(name, Path(found.contents.held[name]).read_bytes()) for name in sorted(names)}
     files: dict[str, str] = {}
     for index, embeddings in enumerate(embeddings_in(found.contents.state)):
         number = embeddings.params.get("part")
@@ -335,7 +337,12 @@ def _tokenizer_files(found: Inspection) -> dict[str, str]:
 def _archived(tensor: StoredTensor, found: Inspection) -> dict[str, str]:
     try:
         with zipfile.ZipFile(io.BytesIO(tensor.read().numpy().astype(np.uint8).tobytes())) as archive:
-            return {member.filename: f"{member.file_size} bytes, {member.CRC:08x}" for member in archive.infolist()}
+            return {
+                member.filename: _mark_of_file(member.filename, archive.read(member))
+                if _has_special_tokens(member.filename) and member.file_size < 1 << 20
+                else f"{member.file_size} bytes, {member.CRC:08x}"
+                for member in archive.infolist()
+            }
     except Exception as error:  # zipfile raises half a dozen kinds for what is damaged
         raise ModelFileError(
             f"Cannot read the tokenizer in '{found.contents.path}': {type(error).__name__}: {error}. The file is "
@@ -345,3 +352,23 @@ def _archived(tensor: StoredTensor, found: Inspection) -> dict[str, str]:
 
 def _mark(content: bytes) -> str:
     return f"{len(content)} bytes, {zlib.crc32(content):08x}"
+
+
+def _mark_of_file(name: str, content: bytes) -> str:
+    """Return size and checksum, of special tokens without the flags: a tokenizer that is read has them elsewhere."""
+    if _has_special_tokens(name):
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.dumps(_without_flags(json.loads(content))).encode()
+    return _mark(content)
+
+
+def _has_special_tokens(name: str) -> bool:
+    return name.rpartition("/")[2] == "special_tokens_map.json"
+
+
+def _without_flags(read: Any) -> Any:
+    if isinstance(read, list):
+        return [_without_flags(each) for each in read]
+    if isinstance(read, dict):
+        return read["content"] if "content" in read else {name: _without_flags(each) for name, each in read.items()}
+    return read

@@ -273,6 +273,20 @@ def _swap_last_(dictionary: Dictionary) -> None:
     dictionary.item2idx = {item: index for index, item in enumerate(items)}
 
 
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_model_that_is_loaded_and_saved_again_is_equal(kind: str, base: Base, tmp_path: Path) -> None:
+    """A tokenizer writes the word that Flair adds with its flags, and once it is read without them."""
+    for folder in ("first", "second", "third"):
+        (tmp_path / folder).mkdir()
+    model = make(CLASSIFIER, base("bert"), lora()).eval()
+    assert model.embeddings.tokenizer.additional_special_tokens
+    first = save_as(kind, model, tmp_path / "first")
+    second = save_as(kind, flair_peft.from_pretrained(first), tmp_path / "second")
+    assert diff(first, second).is_equal
+    model.embeddings.tokenizer.add_special_tokens({"pad_token": "[UNK]"})
+    assert diff(first, save_as(kind, model, tmp_path / "third")).tokenizer
+
+
 def test_comparison_of_tokenizers_in_stock_files_is_of_their_files(base: Base, tmp_path: Path) -> None:
     """Not of when they were written, nor of their size alone."""
     paths = []
