@@ -1,10 +1,11 @@
-"""``convert``: a checkpoint of a file of stock Flair, with the config that the user gives or the tensors imply."""
+"""``convert``: a checkpoint of a .pt file; stock Flair's lack the config, which the user gives or the tensors imply."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_convert(commands: Any, name: str) -> None:
     """Add the command ``convert``."""
-    text = "make a checkpoint of a .pt file of stock Flair, also of one with an adapter and without its PEFT config"
+    text = "make a checkpoint of a .pt file, also of one of stock Flair with an adapter and without its PEFT config"
     example = "flair-peft convert old.pt my-tagger --lora-alpha 32"
     parser = add_command(commands, name, _convert, text, example)
     parser.add_argument("source", type=Path, help="the .pt file")
@@ -63,8 +64,8 @@ def _config_of(chosen: argparse.Namespace) -> PeftConfig | None:
     if chosen.config is not None:
         if given:
             raise AdapterConfigError(
-                f"Cannot use {some([*given], 3)} beside --config: the file '{chosen.config}' holds all settings, and "
-                "it is not clear which were meant. Change the file, or leave it out."
+                f"Cannot use {some(_options(given), 3)} beside --config: the file '{chosen.config}' holds all "
+                "settings, and it is not clear which were meant. Change the file, or leave it out."
             )
         return _read_config(chosen.config)
     found = inspect(chosen.source)
@@ -85,16 +86,17 @@ def _config_of(chosen: argparse.Namespace) -> PeftConfig | None:
 
 
 def _refuse_useless(found: Inspection, given: dict[str, Any], source: Path) -> None:
-    """Return if the file is one of stock Flair, in which all is that it needs, and the user gave nothing more."""
-    if found.kind != "stock" or (given and found.adapters):
-        raise AdapterConfigError(
-            f"Cannot convert '{source}': it holds no adapter without a config. Models of flair_peft become "
-            "checkpoints with load and save_pretrained. Look into it with flair-peft inspect."
-        )
+    """Return if this is a file that holds all that it needs, and the user gave nothing more."""
+    if found.kind in ("checkpoint", "adapter"):
+        reason, advice = {
+            "checkpoint": ("it is what this command makes", "Look into it with flair-peft inspect"),
+            "adapter": ("an adapter of PEFT holds no Flair model", "Build one on it with from_adapter in Python"),
+        }[found.kind]
+        raise AdapterConfigError(f"Cannot convert '{source}': {reason}. The command takes .pt files. {advice}.")
     if given:
+        reason = "the file holds the config of its adapter" if found.adapters else "the file holds no adapter"
         raise AdapterConfigError(
-            f"Cannot use {some([*given], 3)} for '{source}': that is of an adapter, and the file holds none. Nothing "
-            "would read it. Leave it out."
+            f"Cannot use {some(_options(given), 3)} for '{source}': {reason}. Nothing would read it. Leave it out."
         )
 
 
@@ -110,9 +112,14 @@ def _refuse_guessing(source: Path, implied: Any, given: dict[str, Any]) -> None:
     useless = [name for name in given if name not in (*implied.open, *implied.optional)]
     if useless:
         raise AdapterConfigError(
-            f"Cannot use {some(useless, 3)} for '{source}': by its tensors it was {implied.text}, a method without "
-            "such a setting. Leave it out."
+            f"Cannot use {some(_options(useless), 3)} for '{source}': by its tensors it was {implied.text}, a method "
+            "without such a setting. Leave it out."
         )
+
+
+def _options(names: Iterable[str]) -> list[str]:
+    """Return the names of settings as they are given here, such as ``"--lora-alpha"``."""
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def _whole(value: Any) -> Any:

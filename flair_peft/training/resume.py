@@ -28,7 +28,7 @@ from flair.training_utils import store_embeddings
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from flair_peft.codec.state_positions import class_name
-from flair_peft.errors import FormatVersionError, TrainingSetupError, name_some
+from flair_peft.errors import FormatVersionError, ModelFileError, TrainingSetupError, name_some
 from flair_peft.torchfile import unpickle
 from flair_peft.training import rates, trainer_state
 from flair_peft.training.position import BEST_MODEL, PLANNED, ProgressPlugin, find_progress, plugins_behind
@@ -107,6 +107,11 @@ def past_rates(settings: Mapping[str, Any]) -> dict[str, float | None] | None:
 
 
 def _read_training_state(path: Path) -> State | None:
+    if not path.is_file():
+        raise ModelFileError(
+            f"Cannot go on with the training of '{path}': there is no such file. Pass the .pt file that the model was "
+            "loaded from."
+        )
     return unpickle.read_state(path).get("training_state")
 
 
@@ -126,6 +131,7 @@ class ResumePlugin(ProgressPlugin):
         read: path → the state in a file.
 
     Raises:
+        ModelFileError: there is no such file.
         TrainingSetupError: the file has no training state.
         FormatVersionError: the state was written by a newer flair_peft.
     """

@@ -348,7 +348,7 @@ def test_convert_without_an_alpha_is_refused_with_the_call(run: Run, stock: Path
         (GraloraConfig(target_modules=["query"], alpha=6), (), "alpha=…, gralora_k=…"),
         (UniLoraConfig(target_modules=["query"], proj_seed=7), (), "proj_seed=…, theta_d_length=…"),
         (HRAConfig(target_modules=["query"], apply_GS=True), (), "apply_GS=…"),
-        (IA3Config(target_modules=["query"], feedforward_modules=[]), ("--lora-alpha", "6"), "Cannot use lora_alpha"),
+        (IA3Config(target_modules=["query"], feedforward_modules=[]), ("--lora-alpha", "6"), "Cannot use --lora-alpha"),
     ],
 )
 def test_convert_of_a_method_whose_tensors_do_not_say_everything_needs_a_config(
@@ -383,18 +383,41 @@ def test_convert_takes_the_config_of_the_training(run: Run, stock: Path, convert
     assert converter.calls[0][2].lora_dropout == 0.3
     code, _, errors = run("convert", stock, tmp_path / "out", "--config", config, "--lora-alpha", "3")
     assert code == 2
-    assert "lora_alpha" in errors
+    assert "Cannot use --lora-alpha" in errors
     config.write_text("{")
     code, _, errors = run("convert", stock, tmp_path / "out", "--config", config)
     assert code == 2
     assert is_paragraph(errors)
 
 
-def test_convert_of_a_model_that_knows_its_config_is_refused(run: Run, file: Path, converter: Converter) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_dora": True, "bias": "all"}, {"trainable_token_indices": [3, 5]}, {"modules_to_save": ["pooler"]}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["file", "whole-file"])
+def test_convert_makes_a_directory_of_a_file_that_holds_its_config(
+    settings: dict[str, Any], kind: str, run: Run, base: Base, tmp_path: Path
+) -> None:
+    """The one that save_pretrained writes."""
+    model = make(CLASSIFIER, base("bert"), lora(**settings)).eval()
+    directory = save_as("directory", model, tmp_path)
+    code, text, errors = run("convert", save_as(kind, model, tmp_path), tmp_path / "made")
+    assert code == 0, errors
+    assert text == f"{tmp_path / 'made'} holds the model.\n"
+    assert run("diff", directory, tmp_path / "made")[0] == 0
+    assert scores(flair_peft.from_pretrained(tmp_path / "made")) == scores(model)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("file", "holds the config"), ("directory", "what this command makes")])
+def test_convert_of_a_model_that_knows_its_config_takes_no_other(
+    kind: str, words: str, run: Run, converter: Converter, request: pytest.FixtureRequest
+) -> None:
     """There is nothing to complete."""
-    code, _, errors = run("convert", file, "out", "--lora-alpha", "3")
+    code, _, errors = run("convert", request.getfixturevalue(kind), "out", "--lora-alpha", "3")
     assert (code, converter.calls) == (2, [])
     assert is_paragraph(errors)
+    assert words in " ".join(errors.split())
 
 
 def test_convert_makes_a_checkpoint_that_predicts_what_the_old_model_did(run: Run, base: Base, tmp_path: Path) -> None:
@@ -714,5 +737,5 @@ def test_plain_model_is_inspected_converted_and_verified_without_a_word_of_adapt
     assert re.search(r"size .*: head \d+ bytes, transformer [\d.]+ kB", said[2][1])
     assert CLASSIFIER.predict(Model.load(directory), CLASSIFIER.corpus()) == expected
     code, _, errors = run("convert", path, tmp_path / "more", "--lora-alpha", "8")
-    assert (code, "Cannot use lora_alpha" in errors) == (2, True)
+    assert (code, "Cannot use --lora-alpha" in errors) == (2, True)
     assert is_paragraph(errors)

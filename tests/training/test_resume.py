@@ -23,7 +23,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PrefixTuningConfig, Prom
 import flair_peft
 from flair_peft import LoraPlusPlugin, RankAllocationPlugin
 from flair_peft.adapter import methods
-from flair_peft.errors import FormatVersionError, TrainingSetupError, UnsupportedStateError
+from flair_peft.errors import FormatVersionError, ModelFileError, TrainingSetupError, UnsupportedStateError
 from flair_peft.torchfile import unpickle
 from flair_peft.training import position, rates, resume, trainer_state
 from flair_peft.training.resume import ResumePlugin
@@ -646,6 +646,8 @@ def test_file_without_a_state_is_refused(stopped: Journey) -> None:
         ResumePlugin(stopped.root / "plain.pt")
     with pytest.raises(TrainingSetupError, match="holds no training state"):
         ResumePlugin(path, read=lambda _: None)
+    with pytest.raises(ModelFileError, match="there is no such file"):
+        ResumePlugin(stopped.root / "nothing.pt")
 
 
 def test_state_of_a_newer_version_is_refused(stopped: Journey) -> None:
