@@ -8,9 +8,10 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from flair_peft._version import __version__
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # whatever it is, a user gets a paragraph
         if chosen.traceback:
             traceback.print_exc()
-        complain(_explain(error))
+        complain(_with_options(_explain(error), vars(chosen)))
         return DIFFERENT if chosen.command == "verify" and isinstance(error, StateMismatchError) else TROUBLE
     finally:
         log.removeFilter(print_plainly)
@@ -67,6 +68,13 @@ def _explain(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{type(error).__name__}: {error}"
     return f"{type(error).__name__}: {error}. This was not expected; --traceback in front of the command shows where."
+
+
+def _with_options(text: str, known: Collection[str]) -> str:
+    """Return a message in which the arguments of Python that the command has are called as it calls them."""
+    for name in known:
+        text = re.sub(rf"\b{name}=(True\b|(?=\s))", f"--{name.replace('_', '-')}", text)
+    return text
 
 
 def _make_parser() -> argparse.ArgumentParser:

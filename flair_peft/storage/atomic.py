@@ -183,7 +183,9 @@ def explained(target: Path) -> Iterator[None]:
         if number is None and not isinstance(error, OSError):
             raise
         what = getattr(error, "strerror", None) or str(error).rstrip(".")
-        place = f" ('{filename}')" if (filename := getattr(error, "filename", None)) else ""
+        filename = str(getattr(error, "filename", None) or target)
+        # A temporary file stands for the target.
+        place = "" if filename == str(target) or ".tmp" in filename else f" ('{filename}')"
         raised = SaveError(
             f"Cannot save to '{target}': {what}{place}. What was there before is unchanged. "
             + _ADVICE.get(number or 0, "Save to another place, or mend this one.")

@@ -739,3 +739,15 @@ def test_plain_model_is_inspected_converted_and_verified_without_a_word_of_adapt
     code, _, errors = run("convert", path, tmp_path / "more", "--lora-alpha", "8")
     assert (code, "Cannot use --lora-alpha" in errors) == (2, True)
     assert is_paragraph(errors)
+
+
+@pytest.mark.parametrize("command", ["verify", "merge", "convert"])
+def test_message_calls_options_as_the_command_does(command: str, run: Run, base: Base, tmp_path: Path) -> None:
+    """Python's functions, which the commands call, have arguments."""
+    folder = shutil.copytree(base("bert"), tmp_path / "base")
+    model = make(CLASSIFIER, str(folder), lora()).eval()
+    path = save_as("file", model, tmp_path)
+    shutil.rmtree(folder)
+    _, _, errors = run(command, path, *([] if command == "verify" else [tmp_path / "out.pt"]))
+    assert "Pass --base-model with the directory or Hub id" in " ".join(errors.split())
+    assert "base_model=" not in errors
