@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-Runs on a CPU in under a minute and needs no network: the tiny encoder and the corpora are part of the repository. The
+Runs on a CPU in a minute or two and needs no network: the tiny encoder and the corpora are part of the repository. The
 test sentences consist of words, names and phrases that the training sentences lack; the encoder has seen them in
 pre-training only. Exits with 1 if a saved model predicts anything else than the one that was trained.
 """
@@ -252,7 +252,9 @@ def main() -> int:
         return 0
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        return 0 if run_all(arguments.output) else 1
+        is_same = run_all(arguments.output)
+        print(f"\nBoth are in {arguments.output}. Look into one: flair-peft inspect {arguments.output / 'ner.pt'}")
+        return 0 if is_same else 1
     with tempfile.TemporaryDirectory() as folder:
         return 0 if run_all(Path(folder)) else 1
 
