@@ -60,6 +60,10 @@ class AdaptedEmbeddings(TransformerEmbeddings):
     # Without elements: its dtype and device are those in which vectors leave, and change with the model's.
     _output_mark: torch.Tensor
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; of a model that ``torch.compile`` wrapped, that model, whose calls are compiled then."""
+        super().__setattr__(name, host_internals.compiled_in_place(value) if name == "model" else value)
+
     @property
     def adapter_config(self) -> PeftConfig:
         """The config of the adapter, as it was trained.

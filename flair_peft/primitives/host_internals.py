@@ -40,6 +40,19 @@ def one_pass_at_a_time(model: torch.nn.Module) -> contextlib.AbstractContextMana
         return _passes.setdefault(model, threading.RLock())
 
 
+def compiled_in_place(module: Any) -> Any:
+    """Return the module that ``torch.compile`` wrapped, compiled as ``module.compile()`` does; others as they are.
+
+    Written for torch 2.13.
+    """
+    if not isinstance(module, torch.nn.Module) or "dynamo_ctx" not in vars(module):
+        return module
+    inner: Any = module._orig_mod
+    context: Any = module.dynamo_ctx
+    inner._compiled_call_impl = context(inner._call_impl)
+    return inner
+
+
 def storage_address(tensor: torch.Tensor) -> int:
     """Return where the memory of a tensor's storage starts; ``data_ptr`` would first copy what is copied on write.
 

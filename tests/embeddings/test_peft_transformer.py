@@ -56,7 +56,9 @@ from flair_peft.errors import (
 )
 from tests.support import tiny
 from tests.support.configs import lora
-from tests.support.methods import METHODS
+from tests.support.methods import METHODS, perturb_
+from tests.support.models import CLASSIFIER, make
+from tests.support.round_trip import largest_difference
 from tests.support.vectors import is_close, is_same
 from tests.support.zoo import sentence_corpus
 
@@ -777,6 +779,28 @@ def test_adapter_in_a_state_that_no_pickle_gives_back_is_refused(base: Base, cha
     with pytest.raises(AdapterConfigError, match="Undo that on embeddings"):
         copied(embeddings)
     assert is_same(embed(copy.deepcopy(embeddings)), embed(embeddings))
+
+
+@pytest.mark.parametrize("method", ["LORA", "PROMPT_TUNING", "PREFIX_TUNING"])
+def test_model_that_torch_compile_wrapped_is_what_it_was(method: str, base: Base, tmp_path: Path) -> None:
+    """As with ``embeddings.model.compile()``: rows of a prompt are found, and the adapter is stored."""
+    compiled = list[Any]()
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    model = make(CLASSIFIER, base("bert"), METHODS[method].config("encoder"))
+    perturb_(model, seed=1)
+    expected = CLASSIFIER.predict(model.eval(), CLASSIFIER.corpus())
+    inner = model.embeddings.model
+    model.embeddings.model = torch.compile(inner, backend=backend)
+    assert model.embeddings.model is inner
+    found = CLASSIFIER.predict(model, CLASSIFIER.corpus())
+    assert compiled
+    assert largest_difference(found, expected) < 1e-6
+    model.save(tmp_path / "model.pt")
+    assert CLASSIFIER.predict(TextClassifier.load(tmp_path / "model.pt"), CLASSIFIER.corpus()) == expected
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

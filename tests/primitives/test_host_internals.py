@@ -73,6 +73,16 @@ def test_storage_identity_is_needed_while_addresses_of_storages_move() -> None:
     assert not hasattr(torch.UntypedStorage, "identity")
 
 
+def test_compiled_in_place_is_needed_while_torch_compile_wraps_a_module() -> None:
+    """What is assigned is another class, which holds the model under another name."""
+    layer = torch.nn.Linear(2, 2)
+    wrapped = torch.compile(layer, backend="eager")
+    assert list(wrapped.state_dict()) == ["_orig_mod.weight", "_orig_mod.bias"]
+    assert host_internals.compiled_in_place(wrapped) is layer
+    assert host_internals.compiled_in_place(layer) is layer
+    assert host_internals.compiled_in_place(None) is None
+
+
 def test_lazy_clone_is_needed_while_torch_has_no_public_one() -> None:
     """Each of the two keeps its values when the other is written to."""
     tensor = torch.arange(4.0)
