@@ -15,6 +15,7 @@ from flair.embeddings import TransformerEmbeddings
 from flair.nn import Model
 
 from flair_peft.adapter import refusals
+from flair_peft.base import like_config
 from flair_peft.codec import state_json
 from flair_peft.compat import versions
 from flair_peft.embeddings import plain_transformers, stored_params, untrained
@@ -123,6 +124,7 @@ def plan_save(
         return _plan_plain(model, stored_base or functools.partial(_base_here, save_base=bool(save_base)))
     for embeddings in embedded:
         refusals.refuse_unstorable(embeddings.model)
+        like_config.refuse_unlike_config(embeddings.base_model)
     with _one_save:
         bases = [_stored_base(each, save_base) if stored_base is None else stored_base(each) for each in embedded]
         unchanged = [untrained.never_updated(each.model, each._start) for each in embedded]
