@@ -284,10 +284,13 @@ def complete_padding_(tokenizer: PreTrainedTokenizerBase) -> None:
 def forget_use_(tokenizer: PreTrainedTokenizerBase) -> None:
     """Take away truncation and padding that the last batch left in the tokenizer, in place: each batch sets both.
 
-    From which side it cuts is not forgotten: transformers writes that only where it was given or read.
+    From which side it cuts, and whether it reads its marks as text, are not forgotten: transformers writes these only
+    where they were given or read.
     """
     if tokenizer.truncation_side != "right":
         tokenizer.init_kwargs["truncation_side"] = tokenizer.truncation_side
+    if tokenizer.split_special_tokens != tokenizer.init_kwargs.get("split_special_tokens", False):
+        tokenizer.init_kwargs["split_special_tokens"] = tokenizer.split_special_tokens
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         with exclusively(tokenizer):
             tokenizer.backend_tokenizer.no_truncation()

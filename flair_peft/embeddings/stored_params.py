@@ -39,7 +39,7 @@ Params = Mapping[str, Any]
 _STORED_BESIDE = frozenset({"config_state_dict", "derived_state", "probe", "untrained", "part", "trained_base"})
 _ONLY_FROM_USERS = frozenset({"transformers_config_kwargs", "transformers_model_kwargs", "saved_config", "tokenizer"})
 
-# What the constructor finds out by itself.
+# What the constructor finds out by itself; of the first two, what it did when the model was made counts.
 _DERIVED = frozenset({"truncate", "stride", "embedding_length", "use_lang_emb"})
 
 
@@ -105,6 +105,9 @@ def _own_params(embeddings: AdaptedEmbeddings) -> dict[str, Any]:
         "head_dtype": dtypes.dtype_name(embeddings.head_dtype),
         "keep_virtual_rows": embeddings.keep_virtual_rows,
         "save_base": embeddings.save_base,
+        # Somebody may have given the tokenizer another limit since they were derived from it.
+        "truncate": embeddings.truncate,
+        "stride": embeddings.stride,
         # Without this, transformers makes a fast tokenizer of the files of a slow one.
         "transformers_tokenizer_kwargs": {} if embeddings.tokenizer.is_fast else {"use_fast": False},
         "derived_state": derived_state.read(embeddings.model) if methods.is_derived_from_base(config) else {},
@@ -160,10 +163,19 @@ def rebuild(embeddings_class: type[AdaptedEmbeddings], params: Params) -> Any:
     """
     arguments, origin = _constructor_arguments(embeddings_class, params), _origin_of(params)
     embeddings = embeddings_class.create_from_state(**arguments)
+    _take_reading_(embeddings, params)
     pending = PendingLoad.from_params(params)
     pending.adapter_config = embeddings._pending.adapter_config
     embeddings._pending, embeddings.origin = pending, origin
     return embeddings
+
+
+def _take_reading_(embeddings: AdaptedEmbeddings, params: Params) -> None:
+    """The embeddings cut and split long sentences as those did that were stored, if the file says how."""
+    truncate, stride = params.get("truncate", embeddings.truncate), params.get("stride", embeddings.stride)
+    if type(truncate) is not bool or type(stride) is not int or stride < 0:
+        raise _damaged(params, f"their truncate is {truncate!r:.80} and their stride {stride!r:.80}")
+    embeddings.truncate, embeddings.stride = truncate, stride
 
 
 def _constructor_arguments(embeddings_class: type[AdaptedEmbeddings], stored: Params) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
     params["tokenizer_data"] = tokenizers.portable_tokenizer_files(params["tokenizer_data"], embeddings.tokenizer)
     stock = next((found for found in _STOCK if isinstance(embeddings, found)), TransformerEmbeddings)
     plain = stock.from_params(params)
+    plain.truncate, plain.stride = embeddings.truncate, embeddings.stride
     plain.model.load_state_dict(transformer.state_dict())
     return plain.eval()
 

@@ -7,25 +7,48 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from flair.embeddings import FlairEmbeddings
+from flair.embeddings import (
+    FlairEmbeddings,
+    HashEmbeddings,
+    OneHotEmbeddings,
+    PooledFlairEmbeddings,
+    StackedEmbeddings,
+    TransformerEmbeddings,
+)
 from flair.models import SequenceTagger, SpanClassifier, TARSClassifier, TARSTagger, TokenClassifier
 from flair.nn import Model
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
+from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import ModelFileError, UnsupportedStateError
 
 KEY = "unkept_settings"
 """Where the state of a model holds them: path of the module → name → value."""
 
-# Class → attributes that neither its state nor its parameters bring back, with what they are without.
+
+def _predicts_spans(model: SequenceTagger | TokenClassifier) -> bool:
+    return bool(model._determine_if_span_prediction_problem(model.label_dictionary))
+
+
+# Class → attributes that neither its state nor its parameters bring back, with what they are without, or a function to
+# that. Flair puts vectors of a stack beside each other in the order of names.
 _UNKEPT: dict[type, dict[str, Any]] = {
     FlairEmbeddings: {"with_whitespace": True},
+    HashEmbeddings: {"name": "hash"},
+    OneHotEmbeddings: {"name": lambda found: f"one-hot-{found.field}"},
+    PooledFlairEmbeddings: {"name": lambda found: f"{found.context_embeddings.name}-context"},
+    SequenceTagger: {"predict_spans": _predicts_spans},
     SpanClassifier: {"_span_label_type": None},  # Flair stores it, and does not read it again
     TARSClassifier: {
         "prefix": True,
         "tars_model.multi_label": False,
         "tars_model.multi_label_threshold": {"default": 0.5},
     },
-    TokenClassifier: {"span_encoding": "BIOES"},
+    TokenClassifier: {"span_encoding": "BIOES", "span_prediction_problem": _predicts_spans},
+    TransformerEmbeddings: {
+        "truncate": lambda found: found.tokenizer.model_max_length <= LARGE_INTEGER,
+        "stride": lambda found: found.tokenizer.model_max_length // 2 if found.allow_long_sentences else 0,
+    },
 }
 
 # Those on which the weights depend: what Flair builds without them cannot hold these.
@@ -70,9 +93,7 @@ def set_again_(model: Model, state: Mapping[str, Any], *, source: str) -> None:
     Raises:
         ModelFileError: the state says something that no such model has.
     """
-    stored = state.get(KEY, {})
-    if KEY not in state and isinstance(model, SpanClassifier) and state.get("span_label_type") is not None:
-        stored = {"": {"_span_label_type": state["span_label_type"]}}  # files of before, and of Flair
+    stored = state[KEY] if KEY in state else _told_otherwise(model, state)
     known = {(path, name): (module, usual) for path, module, name, usual in _settings(model)}
     given = [*_given(stored)]
     if any(entry is None or not _fits(entry[2], known.get(entry[:2])) for entry in given):
@@ -90,12 +111,28 @@ def set_again_(model: Model, state: Mapping[str, Any], *, source: str) -> None:
             module.tars_model.loss_function = loss(reduction="sum")
 
 
+def _told_otherwise(model: Model, state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what files of before, and of Flair, say elsewhere: names in a stack are numbered."""
+    found: dict[str, dict[str, Any]] = {}
+    if isinstance(model, SpanClassifier) and state.get("span_label_type") is not None:
+        found[""] = {"_span_label_type": state["span_label_type"]}
+    stacks = ((path, each) for path, each in model.named_modules() if isinstance(each, StackedEmbeddings))
+    for path, stack in stacks:
+        is_numbered = [each.name.startswith(f"{number}-") for number, each in enumerate(stack.embeddings)]
+        for number, each in enumerate(stack.embeddings):
+            if any(is_numbered) and not is_numbered[number] and "name" in _UNKEPT.get(type(each), {}):
+                found[f"{path}.list_embedding_{number}".lstrip(".")] = {"name": f"{number}-{each.name}"}
+    return found
+
+
 def _settings(model: Model) -> Iterator[tuple[str, Any, str, Any]]:
     """Yield path and module, name of an attribute, and what it is without."""
     for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PeftTransformerEmbeddings):  # their parameters have all
+            continue
         for kind, settings in _UNKEPT.items():
-            if isinstance(module, kind):
-                yield from ((path, module, name, usual) for name, usual in settings.items())
+            for name, usual in settings.items() if isinstance(module, kind) else ():
+                yield path, module, name, usual(module) if callable(usual) else usual
 
 
 def _given(stored: Any) -> Iterator[tuple[str, str, Any] | None]:

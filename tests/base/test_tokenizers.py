@@ -174,6 +174,28 @@ def test_side_from_which_a_tokenizer_cuts_is_stored(
     assert not is_same(cut["left"], cut["right"])
 
 
+@pytest.mark.parametrize(
+    ("make", "stored"),
+    [
+        *((PeftTransformerWordEmbeddings, each) for each in (_through_a_file, _through_a_pickle, _through_a_directory)),
+        (TransformerWordEmbeddings, _through_a_directory),
+    ],
+)
+def test_marks_that_a_tokenizer_reads_as_text_are_stored(
+    base: Base, make: Callable[..., Any], stored: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What was set on the tokenizer is there after a load, and after it was set back."""
+    options = {"peft_config": lora()} if make is PeftTransformerWordEmbeddings else {}
+    embeddings, text, found = make(base("bert"), **options), ["Berlin [MASK] is large"], {}
+    for turn, splits in enumerate([True, True, False]):
+        embeddings.tokenizer.split_special_tokens = splits
+        found[splits] = _embed(embeddings, "bert", text)
+        embeddings = stored(embeddings, tmp_path / str(turn))
+        assert embeddings.tokenizer.split_special_tokens == splits
+        assert is_same(_embed(embeddings, "bert", text), found[splits])
+    assert not is_same(found[True], found[False])
+
+
 @pytest.mark.parametrize("name", ["TokenizersBackend", "ClassOfTomorrow"])
 def test_tokenizer_of_an_unknown_class_with_code_of_its_own_never_asks(
     newer_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

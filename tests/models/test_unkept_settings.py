@@ -6,6 +6,7 @@ The oracle is the live model before it is saved.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from flair.data import Corpus, Dictionary, Sentence
 from flair.embeddings import (
     FlairEmbeddings,
+    HashEmbeddings,
+    OneHotEmbeddings,
     PooledFlairEmbeddings,
     StackedEmbeddings,
     TransformerDocumentEmbeddings,
@@ -65,6 +68,12 @@ def linker(words: Any) -> SpanClassifier:
     return SpanClassifier(words, labels, label_type="nel", span_label_type="ner")
 
 
+def _set(model: Model, **settings: Any) -> Model:
+    for name, value in settings.items():
+        setattr(model, name, value)
+    return model
+
+
 def tars(texts: Any, **options: Any) -> TARSClassifier:
     return TARSClassifier("task", dictionary("good", "bad", "odd"), "class", texts, **options)
 
@@ -79,6 +88,19 @@ MODELS: dict[str, tuple[bool, Callable[[Any], Model]]] = {
     "pooled": (
         True,
         lambda words: tagger(StackedEmbeddings([words, PooledFlairEmbeddings(characters(with_whitespace=False))])),
+    ),
+    "pooled in front": (True, lambda words: tagger(StackedEmbeddings([PooledFlairEmbeddings(characters()), words]))),
+    "one hot in front": (
+        True,
+        lambda words: tagger(StackedEmbeddings([OneHotEmbeddings(dictionary("Berlin", "and", add_unk=True)), words])),
+    ),
+    "hashes in front": (True, lambda words: tagger(StackedEmbeddings([HashEmbeddings(50, 8), words]))),
+    "tags of spans, one by one": (True, lambda words: _set(tagger(words), predict_spans=False)),
+    "tags of words, one by one": (
+        True,
+        lambda words: _set(
+            TokenClassifier(words, dictionary("PER", span_labels=True), "ner"), span_prediction_problem=False
+        ),
     ),
     "several labels": (False, lambda texts: tars(texts, multi_label=True, multi_label_threshold=0.01)),
     "thresholds": (False, lambda texts: tars(texts, multi_label_threshold={"default": 0.2, "good": 0.9})),
@@ -161,6 +183,69 @@ def test_spans_that_a_file_of_before_links_are_found_again(base: Base, tmp_path:
     assert answers(loaded) == answers(model)
 
 
+@pytest.mark.parametrize("kind", ["pooled in front", "one hot in front", "hashes in front"])
+def test_order_of_a_stack_in_a_file_of_before_is_found_again(kind: str, base: Base, tmp_path: Path) -> None:
+    """Flair sorts vectors by names, and kept the numbers in front of some of them alone."""
+    model = MODELS[kind][1](embeddings_for(base("bert"), words=True, has_adapter=True))
+    perturb_(model, 1)
+    saved = save_as("directory", model, tmp_path)
+    resign(saved, lambda document: document["model"].pop(unkept_settings.KEY))
+    assert answers(flair_peft.from_pretrained(saved, verify=False)) == answers(model)
+
+
+LONG = " ".join(["Berlin and Paris are large ."] * 20)
+
+
+@pytest.mark.parametrize("way", ["directory", "file", "pickle", "merge"])
+@pytest.mark.parametrize(("architecture", "limit"), [("llama", 16), ("xlnet", 16), ("bert", 100)])
+def test_long_texts_are_read_as_before_where_the_tokenizer_was_given_another_limit(
+    architecture: str, limit: int, way: str, base: Base, tmp_path: Path
+) -> None:
+    """Flair finds out once whether long texts are cut, and how windows overlap."""
+    config = lora(target_modules="all-linear")
+    texts = flair_peft.PeftTransformerWordEmbeddings(base(architecture), peft_config=config)
+    model = tagger(texts)
+    perturb_(model, 1)
+    texts.tokenizer.model_max_length = limit
+    live = long_vectors(model)
+    loaded = {
+        "directory": lambda: flair_peft.from_pretrained(save_as("directory", model, tmp_path)),
+        "file": lambda: SequenceTagger.load(save_as("file", model, tmp_path)),
+        "pickle": lambda: pickle.loads(pickle.dumps(model)),
+        "merge": lambda: flair_peft.merge(model),
+    }[way]()
+    assert (loaded.embeddings.truncate, loaded.embeddings.stride) == (texts.truncate, texts.stride)
+    assert torch.allclose(long_vectors(loaded), live, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "limit"), [("xlnet", 16), ("bert", 100)])
+def test_plain_embeddings_read_long_texts_as_before(architecture: str, limit: int, base: Base, tmp_path: Path) -> None:
+    """In a directory: how Flair's own files read them is Flair's."""
+    model = tagger(TransformerWordEmbeddings(base(architecture)))
+    model.embeddings.tokenizer.model_max_length = limit
+    loaded = flair_peft.from_pretrained(save_as("directory", model, tmp_path))
+    assert torch.equal(long_vectors(loaded), long_vectors(model))
+
+
+def long_vectors(model: Any) -> torch.Tensor:
+    sentence = Sentence(LONG, use_tokenizer=False)
+    with torch.no_grad():
+        model.eval().embeddings.embed(sentence)
+    found = torch.stack([token.get_embedding().cpu() for token in sentence])
+    sentence.clear_embeddings()
+    return found
+
+
+@pytest.mark.parametrize("damage", [{"truncate": 1}, {"stride": -1}, {"stride": "1"}], ids=str)
+def test_damaged_reading_of_long_texts_is_refused(damage: dict[str, Any], base: Base, tmp_path: Path) -> None:
+    """Instead of an error of a tokenizer at the first long text."""
+    model = tagger(flair_peft.PeftTransformerWordEmbeddings(base("bert"), peft_config=lora()))
+    saved = save_as("directory", model, tmp_path)
+    resign(saved, lambda document: document["model"]["embeddings"].update(damage))
+    with pytest.raises(ModelFileError, match="They are damaged"):
+        flair_peft.from_pretrained(saved, verify=False)
+
+
 DAMAGED: dict[str, Any] = {
     "no mapping": ["ner"],
     "no module": {"elsewhere": {"_span_label_type": "ner"}},
@@ -237,7 +322,7 @@ def test_settings_on_which_weights_depend_are_refused_before_a_training(base: Ba
 
 def test_flair_keeps_none_of_these_settings(base: Base) -> None:
     """Once it does, what this package does for them can go."""
-    for kind in ("spans to link", "spans in BIO", "several labels", "prompt behind"):
+    for kind in ("spans to link", "spans in BIO", "several labels", "prompt behind", "tags of spans, one by one"):
         words, make = MODELS[kind]
         model = make(embeddings_for(base("bert"), words=words, has_adapter=False))
         state = model._get_state_dict()
