@@ -155,13 +155,25 @@ def save_file(
         atomic.write_file(path, lambda file: torch.save(stored, file, pickle_protocol=_PICKLE_PROTOCOL))
 
 
+# Bytes of the bases that are loaded once more to see whether a load gives a model back.
+_LARGEST_TRIAL = 1 << 30
+
+
 def check_storable(model: Model) -> None:
-    """Return if files can hold the model; nothing is written and no base is read.
+    """Return if files can hold the model, and say if they would not give it back; nothing is written.
+
+    The latter is tried where bases are small: they are read, and compared as for a save.
 
     Raises:
         UnsupportedStateError: the model holds an object that they cannot hold.
     """
-    encode(plan_save(model, stored_base=lambda each: each.base_source.without_frozen(each.model)))
+    embedded = adapted_embeddings(model)
+    size = sum(parameter.nbytes for each in embedded for parameter in each.base_model.parameters())
+    if size > _LARGEST_TRIAL or any(each.is_placed for each in embedded):
+        encode(plan_save(model, stored_base=lambda each: each.base_source.without_frozen(each.model)))
+    else:
+        plan = plan_save(model)
+        trial_load.report_loss(model, *directory_layout.to_files(encode(plan), plan))
 
 
 def _report_not_finite(description: Description, path: Path) -> None:

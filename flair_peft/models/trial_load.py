@@ -1,9 +1,12 @@
-"""What a load would give of a directory that is not written yet, compared with the model that is to be saved."""
+"""What a load would give of a model that is not written yet: before a training, and before a directory is there."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flair.nn import Model
@@ -13,6 +16,10 @@ from flair_peft.models import load
 from flair_peft.primitives import building
 from flair_peft.primitives.fingerprint import are_same_bits
 from flair_peft.primitives.load_context import load_options
+
+log = logging.getLogger("flair_peft")
+
+_TRIAL = "the model to be trained"
 
 
 def compare_with_load(model: Model, document: Mapping[str, Any], files: Mapping[str, Any], *, source: str) -> None:
@@ -29,14 +36,8 @@ def compare_with_load(model: Model, document: Mapping[str, Any], files: Mapping[
     Raises:
         UnsupportedStateError: it does not.
     """
-    tensors = {name: content for name, content in files.items() if not isinstance(content, bytes)}
-    others = {name: content for name, content in files.items() if isinstance(content, bytes)}
-    # The base that the directory names was found, by what a user said of that; nothing more is downloaded.
-    options = dataclasses.replace(load_options(), base_model=None, local_files_only=True, trust_file=False)
     try:
-        with building.anew():  # saving must not change what is drawn next in training
-            stored = load.stored_in(document, others, tensors, model_class=type(model), source=source, options=options)
-            loaded = load.load_stored(stored)
+        loaded = _loaded(model, document, files, source)
     except (ModelFileError, StateMismatchError) as error:
         raise _lost(model, source, str(error).partition(". ")[0]) from error
     ours, theirs = model.state_dict(), loaded.state_dict()
@@ -44,6 +45,54 @@ def compare_with_load(model: Model, document: Mapping[str, Any], files: Mapping[
     odd |= {name for name in {*ours} - odd if not are_same_bits(ours[name], theirs[name])}
     if odd:
         raise _lost(model, source, f"it has other weights: {name_some(odd)}")
+
+
+def report_loss(model: Model, document: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Say if a model with adapters could not be loaded as it is, while a training can still be kept from that.
+
+    Args:
+        model: that is to be trained.
+        document: of a directory that would hold it.
+        files: of that, as for :func:`compare_with_load`.
+    """
+    try:
+        with _silent():
+            _loaded(model, document, files, _TRIAL)
+    except (ModelFileError, StateMismatchError) as error:
+        log.warning(
+            "What files will hold of this %s does not load as the same model: %s. Something in it was changed since it "
+            "was made, such as layers of its head, its labels or its transformer, and Flair makes them as they were. "
+            "Make the model with what it is to have, or be sure that you can load it otherwise.",
+            type(model).__name__,
+            str(error).removeprefix(f"Cannot load '{_TRIAL}': ").partition(". ")[0].rstrip("."),
+        )
+    except Exception as error:  # such as of a lack of memory: a training needs no trial
+        log.debug("Not tried whether this %s loads: %s: %s", type(model).__name__, type(error).__name__, error)
+
+
+def _loaded(model: Model, document: Mapping[str, Any], files: Mapping[str, Any], source: str) -> Model:
+    tensors = {name: content for name, content in files.items() if not isinstance(content, bytes)}
+    others = {name: content for name, content in files.items() if isinstance(content, bytes)}
+    # The base that the directory names was found, by what a user said of that; nothing more is downloaded.
+    options = dataclasses.replace(load_options(), base_model=None, local_files_only=True, trust_file=False)
+    with building.anew():  # saving must not change what is drawn next in training
+        stored = load.stored_in(document, others, tensors, model_class=type(model), source=source, options=options)
+        return load.load_stored(stored)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, this thread logs nothing of a load that nobody asked for."""
+    thread = threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    log.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_of_others)
 
 
 def _lost(model: Model, source: str, what: str) -> UnsupportedStateError:
