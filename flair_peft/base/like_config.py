@@ -50,6 +50,5 @@ def _is_elsewhere(model: PreTrainedModel) -> bool:
 
 def _layers(model: torch.nn.Module) -> set[str]:
     """Return the names, in the bare base, of the modules that have weights themselves, poolers aside."""
-    named = model.named_modules(remove_duplicate=False)
-    own = (name for name, module in named if next(module.parameters(recurse=False), None) is not None)
-    return {base for name in own if not keys.is_unread(name) and (base := keys.base_key(name)) is not None}
+    named = (keys.base_key(name) for name, _ in model.named_parameters(remove_duplicate=False))
+    return {name.rpartition(".")[0] for name in named if name is not None and not keys.is_unread(name)}
