@@ -173,7 +173,7 @@ def check_storable(model: Model) -> None:
         encode(plan_save(model, stored_base=lambda each: each.base_source.without_frozen(each.model)))
     else:
         plan = plan_save(model)
-        trial_load.report_loss(model, *directory_layout.to_files(encode(plan), plan))
+        trial_load.report_loss(plan, encode(plan))
 
 
 def _report_not_finite(description: Description, path: Path) -> None:

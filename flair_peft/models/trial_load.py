@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import logging
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flair.nn import Model
 
 from flair_peft.errors import ModelFileError, StateMismatchError, UnsupportedStateError, name_some
-from flair_peft.models import load
+from flair_peft.models import directory_layout, load
+from flair_peft.models.save_plan import Description, SavePlan
 from flair_peft.primitives import building
 from flair_peft.primitives.fingerprint import are_same_bits
 from flair_peft.primitives.load_context import load_options
@@ -47,17 +49,17 @@ def compare_with_load(model: Model, document: Mapping[str, Any], files: Mapping[
         raise _lost(model, source, f"it has other weights: {name_some(odd)}")
 
 
-def report_loss(model: Model, document: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+def report_loss(plan: SavePlan, description: Description) -> None:
     """Say if a model with adapters could not be loaded as it is, while a training can still be kept from that.
 
     Args:
-        model: that is to be trained.
-        document: of a directory that would hold it.
-        files: of that, as for :func:`compare_with_load`.
+        plan: of a save of the model that is to be trained.
+        description: of the model.
     """
+    model = plan.model
     try:
         with _silent():
-            _loaded(model, document, files, _TRIAL)
+            _loaded(model, *directory_layout.to_files(description, plan), _TRIAL)
     except (ModelFileError, StateMismatchError) as error:
         log.warning(
             "What files will hold of this %s does not load as the same model: %s. Something in it was changed since it "
@@ -82,7 +84,7 @@ def _loaded(model: Model, document: Mapping[str, Any], files: Mapping[str, Any],
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Inside, this thread logs nothing of a load that nobody asked for."""
+    """Inside, this thread logs nothing of a save and a load that nobody asked for, and PEFT warns of nothing."""
     thread = threading.get_ident()
 
     def is_of_others(record: logging.LogRecord) -> bool:
@@ -90,7 +92,9 @@ def _silent() -> Iterator[None]:
 
     log.addFilter(is_of_others)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         log.removeFilter(is_of_others)
 
