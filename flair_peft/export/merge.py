@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 
 import flair
@@ -18,10 +19,12 @@ from flair_peft.codec import state_json
 from flair_peft.embeddings import head_dtype, vector_probe
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError, name_some
-from flair_peft.models import build, save_plan
+from flair_peft.models import build, save_plan, unkept_settings
 from flair_peft.models.stored import Stored
 from flair_peft.primitives import devices, dtypes, mapped_memory, progress
 from flair_peft.primitives.full_precision import full_precision
+
+log = logging.getLogger("flair_peft")
 
 # Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
 _TOLERANCE = 1e-4
@@ -73,6 +76,13 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
         wanted = dtypes.parse_dtype(dtype)
         build.replace_each_(plain, PeftTransformerEmbeddings, lambda child: _merged_embeddings(child, wanted))
     plain.to(flair.device).eval()
+    if unkept := {name for settings in unkept_settings.read(plain).values() for name in settings}:
+        log.warning(
+            "Flair's own files do not keep %s of this %s: a .pt file of the merged model predicts something else where "
+            "it matters. save_pretrained keeps it.",
+            name_some(unkept),
+            type(plain).__name__,
+        )
     _made.add(plain)
     return plain
 

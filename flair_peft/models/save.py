@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flair.distributed_utils import is_main_process
 from flair.nn import Model
 
-from flair_peft.base import weight_files
+from flair_peft.base import like_config, weight_files
 from flair_peft.codec import state_json
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import SaveError
@@ -165,11 +166,15 @@ def check_storable(model: Model) -> None:
     The latter is tried where bases are small: they are read, and compared as for a save.
 
     Raises:
-        UnsupportedStateError: the model holds an object that they cannot hold.
+        UnsupportedStateError: the model holds an object that they cannot hold, or its transformer other layers than
+            its config says.
     """
     embedded = adapted_embeddings(model)
+    for each in embedded:
+        like_config.refuse_unlike_config(each.base_model)
     size = sum(parameter.nbytes for each in embedded for parameter in each.base_model.parameters())
-    if size > _LARGEST_TRIAL or any(each.is_placed for each in embedded):
+    is_large = size > _LARGEST_TRIAL or any(each.is_placed for each in embedded)
+    if is_large or not is_main_process():  # one of several processes is enough
         encode(plan_save(model, stored_base=lambda each: each.base_source.without_frozen(each.model)))
     else:
         plan = plan_save(model)

@@ -124,7 +124,7 @@ def plan_save(
         return _plan_plain(model, stored_base or functools.partial(_base_here, save_base=bool(save_base)))
     for embeddings in embedded:
         refusals.refuse_unstorable(embeddings.model)
-        like_config.refuse_unlike_config(embeddings.base_model)
+        like_config.report_unlike_config(embeddings.base_model)
     with _one_save:
         bases = [_stored_base(each, save_base) if stored_base is None else stored_base(each) for each in embedded]
         unchanged = [untrained.never_updated(each.model, each._start) for each in embedded]
@@ -197,8 +197,8 @@ def encode(plan: SavePlan, **extra: Any) -> Description:
     with _one_save:
         with plain_transformers.describing(plain):
             state: dict[str, Any] = _to_store(_state_of(model), plan, model, complete)
-        if unkept := unkept_settings.read(model):
-            state = {**state, unkept_settings.KEY: unkept}
+        # Where there are none, too: files of before lack the key.
+        state = {**state, unkept_settings.KEY: unkept_settings.read(model)}
         head = {**plan.head, "settings": head_probe.digest(state)}
         state = {**state, head_probe.KEY: head, "versions": versions(), **extra}
         if model.model_card is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any
@@ -21,6 +22,8 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import ModelFileError, UnsupportedStateError
+
+log = logging.getLogger("flair_peft")
 
 KEY = "unkept_settings"
 """Where the state of a model holds them: path of the module → name → value."""
@@ -112,16 +115,24 @@ def set_again_(model: Model, state: Mapping[str, Any], *, source: str) -> None:
 
 
 def _told_otherwise(model: Model, state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what files of before, and of Flair, say elsewhere: names in a stack are numbered."""
+    """Return what files of before, and of Flair, say elsewhere, or not at all: names in a stack were numbered."""
     found: dict[str, dict[str, Any]] = {}
     if isinstance(model, SpanClassifier) and state.get("span_label_type") is not None:
         found[""] = {"_span_label_type": state["span_label_type"]}
     stacks = ((path, each) for path, each in model.named_modules() if isinstance(each, StackedEmbeddings))
     for path, stack in stacks:
         is_numbered = [each.name.startswith(f"{number}-") for number, each in enumerate(stack.embeddings)]
-        for number, each in enumerate(stack.embeddings):
-            if any(is_numbered) and not is_numbered[number] and "name" in _UNKEPT.get(type(each), {}):
-                found[f"{path}.list_embedding_{number}".lstrip(".")] = {"name": f"{number}-{each.name}"}
+        lacking = [number for number, each in enumerate(stack.embeddings) if "name" in _UNKEPT.get(type(each), {})]
+        lacking = [number for number in lacking if any(is_numbered) and not is_numbered[number]]
+        for number in lacking:
+            name = f"{number}-{stack.embeddings[number].name}"
+            found[f"{path}.list_embedding_{number}".lstrip(".")] = {"name": name}
+        if lacking:
+            log.warning(
+                "The file does not say in which order the vectors of its stack are: they are taken in that of the "
+                "embeddings, as of a model when it is made. If it was loaded by an earlier version and trained on, it "
+                "predicts something else: train it again.",
+            )
     return found
 
 

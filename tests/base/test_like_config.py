@@ -1,9 +1,12 @@
-"""A transformer whose layers somebody changed is not stored: a load builds the one that its config says."""
+"""A transformer whose layers somebody changed is not trained: a load builds the one that its config says."""
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from flair.trainers import ModelTrainer
 from transformers import PreTrainedModel
 
 import flair_peft
-from flair_peft.errors import UnsupportedStateError
+from flair_peft.base import like_config
+from flair_peft.errors import StateMismatchError, UnsupportedStateError
 from tests.support.configs import lora
 from tests.support.models import CLASSIFIER, make
 
@@ -39,20 +43,51 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("change", "words"), CHANGES.values(), ids=CHANGES)
-def test_transformer_that_is_not_what_its_config_says_is_not_stored(
+def test_transformer_that_is_not_what_its_config_says_is_not_trained(
     change: Callable[[PreTrainedModel], None], words: str, base: Base, tmp_path: Path
 ) -> None:
-    """Neither in a file nor in a directory, and no training begins that would end in one; not even after a save."""
+    """No training begins that would end in a file that nothing loads; not even after a save."""
     model = make(CLASSIFIER, base("bert"), lora(target_modules=["value"]))
     model.save(tmp_path / "before.pt")
     change(model.embeddings.base_model)
     with pytest.raises(UnsupportedStateError, match=words):
-        model.save(tmp_path / "after.pt")
-    with pytest.raises(UnsupportedStateError, match=words):
-        flair_peft.save_pretrained(model, tmp_path / "after")
-    with pytest.raises(UnsupportedStateError, match=words):
         ModelTrainer(model, CLASSIFIER.corpus()).fine_tune(tmp_path / "training", max_epochs=1)
-    assert not list(tmp_path.glob("after*"))
+    assert not list(tmp_path.glob("training/*.pt"))
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES.values(), ids=CHANGES)
+def test_transformer_that_was_changed_by_then_is_saved_with_a_word(
+    change: Callable[[PreTrainedModel], None],
+    words: str,
+    base: Base,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What was trained is not lost, and nothing loads it as something else."""
+    model = make(CLASSIFIER, base("bert"), lora(target_modules=["value"]))
+    change(model.embeddings.base_model)
+    with caplog.at_level(logging.WARNING, "flair_peft"):
+        model.save(tmp_path / "after.pt")
+    assert re.search(rf"is saved {words}.*nothing would load the file", caplog.text)
+    with pytest.raises(StateMismatchError):
+        flair_peft.from_pretrained(tmp_path / "after.pt")
+
+
+def test_transformer_that_cannot_be_made_without_values_is_stored(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some classes ask tensors for numbers when they are made."""
+    model = make(CLASSIFIER, base("bert"), lora()).eval()
+
+    def build(*_: Any, **__: Any) -> None:
+        torch.linspace(0, 1, 2, device="meta").sum().item()
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "flair_peft"):
+        patched.setattr(like_config.transformer, "build_model", build)
+        model.save(tmp_path / "model.pt")
+    assert not caplog.records
+    expected = CLASSIFIER.predict(model, CLASSIFIER.corpus())
+    assert CLASSIFIER.predict(flair_peft.from_pretrained(tmp_path / "model.pt"), CLASSIFIER.corpus()) == expected
 
 
 def test_transformer_of_fewer_layers_is_stored_where_its_config_says_so(base: Base, tmp_path: Path) -> None:

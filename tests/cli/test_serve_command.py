@@ -74,6 +74,8 @@ def test_serve_refuses_to_merge_several_models(run: Run) -> None:
         (["--batch", "0"], "Cannot serve with batch=0"),
         (["--max-wait", "-1"], "Cannot serve with max_wait=-0.001"),
         (["--cors", "nonsense"], "Cannot answer pages of 'nonsense'"),
+        (["--cors", "https://*.example.org"], "Cannot answer pages of 'https://*.example.org'"),
+        (["--host", "no.such.host.invalid", "--token-file", "setup.cfg"], "Cannot listen at no.such.host.invalid"),
         (["--cors", "https://example.org/"], "Cannot answer pages of 'https://example.org/'"),
         ([], "there is no such file or directory"),
     ],

@@ -184,13 +184,43 @@ def test_spans_that_a_file_of_before_links_are_found_again(base: Base, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["pooled in front", "one hot in front", "hashes in front"])
-def test_order_of_a_stack_in_a_file_of_before_is_found_again(kind: str, base: Base, tmp_path: Path) -> None:
+def test_order_of_a_stack_in_a_file_of_before_is_taken_with_a_word(
+    kind: str, base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Flair sorts vectors by names, and kept the numbers in front of some of them alone."""
     model = MODELS[kind][1](embeddings_for(base("bert"), words=True, has_adapter=True))
     perturb_(model, 1)
     saved = save_as("directory", model, tmp_path)
+    assert answers(flair_peft.from_pretrained(saved)) == answers(model)
+    assert "in which order" not in caplog.text
     resign(saved, lambda document: document["model"].pop(unkept_settings.KEY))
     assert answers(flair_peft.from_pretrained(saved, verify=False)) == answers(model)
+    assert "does not say in which order the vectors" in caplog.text
+
+
+def test_order_that_a_stack_lost_before_stays_as_it_is_from_then_on(base: Base, tmp_path: Path) -> None:
+    """A model that was loaded by an earlier version, trained on and saved by this one is not turned round again."""
+    model = MODELS["pooled in front"][1](embeddings_for(base("bert"), words=True, has_adapter=True))
+    perturb_(model, 1)
+    model.embeddings.embeddings[0].name = "characters-context"
+    expected = answers(model)
+    assert not unkept_settings.read(model)
+    assert answers(flair_peft.from_pretrained(save_as("directory", model, tmp_path))) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("pooled in front", "name"), ("tags of spans, one by one", "predict_spans")]
+)
+def test_merged_model_says_what_its_own_files_do_not_keep(
+    kind: str, name: str, base: Base, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A ``.pt`` of it is Flair's."""
+    model = MODELS[kind][1](embeddings_for(base("bert"), words=True, has_adapter=True))
+    flair_peft.merge(model)
+    assert f"Flair's own files do not keep '{name}' of this SequenceTagger" in caplog.text
+    caplog.clear()
+    flair_peft.merge(tagger(embeddings_for(base("bert"), words=True, has_adapter=True)))
+    assert "do not keep" not in caplog.text
 
 
 LONG = " ".join(["Berlin and Paris are large ."] * 20)

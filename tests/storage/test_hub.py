@@ -471,6 +471,15 @@ def test_path_at_which_nothing_is_does_not_go_to_the_hub(path: str, hub: _Hub) -
     assert hub.requests == []
 
 
+def test_address_is_left_to_a_class_that_knows_what_to_do_with_it(hub: _Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flair asks the class of the model first."""
+    asked = list[str]()
+    monkeypatch.setattr(TextClassifier, "_fetch_model", staticmethod(lambda name: asked.append(str(name)) or name))
+    with pytest.raises(FileNotFoundError):
+        TextClassifier.load("https://example.org/models/mine.pt")
+    assert asked == ["https://example.org/models/mine.pt"]
+
+
 def test_hub_reason_is_logged_where_flair_looks_for_a_model_of_its_own(
     hub: _Hub, pushed: tuple[str, list[Any]], stranger: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -33,7 +33,7 @@ log = logging.getLogger("flair_peft")
 
 PAGE = Path(__file__).parent / "page"
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+")
 _PROOF_HEADERS = ["X-Model", "X-Adapter-Digest", "X-Base-Fingerprint", "X-Adapter", "Retry-After"]
 
 

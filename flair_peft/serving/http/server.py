@@ -30,11 +30,18 @@ def reserve(host: str, port: int) -> socket.socket:
     Raises:
         AdapterConfigError: it cannot be had.
     """
-    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        known = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = min(known, key=lambda each: each[0] != socket.AF_INET)
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _taken(host, port, error) from error
     if os.name == "posix":  # elsewhere this would let two programs answer at one address
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     try:
-        found.bind((host, port))
+        found.bind(address)
     except OSError as error:
         found.close()
         raise _taken(host, port, error) from error
