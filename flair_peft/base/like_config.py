@@ -16,8 +16,8 @@ log = logging.getLogger("flair_peft")
 
 _ADVICE = (
     "Its config says otherwise, and a load builds the transformer by its config: nothing would load the file. For "
-    "fewer layers, make the embeddings with transformers_config_kwargs={'num_hidden_layers': …}; or save a base that was "
-    "changed with its own save_pretrained, and make them on that."
+    "fewer layers, make the embeddings with transformers_config_kwargs={'num_hidden_layers': …}; or save a base that "
+    "was changed with its own save_pretrained, and make them on that."
 )
 
 # Model → its layers when they were those that its config says.

@@ -83,6 +83,10 @@ class _PoolingView:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._embeddings, name)
 
+    def _can_document_embedding_shortcut(self) -> bool:
+        """Whether each row is a sentence; Flair 0.15.1 takes windows of long ones for the sentences behind them."""
+        return not self.allow_long_sentences and bool(self._embeddings._can_document_embedding_shortcut())
+
     def model(self, input_ids: torch.Tensor, **tensors: Any) -> tuple[tuple[torch.Tensor, ...]]:
         """Return hidden states where Flair expects them, wide enough for its pooling, which mixes fp32 into sums."""
         states = self._embeddings.hidden_states(input_ids, **tensors)

@@ -133,10 +133,22 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
     params = TransformerEmbeddings.to_params(embeddings)
     params["tokenizer_data"] = tokenizers.portable_tokenizer_files(params["tokenizer_data"], embeddings.tokenizer)
     stock = next((found for found in _STOCK if isinstance(embeddings, found)), TransformerEmbeddings)
+    if mixes_windows(embeddings):
+        log.warning(
+            "Flair gives sentences other vectors where one before them in the batch has several windows: the merged "
+            "'%s' reads these so. Merge embeddings with allow_long_sentences=False, or keep the adapter beside its "
+            "base.",
+            embeddings.name,
+        )
     plain = stock.from_params(params)
     plain.truncate, plain.stride = embeddings.truncate, embeddings.stride
     plain.model.load_state_dict(transformer.state_dict())
     return plain.eval()
+
+
+def mixes_windows(embeddings: TransformerEmbeddings) -> bool:
+    """Whether Flair's own embeddings would take windows of long sentences for the vectors of those behind them."""
+    return embeddings.allow_long_sentences and bool(embeddings._can_document_embedding_shortcut())
 
 
 def _refuse_unreadable(embeddings: PeftTransformerEmbeddings) -> None:

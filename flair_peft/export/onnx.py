@@ -18,6 +18,7 @@ from flair.embeddings.base import Embeddings
 from flair.nn import Model
 
 from flair_peft.embeddings import vector_probe
+from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
 from flair_peft.export import merge
 from flair_peft.models import build
@@ -62,6 +63,7 @@ def export_onnx(
             "second checks and runs it. Run pip install onnx onnxruntime."
         )
     _refuse_separators(model)
+    _refuse_windows(model)
     plain = merge.merge(model)
     paths = (_numbered(Path(path), number) for number in itertools.count())
     build.replace_each_(
@@ -148,6 +150,17 @@ def _refuse_separators(model: Model) -> None:
                 f"Cannot export this {type(module).__name__}: it joins texts by {module.sep!r}, and Flair joins them "
                 "by a space where the embeddings are an ONNX file. Loaded again, it would predict something else. Use "
                 "flair_peft.merge, or train with embed_separately=True."
+            )
+
+
+def _refuse_windows(model: Model) -> None:
+    """Return unless Flair, of whose code the graph is made, would mix the windows of long texts up."""
+    for embeddings in adapted_embeddings(model):
+        if merge.mixes_windows(embeddings):
+            raise AdapterConfigError(
+                f"Cannot export '{embeddings.name}': it splits long texts into windows and reads the first token, and "
+                "Flair's graph of that mixes the windows of several texts up. Train with allow_long_sentences=False, "
+                "or with cls_pooling='mean'."
             )
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from flair.data import Sentence
+from flair.embeddings import TransformerDocumentEmbeddings
 
-from flair_peft import PeftTransformerEmbeddings
+import flair_peft
+from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings
 from flair_peft.embeddings import flair_pooling
+from flair_peft.errors import AdapterConfigError
 from tests.support.configs import lora
+from tests.support.models import CLASSIFIER, make
 
 TEXTS = ("I love it", "Berlin and Paris are large cities in Europe .", "Who wrote the book ?")
 
@@ -40,3 +45,38 @@ def test_selection_gives_the_bits_and_gradients_of_flairs_pooling(
     assert gradients
     for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
+def test_sentence_beside_one_of_several_windows_has_the_vector_that_it_has_alone(
+    pooling: str, base: Callable[[str], str]
+) -> None:
+    """Flair 0.15.1 hands its windows to the sentences behind it; in training, too."""
+    settings = {"allow_long_sentences": True, "cls_pooling": pooling, "peft_config": lora(init_lora_weights=False)}
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), **settings).eval()
+    texts = [TEXTS[0], " ".join([TEXTS[1]] * 30), *TEXTS[1:]]
+
+    def embed(given: list[str]) -> list[torch.Tensor]:
+        embeddings.embed(sentences := [Sentence(text) for text in given])
+        return [sentence.embedding.detach() for sentence in sentences]
+
+    alone = [embed([text])[0] for text in texts]
+    for found, expected in zip(embed(texts), alone, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(alone[1], alone[2], atol=1e-3)
+
+
+def test_flair_still_takes_windows_for_the_sentences_behind_them(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once it does not, nothing has to be said of a merged model, and nothing to be refused."""
+    stock = TransformerDocumentEmbeddings(base("bert"), allow_long_sentences=True)
+    long, short = " ".join([TEXTS[1]] * 30), TEXTS[0]
+    stock.embed(sentences := [Sentence(long), Sentence(short)])
+    stock.embed(alone := Sentence(short))
+    assert not torch.allclose(sentences[1].embedding, alone.embedding, atol=1e-3)
+    model = make(CLASSIFIER, base("bert"), lora(), allow_long_sentences=True)
+    flair_peft.merge(model)
+    assert "the merged '" in caplog.text
+    with pytest.raises(AdapterConfigError, match="mixes the windows of several texts up"):
+        flair_peft.export_onnx(model, tmp_path / "model.onnx")
