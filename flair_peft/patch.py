@@ -48,7 +48,7 @@ from flair_peft.embeddings import head_dtype
 from flair_peft.embeddings.adapted import has_nothing_to_embed
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
 from flair_peft.embeddings.word_and_document import counterpart
-from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError
+from flair_peft.errors import AdapterConfigError, ModelFileError, SaveError, UnsupportedStateError
 from flair_peft.export import merge
 from flair_peft.models import inputs
 from flair_peft.models import load as loading
@@ -331,8 +331,12 @@ def _saving_what_was_learned(original: Callable[..., None]) -> Callable[..., Non
             if merge.is_merged(self) or _holds_adapter(path):
                 return _replace_whole(path, lambda path: original(self, path, checkpoint))
             return original(self, model_file, checkpoint)
-        trainer = _trainers.get(self) if checkpoint else None
-        state = None if trainer is None else resume.training_state(trainer, self)
+        trainer, state = _trainers.get(self) if checkpoint else None, None
+        if trainer is not None:
+            try:
+                state = resume.training_state(trainer, self)
+            except UnsupportedStateError as error:  # that must not cost a trained model
+                log.warning("'%s' holds the model alone, and no training can go on from it. %s", model_file, error)
         saving.save_file(self, Path(model_file), save_base=save_base, training_state=state)
         return None
 

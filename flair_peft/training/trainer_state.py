@@ -15,6 +15,7 @@ from flair.distributed_utils import is_main_process
 from flair.nn import Model
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import BasePlugin
+from torch.optim.lr_scheduler import LRScheduler
 
 from flair_peft.adapter import keys, traits
 from flair_peft.codec.state_positions import class_name
@@ -33,8 +34,13 @@ _COUNTED: Mapping[type[BasePlugin], tuple[str, ...]] = {RankAllocationPlugin: ("
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: Model) -> State:
-    """Return the state by the names of parameters; those of the frozen base have none and are left out."""
+    """Return the state by the names of parameters; those of the frozen base have none and are left out.
+
+    Raises:
+        UnsupportedStateError: the optimiser keeps more than that.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    _refuse_more(optimizer, names)
     groups = _named_groups(optimizer, names)
     parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     kept = [name for group in groups for name in group["parameters"]]
@@ -56,6 +62,22 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: Model) -> State:
             if parameters[name] in optimizer.state
         },
     }
+
+
+def _refuse_more(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+    """Return if all that the optimiser keeps belongs to parameters of the model: no more can be given back."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    more = {
+        "parameters that are not the model's": sum(id(parameter) not in names for parameter in parameters),
+        "entries of its state that belong to none of them": sum(id(key) not in names for key in optimizer.state),
+        "parts that other optimisers do not have": len({*optimizer.state_dict()} - {"state", "param_groups"}),
+    }
+    found = [f"{count} {what}" for what, count in more.items() if count]
+    if found:
+        raise UnsupportedStateError(
+            f"Cannot keep the state of the optimiser {class_name(optimizer)}: it has {' and '.join(found)}. A training "
+            "that goes on would lose that. Train without save_optimizer_state=True, or with another optimiser."
+        )
 
 
 def _named_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[State]:
@@ -164,8 +186,9 @@ def _plugin_state(plugin: BasePlugin) -> State:
 
 
 def _state_holders(plugin: BasePlugin) -> dict[str, Any]:
-    """Return the plugin itself and its scheduler, as far as they can give and take a state."""
-    candidates = {"plugin": plugin, "scheduler": getattr(plugin, "scheduler", None)}
+    """Return the plugin itself and its schedulers, as far as they can give and take a state."""
+    schedulers = {name: each for name, each in vars(plugin).items() if isinstance(each, LRScheduler)}
+    candidates = {"plugin": plugin, "scheduler": getattr(plugin, "scheduler", None), **schedulers}
     return {
         name: holder
         for name, holder in candidates.items()

@@ -723,3 +723,72 @@ def test_optimiser_whose_state_no_file_can_hold_is_refused(stopped: Journey) -> 
     trainer.optimizer.state[parameter] = {"closure": print}
     with pytest.raises(UnsupportedStateError, match="builtin_function_or_method"):
         resume.training_state(trainer, model)
+
+
+class _LearnsMore(TrainerPlugin):
+    """Gives the optimiser a parameter that is not the model's, as losses with weights of their own do."""
+
+    @TrainerPlugin.hook
+    def before_training_epoch(self, epoch: int, **_: Any) -> None:
+        if epoch == 1:
+            self.weight = torch.nn.Parameter(torch.ones(1))
+            self.trainer.optimizer.add_param_group({"params": [self.weight]})
+
+
+class _HasMore(torch.optim.SGD):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "slow": {}}
+
+
+class _KeepsByName(torch.optim.SGD):
+    """As PEFT's LoRA-FA does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.state["lora"] = {"step": 1}
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("plugins", "options", "words"),
+    [
+        ([_LearnsMore()], {"attach_default_scheduler": False}, "1 parameters that are not the model's"),
+        ([], {"optimizer": _HasMore}, "1 parts that other optimisers do not have"),
+        ([], {"optimizer": _KeepsByName}, "1 entries of its state that belong to none of them"),
+    ],
+    ids=["parameter", "part", "entry"],
+)
+def test_model_whose_optimiser_keeps_more_is_saved_without_a_state(
+    plugins: list[TrainerPlugin],
+    options: dict[str, Any],
+    words: str,
+    journey: Callable[..., Journey],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A training ends with its model saved, and none goes on from less than there was."""
+    travel = journey(**options)
+    with caplog.at_level(logging.WARNING, "flair_peft"):
+        travel.seeded("whole", *plugins)
+    path = travel.root / "whole" / "final-model.pt"
+    assert f"'{path}' holds the model alone" in caplog.text
+    assert words in caplog.text
+    Model.load(path)
+    with pytest.raises(TrainingSetupError, match="holds no training state"):
+        ResumePlugin(path)
+
+
+class _OwnSchedule(TrainerPlugin):
+    """Keeps its scheduler under a name of its own."""
+
+    @TrainerPlugin.hook
+    def after_setup(self, optimizer: Any = None, **_: Any) -> None:
+        self.cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.trainer.optimizer, T_max=EPOCHS, eta_min=1e-5)
+
+    @TrainerPlugin.hook
+    def after_training_epoch(self, **_: Any) -> None:
+        self.cosine.step()
+
+
+def test_scheduler_goes_on_whatever_it_is_called(journey: Callable[..., Journey]) -> None:
+    """In a plugin of one's own."""
+    journey(plugins=lambda: [_OwnSchedule()], schedule="train").compare(Stop("after_evaluation", 2))
