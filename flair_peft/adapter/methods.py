@@ -114,6 +114,11 @@ def depends_on_batch(config: PeftConfig) -> bool:
     return method_traits(config).depends_on_batch
 
 
+def averages_batch(config: PeftConfig) -> bool:
+    """Whether its gradients depend on which sentences share a forward pass, though their vectors do not."""
+    return any(option.averages_batch for option, _ in options(config))
+
+
 def why_not_mixed(config: PeftConfig) -> str | None:
     """Return why sentences of this adapter cannot share a forward pass with those of others; ``None`` if they may."""
     if not method_traits(config).is_mixable:

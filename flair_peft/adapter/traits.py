@@ -168,12 +168,14 @@ class OptionTraits(Traits):
         off: its value where it is switched off, if that does not count as false.
         decomposes_base: it computes with the base's weights even where a state dict will fill the adapter.
         ties_layers: it lets layers share their weights.
+        averages_batch: in training it projects gradients by a mean over all that its layers get in one pass.
     """
 
     setting: str
     off: object = None
     decomposes_base: bool = False
     ties_layers: bool = False
+    averages_batch: bool = False
 
     def is_on(self, value: object) -> bool:
         """Whether a config with this value of the setting switches it on; None is that of a config without it."""
@@ -399,6 +401,7 @@ OPTIONS: tuple[OptionTraits, ...] = (
     OptionTraits("trainable_token_indices", derived_from_base=True, not_mixed="it replaces rows of the base"),
     OptionTraits("target_parameters", not_mixed="it adapts bare parameters"),
     OptionTraits("kasa_config", rewrites_base=True, decomposes_base=True),
+    OptionTraits("velora_config", averages_batch=True),
     OptionTraits("monteclora_config", keeps_graph=True, ahead="MontecloraSampler"),
     OptionTraits(
         "layer_replication",

@@ -18,6 +18,7 @@ from flair.data import Sentence
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.nn import Model
 from peft import AdaLoraConfig, PromptTuningConfig
+from peft.tuners.lora.config import VeloraConfig
 from torch import nn
 
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings
@@ -278,6 +279,20 @@ def test_model_has_the_loss_and_the_gradients_of_one_pass(
     assert grouped.keys() == whole.keys()
     for key, expected in whole.items():
         torch.testing.assert_close(grouped[key], expected, atol=1e-4, rtol=1e-3, msg=key)
+
+
+def test_method_that_averages_over_a_pass_has_the_gradients_of_one(base: Base, divided: Divided) -> None:
+    """VeLoRA's vectors are the same in groups, so that no trial tells; predictions go on being divided."""
+    entry = ZOO["text-classifier"]
+    model = make(entry, base("bert"), lora(velora_config=VeloraConfig(num_groups=4)))
+    whole, grouped = (loss_and_gradients(entry, model, grouped=each) for each in (False, True))
+    assert any("lora_A" in name and gradient.any() for name, gradient in whole.items())
+    for key, expected in whole.items():
+        torch.testing.assert_close(grouped[key], expected, atol=1e-6, rtol=1e-5, msg=key)
+    assert not any(groups is not None for groups in divided)
+    model.eval()
+    model.predict([copy_point(point) for point in entry.corpus().train])
+    assert any(groups is not None for groups in divided)
 
 
 def loss_and_gradients(entry: Any, model: Model, *, grouped: bool) -> dict[str, torch.Tensor]:
