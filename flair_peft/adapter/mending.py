@@ -15,6 +15,7 @@ def repair_(model: PeftModel) -> None:
     """Make right, in place, what PEFT leaves wrong after adding an adapter; see the functions called."""
     config = model.peft_config[ADAPTER_NAME]
     freeze_never_trained_(model)
+    keep_projections_(model)
     if methods.method_traits(config).projects_gradients:
         _reattach_projections_(model)
     if config.is_prompt_learning:
@@ -32,6 +33,17 @@ def freeze_never_trained_(model: PeftModel) -> None:
     for name, parameter in model.named_parameters() if containers else ():
         if not containers.isdisjoint(name.split(".")):
             parameter.requires_grad_(False)
+
+
+def keep_projections_(model: PeftModel) -> None:
+    """Let VeLoRA layers that were filled keep their projection where it is drawn from the first batch alone.
+
+    Whether they have one already stands beside it, in no state dict, and PEFT would draw another.
+    """
+    for layer in model.modules():
+        drawn: dict[str, bool] = vars(layer).get("lora_velora_initialized", {})
+        for name in drawn:
+            drawn[name] = drawn[name] or bool(layer.lora_velora_embed[name].any())
 
 
 def _reattach_projections_(model: PeftModel) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def read_parts(model: PreTrainedModel) -> frozenset[str] | None:
     """
     if "pixel_values" in inspect.signature(model.forward).parameters:
         return None
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), keeping_attention(model):
         try:
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
             output = model(ids, output_hidden_states=True, return_dict=True)
@@ -251,6 +251,28 @@ def takes_mask(model: PreTrainedModel) -> bool:
     """Whether padding can be masked; FNet mixes all positions of a batch."""
     parameters = inspect.signature(model.forward).parameters
     return "attention_mask" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def is_sparse(model: torch.nn.Module) -> bool:
+    """Whether it attends to blocks of tokens, as BigBird does until a short text makes it attend to all for good."""
+    return vars(model).get("attention_type") == "block_sparse"  # what is wrapped around it has the attribute, too
+
+
+@contextlib.contextmanager
+def keeping_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Outside, transformers in the model attend to what they attended to before, whatever texts were embedded."""
+    sparse = [(each, dict(each._modules)) for each in model.modules() if is_sparse(each)]
+    if not sparse:
+        yield
+        return
+    # Each layer makes another attention with random weights, and puts those that it has in their place.
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            for module, parts in sparse:
+                module.attention_type = "block_sparse"  # type: ignore[assignment]
+                module._modules.update(parts)
 
 
 def has_transposed_weights(model: PreTrainedModel) -> bool:

@@ -345,6 +345,8 @@ def may_be_divided(embeddings: AdaptedEmbeddings) -> bool:
         or any(getattr(each, "_compiled_call_impl", None) is not None for each in (model, base))
         # Each pass reads what is offloaded.
         or placement.is_dispatched(base)
+        # A short group would change how the longer ones attend.
+        or transformer.is_sparse(base)
     )
     config = embeddings.adapter_config if embeddings.has_adapter else None
     if is_whole or (config is not None and methods.depends_on_batch(config)):

@@ -258,7 +258,8 @@ def _try_out(embeddings: AdaptedEmbeddings) -> None:
     encoded = tokenizer("a", return_tensors="pt") if not embeddings.tokenizer_needs_ocr_boxes else None
     ids = torch.tensor([[0]]) if encoded is None or encoded["input_ids"].numel() == 0 else encoded["input_ids"]
     inputs = {"attention_mask": torch.ones_like(ids)}
-    refusals.try_out(model, lambda: embeddings.hidden_states(ids, **inputs), rows=ids.shape[1])
+    with transformer.keeping_attention(model):
+        refusals.try_out(model, lambda: embeddings.hidden_states(ids, **inputs), rows=ids.shape[1])
     trainable.report_without_effect(model)
     trained, total = model.get_nb_trainable_parameters()
     log.info("%s: %s of %s parameters are trained (%.2f %%).", embeddings.name, trained, total, 100 * trained / total)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flair_peft.adapter import derived_state, injection, keys, methods
+from flair_peft.adapter import derived_state, injection, keys, mending, methods
 from flair_peft.base import left_out as base_left_out
 from flair_peft.base import quantisation
 from flair_peft.base.frozen_base import FrozenBase
@@ -85,6 +85,7 @@ def finish_(embeddings: AdaptedEmbeddings, pending: PendingLoad) -> dict[str, st
 
     Their probe is left to a load that collects probes, for when its model is complete.
     """
+    mending.keep_projections_(embeddings.model)
     named = pending.trained_base or pending.untrained
     parameters = dict(embeddings.model.named_parameters()) if named else {}
     for parameter in (parameters[name] for name in pending.trained_base if name in parameters):

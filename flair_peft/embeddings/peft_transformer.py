@@ -233,7 +233,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
     def stops_before_final_norm(self) -> bool:
         """Whether the transformer goes on after the last of its hidden states; the model is asked, by a small pass."""
         ids = torch.tensor([vector_probe.probe_ids(self)])
-        with vector_probe.evaluating(self), torch.no_grad():
+        with vector_probe.trying_out(self), torch.no_grad():
             states, last = transformer.states_of(self._output(ids, attention_mask=torch.ones_like(ids)))
         return not torch.equal(states[-1], last)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flair_peft.base import tokenizers
+from flair_peft.base import tokenizers, transformer
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.errors import ModelFileError, StateMismatchError
 from flair_peft.primitives.dtypes import dtype_name
@@ -149,7 +149,7 @@ def probe_states(embeddings: AdaptedEmbeddings, ids: list[int], *, has_graph: bo
     # In another precision the vectors would be others than those of a load outside of it.
     exact = full_precision(embeddings.base_model.device.type)
     ready = torch.inference_mode(False) if has_graph else contextlib.nullcontext()
-    with ready, torch.set_grad_enabled(has_graph), evaluating(embeddings), exact:
+    with ready, torch.set_grad_enabled(has_graph), trying_out(embeddings), exact:
         batch = torch.tensor([ids])
         return embeddings.hidden_states(batch, attention_mask=torch.ones_like(batch))
 
@@ -188,3 +188,10 @@ def evaluating(embeddings: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in were_training:
             module.training = True
+
+
+@contextlib.contextmanager
+def trying_out(embeddings: torch.nn.Module) -> Iterator[None]:
+    """Let the package's own small passes evaluate, and leave the module as it was: its modes, and its attention."""
+    with transformer.keeping_attention(embeddings), evaluating(embeddings):
+        yield

@@ -186,7 +186,7 @@ def live_scores(model: Any, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         texts: each a list of words.
     """
     sentences = [Sentence(list(words)) for words in texts]
-    with vector_probe.evaluating(model), torch.no_grad(), full_precision(flair.device.type):
+    with vector_probe.trying_out(model), torch.no_grad(), full_precision(flair.device.type):
         if isinstance(model, SequenceTagger):
             tensor, lengths = model._prepare_tensors(sentences)
             scores = model.forward(tensor, lengths)

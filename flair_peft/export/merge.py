@@ -200,6 +200,6 @@ def _hidden_states(transformer: PreTrainedModel | PeftModel, ids: list[int]) -> 
     device = next(transformer.parameters()).device
     batch = torch.tensor([ids], device=device)
     inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch), "output_hidden_states": True}
-    with torch.no_grad(), full_precision(device.type):
+    with base_transformer.keeping_attention(transformer), torch.no_grad(), full_precision(device.type):
         output = model_call.forward(transformer, {**inputs, "return_dict": True})
     return torch.cat([*base_transformer.states_of(output)[0]]).cpu()

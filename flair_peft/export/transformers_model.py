@@ -255,7 +255,7 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, head: LinearHead) ->
     """Return what a model of transformers scores, as :func:`live_scores` does."""
     probes = [[*words] for words in _probes(head)]
     encoding = tokenizer(probes, is_split_into_words=True, padding=True, return_tensors="pt")
-    with vector_probe.evaluating(model), torch.no_grad(), full_precision(model.device.type):
+    with vector_probe.trying_out(model), torch.no_grad(), full_precision(model.device.type):
         scores = model(**encoding.to(model.device), return_dict=True).logits.float().cpu()
     if not head.reads_words:
         return scores

@@ -223,7 +223,7 @@ def _outputs(model: Model, readings: Sequence[Reading]) -> Tensors:
         # Flair's batches are drawn by torch, and another precision would give other numbers than a load outside of it.
         with (
             contextlib.ExitStack() as stack,
-            vector_probe.evaluating(model),
+            vector_probe.trying_out(model),
             torch.no_grad(),
             torch.random.fork_rng(devices=[]),
             full_precision(torch.device(flair.device).type),

@@ -92,8 +92,8 @@ class MixedBatches:
 
     @torch.no_grad()
     def _run(self, passes: Sequence[ForwardPass], *, trunks: FrozenTrunks, mixable: Mixable, rows: int) -> list[Output]:
-        if len(passes) == 1:
-            return [passes[0].run()]
+        if len(passes) == 1 or any(transformer.is_sparse(each.embeddings.base_model) for each in passes):
+            return [each.run() for each in passes]
         outputs: dict[int, Output] = {}
         for numbers in trunks.groups(passes):
             of_group = {number: passes[number] for number in numbers}
@@ -293,7 +293,7 @@ class MixingModel:
             raise AdapterConfigError("its tensors have no place beside those of others")
         ids = vector_probe.probe_ids(embeddings)
         sentences = [_as_pass(embeddings, ids), _as_pass(embeddings, ids[: max(1, len(ids) // 2)])]
-        with exact_products():
+        with transformer.keeping_attention(embeddings), exact_products():
             with embeddings.in_use():
                 mixed = self.run(sentences, [adapter, adapter])
             alone = [torch.stack([*transformer.states_of(sentence.run())[0]]).float() for sentence in sentences]

@@ -19,6 +19,7 @@ from flair.samplers import FlairSampler
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import TrainerPlugin, TrainingInterrupt
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig
+from peft.tuners.lora.config import VeloraConfig
 
 import flair_peft
 from flair_peft import LoraPlusPlugin, RankAllocationPlugin
@@ -61,6 +62,7 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
         encoder_dropout=0.2,
     ),
     "adalora": adalora,
+    "velora-once": lambda: dropping(velora_config=VeloraConfig(num_groups=4, init_type="batch_average_once")),
 }
 
 # Flair's two schedules: linear with warm-up and AdamW; annealing on the dev score, here after each epoch that is not
@@ -215,7 +217,7 @@ def plugins_of(method: str) -> Callable[[], list[TrainerPlugin]]:
 @pytest.mark.parametrize(
     ("entry", "schedule"), [("text-classifier", "fine_tune"), ("sequence-tagger-rnn-crf", "train")]
 )
-@pytest.mark.parametrize("method", few(CONFIGS, ["lora", "adalora"]))
+@pytest.mark.parametrize("method", few(CONFIGS, ["lora", "adalora", "velora-once"]))
 def test_resumed_training_of_each_method_equals_one_that_never_stopped(
     method: str, entry: str, schedule: str, journey: Journeys
 ) -> None:
