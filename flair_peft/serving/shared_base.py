@@ -261,12 +261,19 @@ class _Job:
 
     def may_take_turns_with(self, other: _Job) -> bool:
         """Whether both models may predict for the same sentence in turns, as if one had come after the other."""
-        return self._label != other._label and self._reads_words_once and other._reads_words_once
+        # What one is to keep of a sentence, the other would clear.
+        are_apart = self._label != other._label and self._kept == other._kept
+        return are_apart and self._reads_words_once and other._reads_words_once
 
     @property
     def _label(self) -> str:
         """The type of the labels that it gives."""
         return self._options.get("label_name") or self.model.label_type
+
+    @property
+    def _kept(self) -> str:
+        """Where the vectors are to be after it, "none" if nowhere."""
+        return str(self._options.get("embedding_storage_mode", "none"))
 
     @functools.cached_property
     def _reads_words_once(self) -> bool:

@@ -996,6 +996,27 @@ def test_predict_together_waits_for_models_whose_adapter_stands_in_a_stack(
     assert largest_difference(labels_of(separate), labels_of(together)) < TOLERANCE
 
 
+@pytest.mark.parametrize("kept", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_predict_together_keeps_the_vectors_that_it_keeps_apart(
+    order: tuple[int, ...], kept: tuple[int, ...], base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Each model may be asked to keep its vectors, or not; a later one that keeps none clears those of earlier ones."""
+    shared = SharedBase(base("bert"))
+    kinds = ("sequence-tagger", "text-classifier")
+    directories = [save_random(kind, base("bert"), tmp_path / kind, config=lora(), seed=1)[0] for kind in kinds]
+    models = [shared.load(directories[number]) for number in order]
+    options = {models[number]: {"embedding_storage_mode": "cpu"} for number in kept}
+    together, apart = [*map(Sentence, TEXTS)], [*map(Sentence, TEXTS)]
+    for model in models:
+        model.predict(apart, mini_batch_size=2, **options.get(model, {}))
+    shared.predict(dict.fromkeys(models, together), mini_batch_size=2, model_options=options)
+    for one, other in zip(together, apart, strict=True):
+        for mine, theirs in zip([one, *one], [other, *other], strict=True):
+            assert mine._embeddings.keys() == theirs._embeddings.keys()
+    assert any(sentence._embeddings or sentence[0]._embeddings for sentence in together) is (1 in kept)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("config", [{"bias": "all"}, {"init_lora_weights": "pissa"}])
 def test_base_in_another_dtype_takes_weights_of_the_base_that_a_file_holds(
