@@ -33,11 +33,12 @@ if _typing.TYPE_CHECKING:
     from flair_peft.patch import install, is_installed, uninstall
     from flair_peft.serving.shared_base import SharedBase
     from flair_peft.serving.stream import predict_stream
-    from flair_peft.training.plugins import LoraPlusPlugin, RankAllocationPlugin
+    from flair_peft.training.plugins import AuxiliaryLossPlugin, LoraPlusPlugin, RankAllocationPlugin
     from flair_peft.training.process_group import join_processes
     from flair_peft.training.resume import ResumePlugin
 
 __all__ = [
+    "AuxiliaryLossPlugin",
     "FlairPeftError",
     "LoraPlusPlugin",
     "PeftTransformerDocumentEmbeddings",
@@ -81,7 +82,7 @@ _NAMES_IN = {
     "serving.shared_base": ["SharedBase"],
     "serving.stream": ["predict_stream"],
     "training.process_group": ["join_processes"],
-    "training.plugins": ["LoraPlusPlugin", "RankAllocationPlugin"],
+    "training.plugins": ["AuxiliaryLossPlugin", "LoraPlusPlugin", "RankAllocationPlugin"],
     "training.resume": ["ResumePlugin"],
 }
 _MODULES = (

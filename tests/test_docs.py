@@ -27,6 +27,7 @@ from flair.data import Sentence
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import SequenceTagger, TextClassifier
 from peft import AdaLoraConfig, C3AConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file, save_file
 from transformers.activations import GELUActivation
 
@@ -176,6 +177,11 @@ def _unstorable() -> None:
 def _no_plugin() -> None:
     config = AdaLoraConfig(total_step=24, init_r=4, target_r=2, tinit=1, tfinal=1, target_modules=["query", "value"])
     train(classifier(BASE, peft_config=config), Path("out"), max_epochs=1)
+
+
+@provokes("A loss of the method's own is left out")
+def _no_loss_plugin() -> None:
+    train(classifier(BASE, peft_config=lora(kasa_config=KasaConfig())), Path("out"), max_epochs=1)
 
 
 @provokes("There is no state to go on from")

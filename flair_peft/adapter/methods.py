@@ -119,6 +119,11 @@ def averages_batch(config: PeftConfig) -> bool:
     return any(option.averages_batch for option, _ in options(config))
 
 
+def own_losses(config: PeftConfig) -> dict[str, str]:
+    """Return option → method of PEFT's model, of those with a loss that PEFT leaves to the training loop."""
+    return {option.setting: option.own_loss for option, _ in options(config) if option.own_loss}
+
+
 def why_not_mixed(config: PeftConfig) -> str | None:
     """Return why sentences of this adapter cannot share a forward pass with those of others; ``None`` if they may."""
     if not method_traits(config).is_mixable:

@@ -167,8 +167,15 @@ def refuse_without_adapter(model: torch.nn.Module) -> None:
     """Return if the model of embeddings has its adapter, and not only the base that PEFT's ``merge_and_unload`` leaves.
 
     Raises:
-        AdapterConfigError: it has none; the message names what merges a whole Flair model.
+        AdapterConfigError: it has none, or something is wrapped around it; the message names what merges a whole
+            Flair model.
     """
+    if not isinstance(model, PeftModel) and any(isinstance(each, PeftModel) for each in model.modules()):
+        raise AdapterConfigError(
+            f"Cannot store, train or copy these embeddings: a {type(model).__name__} is wrapped around their model, and "
+            "files hold an adapter on its base. Take it off, such as by embeddings.model = embeddings.model.module; "
+            "flair_peft.join_processes() trains in several processes."
+        )
     is_there = isinstance(model, PeftModel) and ADAPTER_NAME in model.peft_config
     named = itertools.chain(model.named_parameters(), model.named_buffers())
     if not is_there or all(keys.base_key(name) is not None for name, _ in named):

@@ -169,6 +169,7 @@ class OptionTraits(Traits):
         decomposes_base: it computes with the base's weights even where a state dict will fill the adapter.
         ties_layers: it lets layers share their weights.
         averages_batch: in training it projects gradients by a mean over all that its layers get in one pass.
+        own_loss: the method of PEFT's model that gives the loss which it adds to that of the training, if it has one.
     """
 
     setting: str
@@ -176,6 +177,7 @@ class OptionTraits(Traits):
     decomposes_base: bool = False
     ties_layers: bool = False
     averages_batch: bool = False
+    own_loss: str = ""
 
     def is_on(self, value: object) -> bool:
         """Whether a config with this value of the setting switches it on; None is that of a config without it."""
@@ -400,9 +402,9 @@ OPTIONS: tuple[OptionTraits, ...] = (
     OptionTraits("modules_to_save", not_mixed="it replaces modules of the base"),
     OptionTraits("trainable_token_indices", derived_from_base=True, not_mixed="it replaces rows of the base"),
     OptionTraits("target_parameters", not_mixed="it adapts bare parameters"),
-    OptionTraits("kasa_config", rewrites_base=True, decomposes_base=True),
+    OptionTraits("kasa_config", rewrites_base=True, decomposes_base=True, own_loss="_get_kasa_loss"),
     OptionTraits("velora_config", averages_batch=True),
-    OptionTraits("monteclora_config", keeps_graph=True, ahead="MontecloraSampler"),
+    OptionTraits("monteclora_config", keeps_graph=True, ahead="MontecloraSampler", own_loss="_get_monteclora_loss"),
     OptionTraits(
         "layer_replication",
         rewrites_base=True,

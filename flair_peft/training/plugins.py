@@ -27,13 +27,59 @@ from flair_peft.training import rates, start_line
 log = logging.getLogger("flair_peft")
 
 
-class RankAllocationPlugin(TrainerPlugin):
+class AuxiliaryLossPlugin(TrainerPlugin):
+    """Trains with the losses of KaSA and MonteCLoRA, which PEFT leaves to the training loop, beside Flair's.
+
+    These are those of ``KasaConfig(beta=…, gamma=…)`` (Wang et al. 2024, https://arxiv.org/abs/2412.06071) and of
+    ``MontecloraConfig(kl_loss_weight=…, use_entropy=…)``, as PEFT computes them. They weigh as much beside the loss of
+    each sentence (of each word, in a tagger) as they would beside a mean: Flair's loss is a sum. What Flair reports is
+    its own.
+
+    Example:
+        ``ModelTrainer(model, corpus).fine_tune("out", plugins=[AuxiliaryLossPlugin()])``
+    """
+
+    @TrainerPlugin.hook("after_setup")
+    def add_losses(self, **_: Any) -> None:
+        """Let the loss of each batch have the gradient of the others until the training is over."""
+        self.trainer.context_stack.enter_context(self._adding())
+
+    @contextmanager
+    def _adding(self) -> Iterator[None]:
+        """Inside, the loss of each batch has the gradient of the other losses, too, and its value as it was.
+
+        What is done to the loss is done to these then: Flair scales it, and gradients are unscaled only after
+        the last hook before the optimiser's step.
+        """
+        forward_loss, own = self.model.forward_loss, vars(self.model).get("forward_loss")
+
+        def with_others(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
+            loss, count = forward_loss(*args, **kwargs)
+            for other in self._losses():
+                loss = loss + (count * (other - other.detach())).to(loss.device)
+            return loss, count
+
+        self.model.forward_loss = with_others
+        try:
+            yield
+        finally:
+            del self.model.forward_loss
+            if own is not None:
+                self.model.forward_loss = own
+
+    def _losses(self) -> Iterator[torch.Tensor]:
+        for model in _peft_models(self.model):
+            with torch.autocast(model.device.type, enabled=False):
+                yield from _own_losses(model)
+
+
+class RankAllocationPlugin(AuxiliaryLossPlugin):
     """Moves the rank budget of AdaLoRA, or of AdaMSS with ``use_asa=True``, after each optimiser step.
 
     Without it the ranks never change: these methods learn of gradients only through ``update_and_allocate``
     (Zhang et al. 2023, https://arxiv.org/abs/2303.10512). It also adds the gradient of AdaLoRA's orthogonality penalty,
     ``orth_reg_weight`` times the mean Frobenius norm of PᵀP − I, which PEFT adds to a loss that Flair does not compute,
-    to that of Flair's loss. Steps that ``use_amp=True`` skips do not count.
+    as :class:`AuxiliaryLossPlugin` does with others. Steps that ``use_amp=True`` skips do not count.
 
     ``AdaLoraConfig(total_step=…)`` must be the number of optimiser steps of the whole training, batches × epochs.
 
@@ -44,8 +90,6 @@ class RankAllocationPlugin(TrainerPlugin):
     def __init__(self) -> None:
         super().__init__()
         self._step = 0
-        self._processes = 1
-        self._is_first_part = False
 
     @TrainerPlugin.hook("after_setup")
     def compare_schedule(
@@ -57,10 +101,10 @@ class RankAllocationPlugin(TrainerPlugin):
         multi_gpu: bool = False,
         **_: Any,
     ) -> None:
-        """Start counting steps and penalising, and say if the schedule of the config is not that of the training."""
+        """Start counting steps, and say if the schedule of the config is not that of the training."""
         self._step = 0
-        self._processes = torch.distributed.get_world_size() if multi_gpu else 1
-        steps_of_epoch = -(-dataset_size // (mini_batch_size * self._processes))
+        processes = torch.distributed.get_world_size() if multi_gpu else 1
+        steps_of_epoch = -(-dataset_size // (mini_batch_size * processes))
         steps = steps_of_epoch * max_epochs
         those_left = steps_of_epoch * (max_epochs - epoch)
         for config in self._configs():
@@ -75,39 +119,7 @@ class RankAllocationPlugin(TrainerPlugin):
                     steps,
                 )
 
-        self.trainer.context_stack.enter_context(self._penalising())
-
-    @contextmanager
-    def _penalising(self) -> Iterator[None]:
-        """Inside, the loss of each batch has the gradient of AdaLoRA's penalty, too, and its value as it was.
-
-        What is done to the loss is done to the penalty then: Flair scales it, and gradients are unscaled only after
-        the last hook before the optimiser's step.
-        """
-        forward_loss, own = self.model.forward_loss, vars(self.model).get("forward_loss")
-
-        def penalised(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
-            loss, count = forward_loss(*args, **kwargs)
-            for penalty in self._penalties() if self._is_first_part else ():
-                # Flair multiplies by the number of processes, since gradients are the mean of theirs by then.
-                loss = loss + ((penalty - penalty.detach()) / self._processes).to(loss.device)
-            self._is_first_part = False
-            return loss, count
-
-        self.model.forward_loss = penalised
-        try:
-            yield
-        finally:
-            del self.model.forward_loss
-            if own is not None:
-                self.model.forward_loss = own
-
-    @TrainerPlugin.hook("before_training_batch")
-    def expect_first_part(self, **_: Any) -> None:
-        """Take note that a batch begins: the penalty counts once for it, into however many parts it is cut."""
-        self._is_first_part = True
-
-    def _penalties(self) -> Iterator[torch.Tensor]:
+    def _losses(self) -> Iterator[torch.Tensor]:
         for model, config in zip(_peft_models(self.model), self._configs(), strict=True):
             weight = getattr(config, "orth_reg_weight", 0.0)
             with torch.autocast(model.device.type, enabled=False):
@@ -236,8 +248,9 @@ class AdapterGuard(TrainerPlugin):
 
     @TrainerPlugin.hook("before_training_optimizer_step")
     def check_gradients(self, **_: Any) -> None:
-        """Report, at the first step, adapters that learn nothing and methods that miss their plugin."""
-        if self._has_seen_gradients:
+        """Report, at the first step with gradients, adapters that learn nothing and methods that miss their plugin."""
+        # A batch may hold nothing to learn from, such as no pair of entities.
+        if self._has_seen_gradients or all(parameter.grad is None for parameter in self.model.parameters()):
             return
         self._has_seen_gradients = True
         if not is_main_process():
@@ -254,6 +267,15 @@ class AdapterGuard(TrainerPlugin):
                 "%s is trained without RankAllocationPlugin, so its ranks will not change: it has to be told of every "
                 "step. Pass plugins=[flair_peft.RankAllocationPlugin()] to the trainer.",
                 methods.method_name(config),
+            )
+        with torch.no_grad():
+            has_losses = any(bool(loss.any()) for loss in _own_losses(peft_model))
+        if has_losses and not any(type(plugin) is AuxiliaryLossPlugin for plugin in self.trainer.plugins):
+            log.warning(
+                "The loss of %s in the config of '%s' is not part of this training: PEFT leaves it to the training "
+                "loop. Pass plugins=[flair_peft.AuxiliaryLossPlugin()] to the trainer, or weights of 0 in the config.",
+                name_some(methods.own_losses(config)),
+                peft_model.get_base_model().name_or_path,
             )
 
     def _report_missing_gradients(self, peft_model: PeftModel) -> None:
@@ -308,6 +330,13 @@ def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: A
             "frozen: it has no gradient and no optimiser state that a smaller one would save, and checkpoints written "
             "during the training would hold the reduced matrix. Leave out reduce_transformer_vocab=True."
         )
+
+
+def _own_losses(model: PeftModel) -> list[torch.Tensor]:
+    """Return the losses of the method's own that PEFT leaves to the training loop, each without dimensions."""
+    named = methods.own_losses(model.peft_config[methods.ADAPTER_NAME])
+    losses = [getattr(model.base_model, method)() for method in named.values()]
+    return [loss for loss in losses if isinstance(loss, torch.Tensor)]
 
 
 def _peft_models(model: torch.nn.Module) -> list[PeftModel]:

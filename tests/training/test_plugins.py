@@ -22,14 +22,16 @@ from peft import (
     PrefixTuningConfig,
     PromptTuningConfig,
 )
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 
 import flair_peft
 from flair_peft import (
+    AuxiliaryLossPlugin,
     LoraPlusPlugin,
     PeftTransformerWordEmbeddings,
     RankAllocationPlugin,
 )
-from flair_peft.errors import TrainingSetupError
+from flair_peft.errors import AdapterConfigError, TrainingSetupError
 from tests.support import round_trip
 from tests.support.configs import lora
 from tests.support.opinions import classifier, opinion_corpus, opinions, train
@@ -217,6 +219,18 @@ def test_adapter_that_cannot_learn_is_said_at_once(
     assert caplog.text.count("learns nothing") == 1
 
 
+def test_model_with_something_wrapped_around_it_is_refused_for_that(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Before a training and by a save, with what to do, and it works again once that is done."""
+    model = classifier(base("bert"))
+    model.embeddings.model = torch.nn.DataParallel(model.embeddings.model)
+    with pytest.raises(AdapterConfigError, match=r"a DataParallel is wrapped around .*embeddings\.model\.module"):
+        train(model, tmp_path)
+    with pytest.raises(AdapterConfigError, match="a DataParallel is wrapped"):
+        model.save(tmp_path / "model.pt")
+    model.embeddings.model = model.embeddings.model.module
+    train(model, tmp_path, max_epochs=1)
+
+
 def test_adapter_that_is_multiplied_with_zero_is_said_at_once(
     base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -311,6 +325,94 @@ def test_adalora_is_pushed_towards_orthogonal_factors(base: Callable[[str], str]
         factors = [p.detach() @ p.detach().T for name, p in model.named_parameters() if "lora_A" in name]
         distances[weight] = sum(float(torch.norm(f - torch.eye(len(f)))) for f in factors)
     assert distances[50.0] < 0.5 * distances[0.0]
+
+
+LOSSES: dict[str, tuple[dict[str, Any], str]] = {
+    "kasa": ({"kasa_config": KasaConfig(beta=0.3, gamma=0.2)}, "_get_kasa_loss"),
+    "monteclora": (
+        {"monteclora_config": MontecloraConfig(num_samples=3, kl_loss_weight=0.1, use_entropy=True)},
+        "_get_monteclora_loss",
+    ),
+}
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_that_peft_leaves_to_the_loop_are_trained_with(
+    name: str, chunk: int | None, base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first step is that of a loop which adds what PEFT computes to the loss of the batch."""
+    options, method = LOSSES[name]
+    models = [classifier(base("bert"), peft_config=lora(**options)) for _ in range(2)]
+    trained, expected = ({n: p for n, p in model.named_parameters() if p.requires_grad} for model in models)
+    torch.manual_seed(3)
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        train(
+            models[0],
+            tmp_path,
+            max_epochs=1,
+            optimizer=torch.optim.SGD,
+            mini_batch_size=64,
+            mini_batch_chunk_size=chunk,
+            learning_rate=0.1,
+            decoder_learning_rate=0.1,
+            warmup_fraction=0.0,
+            max_grad_norm=None,
+            shuffle=False,
+            plugins=[AuxiliaryLossPlugin(), Seed()],
+        )
+    assert "is not part" not in caplog.text
+    assert "forward_loss" not in vars(models[0])
+    points = [*opinion_corpus().train]
+    models[1].train()
+    torch.manual_seed(3)
+    for start in range(0, len(points), chunk or len(points)):
+        part = points[start : start + (chunk or len(points))]
+        loss, count = models[1].forward_loss(part)
+        (loss + count * getattr(models[1].embeddings.model.base_model, method)()).backward()
+    assert any("lora_A" in key and parameter.grad.any() for key, parameter in expected.items())
+    for key, parameter in expected.items():
+        torch.testing.assert_close(trained[key], parameter - 0.1 * parameter.grad, rtol=1e-4, atol=1e-6, msg=key)
+
+
+class Seed(TrainerPlugin):
+    """Draws the same numbers in the first batch as a loop that begins with it."""
+
+    @TrainerPlugin.hook
+    def before_training_batch(self, **_: Any) -> None:
+        torch.manual_seed(3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_that_nobody_adds_are_said(
+    name: str, base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, at the first step; not where they are switched off."""
+    options, _ = LOSSES[name]
+    off = {"kasa_config": KasaConfig(beta=0.0, gamma=0.0)}
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        train(classifier(base("bert"), peft_config=lora(**off)), tmp_path / "off", max_epochs=1)
+        assert "is not part" not in caplog.text
+        train(classifier(base("bert"), peft_config=lora(**options)), tmp_path / "on")
+    assert caplog.text.count(f"'{name}_config' in the config of '{base('bert')}' is not part of this training") == 1
+
+
+def test_first_batch_without_anything_to_learn_from_says_nothing_of_the_adapter(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as one of sentences without a pair of entities, whose loss no parameter reaches."""
+    model = classifier(base("bert"))
+    forward_loss, calls = model.forward_loss, iter(range(100))
+
+    def empty_first(points: Any) -> Any:
+        empty = torch.zeros((), requires_grad=True), 1
+        return forward_loss(points) if next(calls) else empty
+
+    model.forward_loss = empty_first
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        train(model, tmp_path)
+    assert next(calls) > 2
+    assert "learns nothing" not in caplog.text
 
 
 def scaling(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
