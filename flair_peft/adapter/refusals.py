@@ -172,8 +172,8 @@ def refuse_without_adapter(model: torch.nn.Module) -> None:
     """
     if not isinstance(model, PeftModel) and any(isinstance(each, PeftModel) for each in model.modules()):
         raise AdapterConfigError(
-            f"Cannot store, train or copy these embeddings: a {type(model).__name__} is wrapped around their model, and "
-            "files hold an adapter on its base. Take it off, such as by embeddings.model = embeddings.model.module; "
+            f"Cannot store, train or copy these embeddings: a {type(model).__name__} is wrapped around their model, "
+            "and files hold an adapter on its base. Take it off, by embeddings.model = embeddings.model.module or so; "
             "flair_peft.join_processes() trains in several processes."
         )
     is_there = isinstance(model, PeftModel) and ADAPTER_NAME in model.peft_config
