@@ -362,5 +362,6 @@ def _naming_mismatches(source: str) -> Iterator[None]:
         found = "; ".join(f"{kind.lower()}: {name_some(re.findall(_QUOTED, names))}" for kind, names in listed)
         raise StateMismatchError(
             f"Cannot load '{source}': {found or error}. The tensors in it and the model built from its settings "
-            "differ. Load it with the versions of Flair and PEFT that wrote it, or save the model again."
+            "differ. Load it with the versions of Flair and PEFT that wrote it. Layers that were put into the model "
+            "after it was made are in no settings: make it with them, as its class takes them, and train it again."
         ) from error
