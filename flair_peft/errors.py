@@ -7,6 +7,7 @@
     ├── BaseModelNotFoundError    the transformer is neither on disk nor in the cache nor reachable
     ├── InsufficientMemoryError   the transformer is larger than the memory that is free
     ├── ModelFileError            a file that is truncated, not a Flair model, or not readable
+    │   ├── MissingFileError          there is no such file or directory
     │   ├── FormatVersionError        written by a newer flair_peft
     │   └── UnsafeFileError           a pickle that names what no Flair model needs; nothing of it was run
     ├── UnsupportedStateError     a model holds an object that files cannot hold without pickling code
@@ -63,6 +64,10 @@ class InsufficientMemoryError(FlairPeftError, MemoryError):
 
 class ModelFileError(FlairPeftError, ValueError, RuntimeError):
     """A model file cannot be read: truncated, not a Flair model, or damaged."""
+
+
+class MissingFileError(ModelFileError, FileNotFoundError):
+    """There is no such file or directory."""
 
 
 class FormatVersionError(ModelFileError):

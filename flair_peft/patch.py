@@ -297,8 +297,13 @@ def _training_at_suited_rates(original: Callable[..., Any]) -> Callable[..., Any
 
     @functools.wraps(original)
     def train(self: ModelTrainer, *args: Any, **kwargs: Any) -> Any:
-        has_adapter = _installed and bool(adapted_embeddings(self.model))
-        if not has_adapter or "learning_rate" in signature.bind(self, *args, **kwargs).arguments:
+        if not (_installed and adapted_embeddings(self.model)):
+            return original(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        # Flair appends its schedulers to the list, which the next training may be given, too.
+        bound.arguments["plugins"] = list(bound.arguments.get("plugins") or [])
+        args, kwargs = bound.args[1:], bound.kwargs
+        if "learning_rate" in bound.arguments:
             return original(self, *args, **kwargs)
         # What Flair takes then is made for whole transformers; train_custom cannot tell it from one that was given.
         _without_rate[self] = signature.parameters["learning_rate"].default

@@ -30,12 +30,19 @@ def refuse_unsupported(model: PreTrainedModel, config: PeftConfig) -> None:
 
     Raises:
         UnsupportedMethodError: it is; the message names the method, the architecture and the reason.
+        AdapterConfigError: the config of a prompt does not say how long it is.
     """
     reasons = [methods.method_traits(config).refused]
     reasons += [option.refused.format(value=value) for option, value in methods.options(config)]
     reason = next(filter(None, reasons), None)
     if reason is not None:
         raise unsupported(model, config, reason)
+    rows = getattr(config, "num_virtual_tokens", None)
+    if config.is_prompt_learning and not isinstance(rows, int):
+        raise AdapterConfigError(
+            f"Cannot use this {method_name(config)} config: num_virtual_tokens={rows!r} is no number of rows, and "
+            "PEFT has no default. Pass one, such as num_virtual_tokens=20."
+        )
     if methods.prepends_rows(config) and "bbox" in inspect.signature(model.forward).parameters:
         raise unsupported(model, config, "it asks for a bounding box per row, and virtual tokens have none")
     if methods.prepends_cache(config) and "past_key_values" not in inspect.signature(model.forward).parameters:
@@ -139,6 +146,12 @@ def try_out(model: PeftModel, forward: Callable[[], tuple[torch.Tensor, ...]], *
         raise
     except Exception as error:
         reason = f"its first forward pass fails with {type(error).__name__}: {str(error) or 'no message'}"
+        longest = getattr(base.config, "max_position_embeddings", None)
+        if isinstance(longest, int) and config.is_prompt_learning and config.num_virtual_tokens + rows > longest:
+            raise AdapterConfigError(
+                f"Cannot put num_virtual_tokens={config.num_virtual_tokens} in front of sentences: "
+                f"{type(base).__name__} reads {longest} positions at most, those of the sentence included. Take fewer."
+            ) from error
         raise unsupported(base, config, reason) from error
     if not all(states.isfinite().all() for states in hidden_states):
         log.warning(
@@ -257,7 +270,15 @@ def explain_injection(model: PreTrainedModel, config: PeftConfig, error: Excepti
     """Return what PEFT raised while it added the adapter as an error with what would fit."""
     targets = getattr(config, "target_modules", None)
     targets = sorted(targets) if isinstance(targets, set) else targets
-    if "target" in str(error).lower() and "found" in str(error).lower():
+    is_unmatched = "target" in str(error).lower() and "found" in str(error).lower()
+    chosen = getattr(config, "layers_to_transform", None)
+    if is_unmatched and chosen is not None and isinstance(targets, list) and {*targets} & {*names_to_target(model)}:
+        return AdapterConfigError(
+            f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: in the layers that "
+            f"layers_to_transform={chosen!r} chooses it has no {name_some(targets, limit=12)}. Layers have numbers "
+            f"from 0, and it has {getattr(model.config, 'num_hidden_layers', 'fewer')}. Choose others."
+        )
+    if is_unmatched:
         return AdapterConfigError(
             f"Cannot add a {method_name(config)} adapter to {type(model).__name__}: its target_modules {targets!r} "
             f"match no module that it can adapt. Its layers are called {name_some(names_to_target(model), limit=12)}. "

@@ -111,6 +111,7 @@ def find_model(
 
     Raises:
         BaseModelNotFoundError: there are no such weights, or none of this shape.
+        AdapterConfigError: one of the keyword arguments is none of transformers'.
     """
     wanted: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if _is_pinned(source, kwargs):
@@ -131,6 +132,12 @@ def find_model(
     except FlairPeftError:
         raise
     except UNUSABLE as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is not None and unknown[1] in kwargs:
+            raise AdapterConfigError(
+                f"Cannot use the argument '{unknown[1]}': neither the embeddings nor {model_class.__name__} know it. "
+                "What embeddings do not know is handed on to transformers. Check its spelling."
+            ) from error
         # An AttributeError is how transformers fails where the cache has no weights and it may not download them.
         is_unread = isinstance(error, AttributeError) and (kwargs.get("local_files_only") or is_offline_mode())
         is_missing = is_unread and not Path(source).is_dir()

@@ -40,6 +40,11 @@ def not_found(source: str, error: Exception) -> BaseModelNotFoundError:
             "No file may switch that on. If you trust that code, pass trust_remote_code=True."
         )
     folder = Path(source)
+    if folder.is_file():
+        return BaseModelNotFoundError(
+            f"Cannot load the base model from '{source}': that is a file. A base is a directory with a transformers "
+            "model, or its name on the Hub. Pass one of these; a whole Flair model is loaded by the load of its class."
+        )
     if folder.is_dir() and not any(folder.glob("config.json")) and not any(folder.glob("*/config.json")):
         return BaseModelNotFoundError(
             f"Cannot load the base model from '{source}': there is no config.json in it. It is not a transformers model"

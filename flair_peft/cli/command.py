@@ -9,7 +9,7 @@ from typing import Any
 
 import flair_peft
 from flair_peft.cli.terminal import showing
-from flair_peft.errors import ModelFileError
+from flair_peft.errors import MissingFileError
 
 OK, DIFFERENT, TROUBLE, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 
@@ -54,7 +54,7 @@ def refuse_missing(source: Path) -> None:
     """Return if the path exists.
 
     Raises:
-        ModelFileError: it does not.
+        MissingFileError: it does not.
     """
     if not source.exists():
-        raise ModelFileError(f"Cannot read '{source}': there is no such file or directory. Check the path.")
+        raise MissingFileError(f"Cannot read '{source}': there is no such file or directory. Check the path.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from flair_peft.base import memory_check, quantisation, tokenizers, transformer
 from flair_peft.embeddings import construction, fill_weights, stored_params, vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.pending_load import PendingLoad
+from flair_peft.errors import AdapterConfigError
 from flair_peft.foreign import adapter_files, fill_embeddings, transfer_plan
 from flair_peft.foreign.transfer_plan import ForeignHead
 from flair_peft.primitives import dtypes, host_internals, mapped_memory
@@ -135,6 +137,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
     ) -> None:
         """Load a transformer and add an adapter to it; the class says what the arguments mean."""
         host_internals.tokenize_in_one_thread()
+        _check_name(model)
         _check_pooling(is_token_embedding, subtoken_pooling, is_document_embedding, cls_pooling)
         arguments = construction.TransformersArguments.sort(
             kwargs, transformers_tokenizer_kwargs, transformers_config_kwargs, transformers_model_kwargs, dtype
@@ -353,6 +356,20 @@ def _report_final_norm(embeddings: PeftTransformerEmbeddings, source: str) -> No
             "vectors.",
             source,
             type(embeddings.base_model).__name__,
+        )
+
+
+def _check_name(model: object) -> None:
+    """Return if this may be the name of a base, or its path.
+
+    Raises:
+        AdapterConfigError: it is something else.
+    """
+    if not isinstance(model, str | os.PathLike):
+        raise AdapterConfigError(
+            f"Cannot make embeddings on a {type(model).__name__}: a base is read from its files, to which saved models "
+            "refer. Pass the path of its directory, or its name on the Hub; from_adapter takes adapters that were "
+            "trained elsewhere."
         )
 
 

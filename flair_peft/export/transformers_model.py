@@ -82,6 +82,11 @@ def to_transformers(
         StateMismatchError: the model that was written gives other scores.
         SaveError: the directory could not be written; what was there is as it was.
     """
+    if not isinstance(model, Model):
+        raise AdapterConfigError(
+            f"Cannot make a model of transformers of this {type(model).__name__}: it is no Flair model. Pass the model "
+            "that you trained, such as a TextClassifier, and then the directory."
+        )
     head, path = linear_head(model), Path(directory)
     if not merged and not adapted_embeddings(model):
         raise AdapterConfigError(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 from flair_peft.adapter import keys
-from flair_peft.errors import ModelFileError
+from flair_peft.errors import MissingFileError, ModelFileError, name_some
 from flair_peft.primitives.held_file import AnyFile, HeldFile, held
 from flair_peft.storage import file_names, held_directory
 from flair_peft.torchfile.outline import Outline, read_outline, tensors_in
@@ -105,6 +105,11 @@ def read_contents(path: Path) -> Contents:
         ModelFileError: nothing, nothing of these kinds, or something damaged.
         FormatVersionError: a checkpoint that was written by a newer flair_peft.
     """
+    if path.is_file() and path.suffix in (".json", ".safetensors"):
+        raise ModelFileError(
+            f"Cannot read '{path}': it is one file of several. A checkpoint, or an adapter, is the directory in which it "
+            f"lies. Pass '{path.parent}'."
+        )
     if path.is_file():
         return _read_file(path)
     if held_directory.is_checkpoint(path):
@@ -112,10 +117,11 @@ def read_contents(path: Path) -> Contents:
     if path.is_dir() and (path / file_names.ADAPTER_CONFIG).is_file():
         return _read_adapter(path)
     if path.is_dir():
-        what = "it is a directory that holds no checkpoint and no adapter"
+        models = sorted(each.name for each in path.glob("*.pt"))
+        what = f"it is a directory that holds {name_some(models) or 'no checkpoint and no adapter'}"
     else:
         what = "it is neither a file nor a directory" if path.exists() else "there is no such file or directory"
-    raise ModelFileError(
+    raise (ModelFileError if path.exists() else MissingFileError)(
         f"Cannot read '{path}': {what}. Only checkpoints of flair_peft, .pt files of Flair and PEFT's adapter "
         "directories can be read, on this machine. Check the path."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,14 @@ from flair.nn import Model
 from peft import PeftConfig
 
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
-from flair_peft.errors import AdapterConfigError, FlairPeftError, ModelFileError, StateMismatchError, name_some
+from flair_peft.errors import (
+    AdapterConfigError,
+    FlairPeftError,
+    MissingFileError,
+    ModelFileError,
+    StateMismatchError,
+    name_some,
+)
 from flair_peft.models import build, directory_layout
 from flair_peft.models import model_class as model_classes
 from flair_peft.models.stored import Stored, complete, explain_mismatch
@@ -134,7 +142,10 @@ def load_for_flair(
     place = source
     if not isinstance(source, dict):
         file_names.refuse_impossible(source)
-        place = hub.find_for_flair(str(source), revision=revision, options=chosen) or Path(source)
+        found = hub.find_for_flair(
+            str(source), revision=revision, options=chosen, may_be_known=_finds_names_itself(model_class)
+        )
+        place = found or Path(source)
         if place.is_dir():
             refuse_useless(given, ("peft_config",), str(source), "it is a checkpoint that holds its config")
         elif not place.is_file():
@@ -155,6 +166,11 @@ def load_for_flair(
 def is_flairs_own(source: Any) -> bool:
     """Whether Flair itself calls a ``load`` inside one: of a part of what is built, or of what it looks for already."""
     return current().is_building or current().left_to_flair == str(source)
+
+
+def _finds_names_itself(model_class: type[Model]) -> bool:
+    """Whether it is somebody's own class that knows where models of some name are."""
+    return not getattr(model_class._fetch_model, "__module__", "").startswith("flair.")
 
 
 def _refuse_device(path: Path) -> None:
@@ -251,8 +267,19 @@ def choose(
     device_map: str | Mapping[str, Any] | None = None,
     max_memory: Mapping[Any, Any] | None = None,
     offload_folder: str | Path | None = None,
+    **unknown: Any,
 ) -> LoadOptions:
-    """Return the options of a load; see :func:`from_pretrained`."""
+    """Return the options of a load; see :func:`from_pretrained`.
+
+    Raises:
+        AdapterConfigError: there are no such options.
+    """
+    if unknown:
+        known = (name for name in inspect.signature(choose).parameters if name != "unknown")
+        raise AdapterConfigError(
+            f"Cannot load with {name_some(unknown)}: there is no such option. Loads take {', '.join(known)}, and some "
+            "of them revision and peft_config. Check its spelling."
+        )
     placement = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
     return LoadOptions(
         base_model=base_model,
@@ -317,7 +344,7 @@ def load_any_file(path: Path, options: LoadOptions, peft_config: PeftConfig | No
     """Return the model in a ``.pt`` file, of the class that the file names; see :func:`load_legacy`."""
     file_names.refuse_impossible(path)
     if not path.is_file():
-        raise ModelFileError(f"Cannot load '{path}': there is no such file. Pass a file that Flair wrote.")
+        raise MissingFileError(f"Cannot load '{path}': there is no such file. Pass a file that Flair wrote.")
     stored = open_stored(path, options)
     model_class = model_classes.class_of_file(stored)
     if peft_config is not None and not state_tree.has_adapters(stored.state):

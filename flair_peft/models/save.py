@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections.abc import Hashable, Mapping
@@ -17,7 +18,7 @@ from flair_peft.codec import state_json
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import SaveError
 from flair_peft.models import card, directory_layout, trial_load
-from flair_peft.models.save_plan import Description, SavePlan, encode, plan_save
+from flair_peft.models.save_plan import Description, SavePlan, check_model, encode, plan_save
 from flair_peft.models.stored import report_not_finite
 from flair_peft.primitives import host_internals, mapped_memory, progress
 from flair_peft.storage import atomic, checkpoint_directory, file_names, hub, manifest
@@ -57,6 +58,7 @@ def save_pretrained(model: Model, directory: str | Path, *, save_base: bool | No
         AdapterConfigError: its adapter cannot be stored as it is.
         SaveError: the directory could not be written; what was there is as it was.
     """
+    check_model(model)
     write_directory(model, Path(directory), save_base=save_base)
 
 
@@ -156,14 +158,15 @@ def save_file(
         atomic.write_file(path, lambda file: torch.save(stored, file, pickle_protocol=_PICKLE_PROTOCOL))
 
 
-# Bytes of the bases that are loaded once more to see whether a load gives a model back.
+# Bytes of models that are loaded once more to see whether a load gives them back.
 _LARGEST_TRIAL = 1 << 30
 
 
 def check_storable(model: Model) -> None:
     """Return if files can hold the model, and say if they would not give it back; nothing is written.
 
-    The latter is tried where bases are small: they are read, and compared as for a save.
+    The latter is tried where a model is small, and none of its code came with a base: it is read, and compared as for a
+    save.
 
     Raises:
         UnsupportedStateError: the model holds an object that they cannot hold, or its transformer other layers than
@@ -172,9 +175,10 @@ def check_storable(model: Model) -> None:
     embedded = adapted_embeddings(model)
     for each in embedded:
         like_config.refuse_unlike_config(each.base_model)
-    size = sum(parameter.nbytes for each in embedded for parameter in each.base_model.parameters())
+    size = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
+    has_code = any(each.base_record is not None and each.base_record.needs_remote_code for each in embedded)
     is_large = size > _LARGEST_TRIAL or any(each.is_placed for each in embedded)
-    if is_large or not is_main_process():  # one of several processes is enough
+    if is_large or has_code or not is_main_process():  # one of several processes is enough
         encode(plan_save(model, stored_base=lambda each: each.base_source.without_frozen(each.model)))
     else:
         plan = plan_save(model)

@@ -98,6 +98,19 @@ class SavePlan:
         return next((part for part in self.parts if part.embeddings is module), None)
 
 
+def check_model(model: Any) -> None:
+    """Return if this is a Flair model.
+
+    Raises:
+        AdapterConfigError: it is not.
+    """
+    if not isinstance(model, Model):
+        raise AdapterConfigError(
+            f"Cannot save this {type(model).__name__}: it is no Flair model, which has a head and labels as well. Pass "
+            "the model that you trained, such as a TextClassifier, and then where it is to be."
+        )
+
+
 def plan_save(
     model: Model, *, save_base: bool | None = None, stored_base: Callable[[Any], StoredBase] | None = None
 ) -> SavePlan:
@@ -113,11 +126,7 @@ def plan_save(
         UnsupportedStateError: nor can their weights.
         UnsupportedMethodError: files cannot hold the adapter.
     """
-    if not isinstance(model, Model):
-        raise AdapterConfigError(
-            f"Cannot save this {type(model).__name__}: it is no Flair model, which has a head and labels as well. Pass "
-            "the model that you trained, such as a TextClassifier."
-        )
+    check_model(model)
     unkept_settings.refuse_deciding(model)
     embedded = adapted_embeddings(model)
     if not embedded:

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from flair_peft.errors import ModelFileError, SaveError
+from flair_peft.errors import MissingFileError, ModelFileError, SaveError
 from flair_peft.primitives.load_context import LoadOptions
 from flair_peft.storage import atomic, checkpoint_directory, file_names, held_directory, manifest
 
@@ -65,16 +65,25 @@ def refuse_revision(source: str, revision: str | None) -> None:
         )
 
 
-def find_for_flair(source: str, *, revision: str | None, options: LoadOptions) -> Path | None:
+def find_for_flair(
+    source: str, *, revision: str | None, options: LoadOptions, may_be_known: bool = False
+) -> Path | None:
     """Return the directory of the checkpoint that ``Model.load`` was asked for; ``None`` if that is Flair's business.
 
+    Args:
+        source: a path, or a name.
+        revision: on the Hub.
+        options: how the Hub is reached.
+        may_be_known: whether the class that loads it may know what looks like a path.
+
     Raises:
-        ModelFileError: a path at which there is nothing.
+        MissingFileError: a path at which there is nothing.
     """
     if Path(source).exists():
         refuse_revision(source, revision)
         return Path(source) if Path(source).is_dir() else None
-    _refuse_path(source)
+    if not may_be_known:
+        _refuse_path(source)
     if not _HUB_ID.fullmatch(source):
         return None
     try:
@@ -93,13 +102,13 @@ def _refuse_path(source: str) -> None:
     """Return unless this can only be the path of what is on this machine.
 
     Raises:
-        ModelFileError: it is one, and there is nothing.
+        MissingFileError: it is one, and there is nothing.
     """
-    if "://" in source:  # a class of somebody's own may know what to do with it
+    if "://" in source:  # Flair may know what to do with it
         return
     has_folders = source.partition("@")[0].count("/") > 1
     if source.endswith(_FILE_ENDINGS) or has_folders or _BEGINS_A_PATH.match(source):
-        raise ModelFileError(
+        raise MissingFileError(
             f"Cannot load '{source}': there is no such file or directory, and no repository on the Hub is called so. "
             "Check the path."
         )

@@ -42,7 +42,12 @@ class AuxiliaryLossPlugin(TrainerPlugin):
     @TrainerPlugin.hook("after_setup")
     def add_losses(self, **_: Any) -> None:
         """Let the loss of each batch have the gradient of the others until the training is over."""
+        self._report_idle()
         self.trainer.context_stack.enter_context(self._adding())
+
+    def _report_idle(self) -> None:
+        if not any(methods.own_losses(config) for config in self._configs()):
+            _say_idle(self)
 
     @contextmanager
     def _adding(self) -> Iterator[None]:
@@ -71,6 +76,9 @@ class AuxiliaryLossPlugin(TrainerPlugin):
         for model in _peft_models(self.model):
             with torch.autocast(model.device.type, enabled=False):
                 yield from _own_losses(model)
+
+    def _configs(self) -> list[PeftConfig]:
+        return [model.peft_config[methods.ADAPTER_NAME] for model in _peft_models(self.model)]
 
 
 class RankAllocationPlugin(AuxiliaryLossPlugin):
@@ -145,8 +153,9 @@ class RankAllocationPlugin(AuxiliaryLossPlugin):
                         parameter.grad = torch.zeros_like(parameter)
                 model.base_model.update_and_allocate(self._step)
 
-    def _configs(self) -> list[PeftConfig]:
-        return [model.peft_config[methods.ADAPTER_NAME] for model in _peft_models(self.model)]
+    def _report_idle(self) -> None:
+        if not any(map(methods.needs_step_hook, self._configs())):
+            _say_idle(self)
 
 
 class LoraPlusPlugin(TrainerPlugin):
@@ -169,6 +178,8 @@ class LoraPlusPlugin(TrainerPlugin):
     def split_learning_rates(self, **_: Any) -> None:
         """Give lora_A and lora_B parameter groups of their own, in place of the ones they were in."""
         optimizer = self.trainer.optimizer
+        if not any("lora_B" in name and p.requires_grad for name, p in self.model.named_parameters()):
+            _say_idle(self)
         for peft_model in _peft_models(self.model):
             adapter = {id(p) for p in trainable.parameters(peft_model).values()}
             groups = [g for g in optimizer.param_groups if any(id(p) in adapter for p in g["params"])]
@@ -270,7 +281,8 @@ class AdapterGuard(TrainerPlugin):
             )
         with torch.no_grad():
             has_losses = any(bool(loss.any()) for loss in _own_losses(peft_model))
-        if has_losses and not any(type(plugin) is AuxiliaryLossPlugin for plugin in self.trainer.plugins):
+        adding = [plugin for plugin in self.trainer.plugins if isinstance(plugin, AuxiliaryLossPlugin)]
+        if has_losses and all(isinstance(plugin, RankAllocationPlugin) for plugin in adding):
             log.warning(
                 "The loss of %s in the config of '%s' is not part of this training: PEFT leaves it to the training "
                 "loop. Pass plugins=[flair_peft.AuxiliaryLossPlugin()] to the trainer, or weights of 0 in the config.",
@@ -289,6 +301,15 @@ class AdapterGuard(TrainerPlugin):
             )
         elif without:
             log.warning("These adapter parameters received no gradient in the first step: %s.", name_some(without))
+
+
+def _say_idle(plugin: TrainerPlugin) -> None:
+    configs = [model.peft_config[methods.ADAPTER_NAME] for model in _peft_models(plugin.trainer.model)]
+    log.warning(
+        "%s has nothing to do in this training: it is not for %s. Leave it out.",
+        type(plugin).__name__,
+        " and ".join(map(methods.describe, configs)) or "a model without adapter",
+    )
 
 
 def detach_known(trainer: ModelTrainer) -> None:

@@ -49,11 +49,11 @@ def choose(
 def suited_rates(model: Model, optimizer: Any) -> dict[str, float]:
     """Return the rates that suit adapter and head, by Flair's names, as far as Flair can train them with these.
 
-    None is for optimisers that mean something else by a rate, and none for a model whose adapter does not learn. Of
-    several adapters, all have the lowest, as Flair has one rate for all embeddings.
+    None is for optimisers that mean something else by a rate, and that of the head alone for a model whose adapter does
+    not learn. Of several adapters, all have the lowest, as Flair has one rate for all embeddings.
     """
     learning = _learning(model)
-    if not learning or not is_like_adam(optimizer):
+    if not adapted_embeddings(model) or not is_like_adam(optimizer):
         return {}
     suited = None if _is_transformer_trained(model) else _suited(learning)
     found = {} if suited is None else {"learning_rate": suited}

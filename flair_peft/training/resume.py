@@ -28,7 +28,8 @@ from flair.training_utils import store_embeddings
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from flair_peft.codec.state_positions import class_name
-from flair_peft.errors import FormatVersionError, ModelFileError, TrainingSetupError, name_some
+from flair_peft.errors import FormatVersionError, MissingFileError, TrainingSetupError, name_some
+from flair_peft.primitives import host_internals
 from flair_peft.torchfile import unpickle
 from flair_peft.training import rates, trainer_state
 from flair_peft.training.position import BEST_MODEL, PLANNED, ProgressPlugin, find_progress, plugins_behind
@@ -40,6 +41,9 @@ State = dict[str, Any]
 STATE_VERSION = 1
 
 _FOLLOWS_NEW = "what it is now"
+
+# In the state that was read from a file, beside what the file holds under these names: what its model had learned.
+_LEARNED = "learned"
 
 
 def training_state(trainer: ModelTrainer, model: Model) -> State:
@@ -108,11 +112,15 @@ def past_rates(settings: Mapping[str, Any]) -> dict[str, float | None] | None:
 
 def _read_training_state(path: Path) -> State | None:
     if not path.is_file():
-        raise ModelFileError(
+        raise MissingFileError(
             f"Cannot go on with the training of '{path}': there is no such file. Pass the .pt file that the model was "
             "loaded from."
         )
-    return unpickle.read_state(path).get("training_state")
+    state = unpickle.read_state(path)
+    training = state.get("training_state")
+    if training is None:
+        return None
+    return {**training, _LEARNED: trainer_state.learned(training["optimizer"], state["state_dict"])}
 
 
 class ResumePlugin(ProgressPlugin):
@@ -131,7 +139,7 @@ class ResumePlugin(ProgressPlugin):
         read: path → the state in a file.
 
     Raises:
-        ModelFileError: there is no such file.
+        MissingFileError: there is no such file.
         TrainingSetupError: the file has no training state.
         FormatVersionError: the state was written by a newer flair_peft.
     """
@@ -268,6 +276,7 @@ class ResumePlugin(ProgressPlugin):
     def _restore_state(self) -> None:
         self.load_state_dict(self._past)
         trainer_state.restore_optimizer_(self.trainer.optimizer, self.model, self._state["optimizer"], self.source)
+        trainer_state.refuse_other_weights(self.model, self._state.get(_LEARNED, {}), self.source)
         trainer_state.restore_plugins(plugins_behind(self.trainer), self._state["plugins"], self.source)
         trainer_state.restore_adapter_scores_(self.model, self._state["adapters"])
         scaler = trainer_state.find_scaler(self.trainer)
@@ -309,12 +318,12 @@ class ResumePlugin(ProgressPlugin):
 
     def _evaluate(self) -> tuple[float, ...]:
         """Return the scores of the model as Flair's trainer computes them after an epoch."""
-        settings, corpus = self._settings, self.corpus
+        settings = self._settings
+        # Each evaluation draws random numbers, also that of a sample of the training data.
+        splits = host_internals.variable_of_caller("train_custom", self.trainer, "evaluation_splits")
         scores: tuple[float, ...] = (float("inf") if self._train_loss is None else self._train_loss,)
         self.model.eval()
-        for split, is_dev in ((corpus.dev, True), (corpus.test, False)):
-            if not split or not (not settings["train_with_dev"] if is_dev else settings["monitor_test"]):
-                continue
+        for name, split in splits.items():
             result = self.model.evaluate(
                 split,
                 gold_label_type=self.model.label_type,
@@ -325,7 +334,7 @@ class ResumePlugin(ProgressPlugin):
                 gold_label_dictionary=settings["gold_label_dictionary_for_eval"],
             )
             store_embeddings(split, settings["embeddings_storage_mode"])
-            if is_dev:
+            if name == "dev":
                 scores = (float(result.main_score), float(result.loss))
         return scores
 

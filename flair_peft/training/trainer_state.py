@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from flair_peft.adapter import keys, traits
 from flair_peft.codec.state_positions import class_name
 from flair_peft.errors import TrainingSetupError, UnsupportedStateError, name_some
-from flair_peft.primitives import host_internals
+from flair_peft.primitives import fingerprint, host_internals
 from flair_peft.training.plugins import RankAllocationPlugin
 
 log = logging.getLogger("flair_peft")
@@ -123,6 +123,31 @@ def restore_optimizer_(optimizer: torch.optim.Optimizer, model: Model, state: St
     for name, entry in entries.items():
         if str(parameters[name].dtype) == state["parameters"][name]["dtype"]:
             _undo_casts_(optimizer.state[parameters[name]], entry)
+
+
+def learned(state: State, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, str]]:
+    """Return dtype and digest of what the optimiser of a state trained, by the names of parameters in a file."""
+    found = {name: tensors[name] for name in state["parameters"] if name in tensors}
+    return {name: (str(tensor.dtype), fingerprint.of_tensor(tensor)) for name, tensor in found.items()}
+
+
+def refuse_other_weights(model: Model, expected: Mapping[str, tuple[str, str]], source: str) -> None:
+    """Return if the model, in training mode, has learned what :func:`learned` found in the file.
+
+    Raises:
+        TrainingSetupError: it has not: it is new, or of another file.
+    """
+    parameters = dict(model.named_parameters())
+    others = [
+        name
+        for name, (dtype, digest) in expected.items()
+        if name in parameters
+        and str(parameters[name].dtype) == dtype
+        and fingerprint.of_tensor(parameters[name]) != digest
+    ]
+    if others:
+        reason = f"{len(others)} of {len(expected)} parameters have other values than there, such as '{others[0]}'"
+        raise _unfit(source, reason, "the model that is loaded from that very file")
 
 
 def _undo_casts_(entry: dict[str, Any], stored: Mapping[str, Any]) -> None:

@@ -629,7 +629,7 @@ def forget_code(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @forms
 def test_base_with_code_of_its_own_loads_only_if_that_is_allowed_again(
-    form: str, with_code: Path, tmp_path: Path
+    form: str, with_code: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It trains and is saved with trust_remote_code=True; no file can switch that on, and no load runs it before."""
     with pytest.raises(BaseModelNotFoundError):
@@ -637,7 +637,9 @@ def test_base_with_code_of_its_own_loads_only_if_that_is_allowed_again(
     assert not (tmp_path / "ran").exists()
     model = classifier(with_code, transformers_model_kwargs={"trust_remote_code": True}, trust_remote_code=True)
     assert type(model.embeddings.base_model).__name__ == "OwnModel"
-    CLASSIFIER.train(model, CLASSIFIER.corpus(), tmp_path / "training", learning_rate=1e-3)
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        CLASSIFIER.train(model, CLASSIFIER.corpus(), tmp_path / "training", learning_rate=1e-3)
+    assert "does not load" not in caplog.text
     place, before = save(model, tmp_path / form), predict(model)
     forget_code(tmp_path)
     for options in ({}, {"verify": False}, {"base_model": str(with_code)}):

@@ -108,3 +108,17 @@ def test_large_bases_are_not_loaded_once_more(base: Base, monkeypatch: pytest.Mo
     monkeypatch.setattr(save, "_LARGEST_TRIAL", 0)
     monkeypatch.setattr(save.trial_load, "report_loss", lambda *_: pytest.fail("it is loaded"))
     save.check_storable(make(CLASSIFIER, base("bert"), lora()))
+
+
+def test_whole_model_counts_for_the_limit(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of words beside a small base are loaded with it."""
+    model = make(CLASSIFIER, base("bert"), lora())
+    size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    tried = list[object]()
+    monkeypatch.setattr(save.trial_load, "report_loss", lambda plan, _: tried.append(plan))
+    monkeypatch.setattr(save, "_LARGEST_TRIAL", size)
+    save.check_storable(model)
+    assert len(tried) == 1
+    model.table = torch.nn.Embedding(100, 8)
+    save.check_storable(model)
+    assert len(tried) == 1

@@ -466,8 +466,9 @@ def test_path_at_which_nothing_is_does_not_go_to_the_hub(path: str, hub: _Hub) -
     """Nor to Flair, which would say that a repository cannot be called so."""
     ways = [Model.load, TextClassifier.load, flair_peft.from_pretrained, flair_peft.verify]
     for way in (*ways, flair_peft.PeftTransformerDocumentEmbeddings.from_adapter):
-        with pytest.raises(ModelFileError, match=r"there is no such file or directory.*Check the path"):
+        with pytest.raises(ModelFileError, match=r"there is no such file or directory.*Check the path") as raised:
             way(path)
+        assert isinstance(raised.value, FileNotFoundError)  # as from Flair, whose users go by it
     assert hub.requests == []
 
 
@@ -475,9 +476,13 @@ def test_address_is_left_to_a_class_that_knows_what_to_do_with_it(hub: _Hub, mon
     """Flair asks the class of the model first."""
     asked = list[str]()
     monkeypatch.setattr(TextClassifier, "_fetch_model", staticmethod(lambda name: asked.append(str(name)) or name))
-    with pytest.raises(FileNotFoundError):
-        TextClassifier.load("https://example.org/models/mine.pt")
-    assert asked == ["https://example.org/models/mine.pt"]
+    # One that could be a repository is looked for there.
+    names = ["https://example.org/models/mine.pt", *(path for path in PATHS if path != "me/tagger.bin")]
+    for name in names:
+        with pytest.raises(FileNotFoundError):
+            TextClassifier.load(name)
+    assert asked == names
+    assert hub.requests == []
 
 
 def test_hub_reason_is_logged_where_flair_looks_for_a_model_of_its_own(

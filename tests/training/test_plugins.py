@@ -397,6 +397,50 @@ def test_losses_that_nobody_adds_are_said(
     assert caplog.text.count(f"'{name}_config' in the config of '{base('bert')}' is not part of this training") == 1
 
 
+@pytest.mark.parametrize("start", ["train", "fine_tune"])
+def test_list_of_plugins_serves_several_trainings(start: str, base: Callable[[str], str], tmp_path: Path) -> None:
+    """Flair appends its scheduler to the list: each training has one of them, and the list is as it was."""
+    found: list[list[str]] = []
+    plugins: list[TrainerPlugin] = [LoraPlusPlugin(1.0)]
+    for number in range(3):
+        folder = tmp_path / str(number)
+        trainer = ModelTrainer(classifier(base("bert")), opinion_corpus())
+        options, rate = ({"patience": 0, "anneal_factor": 0.5}, 2.0) if start == "train" else ({}, 1e-3)
+        getattr(trainer, start)(folder, max_epochs=4, learning_rate=rate, plugins=plugins, **options)
+        found.append([line.split("\t")[2] for line in (folder / "loss.tsv").read_text().splitlines()[1:]])
+    assert len(plugins) == 1
+    assert len(set(found[0])) > 1
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "config"),
+    [
+        (RankAllocationPlugin, lora),
+        (AuxiliaryLossPlugin, lora),
+        (LoraPlusPlugin, lambda: IA3Config(target_modules=["query", "output.dense"], feedforward_modules=[])),
+    ],
+)
+def test_plugin_that_has_nothing_to_do_says_so(
+    plugin: type[TrainerPlugin],
+    config: Callable[[], PeftConfig],
+    base: Callable[[str], str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As methods do that miss their plugin; the training is as without it."""
+    weights = []
+    for count in (0, 1):
+        model = classifier(base("bert"), peft_config=config())
+        with caplog.at_level(logging.WARNING, logger="flair_peft"):
+            plugins = [plugin() for _ in range(count)]
+            train(model, tmp_path / str(count), max_epochs=1, plugins=plugins, shuffle=False)
+        weights.append({name: p for name, p in model.named_parameters() if p.requires_grad})
+        assert caplog.text.count(f"{plugin.__name__} has nothing to do") == count
+    for name, parameter in weights[0].items():
+        torch.testing.assert_close(parameter, weights[1][name])
+
+
 def test_first_batch_without_anything_to_learn_from_says_nothing_of_the_adapter(
     base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

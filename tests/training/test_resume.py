@@ -359,6 +359,7 @@ class Shuffled(FlairSampler):
         {"train_with_dev": True, "stop": None},
         {"mini_batch_chunk_size": 1, "stop": 2},
         {"monitor_test": True, "use_final_model_for_eval": False, "stop": None},
+        {"monitor_train_sample": 0.5, "stop": None},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -689,6 +690,19 @@ def test_other_parameters_are_refused(config: Callable[[], PeftConfig], found: s
     plugin = ResumePlugin(stopped.root / "parts" / "final-model.pt")
     with pytest.raises(TrainingSetupError, match=found):
         stopped.train(stopped.build(), "parts", plugin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("start", ["new", "of another file"])
+def test_other_weights_are_refused(start: str, dtype: torch.dtype, journey: Journeys) -> None:
+    """A model that was not loaded, or from another file of the same training, would train on to something else."""
+    travel = journey(dtype=dtype, save_model_each_k_epochs=1)
+    travel.seeded("parts", Stop("after_evaluation", 2))
+    folder = travel.root / "parts"
+    model = travel.build() if start == "new" else Model.load(folder / "model_epoch_1.pt")
+    with pytest.raises(TrainingSetupError, match=r"parameters have other values than there, .*loaded from that very"):
+        travel.train(model, "parts", ResumePlugin(folder / "final-model.pt"))
+    assert len(travel.resumed("parts").losses) == 2 * BATCHES
 
 
 def test_other_first_epoch_is_refused(stopped: Journey) -> None:

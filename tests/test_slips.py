@@ -1,0 +1,98 @@
+"""Slips of the pen of those who are new: each error names the slip, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flair.models import TextClassifier
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from transformers import AutoModel
+
+import flair_peft
+from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase
+from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, FlairPeftError, ModelFileError
+from flair_peft.inspection.file_contents import read_contents
+from tests.support.models import save_random
+from tests.support.opinions import classifier
+
+Embeddings = PeftTransformerDocumentEmbeddings
+Slip = Callable[[str, Path], Any]
+
+
+def saved_in(folder: Path, base: str) -> Path:
+    """Return the folder of a training: files of models are in it, and it is no model itself."""
+    (folder / "out").mkdir()
+    classifier(base).save(folder / "out" / "final-model.pt")
+    return folder / "out"
+
+
+SLIPS: dict[str, tuple[Slip, type[FlairPeftError], str]] = {
+    "keyword": (lambda b, _: Embeddings(b, peft_cofig=IA3Config()), AdapterConfigError, r"'peft_cofig'.* spelling"),
+    "keyword of Flair's": (lambda b, _: Embeddings(b, fine_tun=False), AdapterConfigError, r"'fine_tun'.* spelling"),
+    "keyword of a base": (lambda b, _: SharedBase(b, device="cuda"), AdapterConfigError, r"'device'.* spelling"),
+    "option of a load": (
+        lambda b, _: TextClassifier.load("model.pt", base=b),
+        AdapterConfigError,
+        r"Cannot load with 'base'.*base_model, verify.* spelling",
+    ),
+    "live base": (lambda b, _: Embeddings(AutoModel.from_pretrained(b)), AdapterConfigError, r"on a BertModel.*path"),
+    "no base": (lambda b, _: Embeddings(None), AdapterConfigError, r"on a NoneType.*path"),
+    "file as base": (
+        lambda b, folder: Embeddings(str(saved_in(folder, b) / "final-model.pt")),
+        BaseModelNotFoundError,
+        r"that is a file.*whole Flair model is loaded by",
+    ),
+    "layers": (
+        lambda b, _: Embeddings(b, peft_config=LoraConfig(target_modules=["query"], layers_to_transform=[99])),
+        AdapterConfigError,
+        r"layers_to_transform=\[99\] chooses it has no 'query'.*it has 2\. Choose others",
+    ),
+    "prompt of no length": (
+        lambda b, _: Embeddings(b, peft_config=PromptTuningConfig()),
+        AdapterConfigError,
+        r"num_virtual_tokens=None.*Pass one",
+    ),
+    "prefix of no length": (
+        lambda b, _: Embeddings(b, peft_config=PrefixTuningConfig()),
+        AdapterConfigError,
+        r"num_virtual_tokens=None.*Pass one",
+    ),
+    "prompt that is too long": (
+        lambda b, _: Embeddings(b, peft_config=PromptTuningConfig(num_virtual_tokens=5000)),
+        AdapterConfigError,
+        r"num_virtual_tokens=5000.*128 positions at most.*Take fewer",
+    ),
+    "arguments of a save": (
+        lambda b, folder: flair_peft.save_pretrained(str(folder / "model"), classifier(b)),
+        AdapterConfigError,
+        r"Cannot save this str.*and then where",
+    ),
+    "arguments of an export": (
+        lambda b, folder: flair_peft.to_transformers(str(folder / "model"), classifier(b)),
+        AdapterConfigError,
+        r"of this str: it is no Flair model.*and then the directory",
+    ),
+    "file of a checkpoint": (
+        lambda b, folder: read_contents(
+            Path(save_random("text-classifier", b, folder / "model", config=LoraConfig())[0]) / "flair_peft.json"
+        ),
+        ModelFileError,
+        r"one file of several.*Pass '.*model'",
+    ),
+    "folder of a training": (
+        lambda b, folder: read_contents(saved_in(folder, b)),
+        ModelFileError,
+        r"a directory that holds 'final-model\.pt'",
+    ),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_slip_is_named(slip: str, base: Callable[[str], str], tmp_path: Path) -> None:
+    """Not another library's words for what follows from it."""
+    make, error, words = SLIPS[slip]
+    with pytest.raises(error, match=words):
+        make(base("bert"), tmp_path)
