@@ -107,8 +107,8 @@ def read_contents(path: Path) -> Contents:
     """
     if path.is_file() and path.suffix in (".json", ".safetensors"):
         raise ModelFileError(
-            f"Cannot read '{path}': it is one file of several. A checkpoint, or an adapter, is the directory in which it "
-            f"lies. Pass '{path.parent}'."
+            f"Cannot read '{path}': it is one file of several. A checkpoint, or an adapter, is the directory in which "
+            f"it lies. Pass '{path.parent}'."
         )
     if path.is_file():
         return _read_file(path)
