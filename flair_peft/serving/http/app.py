@@ -108,11 +108,20 @@ class _Page(StaticFiles):
     """The files of the page."""
 
     async def get_response(self, path: str, scope: Any) -> Response:
-        """Return a file; there is none of a name that the system cannot have."""
+        """Return a file; there is none of a name that the system cannot have, nor of one that another method has."""
         try:
             return await super().get_response(path, scope)
         except ValueError:
             raise HTTPException(404) from None
+        except HTTPException as error:
+            methods = {method for route in scope["app"].routes for method in _methods_at(route, f"/{path}")}
+            if error.status_code != 404 or not methods:
+                raise
+            raise HTTPException(405, headers={"Allow": ", ".join(sorted(methods))}) from None
+
+
+def _methods_at(route: object, path: str) -> set[str]:
+    return getattr(route, "methods", None) or set() if getattr(route, "path", None) == path else set()
 
 
 def app_of(service: Service, access: Access, cors: Sequence[str]) -> FastAPI:
@@ -248,6 +257,9 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             f"Cannot answer this request: {error.detail}. There is no such address here, or it is asked in another "
             "way. /docs says which there are."
         )
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message = f"Cannot answer this request: this address is not asked in this way. Send it as {allowed}."
         code = {404: "unknown_address", 405: "unknown_method"}.get(error.status_code, "malformed")
         return answer(RequestError(message, status=error.status_code, code=code))
 

@@ -136,12 +136,41 @@ def _in_short(error: Exception) -> str:
     return f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else type(error).__name__
 
 
+# What may stand in a place where several kinds of values may.
+_KINDS = {
+    "inputs": 'a text, an object such as {"text": …} or {"tokens": […]}, or a list of these',
+    "model": "a name, or a list of names",
+    "adapter_id": "a name, or a list of names",
+    "top_k": 'a number from 1 on, "all" or null',
+}
+_FIELDS = {name for kind in (Entity, Item, Parameters, PredictionRequest, LoadRequest) for name in kind.model_fields}
+_WORDS = {"missing": "it is missing", "extra_forbidden": "there is no such name", "model_type": "it is no object"}
+
+
 def _first_problem(error: ValidationError) -> str:
     found = error.errors(include_url=False, include_input=False, include_context=False)
-    # Of the forms that inputs may have, the one that came furthest says what is wrong.
-    problem = max(found, key=lambda each: len(each["loc"]))
-    place = ".".join(str(part) for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier())
-    return f"at '{place[:100]}': {problem['msg'][:200]}" if place else problem["msg"][:200]
+    # Of the kinds that a value may be of, the one that came furthest says what is wrong.
+    furthest = max(len(each["loc"]) for each in found)
+    problems = {_place(each): _words(each) for each in reversed(found) if len(each["loc"]) == furthest}
+    said = [f"at '{place[:100]}': {words[:200]}" if place else words[:200] for place, words in problems.items()]
+    return "; ".join(said[-2:][::-1])
+
+
+def _place(problem: Any) -> str:
+    """Return where it is, without the names of kinds that the value could have been of."""
+    way = list(problem["loc"])
+    parts = [part for part in way if isinstance(part, int) or part in _FIELDS]
+    is_unknown = problem["type"] == "extra_forbidden" and str(way[-1]).isidentifier()
+    return ".".join(map(str, parts + way[-1:] if is_unknown else parts))
+
+
+def _words(problem: Any) -> str:
+    before, last = list(problem["loc"])[:-1], ("", *problem["loc"])[-1]
+    names = [part for part in before if part in _KINDS]
+    if names and not isinstance(last, int) and last not in _FIELDS and problem["type"] != "extra_forbidden":
+        kinds = _KINDS[names[-1]]
+        return f"it has to be {kinds.rpartition(', or ')[0] if isinstance(before[-1], int) else kinds}"
+    return str(_WORDS.get(problem["type"], problem["msg"]))
 
 
 def _check(request: PredictionRequest) -> None:

@@ -180,7 +180,7 @@ def test_body_that_never_ends_is_no_trouble_to_others(client: httpx.Client, addr
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/predict", 404),
+        ("GET", "/predict", 405),
         ("PUT", "/info", 405),
         ("GET", "/nobody", 404),
         ("GET", "/../../setup.cfg", 404),
