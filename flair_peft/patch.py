@@ -57,7 +57,7 @@ from flair_peft.models.model_class import subclasses
 from flair_peft.primitives import host_internals, mapped_memory
 from flair_peft.storage import atomic
 from flair_peft.torchfile import unpickle
-from flair_peft.training import ddp, plugins, position, rates, resume
+from flair_peft.training import ddp, plugins, position, rates, resume, training_log
 
 log = logging.getLogger("flair_peft")
 
@@ -284,7 +284,8 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         settings["plugins"] = [*(settings.get("plugins") or []), *added]
         _trainers[self.model] = self
         try:
-            return original(*arguments.args, **arguments.kwargs)
+            with training_log.shared():
+                return original(*arguments.args, **arguments.kwargs)
         finally:
             _trainers.pop(self.model, None)
             plugins.detach_known(self)
