@@ -272,11 +272,11 @@ def choose(
     """Return the options of a load; see :func:`from_pretrained`.
 
     Raises:
-        AdapterConfigError: there are no such options.
+        TypeError: there are no such options, as Python says it of arguments.
     """
     if unknown:
         known = (name for name in inspect.signature(choose).parameters if name != "unknown")
-        raise AdapterConfigError(
+        raise TypeError(
             f"Cannot load with {name_some(unknown)}: there is no such option. Loads take {', '.join(known)}, and some "
             "of them revision and peft_config. Check its spelling."
         )

@@ -436,10 +436,11 @@ def test_inspection_reads_no_tensor(saved: Callable[[str, str], tuple[Model, Pat
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something was loaded")
 
+    paths = [saved("text-classifier", kind)[1] for kind in KINDS]
     for module, name in ((torch, "load"), (torch, "frombuffer"), (pickle, "loads"), (safetensors.torch, "load_file")):
         monkeypatch.setattr(module, name, refuse)
-    for kind in KINDS:
-        inspect(saved("text-classifier", kind)[1]).to_dict()
+    for path in paths:
+        inspect(path).to_dict()
 
 
 @pytest.mark.parametrize(("init", "is_rewriting"), [("eva", False), ("orthogonal", False), ("pissa_niter_2", True)])
