@@ -4,6 +4,7 @@
     ├── AdapterConfigError        a PEFT config that is of the wrong type, matches nothing or cannot be stored
     │   ├── UnsupportedMethodError    the method cannot work on this architecture
     │   └── MissingConfigError        a file holds adapter weights but not the config that scales them
+    ├── UnknownArgumentError      an argument that neither a load nor embeddings nor transformers take
     ├── BaseModelNotFoundError    the transformer is neither on disk nor in the cache nor reachable
     ├── InsufficientMemoryError   the transformer is larger than the memory that is free
     ├── ModelFileError            a file that is truncated, not a Flair model, or not readable
@@ -52,6 +53,10 @@ class UnsupportedMethodError(AdapterConfigError):
 
 class MissingConfigError(AdapterConfigError):
     """A file holds adapter weights without the PEFT config they were trained with."""
+
+
+class UnknownArgumentError(FlairPeftError, TypeError):
+    """An argument was passed that nothing takes: it is misspelt, or of something else."""
 
 
 class BaseModelNotFoundError(FlairPeftError, OSError):

@@ -13,7 +13,13 @@ from transformers import AutoModel
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase
-from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, ModelFileError
+from flair_peft.errors import (
+    AdapterConfigError,
+    BaseModelNotFoundError,
+    FlairPeftError,
+    ModelFileError,
+    UnknownArgumentError,
+)
 from flair_peft.inspection.file_contents import read_contents
 from tests.support.models import save_random
 from tests.support.opinions import classifier
@@ -29,13 +35,13 @@ def saved_in(folder: Path, base: str) -> Path:
     return folder / "out"
 
 
-SLIPS: dict[str, tuple[Slip, type[Exception], str]] = {
-    "keyword": (lambda b, _: Embeddings(b, peft_cofig=IA3Config()), AdapterConfigError, r"'peft_cofig'.* spelling"),
-    "keyword of Flair's": (lambda b, _: Embeddings(b, fine_tun=False), AdapterConfigError, r"'fine_tun'.* spelling"),
-    "keyword of a base": (lambda b, _: SharedBase(b, device="cuda"), AdapterConfigError, r"'device'.* spelling"),
+SLIPS: dict[str, tuple[Slip, type[FlairPeftError], str]] = {
+    "keyword": (lambda b, _: Embeddings(b, peft_cofig=IA3Config()), UnknownArgumentError, r"'peft_cofig'.* spelling"),
+    "keyword of Flair's": (lambda b, _: Embeddings(b, fine_tun=False), UnknownArgumentError, r"'fine_tun'.* spelling"),
+    "keyword of a base": (lambda b, _: SharedBase(b, device="cuda"), UnknownArgumentError, r"'device'.* spelling"),
     "option of a load": (
         lambda b, _: TextClassifier.load("model.pt", base=b),
-        TypeError,
+        UnknownArgumentError,
         r"Cannot load with 'base'.*base_model, verify.* spelling",
     ),
     "live base": (lambda b, _: Embeddings(AutoModel.from_pretrained(b)), AdapterConfigError, r"on a BertModel.*path"),

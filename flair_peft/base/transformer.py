@@ -20,7 +20,7 @@ from transformers.utils import is_offline_mode
 
 from flair_peft.base import config_safety, config_versions
 from flair_peft.base.unusable import UNUSABLE, not_found
-from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, FlairPeftError
+from flair_peft.errors import AdapterConfigError, BaseModelNotFoundError, FlairPeftError, UnknownArgumentError
 from flair_peft.primitives import building, host_internals, progress
 from flair_peft.primitives.dtypes import DtypeLike
 
@@ -111,7 +111,7 @@ def find_model(
 
     Raises:
         BaseModelNotFoundError: there are no such weights, or none of this shape.
-        AdapterConfigError: one of the keyword arguments is none of transformers'.
+        UnknownArgumentError: one of the keyword arguments is none of transformers'.
     """
     wanted: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if _is_pinned(source, kwargs):
@@ -134,7 +134,7 @@ def find_model(
     except UNUSABLE as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is not None and unknown[1] in kwargs:
-            raise AdapterConfigError(
+            raise UnknownArgumentError(
                 f"Cannot use the argument '{unknown[1]}': neither the embeddings nor {model_class.__name__} know it. "
                 "What embeddings do not know is handed on to transformers. Check its spelling."
             ) from error

@@ -21,6 +21,7 @@ from flair_peft.errors import (
     MissingFileError,
     ModelFileError,
     StateMismatchError,
+    UnknownArgumentError,
     name_some,
 )
 from flair_peft.models import build, directory_layout
@@ -272,11 +273,11 @@ def choose(
     """Return the options of a load; see :func:`from_pretrained`.
 
     Raises:
-        TypeError: there are no such options, as Python says it of arguments.
+        UnknownArgumentError: there are no such options.
     """
     if unknown:
         known = (name for name in inspect.signature(choose).parameters if name != "unknown")
-        raise TypeError(
+        raise UnknownArgumentError(
             f"Cannot load with {name_some(unknown)}: there is no such option. Loads take {', '.join(known)}, and some "
             "of them revision and peft_config. Check its spelling."
         )
