@@ -304,6 +304,8 @@ class AdapterGuard(TrainerPlugin):
 
 
 def _say_idle(plugin: TrainerPlugin) -> None:
+    if not is_main_process():
+        return
     configs = [model.peft_config[methods.ADAPTER_NAME] for model in _peft_models(plugin.trainer.model)]
     log.warning(
         "%s has nothing to do in this training: it is not for %s. Leave it out.",
