@@ -278,7 +278,7 @@ def keeping_attention(model: torch.nn.Module) -> Iterator[None]:
             yield
         finally:
             for module, parts in sparse:
-                module.attention_type = "block_sparse"  # type: ignore[assignment]
+                vars(module)["attention_type"] = "block_sparse"
                 module._modules.update(parts)
 
 
