@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flair_peft.errors import (
     UnknownArgumentError,
 )
 from flair_peft.inspection.file_contents import read_contents
+from tests.support.files import save_as
 from tests.support.models import save_random
 from tests.support.opinions import classifier
 
@@ -33,6 +35,14 @@ def saved_in(folder: Path, base: str) -> Path:
     (folder / "out").mkdir()
     classifier(base).save(folder / "out" / "final-model.pt")
     return folder / "out"
+
+
+def with_base_elsewhere(folder: Path, base: str, form: str) -> str:
+    """Return the path of a saved model whose base is not any more where it was."""
+    copied = shutil.copytree(base, folder / "base")
+    saved = save_as(form, classifier(str(copied)), folder)
+    shutil.move(copied, folder / "moved")
+    return str(saved)
 
 
 SLIPS: dict[str, tuple[Slip, type[FlairPeftError], str]] = {
@@ -55,6 +65,26 @@ SLIPS: dict[str, tuple[Slip, type[FlairPeftError], str]] = {
         lambda b, _: Embeddings(b, peft_config=LoraConfig(target_modules=["query"], layers_to_transform=[99])),
         AdapterConfigError,
         r"layers_to_transform=\[99\] chooses it has no 'query'.*it has 2\. Choose others",
+    ),
+    "hidden states by name": (
+        lambda b, _: Embeddings(b, layers="last"),
+        AdapterConfigError,
+        r"layers='last': it is no string of numbers.*'-1'",
+    ),
+    "hidden states as a list": (
+        lambda b, _: Embeddings(b, layers=[-1]),
+        AdapterConfigError,
+        r"layers=\[-1\]: it is no string of numbers.*'-1'",
+    ),
+    "file whose base moved": (
+        lambda b, folder: TextClassifier.load(with_base_elsewhere(folder, b, "pt")),
+        BaseModelNotFoundError,
+        r"from '.*pt\.pt': its base model .*Pass base_model=",
+    ),
+    "directory whose base moved": (
+        lambda b, folder: TextClassifier.load(with_base_elsewhere(folder, b, "directory")),
+        BaseModelNotFoundError,
+        r"from '.*directory': its base model .*Pass base_model=",
     ),
     "prompt of no length": (
         lambda b, _: Embeddings(b, peft_config=PromptTuningConfig()),

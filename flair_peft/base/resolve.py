@@ -348,8 +348,8 @@ def _explain(
             f"that the model was trained on fits: '{recorded.name}'. Pass base_model= with its directory or Hub id."
         )
     revision = f", revision {recorded.revision}" if recorded.revision else ""
-    folder = load_options().directory
-    named = f" from '{folder}'" if folder is not None else ""
+    source = load_options().source
+    named = f" from '{source}'" if source is not None else ""
     return BaseModelNotFoundError(
         f"Cannot load '{name}'{named}: its base model '{wanted.name}'{revision} is neither a directory here nor in the "
         "local cache, and it could not be downloaded. The file holds only what was learned on top of it. Pass "

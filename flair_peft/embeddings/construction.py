@@ -26,6 +26,7 @@ from flair_peft.embeddings import untrained
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.base_source import BaseSource
 from flair_peft.embeddings.pending_load import PendingLoad, canonical
+from flair_peft.errors import AdapterConfigError
 from flair_peft.primitives import dtypes
 from flair_peft.primitives.base_record import StoredBase
 from flair_peft.primitives.load_context import load_options
@@ -203,9 +204,19 @@ def limit_length_(tokenizer: PreTrainedTokenizerBase, config: PeftConfig, *, is_
 
 
 def wanted_layers(layers: str, base: PreTrainedModel) -> list[int]:
-    """Return the numbers of the hidden states that are asked for, by number or as "all"."""
+    """Return the numbers of the hidden states that are asked for, by number or as "all".
+
+    Raises:
+        AdapterConfigError: something else is asked for.
+    """
     if layers != "all":
-        return [int(index) for index in layers.split(",")]
+        try:
+            return [int(index) for index in layers.split(",")]
+        except (ValueError, AttributeError) as error:
+            raise AdapterConfigError(
+                f"Cannot read layers={layers!r}: it is no string of numbers. Flair's `layers` takes them with commas "
+                "between, counted from 0 for the embeddings or from -1 for the last. Pass '-1', '-1,-2' or 'all'."
+            ) from error
     with torch.no_grad():
         output = base(torch.tensor([[1]], device=base.device), output_hidden_states=True, return_dict=True)
     return list(range(len(transformer.states_of(output)[0])))

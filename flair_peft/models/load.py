@@ -55,8 +55,8 @@ def open_stored(source: Path | dict[str, Any], options: LoadOptions, *, expects_
     if isinstance(source, dict):
         return Stored("state", source, "the given state", options)
     if not source.is_file():
-        return _open_directory(source, dataclasses.replace(options, directory=source, owns_state=True))
-    return _open_file(source, dataclasses.replace(options, directory=source.parent, owns_state=True), expects_adapters)
+        return _open_directory(source, dataclasses.replace(options, source=source, owns_state=True))
+    return _open_file(source, dataclasses.replace(options, source=source, owns_state=True), expects_adapters)
 
 
 def _open_file(path: Path, options: LoadOptions, expects_adapters: bool) -> Stored:

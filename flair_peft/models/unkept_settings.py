@@ -124,10 +124,11 @@ def _told_otherwise(model: Model, state: Mapping[str, Any]) -> dict[str, dict[st
         is_numbered = [each.name.startswith(f"{number}-") for number, each in enumerate(stack.embeddings)]
         lacking = [number for number, each in enumerate(stack.embeddings) if "name" in _UNKEPT.get(type(each), {})]
         lacking = [number for number in lacking if any(is_numbered) and not is_numbered[number]]
+        names = [each.name for each in stack.embeddings]
+        numbered = [f"{number}-{name}" if number in lacking else name for number, name in enumerate(names)]
         for number in lacking:
-            name = f"{number}-{stack.embeddings[number].name}"
-            found[f"{path}.list_embedding_{number}".lstrip(".")] = {"name": name}
-        if lacking:
+            found[f"{path}.list_embedding_{number}".lstrip(".")] = {"name": numbered[number]}
+        if sorted(range(len(names)), key=names.__getitem__) != sorted(range(len(names)), key=numbered.__getitem__):
             log.warning(
                 "The file does not say in which order the vectors of its stack are: they are taken in that of the "
                 "embeddings, as of a model when it is made. If it was loaded by an earlier version and trained on, it "

@@ -24,7 +24,7 @@ class LoadOptions:
 
     Attributes:
         placement: arguments of transformers and accelerate that spread a base over devices.
-        directory: of the file, in which its base may lie too.
+        source: the file or directory; beside the one, or in the other, its base may lie too.
         owns_state: the state dict was read for this load and belongs to nobody else.
         trust_file: the user knows who wrote the file and lets it do what it likes.
         offer: of a :class:`flair_peft.SharedBase`, see :class:`flair_peft.base.resolve.Offer`.
@@ -38,7 +38,7 @@ class LoadOptions:
     cache_dir: str | None = None
     local_files_only: bool = False
     placement: Mapping[str, Any] = field(default_factory=dict)
-    directory: Path | None = None
+    source: Path | None = None
     owns_state: bool = False
     trust_file: bool = False
     offer: Any = None
@@ -60,9 +60,10 @@ class LoadOptions:
             given = given[record.name]
         if given is not None:
             return os.fspath(given), record.revision if given == record.name else None
-        beside = self.directory / record.name if self.directory is not None else None
-        if beside is not None and not Path(record.name).is_dir() and beside.is_dir():
-            return str(beside), None
+        if self.source is not None and not Path(record.name).is_dir():
+            beside = (self.source.parent if self.source.is_file() else self.source) / record.name
+            if beside.is_dir():
+                return str(beside), None
         return record.name, record.revision
 
     def arguments(self) -> dict[str, Any]:

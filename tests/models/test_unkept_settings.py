@@ -198,6 +198,19 @@ def test_order_of_a_stack_in_a_file_of_before_is_taken_with_a_word(
     assert "does not say in which order the vectors" in caplog.text
 
 
+def test_order_is_not_in_doubt_where_names_and_numbers_agree(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Behind a number, letters come last anyway: nothing of the model could be another."""
+    words = embeddings_for(base("bert"), words=True, has_adapter=True)
+    behind = tagger(StackedEmbeddings([words, PooledFlairEmbeddings(characters())]))
+    perturb_(behind, 1)
+    saved = save_as("directory", behind, tmp_path)
+    resign(saved, lambda document: document["model"].pop(unkept_settings.KEY))
+    assert answers(flair_peft.from_pretrained(saved, verify=False)) == answers(behind)
+    assert "in which order" not in caplog.text
+
+
 def test_order_that_a_stack_lost_before_stays_as_it_is_from_then_on(base: Base, tmp_path: Path) -> None:
     """A model that was loaded by an earlier version, trained on and saved by this one is not turned round again."""
     model = MODELS["pooled in front"][1](embeddings_for(base("bert"), words=True, has_adapter=True))
