@@ -86,8 +86,7 @@ def finish_(embeddings: AdaptedEmbeddings, pending: PendingLoad) -> dict[str, st
     Their probe is left to a load that collects probes, for when its model is complete.
     """
     mending.keep_projections_(embeddings.model)
-    named = pending.trained_base or pending.untrained
-    parameters = dict(embeddings.model.named_parameters()) if named else {}
+    parameters = dict(embeddings.model.named_parameters())
     for parameter in (parameters[name] for name in pending.trained_base if name in parameters):
         parameter.requires_grad_(parameter.is_floating_point())
     context = load_context.current()
@@ -97,8 +96,9 @@ def finish_(embeddings: AdaptedEmbeddings, pending: PendingLoad) -> dict[str, st
         vector_probe.replay_probe(embeddings, pending.probe)
     elif pending.probe is not None:
         vector_probe.report_unchecked(embeddings)
-    untrained.report_never_updated(embeddings, list(pending.untrained))
-    return {name: fingerprint.of_tensor(parameters[name]) for name in pending.untrained if name in parameters}
+    unchanged = untrained.zero_as_before(embeddings) if pending.untrained is None else list(pending.untrained)
+    untrained.report_never_updated(embeddings, unchanged)
+    return {name: fingerprint.of_tensor(parameters[name]) for name in unchanged if name in parameters}
 
 
 def _refuse_offloaded(embeddings: AdaptedEmbeddings, names: Set[str]) -> None:

@@ -25,7 +25,7 @@ class PendingLoad:
         adapter_config: of an adapter that is computed from the base's weights, and is added once these are there.
         derived_state: tensors of such an adapter that are no weights.
         probe: what the embeddings have to give for a short sentence.
-        untrained: names of parameters that were never updated before the file was written.
+        untrained: names of parameters that were never updated before the file was written; ``None`` if it does not say.
         trained_base: names of the base's own weights that were trained.
         in_place: state-dict keys of what the load put in place without torch, which reports them as missing.
     """
@@ -36,7 +36,7 @@ class PendingLoad:
     adapter_config: PeftConfig | None = None
     derived_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     probe: Mapping[str, Any] | None = None
-    untrained: Sequence[str] = ()
+    untrained: Sequence[str] | None = None
     trained_base: Sequence[str] = ()
     in_place: frozenset[str] = frozenset()
 
@@ -51,7 +51,7 @@ class PendingLoad:
             left_out=canonical(StoredBase.from_dict(params.get("stored_base"))),
             derived_state=params.get("derived_state", {}),
             probe=params.get("probe"),
-            untrained=params.get("untrained", []),
+            untrained=params.get("untrained"),
             trained_base=params.get("trained_base", []),
         )
 

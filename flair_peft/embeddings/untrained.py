@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Mapping
 
 import torch
 
-from flair_peft.adapter import trainable
+from flair_peft.adapter import methods, trainable
 from flair_peft.base import transformer
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.errors import name_some
@@ -32,6 +33,18 @@ def reached_by_gradients(model: torch.nn.Module, names: Iterable[str], outputs: 
     """Return those of the named parameters that a gradient can reach: the graph of the outputs leads to them."""
     parameters, reached = dict(model.named_parameters()), transformer.reached_parameters(outputs)
     return [name for name in names if id(parameters[name]) in reached]
+
+
+def zero_as_before(embeddings: AdaptedEmbeddings) -> list[str]:
+    """Return the names of the matrices that are zero and make every product of the adapter zero, if it is."""
+    found: dict[str, list[str]] = {}
+    for part in methods.method_traits(embeddings.adapter_config).deciding:
+        for name, parameter in embeddings.model.named_parameters():
+            module, mark, _ = name.partition(f".{part}.")
+            if mark:
+                is_zero = not (parameter.is_meta or parameter.any())
+                found.setdefault(module, []).extend([name] if is_zero else [])
+    return list(itertools.chain(*found.values())) if all(found.values()) else []
 
 
 def report_never_updated(embeddings: AdaptedEmbeddings, names: list[str]) -> None:

@@ -22,7 +22,7 @@ from flair.embeddings import TransformerDocumentEmbeddings
 from flair.embeddings.base import load_embeddings
 from flair.models import TextClassifier
 from huggingface_hub import CommitOperationAdd, HfApi
-from peft import LoraConfig, PeftConfig
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig
 from transformers import AutoConfig, AutoModel, AutoTokenizer, T5Model, dynamic_module_utils
 
 import flair_peft
@@ -39,6 +39,7 @@ from flair_peft.errors import (
 from flair_peft.storage import manifest
 from tests.support import tiny
 from tests.support.configs import lora
+from tests.support.files import save_stock
 from tests.support.hub_stand_in import HubStandIn, online
 from tests.support.methods import perturb_
 from tests.support.round_trip import Factories
@@ -458,6 +459,27 @@ def test_adapter_that_was_never_trained_is_reported_at_load(
     caplog.clear()
     load(save(loaded, tmp_path / f"again-{form}"))
     assert len(never_updated(caplog)) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "zero"),
+    [
+        (fresh_lora(True), 4),
+        (AdaLoraConfig(init_r=4, target_r=2, total_step=10, lora_alpha=12, target_modules=["query", "value"]), 4),
+        (fresh_lora(False), 0),
+        (IA3Config(target_modules=["query", "value"], feedforward_modules=[]), 0),
+    ],
+    ids=["LoRA", "AdaLoRA", "random LoRA", "IA3"],
+)
+def test_stock_file_whose_adapter_changes_nothing_is_reported_at_load(
+    config: PeftConfig, zero: int, own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stock Flair does not write what was trained; matrices that make every product zero tell, where there are some."""
+    embeddings = TransformerDocumentEmbeddings(str(own), peft_config=config)
+    labels = CLASSIFIER.corpus().make_label_dictionary("sentiment", add_unk=False)
+    model = TextClassifier(embeddings, label_type="sentiment", label_dictionary=labels)
+    load(save_stock(model, tmp_path / "stock.pt"), peft_config=config)
+    assert [message.split(" of ")[0] for message in never_updated(caplog)] == [str(zero)] * bool(zero)
 
 
 @forms
