@@ -133,6 +133,7 @@ BASES = {
         seeds=3,
         rates={"full fine-tuning": (3e-5, 1e-4), "LoRA": (3e-4, 1e-3), "IA³": (3e-3, 1e-2)},
         own={**UPPER, "IA³": MPNET_IA3},
+        gap={name: GAP[name] for name in ("LoRA, twice the epochs",)},
         is_mixed=True,
     ),
 }
