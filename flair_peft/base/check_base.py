@@ -59,10 +59,11 @@ def check_complete(base: FrozenBase, kwargs: Mapping[str, Any]) -> None:
 
 
 def _mismatch(base: FrozenBase, expected: BaseRecord, what: str) -> BaseMismatchError:
-    sizes = f"{base.own_rows} rows of vocabulary, {expected.vocabulary_size} expected"
+    is_other_size = expected.vocabulary_size not in (None, base.own_rows)
+    sizes = f" ({base.own_rows} rows of vocabulary instead of {expected.vocabulary_size})" if is_other_size else ""
     revision = f" at revision {expected.revision}" if expected.revision else ""
     return BaseMismatchError(
-        f"Cannot use '{base.record.name}' as base model: {what} from those that the model was trained on ({sizes}). "
+        f"Cannot use '{base.record.name}' as base model: {what} from those that the model was trained on{sizes}. "
         "Another revision, another precision or a re-trained copy would predict something else. Pass base_model= with "
         f"the model that was '{expected.name}'{revision}, or verify=False to use this one all the same."
     )
