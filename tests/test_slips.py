@@ -111,6 +111,13 @@ SLIPS: dict[str, tuple[Slip, type[FlairPeftError], str]] = {
         AdapterConfigError,
         r"of this str: it is no Flair model.*and then the directory",
     ),
+    "device map": (
+        lambda b, folder: flair_peft.from_pretrained(
+            save_random("text-classifier", b, folder / "model", config=LoraConfig())[0], device_map="nonsense"
+        ),
+        BaseModelNotFoundError,
+        r"Cannot load the base model from '.*': ValueError: .*device_map",
+    ),
     "file of a checkpoint": (
         lambda b, folder: read_contents(
             Path(save_random("text-classifier", b, folder / "model", config=LoraConfig())[0]) / "flair_peft.json"

@@ -347,6 +347,8 @@ def _explain(
             f"Cannot use '{wanted.name}' as base model of '{name}': it has another shape ({reason}). Only the base "
             f"that the model was trained on fits: '{recorded.name}'. Pass base_model= with its directory or Hub id."
         )
+    if Path(wanted.name).is_dir():
+        return error  # which says what is wrong with what is there
     revision = f", revision {recorded.revision}" if recorded.revision else ""
     source = load_options().source
     named = f" from '{source}'" if source is not None else ""

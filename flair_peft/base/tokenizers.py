@@ -284,13 +284,13 @@ def complete_padding_(tokenizer: PreTrainedTokenizerBase) -> None:
 def forget_use_(tokenizer: PreTrainedTokenizerBase) -> None:
     """Take away truncation and padding that the last batch left in the tokenizer, in place: each batch sets both.
 
-    From which side it cuts, and whether it reads its marks as text, are not forgotten: transformers writes these only
-    where they were given or read.
+    On which side it pads and cuts, and whether it reads its marks as text, are not forgotten: transformers writes these
+    only where they were given or read.
     """
-    if tokenizer.truncation_side != "right":
-        tokenizer.init_kwargs["truncation_side"] = tokenizer.truncation_side
-    if tokenizer.split_special_tokens != tokenizer.init_kwargs.get("split_special_tokens", False):
-        tokenizer.init_kwargs["split_special_tokens"] = tokenizer.split_special_tokens
+    for name in ("padding_side", "truncation_side", "split_special_tokens"):
+        value = getattr(tokenizer, name)
+        if value != tokenizer.init_kwargs.get(name, getattr(type(tokenizer), name, False)):
+            tokenizer.init_kwargs[name] = value
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         with exclusively(tokenizer):
             tokenizer.backend_tokenizer.no_truncation()

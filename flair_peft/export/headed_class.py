@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
+from flair_peft.adapter import keys
 from flair_peft.errors import AdapterConfigError, name_some
 from flair_peft.export.linear_head import LinearHead
 from flair_peft.foreign import source_classes
@@ -72,7 +72,7 @@ def build(head: LinearHead, transformer: PreTrainedModel, *, dtype: torch.dtype)
         what = "words" if head.reads_words else "texts"
         raise _refused(type(transformer).__name__, f"transformers has no class for it that scores {what}")
     with building.anew(), no_init_weights():
-        model = cls._from_config(_config_of(head, transformer.config), dtype=dtype).eval()
+        model = cls._from_config(_config_of(head, transformer.config, dtype), dtype=dtype).eval()
     base_name = next((name for name, part in model.named_children() if type(part) is type(transformer)), None)
     if base_name is None:
         raise _refused(cls.__name__, f"it reads more than the {type(transformer).__name__} that Flair reads")
@@ -95,7 +95,7 @@ def _put_in_(model: PreTrainedModel, name: str, transformer: PreTrainedModel, ow
         transformer: of Flair.
         own: names of the model's own layers.
     """
-    if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
+    if any(map(keys.is_adapter_key, transformer.state_dict())):
         if any(f"{layer}.".startswith(f"{name}.pooler.") for layer in own):
             # Flair reads nothing of the pooler, whatever the adapter does to it.
             transformer.add_module("pooler", model.get_submodule(f"{name}.pooler"))
@@ -118,8 +118,9 @@ def _refused(name: str, reason: str) -> AdapterConfigError:
     )
 
 
-def _config_of(head: LinearHead, config: PretrainedConfig) -> PretrainedConfig:
+def _config_of(head: LinearHead, config: PretrainedConfig, dtype: torch.dtype) -> PretrainedConfig:
     config = copy.deepcopy(config)
+    config.dtype = dtype  # from which the classes of decoders make their transformer
     names = head.names
     config.id2label = dict(enumerate(names))
     config.label2id = {name: names.index(name) for name in names}
@@ -150,8 +151,8 @@ def fill_(headed: HeadedModel, head: LinearHead, is_right: Callable[[], bool]) -
     if last.bias is None and head.bias.any():
         raise _refused(
             kind,
-            "its last layer has no bias, and this head has one: give Flair a head without "
-            "(decoder=torch.nn.Linear(…, bias=False))",
+            "its last layer has no bias, and this head has one (a TextClassifier takes one without: "
+            "decoder=torch.nn.Linear(…, bias=False))",
         )
     if not more:
         _set_(first, head.weight, head.bias)

@@ -71,6 +71,12 @@ class LinearHead:
         return self.has_spans and any(label[:2] in _BIO for label in self.labels)
 
     @property
+    def without_place(self) -> list[str]:
+        """Labels of a tagger of spans that say nothing of a place in one, such as "<unk>"."""
+        named = (label for label in self.labels if label not in self.unlabelled) if self.has_spans else ()
+        return [label for label in named if label[:2] not in ("B-", "I-", *_BIO)]
+
+    @property
     def names(self) -> list[str]:
         """What the rows are called where tags are B-, I- and O: BIOES has two names for each of the first."""
         renamed = _BIO if self.has_spans else {}
@@ -91,6 +97,8 @@ def linear_head(model: Model) -> LinearHead:
     if not (weight.isfinite().all() and bias.isfinite().all()):
         _refuse(model, "its head holds numbers that are not finite")
     labels = ["value"] if isinstance(model, TextRegressor) else model.label_dictionary.get_items()
+    if len(weight) != len(labels):
+        _refuse(model, f"its head gives {len(weight)} scores, and its dictionary has {len(labels)} labels")
     has_spans = getattr(model, "predict_spans", False) or getattr(model, "span_prediction_problem", False)
     # A legacy of Flair's own: its spans, and its SequenceTagger, leave "_" out.
     legacy = {"_"} if has_spans or isinstance(model, SequenceTagger) else set()

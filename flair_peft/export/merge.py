@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from flair_peft.adapter import methods, model_call
 from flair_peft.base import config_versions, quantisation, stored_config, tokenizers
 from flair_peft.base import transformer as base_transformer
+from flair_peft.base.unusable import first_line
 from flair_peft.codec import state_json
 from flair_peft.embeddings import head_dtype, vector_probe
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
@@ -140,9 +141,16 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
             "base.",
             embeddings.name,
         )
-    plain = stock.from_params(params)
+    try:
+        plain = stock.from_params(params)
+        plain.model.load_state_dict(transformer.state_dict())
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise AdapterConfigError(
+            f"Cannot merge the adapter of '{embeddings.name}': Flair's own embeddings cannot hold its "
+            f"{type(transformer).__name__} ({type(error).__name__}: {first_line(error)}). Keep the adapter beside its "
+            "base, as save_pretrained and model.save do."
+        ) from error
     plain.truncate, plain.stride = embeddings.truncate, embeddings.stride
-    plain.model.load_state_dict(transformer.state_dict())
     return plain.eval()
 
 

@@ -71,8 +71,8 @@ words = [token.text for token in Sentence("George Washington went to Washington.
 encoding = classifier.tokenizer(words, is_split_into_words=True, truncation=True, return_tensors="pt")
 scores = classifier.model(**encoding).logits[0]      # of the words that Flair reads"""
 
-TO_REPEAT = ("id2label", "label2id", "problem_type", "pad_token_id", "return_dict")
-"""Settings of the config that PEFT does not read: it takes the base's config, unless it is told."""
+
+_REPEATED = ("id2label", "label2id", "problem_type", "pad_token_id", "return_dict", "is_encoder_decoder")
 
 _FROM_PEFT = """\
 from peft import AutoPeftModelFor{task}
@@ -83,6 +83,13 @@ settings = {{name: getattr(config, name) for name in {names}}}
 model = AutoPeftModelFor{task}.from_pretrained("path of this folder", dtype="{dtype}", **settings)
 """
 _MERGED = "model = model.merge_and_unload()      # for a pipeline\n"
+
+
+def to_repeat(head: LinearHead) -> tuple[str, ...]:
+    """Return settings of the config that PEFT does not read: it takes the base's config, unless it is told."""
+    base = getattr(head.embeddings, "base_model", head.embeddings.model)
+    returns_tuples = ("torchscript",) if getattr(base.config, "torchscript", False) else ()
+    return (*_REPEATED, *returns_tuples)
 
 
 def settings(model: Model, head: LinearHead) -> dict[str, Any]:
@@ -133,7 +140,7 @@ def _use(head: LinearHead, headed: HeadedModel, *, is_merged: bool, can_be_merge
         return use
     task = "TokenClassification" if head.reads_words else "SequenceClassification"
     dtype = str(headed.model.dtype).removeprefix("torch.")
-    loaded = _FROM_PEFT.format(task=task, dtype=dtype, names=TO_REPEAT)
+    loaded = _FROM_PEFT.format(task=task, dtype=dtype, names=to_repeat(head))
     return loaded + (_MERGED if can_be_merged else "") + use
 
 
@@ -172,10 +179,20 @@ def differences(model: Model, head: LinearHead, *, is_text_other: bool) -> Itera
             "name. config.json has Flair's own names in flair_peft.labels. What Flair joins by an E- of another type "
             "than the tag before it are two spans here."
         )
+    if odd := head.without_place:
+        yield (
+            f"Flair goes on with a span, or begins one, at words that it labels {spell_out(', '.join(odd))}; here each "
+            "such word is a span of its own."
+        )
     if head.reads_words and not head.has_spans:
         yield "pipeline joins neighbouring words with the same label, where Flair labels each word."
     if head.problem == "multi_label_classification":
         thresholds = spell_out(repr(model.multi_label_threshold))
         yield f"Flair gives the labels whose score is above a threshold ({thresholds}); here all have their score."
+    if not head.reads_words and not embeddings.initial_cls_token:
+        yield (
+            "The last token before the padding is read, and padding is told by its mark: a text that ends in "
+            f"{spell_out(repr(embeddings.tokenizer.pad_token))} itself is read at a token before."
+        )
     if "O" in head.labels and not head.reads_words:
         yield "Flair gives no label where it finds O; here O is a label like others."

@@ -26,7 +26,7 @@ from flair_peft.export.linear_head import LinearHead, linear_head, live_scores
 from flair_peft.primitives import devices, dtypes, host_internals
 from flair_peft.primitives.dtypes import dtype_name
 from flair_peft.primitives.full_precision import full_precision
-from flair_peft.storage import atomic, manifest
+from flair_peft.storage import atomic, file_names, manifest
 
 log = logging.getLogger("flair_peft")
 
@@ -87,7 +87,7 @@ def to_transformers(
             f"Cannot make a model of transformers of this {type(model).__name__}: it is no Flair model. Pass the model "
             "that you trained, such as a TextClassifier, and then the directory."
         )
-    head, path = linear_head(model), Path(directory)
+    head, path, wanted = linear_head(model), file_names.path_of(directory), dtypes.parse_dtype(dtype)
     if not merged and not adapted_embeddings(model):
         raise AdapterConfigError(
             f"Cannot write the adapter of this {type(model).__name__}: none of its embeddings has one. A plain model "
@@ -100,7 +100,7 @@ def to_transformers(
         source = merge.copied(model) if adapted_embeddings(model) else model
         exact = linear_head(source)
         head = dataclasses.replace(head, weight=exact.weight, bias=exact.bias)
-        headed = _headed(source, head, dtype=dtypes.parse_dtype(dtype) if merged else None)
+        headed = _headed(source, head, dtype=wanted if merged else None)
         export = _Export(model, head, headed, live_scores(model, _probes(head)), merged)
         export.fill_head_()
         card = (manifest.CARD,)
@@ -194,14 +194,16 @@ class _Export:
             auto = getattr(transformers, f"AutoModelFor{task}")
         else:
             auto = getattr(peft, f"AutoPeftModelFor{task}")
-            settings |= {name: getattr(config, name) for name in transformers_card.TO_REPEAT}
+            settings |= {name: getattr(config, name) for name in transformers_card.to_repeat(self.head)}
         try:
             return transformers.AutoTokenizer.from_pretrained(folder), auto.from_pretrained(str(folder), **settings)
         except Exception as error:  # transformers and PEFT fail in many ways
+            reason = " ".join(str(error).split())
             raise StateMismatchError(
                 f"Cannot make a {type(self.headed.model).__name__} of this {type(self.model).__name__}: what was "
-                f"written cannot be read ({type(error).__name__}: {str(error)[:200]}). transformers, or PEFT, finds "
-                "something else there, or no base. Use flair_peft.merge for a plain Flair model."
+                f"written cannot be read ({type(error).__name__}: {reason[:300]}). transformers, or PEFT, finds "
+                "something else there, no base, or one that has a head for other labels. "
+                f"{'Use flair_peft.merge for a plain Flair model' if self.is_merged else 'Leave merged at True'}."
             ) from error
 
     def _apart(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> float:
@@ -274,7 +276,15 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, head: LinearHead) ->
 
 
 def _probes(head: LinearHead) -> Sequence[Sequence[str]]:
-    return _PROBES if head.reads_words else _PROBES_OF_TEXTS
+    """Return texts that are read as a whole here and there, or the shortest."""
+    tokenizer, probes = head.embeddings.tokenizer, _PROBES if head.reads_words else _PROBES_OF_TEXTS
+    with tokenizers.exclusively(tokenizer):
+        lengths = [
+            len(tokenizer([*words], is_split_into_words=True, truncation=False, verbose=False)["input_ids"])
+            for words in probes
+        ]
+    longest = max(tokenizer.model_max_length, min(lengths))
+    return [words for words, length in zip(probes, lengths, strict=True) if length <= longest]
 
 
 def _is_text_other(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -286,7 +296,8 @@ def _is_text_other(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _can_be_merged(model: Model) -> bool:
     """Whether PEFT merges the adapter of a model into weights that give the same, as far as there is memory to try."""
     try:
-        merge.merge(model)
+        (embeddings,) = adapted_embeddings(merge.copied(model))
+        merge.merged_transformer(embeddings)
     except (FlairPeftError, MemoryError, torch.OutOfMemoryError):
         return False
     return True

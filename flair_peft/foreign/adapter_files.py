@@ -32,6 +32,23 @@ _MODEL_CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 
 
+# What transformers leaves out of a config, since it is what it takes then.
+_NOT_WRITTEN = {"0": "LABEL_0", "1": "LABEL_1"}
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """What files tell of a head.
+
+    Attributes:
+        labels: by row.
+        subtoken_pooling: of the Flair model that was exported: how it scores a word by its subtokens.
+    """
+
+    labels: tuple[str, ...] | None = None
+    subtoken_pooling: str | None = None
+
+
 @dataclass(frozen=True)
 class AdapterFiles:
     """What the files of an adapter hold.
@@ -42,7 +59,7 @@ class AdapterFiles:
         settings: ``adapter_config.json`` as it is.
         config: the same for this process; a copy of its own.
         tensors: name → tensor, as the file spells the names.
-        labels: of the head, by row, if the files tell.
+        head: what the files tell of that.
     """
 
     source: str
@@ -50,7 +67,7 @@ class AdapterFiles:
     settings: Mapping[str, Any]
     config: PeftConfig
     tensors: Mapping[str, torch.Tensor]
-    labels: tuple[str, ...] | None = field(default=None)
+    head: HeadSettings = field(default_factory=HeadSettings)
 
     @property
     def tokenizer(self) -> str | None:
@@ -84,7 +101,7 @@ def read(source: str, *, revision: str | None, subfolder: str | None, options: L
         raise _missing(source, folder, WEIGHTS)
     tensors = older_peft.rename(_read_tensors(source, weights))
     memory_check.Bounds(source, tensors).check_settings(settings)
-    return AdapterFiles(source, folder, settings, _config(files[CONFIG], settings), tensors, _labels(folder))
+    return AdapterFiles(source, folder, settings, _config(files[CONFIG], settings), tensors, _of_head(folder))
 
 
 def _missing(source: str, folder: Path, name: str) -> ModelFileError:
@@ -150,19 +167,22 @@ def _refuse_senseless(source: str, tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _labels(folder: Path) -> tuple[str, ...] | None:
-    """Return the labels that a model's config beside the adapter gives; transformers' own placeholders are none."""
+def _of_head(folder: Path) -> HeadSettings:
+    """Return what a model's config beside the adapter tells of its head; transformers' own placeholders are no labels.
+
+    A training on from an export keeps what Flair's model was, and may have had other labels.
+    """
     path = folder / _MODEL_CONFIG
     config = _read_json(path) if path.is_file() else {}
-    names = config.get("id2label")
+    names, exported = config.get("id2label", _NOT_WRITTEN), config.get(EXPORTED)
     if not isinstance(names, dict) or {str(index) for index in range(len(names))} != set(names):
-        return None
+        return HeadSettings()
     labels = tuple(str(names[str(index)]) for index in range(len(names)))
-    exported = config.get(EXPORTED)
-    # A training on from there keeps this, and may have had other labels.
     if isinstance(exported, dict) and exported.get("names") == [*labels] and isinstance(exported.get("labels"), list):
-        return tuple(map(str, exported["labels"]))  # of which id2label may call several the same
-    return None if labels == tuple(f"LABEL_{index}" for index in range(len(labels))) else labels
+        # id2label may call several of these the same.
+        return HeadSettings(tuple(map(str, exported["labels"])), exported.get("subtoken_pooling"))
+    is_named = labels != tuple(f"LABEL_{index}" for index in range(len(labels)))
+    return HeadSettings(labels if is_named else None)
 
 
 def _damaged(path: AnyFile, reason: object) -> ModelFileError:

@@ -46,12 +46,14 @@ class ForeignHead:
         source_class: of transformers, if the adapter's config tells.
         reads: what the head's one linear layer is applied to: "tokens" or "last token". ``None`` for heads that
             compute more than that, or something else.
+        subtoken_pooling: of an exported Flair model.
     """
 
     tensors: Tensors
     labels: tuple[str, ...] | None = None
     source_class: str | None = None
     reads: str | None = None
+    subtoken_pooling: str | None = None
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,8 @@ def _head(files: AdapterFiles, config: PretrainedConfig, outside: Tensors) -> Fo
     cls = source_classes.source_class(config, files.settings)
     return ForeignHead(
         tensors={name: tensor.clone() for name, tensor in outside.items()},
-        labels=files.labels,
+        labels=files.head.labels,
+        subtoken_pooling=files.head.subtoken_pooling,
         source_class=None if cls is None else cls.__name__,
         reads=None if cls is None else source_classes.reading_of_head(cls, config),
     )

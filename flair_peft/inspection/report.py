@@ -205,7 +205,7 @@ def _find_missing(found: Inspection) -> Iterator[str]:
     yield from found.contents.damage
     for base in (transformer.base for transformer in found.transformers):
         if base["left_out"]:
-            yield f"{base['left_out']} weights of the base, which are found at '{base['name']}'"
+            yield f"{base['left_out']} weights of the base, which was found at '{base['name']}'"
     for adapter in found.adapters:
         of = f" of {adapter.place}" if len(found.adapters) > 1 else ""
         if not adapter.has_config:
@@ -213,7 +213,7 @@ def _find_missing(found: Inspection) -> Iterator[str]:
             yield f"the PEFT config{of}, which stock Flair does not store{unknown}"
         if found.kind == ADAPTER or adapter.base.get("left_out") or not found.holds_base:
             name = adapter.base["name"]
-            yield f"the base's weights{of}, which are found at '{name}'" if name else f"the base's weights{of}"
+            yield f"the base's weights{of}, which was found at '{name}'" if name else f"the base's weights{of}"
 
 
 def _find_notes(found: Inspection) -> Iterator[str]:

@@ -133,6 +133,9 @@ def _check_reading(model: Model, embeddings: PeftTransformerEmbeddings, head: Fo
         raise _refused(model, "it reads the last layer; make the embeddings with layers='-1'")
     if not embeddings.after_final_norm and embeddings.stops_before_final_norm():
         raise _refused(model, "it reads what comes after a final norm; make the embeddings with after_final_norm=True")
+    pooling = head.subtoken_pooling
+    if head.reads == "tokens" and pooling not in (None, embeddings.subtoken_pooling):
+        raise _refused(model, f"it was one of Flair with subtoken_pooling='{pooling}'; make the embeddings with that")
     if head.reads == "last token" and (embeddings.cls_pooling != "cls" or embeddings.initial_cls_token):
         raise _refused(model, "it reads the last token; make the embeddings with cls_pooling='cls'")
 

@@ -21,7 +21,14 @@ import torch
 from flair.data import DataPair, DataPoint, DataTriple, Dictionary, Sentence
 from flair.embeddings import PooledFlairEmbeddings
 from flair.embeddings.base import Embeddings
-from flair.models import MultitaskModel, SpanClassifier, TextPairClassifier, TextPairRegressor, TextTripleClassifier
+from flair.models import (
+    MultitaskModel,
+    SpanClassifier,
+    TextPairClassifier,
+    TextPairRegressor,
+    TextRegressor,
+    TextTripleClassifier,
+)
 from flair.nn import Model
 
 from flair_peft.base import tokenizers
@@ -70,6 +77,9 @@ _READING = frozenset(
     }
 )
 
+# Where Flair's embeddings keep what they saw.
+_MEMORIES = ("word_embeddings", "word_count")
+
 # What a state holds beside the settings of the model.
 _BESIDE = frozenset({KEY, state_tree.INNER, "state_dict", "versions", "model_card", "training_state", "flair_version"})
 
@@ -81,10 +91,8 @@ def take(model: Model, readings: Sequence[Reading]) -> dict[str, Any]:
         model: is in evaluation mode for a moment.
         readings: of its embeddings with an adapter, in their order; they have read afterwards, if they could.
     """
-    # These remember the words that they saw, which no file holds.
-    has_memory = any(isinstance(part, PooledFlairEmbeddings) for part in model.modules())
     try:
-        outputs = {} if has_memory else _outputs(model, readings)
+        outputs = _outputs(model, readings)
     except Exception as error:  # what a user's own class wants, or a lack of memory, must not cost a trained model
         log.info("No probe of the head of this %s: %s: %s", type(model).__name__, type(error).__name__, error)
         outputs = {}
@@ -220,22 +228,80 @@ def _outputs(model: Model, readings: Sequence[Reading]) -> Tensors:
     note = functools.partial(_note, found, threading.get_ident())
     hooks = [part.register_forward_hook(functools.partial(note, name)) for name, part in _parts(model)]
     try:
-        # Flair's batches are drawn by torch, and another precision would give other numbers than a load outside of it.
-        with (
-            contextlib.ExitStack() as stack,
-            vector_probe.trying_out(model),
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            full_precision(torch.device(flair.device).type),
-        ):
+        with contextlib.ExitStack() as stack:
             for each in readings:
                 stack.enter_context(each.going_on())
-            for task in model.tasks.values() if isinstance(model, MultitaskModel) else [model]:
-                task.predict([_make_point(task)], label_name=_LABEL)
+            _predict(model)
     finally:
         for hook in hooks:
             hook.remove()
     return found
+
+
+def answers(model: Model) -> list[tuple[str, float]]:
+    """Return value and score of each label that a model gives the probe; of a number, "" and the number.
+
+    There are none where it cannot predict, as a user's own class may not.
+    """
+    try:
+        labels = [label for point in _predict(model) for label in point.get_labels(_LABEL)]
+    except Exception as error:
+        log.info("No answers of this %s: %s: %s", type(model).__name__, type(error).__name__, error)
+        return []
+    is_number = isinstance(model, TextRegressor | TextPairRegressor)
+    return [("", float(label.value)) if is_number else (label.value, label.score) for label in labels]
+
+
+def _predict(model: Model) -> list[DataPoint]:
+    """Return the probe for each task of a model, with the labels that it gives them; it stays as it is."""
+    tasks = [*model.tasks.values()] if isinstance(model, MultitaskModel) else [model]
+    points = [_make_point(task) for task in tasks]
+    # Flair's batches are drawn by torch, and another precision would give other numbers than a load outside of it.
+    with (
+        vector_probe.trying_out(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        full_precision(torch.device(flair.device).type),
+        _without_memories(model),
+    ):
+        for task, point in zip(tasks, points, strict=True):
+            task.predict([point], label_name=_LABEL)
+    return points
+
+
+class _Memory(dict[str, Any]):
+    """A memory that is empty for the thread that made it; others read and write the one that was there."""
+
+    def __init__(self, usual: dict[str, Any]) -> None:
+        super().__init__()
+        self.usual, self._own, self._thread = usual, dict[str, Any](), threading.get_ident()
+
+    def _here(self) -> dict[str, Any]:
+        return self._own if threading.get_ident() == self._thread else self.usual
+
+    def __contains__(self, word: object) -> bool:
+        return word in self._here()
+
+    def __getitem__(self, word: str) -> Any:
+        return self._here()[word]
+
+    def __setitem__(self, word: str, value: Any) -> None:
+        self._here()[word] = value
+
+
+@contextlib.contextmanager
+def _without_memories(model: Model) -> Iterator[None]:
+    """Inside, embeddings that remember the words that they saw, which no file holds, know none in this thread."""
+    remembering = [part for part in model.modules() if isinstance(part, PooledFlairEmbeddings)]
+    memories = [(part, name, _Memory(getattr(part, name))) for part in remembering for name in _MEMORIES]
+    for part, name, memory in memories:
+        setattr(part, name, memory)
+    try:
+        yield
+    finally:
+        for part, name, memory in memories:
+            if getattr(part, name) is memory:  # a training in another thread begins with a new one
+                setattr(part, name, memory.usual)
 
 
 def _parts(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, torch.nn.Module]]:

@@ -59,7 +59,7 @@ def save_pretrained(model: Model, directory: str | Path, *, save_base: bool | No
         SaveError: the directory could not be written; what was there is as it was.
     """
     check_model(model)
-    write_directory(model, Path(directory), save_base=save_base)
+    write_directory(model, file_names.path_of(directory), save_base=save_base)
 
 
 @progress.shown("saving")
@@ -193,7 +193,7 @@ def _report_not_finite(description: Description, path: Path) -> None:
 
 
 def _refuse_base_directory(directory: Path) -> None:
-    """Return unless a transformers model lies there: it would load the adapter of the checkpoint as its own.
+    """Return unless a transformers model lies there, which would load an adapter of the checkpoint as its own.
 
     One for PEFT has its weights in files of the names that those of a checkpoint have.
     """
@@ -201,8 +201,8 @@ def _refuse_base_directory(directory: Path) -> None:
     has_weights = is_for_peft or any((directory / name).exists() for name in weight_files.NAMES)
     if (directory / "config.json").exists() and has_weights:
         raise SaveError(
-            f"Cannot save to '{directory}': a transformers model is there. It would load the adapter beside it as its "
-            "own from then on. Choose another directory."
+            f"Cannot save to '{directory}': a transformers model is there. Its files and those of a checkpoint would "
+            "lie among each other, and be read as one model. Choose another directory."
         )
 
 

@@ -170,8 +170,9 @@ def _state_of(model: Model) -> dict[str, Any]:
         return model._get_state_dict()
     except AttributeError as error:
         raise UnsupportedStateError(
-            f"Cannot store this {type(model).__name__}: Flair cannot say what it is made of ({error}). Some settings "
-            "of Flair's own embeddings cannot be stored, such as word_dropout of DocumentRNNEmbeddings. Leave it out."
+            f"Cannot store this {type(model).__name__}: Flair cannot say what it is made of ({error}), and its own "
+            "save fails, too. Make it with all of its parts, and without settings that Flair does not store, such as "
+            "word_dropout of DocumentRNNEmbeddings."
         ) from error
 
 

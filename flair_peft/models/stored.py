@@ -100,8 +100,8 @@ def complete(stored: Stored, peft_config: PeftConfig | None = None) -> Stored:
 
     Raises:
         MissingConfigError: there are adapter tensors without a config, and none is given.
-        AdapterConfigError: a config is given for a state that holds all configs itself, or a base model for one that
-            holds all of its weights.
+        AdapterConfigError: a config is given for a state that holds all configs itself, a base model for one that
+            holds all of its weights, or a device map for Flair's own embeddings.
         StateMismatchError: its settings or labels are not those that it was saved with.
         UnsafeFileError: Flair would run code, or open what the state names, when it builds the model.
     """
@@ -131,6 +131,7 @@ def complete(stored: Stored, peft_config: PeftConfig | None = None) -> Stored:
     if not stored.options.trust_file:
         _refuse_unsafe(stored.state, source)
     _refuse_useless_base(stored)
+    _refuse_placement(stored)
     head_probe.check_settings(stored.state, source=source, verify=bool(stored.options.verify))
     return stored if peft_config is None else dataclasses.replace(stored, given=(peft_config, lacking))
 
@@ -143,6 +144,15 @@ def _refuse_useless_base(stored: Stored) -> None:
         raise AdapterConfigError(
             f"Cannot use the base_model given for '{stored.source}', {given!r:.200}: the file holds all weights of its "
             "base itself. None would be read from there, or compared with what is there. Leave out base_model."
+        )
+
+
+def _refuse_placement(stored: Stored) -> None:
+    given = stored.options.placement
+    if given and not state_tree.has_adapters(stored.state):
+        raise AdapterConfigError(
+            f"Cannot use the {', '.join(sorted(given))} given for '{stored.source}': all of its embeddings are Flair's "
+            f"own, which lie on flair.device as a whole. Leave out {', '.join(sorted(given))}."
         )
 
 

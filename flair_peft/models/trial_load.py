@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from flair.nn import Model
 
 from flair_peft.errors import ModelFileError, StateMismatchError, UnsupportedStateError, name_some
-from flair_peft.models import directory_layout, load
+from flair_peft.models import directory_layout, head_probe, load
 from flair_peft.models.save_plan import Description, SavePlan
 from flair_peft.primitives import building
 from flair_peft.primitives.fingerprint import are_same_bits
@@ -47,6 +48,11 @@ def compare_with_load(model: Model, document: Mapping[str, Any], files: Mapping[
     odd |= {name for name in {*ours} - odd if not are_same_bits(ours[name], theirs[name])}
     if odd:
         raise _lost(model, source, f"it has other weights: {name_some(odd)}")
+    answers = head_probe.answers(model), head_probe.answers(loaded)
+    labels, others = ([label for label, _ in each] for each in answers)
+    before, after = (torch.tensor([score for _, score in each]) for each in answers)
+    if labels != others or not torch.allclose(before, after, rtol=1e-3, equal_nan=True):
+        raise _lost(model, source, "it labels a probe sentence otherwise, though its head gives the same")
 
 
 def report_loss(plan: SavePlan, description: Description) -> None:

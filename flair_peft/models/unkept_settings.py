@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 from flair.embeddings import (
+    DocumentCNNEmbeddings,
+    DocumentLMEmbeddings,
+    DocumentPoolEmbeddings,
+    DocumentRNNEmbeddings,
     FlairEmbeddings,
     HashEmbeddings,
+    MuseCrosslingualEmbeddings,
     OneHotEmbeddings,
     PooledFlairEmbeddings,
     StackedEmbeddings,
@@ -36,8 +41,13 @@ def _predicts_spans(model: SequenceTagger | TokenClassifier) -> bool:
 # Class → attributes that neither its state nor its parameters bring back, with what they are without, or a function to
 # that. Flair puts vectors of a stack beside each other in the order of names.
 _UNKEPT: dict[type, dict[str, Any]] = {
+    DocumentCNNEmbeddings: {"name": "document_cnn"},
+    DocumentLMEmbeddings: {"name": "document_lm"},
+    DocumentPoolEmbeddings: {"name": lambda found: f"document_{found.pooling}"},
+    DocumentRNNEmbeddings: {"name": lambda found: f"document_{type(found.rnn).__name__}"},
     FlairEmbeddings: {"with_whitespace": True},
     HashEmbeddings: {"name": "hash"},
+    MuseCrosslingualEmbeddings: {"name": "muse-crosslingual"},
     OneHotEmbeddings: {"name": lambda found: f"one-hot-{found.field}"},
     PooledFlairEmbeddings: {"name": lambda found: f"{found.context_embeddings.name}-context"},
     SequenceTagger: {"predict_spans": _predicts_spans},

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
-from flair_peft.errors import ModelFileError
+from flair_peft.errors import AdapterConfigError, ModelFileError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OLD_ADAPTER_WEIGHTS = "adapter_model.bin"
@@ -17,6 +18,19 @@ HEAD, BASE = "head.safetensors", "base.safetensors"
 
 ARCHIVES = {"tokenizer_data": "tokenizer", "feature_extractor_data": "image_processor"}
 """Parameter of embeddings → folder of the files in its zip archive."""
+
+
+def path_of(target: Any) -> Path:
+    """Return the path that is meant, for something to be written there.
+
+    Raises:
+        AdapterConfigError: none is; an empty name would be the current directory.
+    """
+    if not isinstance(target, str | os.PathLike) or not os.fspath(target):
+        raise AdapterConfigError(
+            f"Cannot write to {target!r}: it names no place. Pass a path; the current directory is '.'."
+        )
+    return Path(target)
 
 
 def refuse_impossible(source: str | Path) -> None:

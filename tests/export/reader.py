@@ -21,7 +21,7 @@ def read(folder: str, *, reads_words: bool, is_merged: bool) -> Any:
     if is_merged:
         return getattr(transformers, f"AutoModelFor{task}").from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
-    names = ("id2label", "label2id", "problem_type", "pad_token_id")
+    names = ("id2label", "label2id", "problem_type", "pad_token_id", "return_dict", "is_encoder_decoder")
     settings = {name: getattr(config, name) for name in names}
     return getattr(peft, f"AutoPeftModelFor{task}").from_pretrained(folder, dtype="float32", **settings)
 

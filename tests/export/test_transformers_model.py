@@ -28,15 +28,17 @@ from peft import (
     RandLoraConfig,
     TrainableTokensConfig,
 )
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoConfig, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
 from flair_peft.errors import (
     AdapterConfigError,
+    HeadMismatchError,
     SaveError,
     StateMismatchError,
     UnsupportedStateError,
@@ -193,6 +195,32 @@ def test_classifier_scores_small_and_large_come_out_right(
     with torch.no_grad():
         model.decoder.weight.mul_(scale)
     _assert_same(model, tmp_path / "out")
+
+
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2"]
+
+
+@pytest.mark.parametrize("is_adapted", [True, False], ids=["adapter", "plain"])
+@pytest.mark.parametrize(("of_base", "wanted"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("architecture", few([*DECODERS, "bert"], ["llama", "bert"]))
+def test_weights_have_the_dtype_that_is_asked_for(
+    architecture: str, of_base: str, wanted: str, is_adapted: bool, base: Base, tmp_path: Path
+) -> None:
+    """Whatever the config of the base says, and with the adapter merged in fp32."""
+    if is_adapted:
+        model = _tagger(_words(base(architecture), architecture, dtype=of_base))
+    else:
+        arguments = {"model_kwargs": {"torch_dtype": getattr(torch, of_base)}, "tokenizer_kwargs": {"pad_token": "."}}
+        options = {f"transformers_{name}": value for name, value in arguments.items()}
+        model = _tagger(TransformerWordEmbeddings(base(architecture), **options)).to(getattr(torch, of_base))
+    flair_peft.to_transformers(model, tmp_path, dtype=wanted)
+    written = load_file(tmp_path / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in written.values()} == {f"torch.{wanted}"}
+    if is_adapted and wanted == "float32":
+        merged = flair_peft.merge(model).embeddings.model.state_dict()
+        same = {name: key for name in merged for key in written if key.endswith(f".{name}")}
+        assert len(same) > 10
+        assert all(torch.equal(merged[name], written[key]) for name, key in same.items())
 
 
 def test_classifier_in_half_precision_still_tells_texts_apart(base: Base, tmp_path: Path) -> None:
@@ -445,16 +473,92 @@ def test_card_of_an_adapter_that_peft_merges_wrongly_does_not_merge_it(base: Bas
     assert "merge_and_unload" in (tmp_path / "bert" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("settings", [{"return_dict": False}, {"torchscript": True}], ids=str)
 @pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
-def test_base_that_returns_tuples_is_asked_for_names(is_merged: bool, base: Base, tmp_path: Path) -> None:
+def test_base_that_returns_tuples_is_asked_for_names(
+    is_merged: bool, settings: dict[str, bool], base: Base, tmp_path: Path
+) -> None:
     """A config may say so; what reads the export asks for logits by name."""
     own = Path(shutil.copytree(base("bert"), tmp_path / "base"))
     config = json.loads((own / "config.json").read_text())
-    (own / "config.json").write_text(json.dumps({**config, "return_dict": False}))
+    (own / "config.json").write_text(json.dumps({**config, **settings}))
     model = _classifier(_documents(str(own)))
     flair_peft.to_transformers(model, tmp_path / "model", merged=is_merged)
     found = _run_card(tmp_path / "model", "George went .")
     assert found["classifier"](found["text"])[0]["label"] in ("good", "bad", "odd")
+
+
+@pytest.mark.parametrize("architecture", ["umt5", "t5gemma"])
+def test_adapter_on_a_transformer_that_stock_flair_cannot_hold_is_written(
+    architecture: str, base: Base, tmp_path: Path
+) -> None:
+    """PEFT reads and merges it all the same; a plain Flair model of it is refused."""
+    model = _tagger(_words(base(architecture), architecture))
+    _assert_same(model, tmp_path / "adapter", is_merged=False)
+    assert "merge_and_unload" in (tmp_path / "adapter" / "README.md").read_text()
+    with pytest.raises(AdapterConfigError, match="Flair's own embeddings cannot hold its"):
+        flair_peft.merge(model)
+
+
+def test_adapter_is_written_without_a_word_on_merging(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a merged Flair model would do otherwise is no matter here."""
+    model = _classifier(_documents(base("bert"), allow_long_sentences=True))
+    flair_peft.to_transformers(model, tmp_path, merged=False)
+    assert "merged" not in caplog.text
+
+
+@pytest.mark.parametrize("length", [8, 16])
+def test_tagger_whose_tokenizer_cuts_soon_is_compared_on_what_it_reads(length: int, base: Base, tmp_path: Path) -> None:
+    """Here and there, long texts are cut or split in other ways."""
+    model = _tagger(_words(base("bert"), transformers_tokenizer_kwargs={"model_max_length": length}))
+    flair_peft.to_transformers(model, tmp_path)
+    short = [["Berlin"], ["It", "is"]]
+    assert _distance(_read_scores(tmp_path, model, short), _live_scores(model, short)) < TOLERANCE
+
+
+def test_base_with_a_head_for_other_labels_is_merged_alone(base: Base, tmp_path: Path) -> None:
+    """PEFT would have to drop that head first."""
+    classified = AutoModelForTokenClassification.from_pretrained(base("bert"), num_labels=7)
+    classified.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base("bert")).save_pretrained(tmp_path / "base")
+    model = _tagger(_words(str(tmp_path / "base")))
+    with pytest.raises(StateMismatchError, match=r"size mismatch.*Leave merged at True\.$"):
+        flair_peft.to_transformers(model, tmp_path / "out", merged=False)
+    _assert_same(model, tmp_path / "out")
+
+
+def test_words_that_are_labelled_without_a_place_in_a_span_are_named(base: Base, tmp_path: Path) -> None:
+    """Flair joins them to the span before; a pipeline does not."""
+    tags = _dictionary(["PER", "LOC"], add_unk=True, are_spans=True)
+    model = _tagger(_words(base("bert")), dictionary=tags, allow_unk_predictions=True, tag_format="BIO")
+    flair_peft.to_transformers(model, tmp_path / "unknown")
+    flair_peft.to_transformers(_tagger(_words(base("bert"))), tmp_path / "usual")
+    said = [(tmp_path / name / "README.md").read_text() for name in ("unknown", "usual")]
+    assert ["is a span of its own" in text for text in said] == [True, False]
+
+
+def test_text_that_ends_in_the_mark_of_padding_is_named(base: Base, tmp_path: Path) -> None:
+    """Classes of decoders take it for padding, wherever it comes from."""
+    flair_peft.to_transformers(_without_bias(_documents(base("llama"), "llama")), tmp_path / "decoder")
+    flair_peft.to_transformers(_classifier(_documents(base("bert"))), tmp_path / "encoder")
+    said = [(tmp_path / name / "README.md").read_text() for name in ("decoder", "encoder")]
+    assert ["padding is told by its mark" in text for text in said] == [True, False]
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+def test_no_dtype_and_no_place_are_refused(is_merged: bool, base: Base, tmp_path: Path) -> None:
+    """Before anything is written, in either form."""
+    model = _classifier(_documents(base("bert")))
+    with pytest.raises(AdapterConfigError, match="Cannot use dtype 'nonsense'"):
+        flair_peft.to_transformers(model, tmp_path / "out", merged=is_merged, dtype="nonsense")
+    for place in ("", None):
+        with pytest.raises(AdapterConfigError, match="names no place"):
+            flair_peft.to_transformers(model, place, merged=is_merged)
+        with pytest.raises(AdapterConfigError, match="names no place"):
+            flair_peft.save_pretrained(model, place)
+    assert not list(tmp_path.iterdir())
 
 
 def test_adapter_of_bare_parameters_is_written_for_peft(base: Base, tmp_path: Path) -> None:
@@ -657,6 +761,30 @@ def test_way_there_and_back_gives_the_same_predictions(base: Base, tmp_path: Pat
         assert [each[3] for each in found] == pytest.approx([each[3] for each in expected], abs=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_way_back_asks_for_the_subtokens_that_the_tagger_reads(pooling: str, base: Base, tmp_path: Path) -> None:
+    """A head on others would tag otherwise without a word."""
+    model = _tagger(_words(base("bert"), subtoken_pooling=pooling))
+    flair_peft.to_transformers(model, tmp_path, merged=False)
+    again = _tagger(PeftTransformerWordEmbeddings.from_adapter(str(tmp_path)))
+    with pytest.raises(HeadMismatchError, match=f"subtoken_pooling='{pooling}'; make the embeddings with that"):
+        flair_peft.take_over_head(again)
+    again = _tagger(PeftTransformerWordEmbeddings.from_adapter(str(tmp_path), subtoken_pooling=pooling))
+    assert flair_peft.take_over_head(again) == []
+    assert _distance(_live_scores(again), _live_scores(model)) < 1e-5
+
+
+def test_way_back_knows_labels_that_are_called_as_transformers_calls_them(base: Base, tmp_path: Path) -> None:
+    """Those of two labels it does not write."""
+    labels = ["LABEL_0", "LABEL_1"]
+    embeddings = _documents(base("llama"), "llama")
+    model = _classifier(embeddings, labels, decoder=torch.nn.Linear(embeddings.embedding_length, 2, bias=False))
+    flair_peft.to_transformers(model, tmp_path, merged=False)
+    again = _classifier(PeftTransformerDocumentEmbeddings.from_adapter(str(tmp_path)), labels)
+    assert flair_peft.take_over_head(again) == []
+    assert _distance(_live_scores(again), _live_scores(model)) < 1e-5
+
+
 def test_way_there_and_back_of_a_decoder_gives_the_same_scores(base: Base, tmp_path: Path) -> None:
     model = _without_bias(_documents(base("llama"), "llama"))
     flair_peft.to_transformers(model, tmp_path, merged=False)
@@ -692,6 +820,10 @@ def _refused() -> dict[str, tuple[Callable[[Base], Model], str]]:
         "many labels": (
             lambda b: _classifier(_documents(b("bert")), [str(number) for number in range(17)]),
             "no room for 17 labels",
+        ),
+        "more scores than labels": (
+            lambda b: _classifier(_documents(b("bert")), decoder=torch.nn.Linear(32, 5)),
+            "gives 5 scores, and its dictionary has 3 labels",
         ),
         "one label": (lambda b: _classifier(_documents(b("bert")), ["good"]), "one label only"),
         "words of several labels": (

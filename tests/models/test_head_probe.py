@@ -17,14 +17,16 @@ import pytest
 import safetensors.torch
 import torch
 from flair.data import Sentence
+from flair.embeddings import PooledFlairEmbeddings, StackedEmbeddings, TransformerWordEmbeddings
 from flair.models import TextClassifier
 from flair.nn import Model
 
 import flair_peft
 from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.adapted import ForwardPass
-from flair_peft.errors import ModelFileError, StateMismatchError
+from flair_peft.errors import ModelFileError, StateMismatchError, UnsupportedStateError
 from flair_peft.models import head_probe
+from tests.support.classic import characters, tagger
 from tests.support.configs import lora
 from tests.support.files import resign
 from tests.support.round_trip import Factories
@@ -251,17 +253,39 @@ def test_labels_out_of_numpy_and_nested_sets_are_those_that_were_saved(base: Bas
     assert head_probe.digest(found[0]) != head_probe.digest({**found[1], "b": {"LOC"}})
 
 
-def test_embeddings_that_remember_words_are_left_alone(
+def test_embeddings_that_remember_words_are_compared_as_if_they_knew_none(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The probe would leave its words in them, and no file holds what they remember."""
-    model = ZOO["text-classifier"].build(*(lambda f: (f.words, f.documents))(Factories(base("bert"), LORA)))
-    monkeypatch.setattr(head_probe, "PooledFlairEmbeddings", type(model.embeddings))
-    seen: list[Any] = []
-    monkeypatch.setattr(head_probe, "_outputs", lambda model, _: seen.append(model) or {})
+    """No file holds what they remember: the probe reads nothing of it, and leaves nothing in it."""
+    pooled = PooledFlairEmbeddings(characters(), pooling="max")
+    model = tagger(StackedEmbeddings([TransformerWordEmbeddings(base("bert")), pooled]))
+    model.predict(Sentence("Berlin lives in Merkel"))
+    words = {word: vector.clone() for word, vector in pooled.word_embeddings.items()}
+    counts = dict(pooled.word_count)
     flair_peft.save_pretrained(model, tmp_path / "model")
-    assert seen == []
-    assert flair_peft.from_pretrained(tmp_path / "model")
+    assert pooled.word_count == counts
+    assert all(torch.equal(vector, words[word]) for word, vector in pooled.word_embeddings.items())
+    loaded = flair_peft.from_pretrained(tmp_path / "model")
+    assert not any(part.word_count for part in loaded.modules() if isinstance(part, PooledFlairEmbeddings))
+    for layer in model.embeddings.embeddings[0].model.encoder.layer:
+        layer.intermediate.intermediate_act_fn = torch.nn.ReLU()
+    with pytest.raises(UnsupportedStateError, match="does not load as the same model"):
+        flair_peft.save_pretrained(model, tmp_path / "changed")
+
+
+def test_memory_of_another_thread_is_its_own_while_a_probe_runs() -> None:
+    """It finds what was there and what it puts there, and the probe finds neither."""
+    pooled = PooledFlairEmbeddings(characters())
+    model = tagger(pooled)
+    pooled.word_count["Berlin"] = 1
+    with head_probe._without_memories(model):
+        pooled.word_count["in"] = 5
+        other = threading.Thread(target=lambda: pooled.word_count.__setitem__("in", pooled.word_count["Berlin"] + 1))
+        other.start()
+        other.join()
+        assert "Berlin" not in pooled.word_count
+        assert pooled.word_count["in"] == 5
+    assert pooled.word_count == {"Berlin": 1, "in": 2}
 
 
 def test_probe_that_cannot_run_here_is_said_and_memory_errors_pass(

@@ -44,6 +44,7 @@ from flair_peft.errors import (
     BaseMismatchError,
     BaseModelNotFoundError,
     ModelFileError,
+    SaveError,
     UnsafeFileError,
     UnsupportedStateError,
 )
@@ -311,6 +312,48 @@ def test_moved_base_is_named_and_a_changed_one_refused(own: Path, tmp_path: Path
     assert not any("adapter" in str(error.value) for error in (missing, changed))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device_map": "auto"},
+        {"device_map": {"": "cpu"}},
+        {"device_map": "nonsense", "offload_folder": "off"},
+        {"max_memory": {"cpu": "1GB"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["transformer", "classic"])
+def test_options_that_spread_a_base_are_refused(kind: str, options: dict[str, Any], base: Base, tmp_path: Path) -> None:
+    """Flair's own embeddings lie on one device: nothing could come of them."""
+    made = plain_classifier(base("bert")) if kind == "transformer" else TAGGER.build(lambda **_: table(), None)
+    flair_peft.save_pretrained(made, tmp_path / "model")
+    for load in (flair_peft.from_pretrained, type(made).load):
+        with pytest.raises(AdapterConfigError, match=f"Cannot use the {', '.join(sorted(options))} given") as caught:
+            load(tmp_path / "model", **options)
+        assert "adapter" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("architecture", ["bert", "gemma"])
+def test_side_on_which_a_tokenizer_pads_comes_back(architecture: str, side: str, base: Base, tmp_path: Path) -> None:
+    """It shows in batches alone, of texts of several lengths."""
+    model = plain_classifier(base(architecture), cls_pooling="mean")
+    model.embeddings.tokenizer.padding_side = side
+    loaded = round_trip(model, CLASSIFIER, tmp_path / "model")
+    assert loaded.embeddings.tokenizer.padding_side == side
+    again = round_trip(loaded, CLASSIFIER, tmp_path / "again")
+    assert again.embeddings.tokenizer.padding_side == side
+
+
+def test_directory_of_a_transformer_is_left_alone_without_a_word_of_adapters(own: Path) -> None:
+    """The files of both would lie among each other."""
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    with pytest.raises(SaveError, match="a transformers model is there") as caught:
+        flair_peft.save_pretrained(plain_classifier(own), own)
+    assert "adapter" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+
+
 def test_merged_model_is_saved_as_a_directory(base: Base, tmp_path: Path) -> None:
     """It is a plain model, whose matrices that had no adapter are still those of its base."""
     merged = flair_peft.merge(make(TAGGER, base("bert"), lora(target_modules=["query"])))
@@ -364,6 +407,28 @@ def test_plain_directory_needs_no_hook(base: Base, tmp_path: Path) -> None:
         assert_same(model, flair_peft.from_pretrained(tmp_path / "model"), CLASSIFIER, expected)
     finally:
         flair_peft.install()
+
+
+class Prefers(TextClassifier):
+    """Gives one label more than its decoder does, and does not store which."""
+
+    favourite = 0
+
+    def _mask_scores(self, scores: Any, data_points: Any) -> Any:
+        scores = super()._mask_scores(scores, data_points)
+        return scores + 20 * torch.eye(scores.shape[-1])[self.favourite]
+
+
+def test_model_that_would_label_otherwise_behind_its_head_is_refused(base: Base, tmp_path: Path) -> None:
+    """Weights and what the head gives are the same; what a user's own class makes of that is not."""
+    made = plain_classifier(base("bert"))
+    model = Prefers(made.embeddings, label_type="class", label_dictionary=made.label_dictionary).eval()
+    flair_peft.save_pretrained(model, tmp_path / "same")
+    assert_same(model, Model.load(tmp_path / "same"), CLASSIFIER, CLASSIFIER.predict(model, CLASSIFIER.corpus()))
+    model.favourite = 1
+    with pytest.raises(UnsupportedStateError, match="labels a probe sentence otherwise"):
+        flair_peft.save_pretrained(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 class MakesItsOwn(TextClassifier):

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from flair.data import Corpus, Dictionary, Sentence
+from flair.data import Corpus, Sentence
 from flair.embeddings import (
-    FlairEmbeddings,
+    DocumentCNNEmbeddings,
+    DocumentLMEmbeddings,
+    DocumentPoolEmbeddings,
+    DocumentRNNEmbeddings,
     HashEmbeddings,
     OneHotEmbeddings,
     PooledFlairEmbeddings,
@@ -23,44 +26,32 @@ from flair.embeddings import (
     TransformerDocumentEmbeddings,
     TransformerWordEmbeddings,
 )
-from flair.models import LanguageModel, SequenceTagger, SpanClassifier, TARSClassifier, TARSTagger, TokenClassifier
+from flair.models import (
+    SequenceTagger,
+    SpanClassifier,
+    TARSClassifier,
+    TARSTagger,
+    TextClassifier,
+    TokenClassifier,
+)
 from flair.nn import Model
 from flair.trainers import ModelTrainer
 
 import flair_peft
 from flair_peft.errors import ModelFileError, UnsupportedStateError
 from flair_peft.models import unkept_settings
+from tests.support.classic import characters, dictionary, tagger
 from tests.support.configs import lora
 from tests.support.files import resign, save_as
 from tests.support.methods import perturb_
 
 Base = Callable[[str], str]
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?"
 
 
-def dictionary(*items: str, add_unk: bool = False, span_labels: bool = False) -> Dictionary:
-    made = Dictionary(add_unk=add_unk)
-    made.span_labels = span_labels
-    for item in items:
-        made.add_item(item)
-    return made
-
-
-def characters(recurrent_type: str = "LSTM", **options: Any) -> FlairEmbeddings:
-    made = LanguageModel(
-        dictionary(*LETTERS, add_unk=True),
-        True,
-        hidden_size=16,
-        nlayers=1,
-        embedding_size=8,
-        recurrent_type=recurrent_type,
+def stacked(*embeddings: Any) -> TextClassifier:
+    return TextClassifier(
+        StackedEmbeddings([*embeddings]), label_type="class", label_dictionary=dictionary("good", "bad")
     )
-    return FlairEmbeddings(made, name="characters", **options)
-
-
-def tagger(embeddings: Any, **options: Any) -> SequenceTagger:
-    heads = {"use_rnn": False, "use_crf": False, "reproject_embeddings": False, **options}
-    return SequenceTagger(embeddings, dictionary("O", "S-PER", "S-LOC"), "ner", **heads)
 
 
 def linker(words: Any) -> SpanClassifier:
@@ -95,6 +86,17 @@ MODELS: dict[str, tuple[bool, Callable[[Any], Model]]] = {
         lambda words: tagger(StackedEmbeddings([OneHotEmbeddings(dictionary("Berlin", "and", add_unk=True)), words])),
     ),
     "hashes in front": (True, lambda words: tagger(StackedEmbeddings([HashEmbeddings(50, 8), words]))),
+    "pool in front": (False, lambda texts: stacked(DocumentPoolEmbeddings([characters()]), texts)),
+    "recurrent network in front": (False, lambda texts: stacked(DocumentRNNEmbeddings([characters()], 8), texts)),
+    "convolution in front": (
+        False,
+        lambda texts: stacked(DocumentCNNEmbeddings([characters()], kernels=((4, 2), (4, 3))), texts),
+    ),
+    "language model in front": (False, lambda texts: stacked(DocumentLMEmbeddings([characters()]), texts)),
+    "pool of what was seen in front": (
+        False,
+        lambda texts: stacked(DocumentPoolEmbeddings([PooledFlairEmbeddings(characters())]), texts),
+    ),
     "tags of spans, one by one": (True, lambda words: _set(tagger(words), predict_spans=False)),
     "tags of words, one by one": (
         True,
