@@ -205,6 +205,7 @@ def test_house_loggers_have_names_that_are_written_out(module: str) -> None:
 WRITTEN_BY_NAME = {
     ("adapter/injection", "setattr", "config"),
     ("models/build", "setattr", "parent"),
+    ("models/head_probe", "setattr", "part"),
     ("models/unkept_settings", "setattr", "owner"),
     ("base/stored_config", "setattr", "config"),
 }
