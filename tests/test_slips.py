@@ -137,5 +137,6 @@ SLIPS: dict[str, tuple[Slip, type[FlairPeftError], str]] = {
 def test_slip_is_named(slip: str, base: Callable[[str], str], tmp_path: Path) -> None:
     """Not another library's words for what follows from it."""
     make, error, words = SLIPS[slip]
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as caught:
         make(base("bert"), tmp_path)
+    assert caught.value.__cause__ is not caught.value

@@ -132,6 +132,8 @@ def find_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLik
             config, kwargs = _quantising(wanted, config, kwargs)
         found = base_cache.find_again(wanted, config, dtype=dtype, kwargs=kwargs, device=flair.device, is_held=True)
     except BaseModelNotFoundError as error:
+        if Path(source).is_dir() and not isinstance(error.__cause__, RuntimeError):
+            raise  # it says what is wrong with what is there
         raise _explain(error, wanted, record, name) from error
     check_base.check_base(found, record, name=name)
     return found if stored.added_rows is None else found.with_rows(stored.added_rows)
@@ -347,8 +349,6 @@ def _explain(
             f"Cannot use '{wanted.name}' as base model of '{name}': it has another shape ({reason}). Only the base "
             f"that the model was trained on fits: '{recorded.name}'. Pass base_model= with its directory or Hub id."
         )
-    if Path(wanted.name).is_dir():
-        return error  # which says what is wrong with what is there
     revision = f", revision {recorded.revision}" if recorded.revision else ""
     source = load_options().source
     named = f" from '{source}'" if source is not None else ""

@@ -20,6 +20,7 @@ from flair_peft.models import load, save
 from flair_peft.primitives import progress
 from flair_peft.primitives.base_record import StoredBase
 from flair_peft.primitives.load_context import within_load
+from flair_peft.storage import file_names
 
 log = logging.getLogger("flair_peft")
 
@@ -60,6 +61,7 @@ def convert_legacy(
         FlairPeftError: as for :func:`load_legacy`.
     """
     # The file is summed, its weights are compared with the base's, and these are hashed.
+    target = file_names.path_of(directory)
     total = 3 * Path(path).stat().st_size if Path(path).is_file() else 0
     chosen = dataclasses.replace(load.choose(**options), trust_file=trust_pickle, is_sparing=True)
     with progress.shown("converting", total=total):
@@ -75,7 +77,7 @@ def convert_legacy(
             return found
 
         with within_load(options=dataclasses.replace(chosen, base_model=base_model)):
-            save.write_directory(model, Path(directory), stored_base=stored_base)
+            save.write_directory(model, target, stored_base=stored_base)
     return model
 
 

@@ -77,8 +77,8 @@ _READING = frozenset(
     }
 )
 
-# Where Flair's embeddings keep what they saw.
-_MEMORIES = ("word_embeddings", "word_count")
+# Where Flair's embeddings keep what they saw. Two probes of one model take turns: each puts back what it found.
+_MEMORIES, _one_memory = ("word_embeddings", "word_count"), threading.RLock()
 
 # What a state holds beside the settings of the model.
 _BESIDE = frozenset({KEY, state_tree.INNER, "state_dict", "versions", "model_card", "training_state", "flair_version"})
@@ -239,17 +239,11 @@ def _outputs(model: Model, readings: Sequence[Reading]) -> Tensors:
 
 
 def answers(model: Model) -> list[tuple[str, float]]:
-    """Return value and score of each label that a model gives the probe; of a number, "" and the number.
-
-    There are none where it cannot predict, as a user's own class may not.
-    """
-    try:
-        labels = [label for point in _predict(model) for label in point.get_labels(_LABEL)]
-    except Exception as error:
-        log.info("No answers of this %s: %s: %s", type(model).__name__, type(error).__name__, error)
-        return []
-    is_number = isinstance(model, TextRegressor | TextPairRegressor)
-    return [("", float(label.value)) if is_number else (label.value, label.score) for label in labels]
+    """Return place, value and score of each label that a model gives the probe; of a number, the number as score."""
+    found = [label for point in _predict(model) for label in point.get_labels(_LABEL)]
+    if isinstance(model, TextRegressor | TextPairRegressor):
+        return [(label.unlabeled_identifier, float(label.value)) for label in found]
+    return [(label.labeled_identifier, label.score) for label in found]
 
 
 def _predict(model: Model) -> list[DataPoint]:
@@ -293,15 +287,16 @@ class _Memory(dict[str, Any]):
 def _without_memories(model: Model) -> Iterator[None]:
     """Inside, embeddings that remember the words that they saw, which no file holds, know none in this thread."""
     remembering = [part for part in model.modules() if isinstance(part, PooledFlairEmbeddings)]
-    memories = [(part, name, _Memory(getattr(part, name))) for part in remembering for name in _MEMORIES]
-    for part, name, memory in memories:
-        setattr(part, name, memory)
-    try:
-        yield
-    finally:
+    with _one_memory if remembering else contextlib.nullcontext():
+        memories = [(part, name, _Memory(getattr(part, name))) for part in remembering for name in _MEMORIES]
         for part, name, memory in memories:
-            if getattr(part, name) is memory:  # a training in another thread begins with a new one
-                setattr(part, name, memory.usual)
+            setattr(part, name, memory)
+        try:
+            yield
+        finally:
+            for part, name, memory in memories:
+                if getattr(part, name) is memory:  # a training in another thread begins with a new one
+                    setattr(part, name, memory.usual)
 
 
 def _parts(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, torch.nn.Module]]:

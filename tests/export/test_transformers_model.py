@@ -22,6 +22,7 @@ from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenCla
 from flair.nn import Model
 from peft import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
     AutoPeftModelForTokenClassification,
     IA3Config,
     PromptTuningConfig,
@@ -41,6 +42,7 @@ from flair_peft.errors import (
     HeadMismatchError,
     SaveError,
     StateMismatchError,
+    UnsupportedMethodError,
     UnsupportedStateError,
 )
 from flair_peft.export import transformers_model
@@ -48,6 +50,7 @@ from tests.export import reader
 from tests.support import tiny
 from tests.support.configs import lora
 from tests.support.foreign_adapters import write_base
+from tests.support.methods import perturb_
 from tests.support.models import ZOO, make
 from tests.support.quantised import quantised_classifier
 from tests.support.selection import few
@@ -1024,6 +1027,18 @@ def test_method_whose_config_has_no_room_for_a_head_is_merged_alone(base: Base, 
         flair_peft.to_transformers(model, tmp_path / "out", merged=False)
     assert not list(tmp_path.iterdir())
     _assert_same(model, tmp_path / "out")
+
+
+def test_method_that_neither_peft_merges_nor_its_files_with_a_head_hold_is_refused(base: Base, tmp_path: Path) -> None:
+    """Its parts are no layers of PEFT's: what is written without them would be random."""
+    config = AdaptionPromptConfig(adapter_len=3, adapter_layers=1)
+    model = _tagger(_words(base("llama"), peft_config=config))
+    perturb_(model, seed=1)
+    with pytest.raises(AdapterConfigError, match="has no modules_to_save"):
+        flair_peft.to_transformers(model, tmp_path / "out", merged=False)
+    with pytest.raises(UnsupportedMethodError, match="Cannot merge ADAPTION_PROMPT"):
+        flair_peft.to_transformers(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_that_were_added_to_the_base_are_not_lost_with_the_adapter_alone(base: Base, tmp_path: Path) -> None:

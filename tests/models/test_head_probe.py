@@ -253,9 +253,7 @@ def test_labels_out_of_numpy_and_nested_sets_are_those_that_were_saved(base: Bas
     assert head_probe.digest(found[0]) != head_probe.digest({**found[1], "b": {"LOC"}})
 
 
-def test_embeddings_that_remember_words_are_compared_as_if_they_knew_none(
-    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embeddings_that_remember_words_are_compared_as_if_they_knew_none(base: Base, tmp_path: Path) -> None:
     """No file holds what they remember: the probe reads nothing of it, and leaves nothing in it."""
     pooled = PooledFlairEmbeddings(characters(), pooling="max")
     model = tagger(StackedEmbeddings([TransformerWordEmbeddings(base("bert")), pooled]))
@@ -286,6 +284,29 @@ def test_memory_of_another_thread_is_its_own_while_a_probe_runs() -> None:
         assert "Berlin" not in pooled.word_count
         assert pooled.word_count["in"] == 5
     assert pooled.word_count == {"Berlin": 1, "in": 2}
+
+
+def test_memory_is_the_one_it_was_after_probes_of_two_threads() -> None:
+    """Each puts back what it found, so that neither may find the other's."""
+    pooled = PooledFlairEmbeddings(characters())
+    model, memory = tagger(pooled), pooled.word_count
+    inside, may_end = threading.Event(), threading.Event()
+
+    def probe() -> None:
+        with head_probe._without_memories(model):
+            inside.set()
+            may_end.wait(10)
+
+    first, second = threading.Thread(target=probe), threading.Thread(target=lambda: head_probe.answers(model))
+    first.start()
+    assert inside.wait(10)
+    second.start()
+    second.join(0.5)
+    may_end.set()
+    first.join()
+    second.join()
+    assert pooled.word_count is memory
+    assert memory == {}
 
 
 def test_probe_that_cannot_run_here_is_said_and_memory_errors_pass(

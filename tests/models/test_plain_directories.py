@@ -431,6 +431,21 @@ def test_model_that_would_label_otherwise_behind_its_head_is_refused(base: Base,
     assert not (tmp_path / "other").exists()
 
 
+def test_model_that_could_not_predict_after_a_load_is_refused_and_one_that_cannot_before_is_not(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a user's class needs and does not store is missed; what it wants of a sentence is its own affair."""
+    made = plain_classifier(base("bert"))
+    model = Prefers(made.embeddings, label_type="class", label_dictionary=made.label_dictionary).eval()
+    model.favourite = 0
+    monkeypatch.delattr(Prefers, "favourite")
+    with pytest.raises(UnsupportedStateError, match=r"cannot predict: AttributeError.*favourite"):
+        flair_peft.save_pretrained(model, tmp_path / "lost")
+    del model.favourite
+    flair_peft.save_pretrained(model, tmp_path / "kept")
+    assert (tmp_path / "kept").is_dir()
+
+
 class MakesItsOwn(TextClassifier):
     """A classifier whose state says nothing of the embeddings that it makes."""
 

@@ -185,12 +185,13 @@ def test_spans_that_a_file_of_before_links_are_found_again(base: Base, tmp_path:
     assert answers(loaded) == answers(model)
 
 
-@pytest.mark.parametrize("kind", ["pooled in front", "one hot in front", "hashes in front"])
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind.endswith("in front")])
 def test_order_of_a_stack_in_a_file_of_before_is_taken_with_a_word(
     kind: str, base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Flair sorts vectors by names, and kept the numbers in front of some of them alone."""
-    model = MODELS[kind][1](embeddings_for(base("bert"), words=True, has_adapter=True))
+    words, make = MODELS[kind]
+    model = make(embeddings_for(base("bert"), words=words, has_adapter=True))
     perturb_(model, 1)
     saved = save_as("directory", model, tmp_path)
     assert answers(flair_peft.from_pretrained(saved)) == answers(model)
