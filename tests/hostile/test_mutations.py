@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import faulthandler
+import gc
 import hashlib
 import io
 import json
@@ -54,7 +56,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each batch of l
 Base = Callable[[str], str]
 Tensors = dict[str, torch.Tensor]
 
-SECONDS_A_LOAD = 20
+SECONDS_A_LOAD, SECONDS_A_BATCH = 20, 300
 MORE_MEMORY = 3 << 30
 """Address space that a process may take beyond what it has when the loads begin."""
 MORE_RESIDENT = 400 << 10
@@ -874,24 +876,34 @@ def _told(error: BaseException) -> str:
 def run(good: Good, kinds: dict[str, Damage], *, seed: int, rounds: int, folder: Path) -> list[Outcome]:
     """Return the outcome of each kind of damage, ``rounds`` times, all in one process that is no more."""
     reading, writing = os.pipe()
+    last_words = folder.parent / f"{folder.name} last words"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of forks beside threads; the child starts none of theirs
         child = os.fork()
     if child == 0:
+        gc.freeze()  # what earlier tests left behind may wait, when it is collected, for threads that are not here
         try:
             os.close(reading)
-            with os.fdopen(writing, "w") as report:
-                _run_child(good, kinds, seed, rounds, folder, report)
+            with os.fdopen(writing, "w") as report, last_words.open("w") as file:
+                faulthandler.enable(file)
+                faulthandler.dump_traceback_later(SECONDS_A_BATCH - 5, file=file)
+                try:
+                    _run_child(good, kinds, seed, rounds, folder, report)
+                except BaseException:
+                    traceback.print_exc(file=file)
         finally:
             os._exit(0)
     os.close(writing)
     try:
-        return _read_report(reading, deadline=time.monotonic() + 300)
+        outcomes = _read_report(reading, deadline=time.monotonic() + SECONDS_A_BATCH)
     finally:
         os.close(reading)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+    if outcomes and outcomes[-1].result == "crashed":
+        outcomes[-1] = outcomes[-1]._replace(detail=last_words.read_text())
+    return outcomes
 
 
 def _run_child(good: Good, kinds: dict[str, Damage], seed: int, rounds: int, folder: Path, report: Any) -> None:
@@ -1043,3 +1055,11 @@ def test_harness_sees_what_it_looks_for(
     monkeypatch.setattr(module, "SECONDS_A_LOAD", 1)
     kinds = {"removed": RAW_DIRECTORY["removed"]}
     assert run(checkpoint, kinds, seed=0, rounds=1, folder=tmp_path)[0].result == found
+
+
+def test_harness_tells_what_goes_wrong_in_itself(good: Callable[[str, str], Good], tmp_path: Path) -> None:
+    """A kind of damage that raises is a failure with its traceback."""
+    kinds: dict[str, Damage] = {"broken": lambda path, chance, _: 1 // 0}  # type: ignore[dict-item]
+    (outcome,) = run(good("classifier", "directory"), kinds, seed=0, rounds=1, folder=tmp_path)
+    assert outcome.result == "crashed"
+    assert "ZeroDivisionError" in outcome.detail
