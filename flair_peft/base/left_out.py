@@ -73,13 +73,10 @@ def _aliases(state: Mapping[str, torch.Tensor], left_out: set[str], own: Mapping
 
     Prompt methods register the input embeddings a second time, and replicated layers are held under several numbers.
     """
-    held = {_place(state[key]) for key in left_out if state[key].numel()}
+    held = {mapped_memory.place_of(state[key]) for key in left_out if state[key].numel()}
     names = {key: keys.base_key(key) for key in state}
-    return {key for key, name in names.items() if name is not None and name not in own and _place(state[key]) in held}
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return mapped_memory.address(tensor), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+    others = (key for key, name in names.items() if name is not None and name not in own)
+    return {key for key in others if mapped_memory.place_of(state[key]) in held}
 
 
 def restore_(model: torch.nn.Module, left_out: Iterable[str], base: FrozenBase) -> None:

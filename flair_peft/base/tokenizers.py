@@ -48,6 +48,8 @@ _locks: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, contextlib.AbstractCo
 
 _FILES_OF_TOKENIZERS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
+_MOST_UNPACKED = 1 << 30
+
 # Tried in this order for a tokenizer without a padding token; padding is masked, so any token will do.
 _PADDING_CANDIDATES = ("eos_token", "unk_token", "bos_token", "cls_token", "sep_token")
 
@@ -218,11 +220,29 @@ def unpack_tokenizer(stored: BytesIO, kwargs: KeywordArguments) -> PreTrainedTok
         ) from error
 
 
+@contextlib.contextmanager
+def opened(stored: BytesIO) -> Iterator[zipfile.ZipFile]:
+    """Yield the zip file of a tokenizer or of image preprocessing, whose files are no larger than such ones are.
+
+    Raises:
+        ModelFileError: they are.
+        zipfile.BadZipFile: it is no zip file.
+    """
+    with zipfile.ZipFile(stored) as files:
+        unpacked = sum(member.file_size for member in files.infolist())
+        if unpacked > _MOST_UNPACKED:
+            raise ModelFileError(
+                f"Cannot unpack the stored tokenizer: its files have {unpacked} bytes, and no tokenizer has more than "
+                f"{_MOST_UNPACKED}. They would fill the memory. Do not use this file."
+            )
+        yield files
+
+
 def digest_of_vocabulary(stored: BytesIO) -> str | None:
     """Return a digest of the files of a tokenizer without its settings, or ``None`` for what is no zip file."""
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(BytesIO(stored.getvalue())) as files:
+        with opened(BytesIO(stored.getvalue())) as files:
             names = set(files.namelist()) - {"tokenizer_config.json"}
             for name in sorted({_COMPLETE} if _COMPLETE in names else names):
                 content = files.read(name)
@@ -236,7 +256,7 @@ def digest_of_vocabulary(stored: BytesIO) -> str | None:
 def _digest(stored: BytesIO) -> str:
     """Return a digest of names and contents of the files; the archive holds times of writing, too."""
     digest = hashlib.sha256()
-    with zipfile.ZipFile(stored) as files:
+    with opened(stored) as files:
         for name in sorted(files.namelist()):
             content = files.read(name)
             digest.update(f"{name} {len(content)} ".encode() + content)
@@ -306,7 +326,7 @@ def portable_tokenizer_files(stored: BytesIO, tokenizer: PreTrainedTokenizerBase
     load.
     """
     portable = BytesIO()
-    with zipfile.ZipFile(stored) as files, zipfile.ZipFile(portable, "w") as kept:
+    with opened(stored) as files, zipfile.ZipFile(portable, "w") as kept:
         for name in sorted(files.namelist()):
             content = files.read(name)
             if name == "tokenizer_config.json":
@@ -350,6 +370,6 @@ def _portable_settings(content: bytes, tokenizer: PreTrainedTokenizerBase) -> by
 
 @contextlib.contextmanager
 def _unpacked(stored: BytesIO) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(stored) as files:
+    with tempfile.TemporaryDirectory() as directory, opened(stored) as files:
         files.extractall(directory)
         yield directory

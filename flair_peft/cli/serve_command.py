@@ -14,6 +14,7 @@ from typing import Any
 from flair_peft.cli.command import OK, TROUBLE, add_command, add_load
 from flair_peft.cli.terminal import echo, printable, showing, some
 from flair_peft.errors import AdapterConfigError, ModelFileError
+from flair_peft.storage import file_names
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 _TOKEN, _ADMIN_TOKEN = "FLAIR_PEFT_TOKEN", "FLAIR_PEFT_ADMIN_TOKEN"
@@ -100,6 +101,7 @@ def _named(given: Sequence[str]) -> dict[str, str]:
     """Return name → model: the name that is given, or that of the file, the directory or the repository."""
     found: dict[str, str] = {}
     for text in given:
+        file_names.refuse_impossible(text)
         match = None if Path(text).exists() else _NAMED.fullmatch(text)
         name, source = match.groups() if match else (Path(text).absolute().name.removesuffix(".pt"), text)
         if name in found:
@@ -114,7 +116,7 @@ def _named(given: Sequence[str]) -> dict[str, str]:
 def _token(path: Path | None, variable: str) -> str | None:
     """Return the token in a file or the environment; ``None`` if there is none."""
     if path is None:
-        return os.getenv(variable) or None
+        return os.getenv(variable, "").strip() or None
     try:
         found = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -38,7 +38,7 @@ from flair.embeddings.transformer import TransformerEmbeddings
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from flair_peft.base import config_safety
+from flair_peft.base import config_safety, tokenizers
 from flair_peft.codec.setting_checks import Check, is_a, is_text, optional
 from flair_peft.errors import name_some
 
@@ -146,7 +146,7 @@ def _is_archive(value: Any) -> bool:
 
 def _names_code(name: str, archive: BytesIO) -> bool:
     try:
-        with zipfile.ZipFile(BytesIO(archive.getvalue())) as files:
+        with tokenizers.opened(BytesIO(archive.getvalue())) as files:
             settings = json.loads(files.read(name)) if name in files.namelist() else {}
     except (zipfile.BadZipFile, ValueError, RuntimeError):
         return False  # who reads it says so

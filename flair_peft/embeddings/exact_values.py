@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_KEPT = "_flair_peft_head_masters"
+_KEPT = "_flair_peft_exact_values"
 
 
 def cast_(owner: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:

@@ -80,7 +80,7 @@ class AdapterMemory:
         with self._lock:
             adapter = self._adapters.pop(id(embeddings), None)
             if adapter is not None:
-                _reload_(adapter)
+                _reload_(adapter, embeddings)
 
     @contextlib.contextmanager
     def using(self, embeddings: torch.nn.Module) -> Iterator[None]:
@@ -100,31 +100,32 @@ class AdapterMemory:
                 return None
             self._adapters.move_to_end(id(embeddings))
             adapter.users += 1
-            _reload_(adapter)
+            _reload_(adapter, embeddings)
             self._make_room()
             return adapter
 
     def _make_room(self) -> None:
         alive = self._alive()
-        excess = sum(_size(adapter) for adapter in alive if not adapter.places) - self._budget
-        for adapter in alive[:-1]:
-            embeddings = adapter.embeddings()
-            is_busy = adapter.users or adapter.is_changed or embeddings is None or embeddings.training
+        excess = sum(_size(adapter, embeddings) for adapter, embeddings in alive if not adapter.places) - self._budget
+        for adapter, embeddings in alive[:-1]:
+            is_busy = adapter.users or adapter.is_changed or embeddings.training
             if excess > 0 and not adapter.places and not is_busy:
-                size = _size(adapter)
-                _offload_(adapter)
+                size = _size(adapter, embeddings)
+                _offload_(adapter, embeddings)
                 excess -= size if adapter.places else 0
 
-    def _alive(self) -> list[_Adapter]:
-        """Return the adapters of models that are in use, the one that was used last at the end."""
-        for key in [key for key, adapter in self._adapters.items() if adapter.embeddings() is None]:
-            del self._adapters[key]
-        return list(self._adapters.values())
+    def _alive(self) -> list[tuple[_Adapter, Any]]:
+        """Return the adapters of models that are in use, with the embeddings, the one that was used last at the end."""
+        found = [(key, adapter, adapter.embeddings()) for key, adapter in self._adapters.items()]
+        for key, _, embeddings in found:
+            if embeddings is None:
+                del self._adapters[key]
+        return [(adapter, embeddings) for _, adapter, embeddings in found if embeddings is not None]
 
 
-def _offload_(adapter: _Adapter) -> None:
+def _offload_(adapter: _Adapter, embeddings: Any) -> None:
     """Replace every tensor that is as the file has it by that of the file, which takes no memory until it is read."""
-    model = _model_of(adapter)
+    model = embeddings.model
     exact = exact_values(model)
     for name, parameter in model.named_parameters():
         stored = adapter.files.get(name)
@@ -140,26 +141,17 @@ def _offload_(adapter: _Adapter) -> None:
         log.info("An adapter stays in memory: its tensors are not those of its file any more.")
 
 
-def _reload_(adapter: _Adapter) -> None:
+def _reload_(adapter: _Adapter, embeddings: Any) -> None:
     """Give every tensor that was offloaded, and was not replaced since, the device and the dtype that it had."""
     places, adapter.places = adapter.places, {}
     if places:
-        parameters = dict(_model_of(adapter).named_parameters())
+        parameters = dict(embeddings.model.named_parameters())
         for name, place in places.items():
             if name in parameters and parameters[name].data_ptr() == adapter.files[name].data_ptr():
                 parameters[name].data = adapter.files[name].to(*place)
 
 
-def _size(adapter: _Adapter) -> int:
+def _size(adapter: _Adapter, embeddings: Any) -> int:
     """Return the bytes that the adapter takes in memory, with the exact values of what was narrowed."""
-    model = _model_of(adapter)
-    sizes = (p.nbytes for name, p in model.named_parameters() if name in adapter.files)
-    return sum(sizes) + sum(tensor.nbytes for tensor in exact_values(model).values())
-
-
-def _model_of(adapter: _Adapter) -> torch.nn.Module:
-    embeddings = adapter.embeddings()
-    assert embeddings is not None
-    model = embeddings.model
-    assert isinstance(model, torch.nn.Module)
-    return model
+    sizes = (p.nbytes for name, p in embeddings.model.named_parameters() if name in adapter.files)
+    return sum(sizes) + sum(tensor.nbytes for tensor in exact_values(embeddings.model).values())

@@ -58,12 +58,13 @@ def seal(folder: Path, settings: Mapping[str, Any], card: str) -> None:
     """The folder tells what it holds, and all of it is on the disk."""
     text = card.encode("utf-8", "replace")
     (folder / CARD).write_bytes(text)
-    files = {name: fingerprint.of_file(folder / name) for name in sorted(path.name for path in folder.iterdir())}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): fingerprint.of_file(path) for path in paths}
     config = _read_config(folder)
     own = {name: digest for name, digest in files.items() if name not in (CONFIG, CARD)}
     config[EXPORTED] = {**settings, "files": own, "card": files[CARD], "config": _digest_of_settings(config)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in folder.iterdir():
+    for path in paths:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
 

@@ -33,6 +33,7 @@ from flair_peft.inspection.file_contents import StoredTensor
 from flair_peft.inspection.report import Inspection
 from flair_peft.primitives import progress
 
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
 _FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 
 
@@ -113,7 +114,8 @@ def measure(found: Inspection, *, base_model: str | None = None) -> Map:
         lacking = [move.module.removeprefix(around) for move in own if weights is not None and move.base_norm is None]
         if lacking:
             notes.append(
-                f"{around}no weight of {name_some(lacking, 3)} is in the base's file: there is no ‖W‖ to compare with"
+                f"{around}no weight of {name_some(lacking, 3)} in floating point is in the base's file: there is no "
+                "‖W‖ to compare with"
             )
         moves.extend(own)
     if not moves:
@@ -255,6 +257,8 @@ def _shape(lower: torch.Tensor, upper: torch.Tensor, name: str) -> tuple[int, ..
 def _norm_of(weights: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...] | None) -> float | None:
     """Return the norm of a weight of the base, which a file may keep under the name of a model with a head.
 
+    Of quantised weights, whose scales stand elsewhere, ``None`` is returned.
+
     Args:
         weights: of the base.
         name: of the weight.
@@ -264,7 +268,7 @@ def _norm_of(weights: Mapping[str, StoredTensor], name: str, shape: tuple[int, .
         BaseMismatchError: the base has it in another shape.
     """
     name = name if name in weights else next((key for key in weights if key.endswith(f".{name}")), "")
-    if name not in weights:
+    if name not in weights or weights[name].dtype not in _FLOATING:
         return None
     if shape is not None and sorted(weights[name].shape) != sorted(shape):
         raise BaseMismatchError(
@@ -274,4 +278,4 @@ def _norm_of(weights: Mapping[str, StoredTensor], name: str, shape: tuple[int, .
         )
     weight = weights[name].read()
     progress.advance(weight.nbytes)
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float64 if weight.is_floating_point() else None))
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64))

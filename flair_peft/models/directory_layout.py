@@ -168,8 +168,7 @@ def _held_elsewhere(rest: Tensors, theirs: Mapping[str, torch.Tensor]) -> dict[s
 def _tied(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return key → earlier key under which the very same memory is held, as those of tied weights are."""
     first = dict[Any, str]()
-    places = {name: (mapped_memory.address(tensor), tensor.shape) for name, tensor in weights.items()}
-    earlier = {name: first.setdefault(place, name) for name, place in places.items()}
+    earlier = {name: first.setdefault(mapped_memory.place_of(tensor), name) for name, tensor in weights.items()}
     return {name: other for name, other in earlier.items() if other != name}
 
 

@@ -115,10 +115,7 @@ def check_settings(state: Mapping[str, Any], *, source: str, verify: bool) -> No
     stored = state.get(KEY)
     if stored is None or not verify:
         return
-    outputs = stored.get("outputs") if isinstance(stored, Mapping) else None
-    vectors = stored.get("vectors", []) if isinstance(stored, Mapping) else None
-    are_probes = isinstance(vectors, list) and all(each is None or isinstance(each, Mapping) for each in vectors)
-    if not isinstance(outputs, Mapping) or not all(map(_is_output, outputs.values())) or not are_probes:
+    if not _is_sound(stored):
         raise ModelFileError(
             f"Cannot read the probe of the head in '{source}': it is damaged. It holds what the parts of the head "
             "gave, which a load must give again. Copy or save the file again."
@@ -151,6 +148,8 @@ def replay(
         ModelFileError: the probe of embeddings is damaged.
     """
     verify = load_options().verify
+    if not verify and not _is_sound(stored):
+        stored = None
     probes = [*probes, *_probes_in(stored or {}, model)]
     # On a base that was converted, vectors are others, and what a head makes of that no tolerance says.
     is_comparable = stored is not None and bool(stored["outputs"]) and stored.get("dtype") == _coarsest(model)
@@ -199,6 +198,15 @@ def _probes_in(stored: Mapping[str, Any], model: Model) -> Iterator[tuple[Adapte
         probe = None if embeddings.origin is None else vectors.get(embeddings.origin[0])
         if probe is not None:
             yield embeddings, probe
+
+
+def _is_sound(stored: Any) -> bool:
+    """Whether this is a probe as :func:`take` returns it."""
+    if not isinstance(stored, Mapping):
+        return False
+    outputs, vectors = stored.get("outputs"), stored.get("vectors", [])
+    are_probes = isinstance(vectors, list) and all(each is None or isinstance(each, Mapping) for each in vectors)
+    return are_probes and isinstance(outputs, Mapping) and all(map(_is_output, outputs.values()))
 
 
 def _is_output(value: Any) -> bool:

@@ -218,7 +218,7 @@ def _alone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if is_alone and not host_internals.is_copied_on_write(tensor):
             found[name] = tensor
             continue
-        place = mapped_memory.address(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        place = mapped_memory.place_of(tensor)
         if place not in copies:
             copies[place] = tensor.detach().clone(memory_format=torch.contiguous_format)
         found[name] = copies[place]

@@ -273,5 +273,4 @@ def _inner_embeddings(plan: SavePlan, described: set[int]) -> dict[str, dict[str
 
 
 def _is_same(first: Any, second: torch.Tensor) -> bool:
-    is_tensor = isinstance(first, torch.Tensor) and first.shape == second.shape
-    return is_tensor and mapped_memory.address(first) == mapped_memory.address(second)
+    return isinstance(first, torch.Tensor) and mapped_memory.place_of(first) == mapped_memory.place_of(second)

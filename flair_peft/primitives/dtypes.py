@@ -20,13 +20,13 @@ def parse_dtype(dtype: DtypeLike) -> torch.dtype:
     """Return the floating-point dtype that is meant by ``"bfloat16"``, ``"torch.bfloat16"`` or the dtype itself.
 
     Raises:
-        AdapterConfigError: it names no floating-point dtype of torch.
+        AdapterConfigError: it names none of torch, or one of 8 bits or fewer, which only stores numbers.
     """
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise AdapterConfigError(
-            f"Cannot use dtype {dtype!r}. It names no floating-point dtype of torch. Pass 'float32', 'bfloat16' or "
-            "'float16', or the torch.dtype itself."
+            f"Cannot use dtype {dtype!r}. It names no floating-point dtype that models compute in. Pass 'float32', "
+            "'bfloat16' or 'float16', or the torch.dtype itself."
         )
     return found
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from flair_peft.errors import ModelFileError
+from flair_peft.errors import MissingFileError, ModelFileError
 
 _TRIES = 20
 _Found = TypeVar("_Found")
@@ -27,6 +27,7 @@ class HeldFile(os.PathLike[str]):
         descriptor: of the file, already open; it now belongs to this object.
 
     Raises:
+        MissingFileError: it is not there.
         ModelFileError: it cannot be opened.
     """
 
@@ -68,6 +69,7 @@ def reading(path: AnyFile, read: Callable[[HeldFile], _Found]) -> _Found:
     """Return what is read of one and the same file: of the one before or after, where another takes its name.
 
     Raises:
+        MissingFileError: it is not there.
         ModelFileError: it cannot be opened, or others take its name over and over.
     """
     if isinstance(path, HeldFile):
@@ -92,8 +94,8 @@ def _opened(path: Path) -> int:
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         return os.open(path, flags)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise MissingFileError(f"Cannot read '{path}': there is no such file. Check the path.") from error
     except OSError as error:
         raise ModelFileError(
             f"Cannot read '{path}': {error.strerror or error}. The system does not let this process open it. Check "

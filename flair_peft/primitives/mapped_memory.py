@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -101,6 +101,11 @@ def _read(line: bytes) -> _Mapping | None:
 def address(tensor: torch.Tensor) -> int:
     """Return where a tensor's memory starts. ``data_ptr`` would first copy memory that is copied once it is written."""
     return host_internals.storage_address(tensor) + int(tensor.storage_offset()) * tensor.itemsize
+
+
+def place_of(tensor: torch.Tensor) -> Hashable:
+    """Return what only tensors have in common that hold the same elements in the same memory, as long as they live."""
+    return address(tensor), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def lent(tensor: torch.Tensor) -> torch.Tensor:

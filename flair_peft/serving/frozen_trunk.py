@@ -354,11 +354,7 @@ def _is_of_others(module: torch.nn.Module) -> bool:
 
 
 def _place(parameter: torch.nn.Parameter) -> Hashable:
-    """Return what only parameters in the same memory have in common, as long as they live."""
-    if parameter.is_meta:
-        return id(parameter)
-    layout = parameter.shape, parameter.stride(), parameter.dtype, parameter.device
-    return (mapped_memory.address(parameter), *layout)
+    return id(parameter) if parameter.is_meta else mapped_memory.place_of(parameter)
 
 
 def _description_of_config(config: PretrainedConfig) -> str:

@@ -27,7 +27,7 @@ LARGEST = 256 << 20
 
 RESERVED = ("format_version", "sha256", "files", "card")
 _PART = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._-]+"
-_NAME = re.compile(rf"{_PART}(?:/{_PART}){{0,2}}")
+_NAME = re.compile(rf"{_PART}(?:/{_PART}){{0,3}}")
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -55,7 +55,7 @@ class Document:
 
 
 def is_name(name: str) -> bool:
-    """Return whether a file of a checkpoint may have this name: up to three parts of ``A-Z a-z 0-9 . _ -``."""
+    """Return whether a file of a checkpoint may have this name: up to four parts of ``A-Z a-z 0-9 . _ -``."""
     return _NAME.fullmatch(name) is not None and name not in (DOCUMENT, CARD)
 
 

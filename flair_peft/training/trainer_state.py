@@ -343,7 +343,8 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (list, tuple)):
-        return type(value)(plain(item, where) for item in value) if type(value) in (list, tuple) else list(value)
+        found = [plain(item, where) for item in value]
+        return tuple(found) if type(value) is tuple else found
     if isinstance(value, Mapping) and all(isinstance(key, (int, str)) for key in value):
         return {key: plain(item, f"{where}: {key}") for key, item in value.items()}
     raise UnsupportedStateError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,16 @@ import pytest
 import torch
 import transformers
 from flair.data import Dictionary, Sentence
-from flair.embeddings import TransformerWordEmbeddings
+from flair.embeddings import StackedEmbeddings, TransformerWordEmbeddings
 from flair.embeddings.base import load_embeddings
-from flair.models import SequenceTagger
+from flair.models import SequenceTagger, TokenClassifier
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 import flair_peft
 from flair_peft import PeftTransformerWordEmbeddings
 from flair_peft.base import tokenizers
-from flair_peft.errors import BaseModelNotFoundError
+from flair_peft.errors import BaseModelNotFoundError, ModelFileError
 from tests.regression import make_newer_tokenizers as newer
 from tests.support import tiny
 from tests.support.configs import lora
@@ -245,3 +247,45 @@ def _adapter(base: str, folder: Path) -> Path:
     torch.nn.init.normal_(next(p for name, p in model.named_parameters() if "lora_B" in name))
     model.save_pretrained(folder)
     return folder
+
+
+def test_archive_that_would_fill_the_memory_is_not_unpacked() -> None:
+    """A few kilobytes can say that they are gigabytes."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(5):
+            archive.writestr(f"{number}.json", bytes(300 << 20))
+    for read in (lambda: tokenizers.unpack_tokenizer(packed, {}), lambda: tokenizers.digest_of_vocabulary(packed)):
+        with pytest.raises(ModelFileError, match="fill the memory"):
+            read()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_tokenizers_with_several_chat_templates_are_kept(count: int, base: Base, tmp_path: Path) -> None:
+    """transformers writes these into a folder of their own, inside that of the tokenizer."""
+    with_templates = tmp_path / "base"
+    shutil.copytree(base("bert"), with_templates)
+    tokenizer = AutoTokenizer.from_pretrained(with_templates)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(with_templates)
+    assert (with_templates / "additional_chat_templates").is_dir()
+    made = [PeftTransformerWordEmbeddings(str(with_templates), peft_config=lora(r=r)) for r in (2, 3)[:count]]
+    labels = Dictionary(add_unk=False)
+    labels.add_item("A")
+    labels.add_item("B")
+    model = TokenClassifier(StackedEmbeddings(made) if count > 1 else made[0], label_dictionary=labels, label_type="x")
+    sentence = Sentence("a few words")
+    model.predict(sentence)
+    expected = [(token.get_label("x").value, token.get_label("x").score) for token in sentence]
+    flair_peft.save_pretrained(model, tmp_path / "kept")
+    model.save(tmp_path / "kept.pt")
+    for loaded in (flair_peft.from_pretrained(tmp_path / "kept"), TokenClassifier.load(tmp_path / "kept.pt")):
+        loaded.predict(sentence)
+        assert [(token.get_label("x").value, token.get_label("x").score) for token in sentence] == expected
+        for module in loaded.modules():
+            if isinstance(module, PeftTransformerWordEmbeddings):
+                assert module.tokenizer.chat_template == tokenizer.chat_template
+    if count == 1:
+        for _ in range(2):  # over the first, too
+            flair_peft.to_transformers(model, tmp_path / "exported")
+        assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template == tokenizer.chat_template

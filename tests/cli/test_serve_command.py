@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flair_peft.cli import main
+from flair_peft.cli import main, serve_command
 from flair_peft.serving.http import served_models
 from tests.support.files import save_as
 from tests.support.models import classifier
@@ -151,3 +151,17 @@ def test_serve_answers_until_it_is_told_to_end(directory: Path, tmp_path: Path) 
         assert process.wait(60) == 0
         assert process.stdout
         assert process.stdout.read() == ""
+
+
+def test_serve_reads_a_token_without_the_end_of_its_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Secrets that are made of files often end in one, in the environment, too."""
+    (tmp_path / "token").write_text("abc\n")
+    monkeypatch.setenv("FLAIR_PEFT_TOKEN", "abc\n")
+    assert [serve_command._token(path, "FLAIR_PEFT_TOKEN") for path in (tmp_path / "token", None)] == ["abc", "abc"]
+
+
+def test_serve_refuses_an_impossible_name(run: Run) -> None:
+    """In a paragraph."""
+    code, out, errors = run("x" * 5000)
+    assert (code, out) == (2, "")
+    assert "too long" in errors

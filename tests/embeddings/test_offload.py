@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from flair.nn import Model
 
 import flair_peft
 from flair_peft import SharedBase
+from flair_peft.embeddings import offload
 from flair_peft.errors import AdapterConfigError
 from tests.support.models import save_random, train_a_step
 from tests.support.predictions import TEXTS, labels_of
@@ -159,3 +161,21 @@ def test_unloaded_model_has_its_adapter_in_memory_for_good(base: Callable[[str],
     before = predicted(flair_peft.from_pretrained(tmp_path / "0"))
     shared.unload(models[0])
     assert predicted(models[0]) == before
+
+
+def test_models_may_go_while_adapters_are_counted(
+    base: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread drops the last reference to a model in the middle of a forward pass of another."""
+    _, models = load(base("bert"), tmp_path, count=3, keep=1.5)
+    expected = predicted(models[0])
+    size_of_adapter = offload._size
+
+    def size(*arguments: Any) -> int:
+        del models[1:]
+        gc.collect()
+        return size_of_adapter(*arguments)
+
+    monkeypatch.setattr(offload, "_size", size)
+    assert predicted(models[0]) == expected
+    assert len(models) == 1

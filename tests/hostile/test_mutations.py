@@ -881,7 +881,7 @@ def run(good: Good, kinds: dict[str, Damage], *, seed: int, rounds: int, folder:
         warnings.simplefilter("ignore")  # Python warns of forks beside threads; the child starts none of theirs
         child = os.fork()
     if child == 0:
-        gc.freeze()  # what earlier tests left behind may wait, when it is collected, for threads that are not here
+        gc.freeze()  # sessions of onnxruntime, as earlier tests leave them, would wait for threads that are not here
         try:
             os.close(reading)
             with os.fdopen(writing, "w") as report, last_words.open("w") as file:

@@ -211,3 +211,12 @@ def test_map_again_gives_room_for_more_rows_where_the_file_goes_on(tmp_path: Pat
     assert torch.equal(tensors["b"], torch.ones(2, 3))
     assert mapped_memory.map_again([tensors["a"], tensors["b"]], more_rows=3) == [None, None]
     assert file.read_bytes() == content
+
+
+def test_place_is_that_of_the_same_elements_in_the_same_memory() -> None:
+    """A transposed view lies in the same memory and is another tensor."""
+    matrix = torch.arange(9.0).reshape(3, 3)
+    place = mapped_memory.place_of(matrix)
+    assert place == mapped_memory.place_of(matrix.view(9).view(3, 3))
+    others = (matrix.T, matrix.view(9), matrix.view(torch.int32), matrix.clone(), matrix[:2, :2])
+    assert all(place != mapped_memory.place_of(other) for other in others)

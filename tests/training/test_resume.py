@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import logging
 import random
@@ -616,6 +617,19 @@ def test_state_given_as_a_dictionary_is_left_as_it_is(journey: Journeys) -> None
     runs = [travel.train(Model.load(travel.root / "kept.pt"), "parts", ResumePlugin(state)).losses for _ in range(2)]
     assert runs[0] == runs[1]
     assert len(runs[0]) == 2 * BATCHES
+
+
+def test_plain_copies_hold_nothing_of_what_they_were_made_of() -> None:
+    """Whatever kind of list or tuple something stands in, it is looked at and copied."""
+    pair = collections.namedtuple("pair", "first second")
+    tensor = torch.ones(2)
+    found = trainer_state.plain({"kept": pair(tensor, [1, (2,)])}, "x")
+    assert_plain(found)
+    tensor.zero_()
+    assert found["kept"][0].tolist() == [1.0, 1.0]
+    assert found["kept"][1] == [1, (2,)]
+    with pytest.raises(UnsupportedStateError, match="object"):
+        trainer_state.plain(pair(object(), 1), "x")
 
 
 def test_state_of_all_random_generators_is_plain_and_comes_back() -> None:

@@ -79,7 +79,7 @@ def _has(request: Request, token: str | None) -> bool:
         return False
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     # Headers are in Latin-1: what else a token has comes as the bytes of its UTF-8.
-    is_same = hmac.compare_digest(given.strip().encode("latin-1"), token.encode("utf-8"))
+    is_same = hmac.compare_digest(given.strip(" \t").encode("latin-1"), token.encode("utf-8"))
     return is_same and scheme.lower() == "bearer"
 
 

@@ -33,7 +33,7 @@ from flair_peft.serving.http.answers import answer_of
 from flair_peft.serving.http.model_forms import ModelForm, form_of
 from flair_peft.serving.http.requests import Entity, Item
 from flair_peft.serving.shared_base import SharedBase
-from flair_peft.storage import hub, manifest
+from flair_peft.storage import file_names, hub, manifest
 
 NONE = "none"
 """Stands for a digest or fingerprint of what a model does not have."""
@@ -179,6 +179,7 @@ class ServedModels:
         """
         if not isinstance(source, (str, Path)):
             return source
+        file_names.refuse_impossible(source)
         path = Path(source)
         if path.exists():
             hub.refuse_revision(str(source), revision)

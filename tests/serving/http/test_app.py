@@ -22,7 +22,7 @@ from flair.nn import Model
 from safetensors.torch import load_file, save_file
 
 import flair_peft
-from flair_peft.errors import AdapterConfigError, FlairPeftError
+from flair_peft.errors import AdapterConfigError, FlairPeftError, ModelFileError
 from flair_peft.serving import create_app
 from tests.support.direct_answers import assert_same, direct
 from tests.support.gated_model import GatedModel, wait_until
@@ -78,6 +78,20 @@ def test_token_is_asked_of_everyone_who_wants_to_know(live: Model) -> None:
             assert refused.headers["WWW-Authenticate"] == "Bearer"
         answer = client.post("/predict", json={"inputs": "Who ?"}, headers=bearer("süß and secret"))
         assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("token", ["déjà", "Å", "\u2003x\u2003"])
+def test_token_may_end_in_any_letter(live: Model, token: str) -> None:
+    """The last byte of its UTF-8 may be what Latin-1 calls a space."""
+    with client_of(create_app({"m": live}, token=token)) as client:
+        assert client.get("/info", headers=bearer(token)).status_code == 200
+        assert client.get("/info", headers=bearer(token + "x")).status_code == 401
+
+
+def test_model_of_an_impossible_name_is_refused() -> None:
+    """What is no path of this system is an error of this package."""
+    with pytest.raises(ModelFileError, match="too long"):
+        create_app({"m": "x" * 5000})
 
 
 def test_models_are_changed_by_those_with_the_admin_token_alone(live: Model, directories: Directories) -> None:
