@@ -1,7 +1,7 @@
 """The exceptions of flair_peft, all under one root.
 
     FlairPeftError
-    ├── AdapterConfigError        a PEFT config that is of the wrong type, matches nothing or cannot be stored
+    ├── AdapterConfigError        a PEFT config, another setting or a model that cannot work so
     │   ├── UnsupportedMethodError    the method cannot work on this architecture
     │   └── MissingConfigError        a file holds adapter weights but not the config that scales them
     ├── UnknownArgumentError      an argument that neither a load nor embeddings nor transformers take
@@ -21,7 +21,7 @@
     │   └── HeadMismatchError         the head of another library's model cannot start that of a Flair model
     ├── DtypeMismatchError        embeddings and head compute in different dtypes
     ├── TrainingSetupError        a training setting that cannot work with an adapter
-    ├── PredictionSetupError      a stream of predictions that cannot start
+    ├── PredictionSetupError      predictions that cannot start
     ├── PredictionError           one item of a stream could not be predicted
     ├── RequestError              a request to a served model that gets no prediction
     └── UnsupportedHostError      this version of Flair cannot be patched
@@ -44,7 +44,7 @@ class FlairPeftError(Exception):
 
 
 class AdapterConfigError(FlairPeftError, ValueError):
-    """A PEFT config is of the wrong type, matches no module, or holds a value that cannot be stored."""
+    """A PEFT config, an argument, or the model that is given, cannot work in this way."""
 
 
 class UnsupportedMethodError(AdapterConfigError):
@@ -132,7 +132,7 @@ class TrainingSetupError(FlairPeftError, ValueError):
 
 
 class PredictionSetupError(FlairPeftError, TypeError, ValueError):
-    """A stream of predictions cannot start: no Flair model, or an argument that the model does not take."""
+    """Predictions cannot start: no Flair model, or an argument that the model does not take."""
 
 
 class PredictionError(FlairPeftError, RuntimeError):

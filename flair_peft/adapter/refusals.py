@@ -21,6 +21,7 @@ from flair_peft.adapter import config as configs
 from flair_peft.adapter import keys, methods
 from flair_peft.adapter.methods import ADAPTER_NAME, describe, method_name
 from flair_peft.errors import AdapterConfigError, FlairPeftError, UnsupportedMethodError, name_some
+from flair_peft.primitives.dtypes import dtype_name
 
 log = logging.getLogger("flair_peft")
 
@@ -158,7 +159,7 @@ def try_out(model: PeftModel, forward: Callable[[], tuple[torch.Tensor, ...]], *
             "%s gives NaN or infinite numbers in %s. Its weights hold some, or its numbers are beyond what this dtype "
             "can hold, and every prediction would be NaN. Pass dtype='float32' or 'bfloat16', or another base model.",
             type(base).__name__,
-            str(hidden_states[0].dtype).removeprefix("torch."),
+            dtype_name(hidden_states[0].dtype),
         )
     counts = {states.shape[1] for states in hidden_states}
     if any(count < rows for count in counts):

@@ -12,8 +12,8 @@ from flair_peft.primitives import mapped_memory
 _ROWS_AT_ONCE = 4096
 
 
-def mean_rows(matrix: torch.Tensor, count: int) -> torch.Tensor:
-    """Return ``count`` new rows for a matrix of shape (rows, length): each is the mean of all rows.
+def mean_row(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a new row, of shape (1, length), for a matrix of shape (rows, length): the mean of all rows.
 
     transformers draws new rows from a normal distribution around that mean whose covariance, over all rows, takes
     seconds to compute and is scaled to nearly nothing. Of a matrix that is mapped from a file, a piece at a time is in
@@ -25,7 +25,7 @@ def mean_rows(matrix: torch.Tensor, count: int) -> torch.Tensor:
         total = total + matrix[start:end].detach().sum(dim=0, dtype=torch.float32)
         if is_mapped:
             mapped_memory.page_out(matrix[:end])  # from the start: pages can be reclaimed in large groups only
-    return (total / len(matrix)).to(matrix.dtype).repeat(count, 1)
+    return (total / len(matrix)).to(matrix.dtype).unsqueeze(0)
 
 
 def append_rows_(model: PreTrainedModel, rows: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from flair_peft.base.copy_on_write import SharedWeights
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
 from flair_peft.primitives import building, fingerprint, mapped_memory
 from flair_peft.primitives.base_record import BaseRecord
+from flair_peft.primitives.dtypes import dtype_name
 
 # State of a source and sample of its weights → digests of all its weights, and of those that are read.
 _full_fingerprints: dict[tuple[Any, str], tuple[str, str]] = {}
@@ -130,7 +131,7 @@ class FrozenBase:
             fingerprint=self.fingerprint,
             read_fingerprint=self.read_fingerprint,
             vocabulary_size=self.own_rows,
-            dtype=str(self._model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+            dtype=dtype_name(self._model.get_input_embeddings().weight.dtype),
             attention=str(self.config._attn_implementation),
             quantization=quantisation.settings_of(self.config),
         )
@@ -285,7 +286,7 @@ class FrozenBase:
     @functools.cached_property
     def _mean_row(self) -> torch.Tensor:
         [matrix] = mapped_memory.to_read_once([self._model.get_input_embeddings().weight])
-        return added_rows.mean_rows(matrix, 1)
+        return added_rows.mean_row(matrix)
 
 
 class PlacedBase(FrozenBase):

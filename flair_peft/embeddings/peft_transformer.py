@@ -28,10 +28,9 @@ from flair_peft.foreign.transfer_plan import ForeignHead
 from flair_peft.primitives import dtypes, host_internals, mapped_memory
 from flair_peft.primitives.base_record import StoredBase
 from flair_peft.primitives.load_context import LoadOptions
+from flair_peft.torchfile.allowed_names import EMBEDDINGS_STATE
 
 log = logging.getLogger("flair_peft")
-
-_PARAMS_IN_PICKLE = "flair_peft_params"
 
 
 @register_embeddings
@@ -307,7 +306,7 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
             raise stored_params.without_weights(self.name)
         refusals.refuse_unstorable(self.model)
         return {
-            _PARAMS_IN_PICKLE: {**self.to_params(), "trained_base": stored_params.trained_base(self)},
+            EMBEDDINGS_STATE: {**self.to_params(), "trained_base": stored_params.trained_base(self)},
             "state_dict": {name: mapped_memory.lent(tensor) for name, tensor in self.state_dict().items()},
             "output_dtype": self.output_dtype,
             "training": self.training,
@@ -316,10 +315,10 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if _PARAMS_IN_PICKLE not in state:
+        if EMBEDDINGS_STATE not in state:
             super().__setstate__(state)
             return
-        loaded = self.from_params(state[_PARAMS_IN_PICKLE])
+        loaded = self.from_params(state[EMBEDDINGS_STATE])
         loaded.load_state_dict(state["state_dict"])
         loaded.output_dtype = state["output_dtype"]
         # Files of 0.1.0 hold neither of these.

@@ -13,6 +13,7 @@ from flair_peft.compat import versions
 from flair_peft.errors import spell_out
 from flair_peft.export.headed_class import HeadedModel
 from flair_peft.export.linear_head import LinearHead
+from flair_peft.primitives.dtypes import dtype_name
 
 _CARD = """\
 ---
@@ -139,7 +140,7 @@ def _use(head: LinearHead, headed: HeadedModel, *, is_merged: bool, can_be_merge
     if is_merged:
         return use
     task = "TokenClassification" if head.reads_words else "SequenceClassification"
-    dtype = str(headed.model.dtype).removeprefix("torch.")
+    dtype = dtype_name(headed.model.dtype)
     loaded = _FROM_PEFT.format(task=task, dtype=dtype, names=to_repeat(head))
     return loaded + (_MERGED if can_be_merged else "") + use
 

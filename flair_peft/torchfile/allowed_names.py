@@ -18,6 +18,9 @@ _DISTANCES = (
     *("euclidean.EuclideanDistance", "hyperbolic.HyperbolicDistance"),
 )
 
+EMBEDDINGS_STATE = "flair_peft_params"
+"""Under which the state of this package's embeddings, pickled with a module around them, holds what files hold."""
+
 # Modules are pickled whole where a classifier got a decoder of its own; the label verbalizer's has embeddings inside.
 # They are rebuilt without a constructor: ``__setstate__`` of torch's modules sets attributes, that of our embeddings
 # takes the values that any file holds of them.

@@ -54,7 +54,7 @@ def _codes(*names: str) -> frozenset[int]:
     return frozenset(_CODES[name] for name in names)
 
 
-_STOP, _PROTO, _MEMOIZE, _STACK_GLOBAL = (_CODES[name] for name in ("STOP", "PROTO", "MEMOIZE", "STACK_GLOBAL"))
+_STOP, _MEMOIZE, _STACK_GLOBAL = (_CODES[name] for name in ("STOP", "MEMOIZE", "STACK_GLOBAL"))
 _UNICODE = _codes("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
 _OLD_STRINGS = _codes("UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING")
 _STRINGS = _UNICODE | _OLD_STRINGS
@@ -80,13 +80,11 @@ class PickleContents:
         marks: the strings that files with adapters hold: keys of adapter tensors, "peft_config", and names of this
             package. These are words, and a model without an adapter can hold them too: as a label, or in the path of
             its training.
-        protocol: the highest that is declared; 0 where none is.
         is_whole: whether every pickle was read to its end. A damaged one is listed up to the damage.
     """
 
     globals: frozenset[str]
     marks: frozenset[str]
-    protocol: int
     is_whole: bool
 
 
@@ -105,7 +103,6 @@ def read_contents(path: AnyFile) -> PickleContents | None:
     return PickleContents(
         globals=frozenset().union(*(contents.globals for contents in found)),
         marks=frozenset().union(*(contents.marks for contents in found)),
-        protocol=max(contents.protocol for contents in found),
         is_whole=all(contents.is_whole for contents in found),
     )
 
@@ -153,7 +150,7 @@ def unreadable(path: AnyFile, reason: str) -> ModelFileError:
 
 def _read_pickles(buffer: Buffer) -> Iterator[PickleContents]:
     for operations in _pickles_in(buffer):
-        names, marks, protocol, code = _Names(), set[str](), 0, None
+        names, marks, code = _Names(), set[str](), None
         remember, left = names.remember_top, _MOST_OPCODES
         for code, start, stop in operations:
             left -= 1
@@ -165,12 +162,10 @@ def _read_pickles(buffer: Buffer) -> Iterator[PickleContents]:
             else:
                 if left > 0 and len(names.found) <= _MOST_NAMES:
                     names.follow(code, buffer, start, stop)
-                if code == _PROTO:
-                    protocol = max(protocol, buffer[start])
-                elif code in _MARKING and stop - start <= _LONGEST_NAME and _is_mark(buffer[start:stop], code):
+                if code in _MARKING and stop - start <= _LONGEST_NAME and _is_mark(buffer[start:stop], code):
                     marks.update([_text(buffer[start:stop], code)] if len(marks) < _MOST_NAMES else [])
         is_whole = code == _STOP and left > 0 and len(names.found) <= _MOST_NAMES
-        yield PickleContents(frozenset(names.found), frozenset(marks), protocol, is_whole)
+        yield PickleContents(frozenset(names.found), frozenset(marks), is_whole)
 
 
 def _pickles_in(buffer: Buffer) -> Iterator[Iterator[tuple[int, int, int]]]:

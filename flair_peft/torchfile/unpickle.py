@@ -28,6 +28,7 @@ from flair_peft.torchfile import checksums, outline, scan, state_tree
 from flair_peft.torchfile.allowed_names import (
     BUILTINS,
     CONSTANTS,
+    EMBEDDINGS_STATE,
     FUNCTIONS,
     KEPT_ALIVE,
     MODULES,
@@ -136,9 +137,6 @@ def _refuse_scripts(path: AnyFile) -> None:
             f"Cannot load '{path}': it is a TorchScript archive. Flair's models are not, and a script can do more than "
             "a model has to; nothing of it was run. Pass a file that model.save() or Flair's trainer wrote."
         )
-
-
-_EMBEDDINGS_STATE = "flair_peft_params"
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -333,7 +331,7 @@ def _set_state_(target: Any, state: Any) -> None:
         is_usual = type(state) is tuple and len(state) > 1
     else:
         # Without their own key, embeddings would read a state of Flair's, and with it any model of the Hub.
-        is_usual = type(state) is dict and ("Embeddings" not in name or _EMBEDDINGS_STATE in state)
+        is_usual = type(state) is dict and ("Embeddings" not in name or EMBEDDINGS_STATE in state)
         is_usual = is_usual and name in RECORDS | MODULES
     if not is_usual:
         raise pickle.UnpicklingError(f"it sets attributes of an object of type {name} in an unusual way")

@@ -158,13 +158,13 @@ class BatchQueue:
             self.is_draining = True
             self._changed.notify()
 
-    def close(self, timeout: float | None = None) -> None:
+    def close(self) -> None:
         """Predict what waits, and end the thread."""
         with self._changed:
             self.is_draining = self._is_closed = True
             self._changed.notify()
         if self._thread is not None:
-            self._thread.join(timeout)
+            self._thread.join()
 
     def _wake(self, *, is_urgent: bool = True) -> None:
         if self._thread is None:
