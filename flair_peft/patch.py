@@ -280,7 +280,8 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         )
         settings.update(chosen)
         ddp.prepare(self.model, settings)
-        added = [plugins.AdapterGuard(chosen), *([ddp.GlobalSchedule()] if ddp.is_parallel(settings) else [])]
+        guard = plugins.AdapterGuard(chosen, is_head_rate_zero=settings.get("decoder_learning_rate") == 0)
+        added = [guard, *([ddp.GlobalSchedule()] if ddp.is_parallel(settings) else [])]
         settings["plugins"] = [*(settings.get("plugins") or []), *added]
         _trainers[self.model] = self
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import flair_peft
 from flair_peft.cli.command import OK, add_command, add_load, load_model, refuse_missing
 from flair_peft.cli.terminal import echo, printable, showing, size
-from flair_peft.errors import ModelFileError, SaveError
+from flair_peft.errors import ModelFileError, SaveError, name_some
 
 if TYPE_CHECKING:
     from flair.data import Sentence
@@ -74,7 +74,16 @@ def _merge(chosen: argparse.Namespace) -> int:
             "writes one file. Choose another name."
         )
     _refuse_overwriting(chosen.source, chosen.target)
-    flair_peft.merge(load_model(chosen.source, chosen)).save(chosen.target)
+    from flair_peft.export import merge
+
+    merged = flair_peft.merge(load_model(chosen.source, chosen))
+    if parts := merge.unreadable_parts(merged):
+        raise SaveError(
+            f"Cannot write '{chosen.target}': Flair pickles {name_some(parts)} of this {type(merged).__name__} with "
+            "the embeddings inside, and cannot read that again. No .pt file of it would load. In Python, "
+            "flair_peft.save_pretrained(flair_peft.merge(model), directory) keeps it."
+        )
+    merged.save(chosen.target)
     echo(f"{printable(chosen.target)} holds the merged model, {size(chosen.target.stat().st_size)}.")
     return OK
 

@@ -35,6 +35,12 @@ def exact_values(owner: torch.nn.Module) -> dict[str, torch.Tensor]:
     return kept
 
 
+def exact_value(current: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Return the exact value if ``current`` is still its cast, else ``current`` in the dtype of the exact one."""
+    moved = exact.to(current.device)
+    return moved if torch.equal(moved.to(current.dtype), current.detach()) else current.detach().to(exact.dtype)
+
+
 def restore_(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> bool:
     """Give tensors that were cast their exact values back, in place; return whether there were any.
 
@@ -43,19 +49,15 @@ def restore_(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Te
     kept: dict[str, torch.Tensor] = owner.__dict__.pop(_KEPT, {})
     pairs = [(tensor, kept[name]) for name, tensor in tensors().items() if name in kept] if kept else []
     for tensor, exact in pairs:
-        tensor.data = _exact_value(tensor, exact)
+        tensor.data = exact_value(tensor, exact)
     return bool(pairs)
 
 
 def _give_exact_values(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
     """Put the values that were loaded in place of their casts: files keep weights as they were trained."""
-    for name, exact in exact_values(module).items():
+    kept = exact_values(module)
+    for name, exact in kept.items():
         key = prefix + name
         if key in state_dict:
-            state_dict[key] = _exact_value(state_dict[key], exact)
-
-
-def _exact_value(current: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Return the exact value if ``current`` is still its cast, else ``current`` in the dtype of the exact one."""
-    moved = exact.to(current.device)
-    return moved if torch.equal(moved.to(current.dtype), current.detach()) else current.detach().to(exact.dtype)
+            # Kept, so that it is the same tensor each time: a save tells by that what of a model it has seen.
+            state_dict[key] = kept[name] = exact_value(state_dict[key], exact)

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from flair_peft.adapter import keys
-from flair_peft.embeddings.exact_values import exact_values
+from flair_peft.embeddings.exact_values import exact_value, exact_values
 from flair_peft.primitives import mapped_memory
 from flair_peft.primitives.fingerprint import are_same_bits
 
@@ -129,7 +129,8 @@ def _offload_(adapter: _Adapter, embeddings: Any) -> None:
     exact = exact_values(model)
     for name, parameter in model.named_parameters():
         stored = adapter.files.get(name)
-        if stored is not None and are_same_bits(exact.get(name, parameter).cpu(), stored):
+        value = exact_value(parameter, exact[name]) if name in exact else parameter
+        if stored is not None and are_same_bits(value.cpu(), stored):
             adapter.places[name] = parameter.device, parameter.dtype
             parameter.data = stored
             if name in exact:

@@ -8,6 +8,7 @@ import weakref
 import flair
 import torch
 from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbeddings, TransformerWordEmbeddings
+from flair.models import MultitaskModel
 from flair.nn import Model
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -84,8 +85,23 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
             name_some(unkept),
             type(plain).__name__,
         )
+    if parts := unreadable_parts(plain):
+        log.warning(
+            "Flair reads no .pt file of this merged %s: it pickles %s with the transformer embeddings inside, and "
+            "cannot unpickle these. save_pretrained keeps the model.",
+            type(plain).__name__,
+            name_some(parts),
+        )
     _made.add(plain)
     return plain
+
+
+def unreadable_parts(model: Model) -> list[str]:
+    """Return which parts of a plain model Flair would pickle in a way that it cannot undo: label encoders."""
+    tasks = model.tasks.values() if isinstance(model, MultitaskModel) else [model]
+    stored = [(name, value) for task in tasks for name, value in task._get_state_dict().items()]
+    modules = [(name, value) for name, value in stored if isinstance(value, torch.nn.Module)]
+    return [name for name, value in modules if any(isinstance(m, TransformerEmbeddings) for m in value.modules())]
 
 
 def is_merged(model: Model) -> bool:

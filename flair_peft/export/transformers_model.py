@@ -93,6 +93,12 @@ def to_transformers(
             f"Cannot write the adapter of this {type(model).__name__}: none of its embeddings has one. A plain model "
             "is its weights. Leave merged at True."
         )
+    if not merged and wanted != torch.float32:
+        raise AdapterConfigError(
+            f"Cannot write the adapter of this {type(model).__name__} in {dtypes.dtype_name(wanted)}: dtype is that of "
+            "merged weights. Beside the adapter stands the base as it is, and who loads both says in which dtype. "
+            "Leave dtype away, or merged at True."
+        )
     _refuse_placed(head.embeddings)
     transformers_folder.refuse_others(path)
     with atomic.explained(path), devices.same_random_numbers():
@@ -242,6 +248,10 @@ class _Export:
         return StateMismatchError(
             f"Cannot make a {type(self.headed.model).__name__} of this {type(self.model).__name__}: {what}. That class "
             f"{reads}. Use flair_peft.merge for a plain Flair model."
+            if self.is_merged
+            else f"Cannot write the adapter of '{embeddings.name}' for PEFT: {what}. That class {reads}, or PEFT "
+            "reads the base in another way, as its own config says, without transformers_config_kwargs. Leave merged "
+            "at True."
         )
 
 

@@ -139,12 +139,14 @@ def _check_biases(
 ) -> None:
     """Return if the biases differ from those of the base exactly where the config says that they were trained.
 
-    If other weights differ as well, the base is another one, and its biases say nothing.
+    If other weights differ as well, the base is another one, and its biases say nothing. Neither does it where the
+    layers that the config means have no biases.
     """
     asked = getattr(embeddings.adapter_config, "bias", "none")
     biases = {key for key in own if key.endswith(".bias")}
+    trained = {name for name, parameter in embeddings.model.named_parameters() if parameter.requires_grad}
     found = changed & biases
-    if others - biases:
+    if others - biases or (asked != "none" and not trained & biases):
         return
     says = "none" if not found else "all" if _are_beyond_targets(found) else "lora_only"
     if (says == "none") != (asked == "none"):

@@ -18,7 +18,7 @@ from flair_peft.adapter import config as configs
 from flair_peft.adapter import keys, methods
 from flair_peft.base import memory_check
 from flair_peft.codec import state_json
-from flair_peft.errors import FlairPeftError, ModelFileError, name_some
+from flair_peft.errors import FlairPeftError, ModelFileError, UnsupportedStateError, name_some
 from flair_peft.foreign import translate_config
 from flair_peft.models.save_plan import Description, Part, SavePlan
 from flair_peft.primitives import fingerprint, mapped_memory
@@ -35,6 +35,9 @@ def to_files(description: Description, plan: SavePlan) -> tuple[dict[str, Any], 
     Args:
         description: of the model, encoded by the plan.
         plan: of the save.
+
+    Raises:
+        UnsupportedStateError: the weights of its embeddings are not among those of the model.
     """
     tensors, files, parts = dict(description.tensors), dict[str, Any](), []
     document = json.loads(json.dumps(description.document))
@@ -48,6 +51,11 @@ def to_files(description: Description, plan: SavePlan) -> tuple[dict[str, Any], 
                 files.setdefault(folder + name, content)
             params.pop("peft_config", None)
         prefixes = list(part.prefixes_in(tensors))
+        if not prefixes:
+            raise UnsupportedStateError(
+                f"Cannot store the embeddings '{part.embeddings.name}': their state_dict() gives other tensors each "
+                "time. A hook of it, or a module that computes what it holds, makes them anew. Take that away first."
+            )
         for name in [prefix + key for prefix in prefixes for key in part.weights]:
             tensors.pop(name)
         only_for_peft, rest, same_as = list[str](), dict(part.weights), _tied(part.weights)

@@ -33,6 +33,12 @@ def class_of_directory(stored: Any, source: str) -> type[Model]:
 def class_of_file(stored: Stored) -> type[Model]:
     """Return the model class that a ``.pt`` file names, among those that are imported."""
     name = stored.state.get("__cls__")
+    if name is None:
+        raise ModelFileError(
+            f"Cannot load '{stored.source}': it names no model class, as a character language model does not, nor what "
+            "Flair wrote before 0.11. No class says how to read it. Give a language model to FlairEmbeddings, and load "
+            "an old file with its class."
+        )
     model_class = next((each for each in subclasses(Model) if each.__name__ == name), None)
     if model_class is None:
         raise ModelFileError(

@@ -207,11 +207,12 @@ class AdapterGuard(TrainerPlugin):
 
     Args:
         chosen_rates: learning rates that nobody gave, by Flair's names.
+        is_head_rate_zero: whether 0 was asked for.
     """
 
-    def __init__(self, chosen_rates: Mapping[str, float]) -> None:
+    def __init__(self, chosen_rates: Mapping[str, float], *, is_head_rate_zero: bool) -> None:
         super().__init__()
-        self._chosen_rates = chosen_rates
+        self._chosen_rates, self._is_head_rate_zero = chosen_rates, is_head_rate_zero
         self._has_said = self._has_seen_gradients = False
 
     @TrainerPlugin.hook("after_setup")
@@ -241,7 +242,7 @@ class AdapterGuard(TrainerPlugin):
         self._has_said = True
         start_line.say(self.model, self.trainer.optimizer, self._chosen_rates)
         if epoch == 1:
-            rates.report_far_ones(self.model, self.trainer.optimizer)
+            rates.report_far_ones(self.model, self.trainer.optimizer, is_head_rate_zero=self._is_head_rate_zero)
 
     @TrainerPlugin.hook("after_evaluation")
     def note_scores(self, epoch: int, validation_scores: tuple[float, ...], **_: Any) -> None:

@@ -109,12 +109,24 @@ def rates_of(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Par
     return sorted({float(group.get("initial_lr", group["lr"])) for group in groups})
 
 
-def report_far_ones(model: Model, optimizer: torch.optim.Optimizer) -> None:
+def report_far_ones(model: Model, optimizer: torch.optim.Optimizer, *, is_head_rate_zero: bool = False) -> None:
     """Say at which rates adapter or head will hardly learn, or will not settle.
 
     Not where they are too low and the adapter has learned already: it may be meant to change little. Nor where a whole
     transformer learns with the adapter's rate, and no higher one would do.
+
+    Args:
+        model: the one that is trained.
+        optimizer: its groups have the learning rates.
+        is_head_rate_zero: whether 0 was asked for, which Flair takes for nothing.
     """
+    head = rates_of(optimizer, head_parameters(model))
+    if is_head_rate_zero and head and head[-1] > 0:
+        log.warning(
+            "Flair takes decoder_learning_rate=0 for none given: the head learns with %s, as all else does. To leave "
+            "it as it is, call requires_grad_(False) on its modules.",
+            as_written(head[-1]),
+        )
     # Optimisers of other libraries may mean another thing by a learning rate.
     if not type(optimizer).__module__.startswith("torch.optim"):
         return
@@ -127,7 +139,8 @@ def report_far_ones(model: Model, optimizer: torch.optim.Optimizer) -> None:
             method = methods.method_name(embeddings.adapter_config)
             whose = method if len(learning) == 1 else "the adapters of this model"
             _report_adapter(embeddings, found, suited, type(optimizer), is_new=embeddings in new, whose=whose)
-    _report_head(rates_of(optimizer, head_parameters(model)), type(optimizer), is_new=bool(new))
+    if not is_head_rate_zero:
+        _report_head(head, type(optimizer), is_new=bool(new))
 
 
 def _report_adapter(

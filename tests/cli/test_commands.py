@@ -33,7 +33,7 @@ from tests.export import reader
 from tests.support.configs import lora
 from tests.support.files import Payload, resign, save_as, save_stock
 from tests.support.hub_stand_in import HubStandIn, online
-from tests.support.models import CLASSIFIER, make
+from tests.support.models import CLASSIFIER, ZOO, make
 from tests.support.round_trip import largest_difference
 
 Base = Callable[[str], str]
@@ -448,6 +448,23 @@ def test_merge_writes_a_file_that_stock_flair_loads(run: Run, file: Path, model:
     code, _, errors = run("merge", file, tmp_path / "nowhere" / "out.pt")
     assert code == 2
     assert is_paragraph(errors)
+
+
+def test_merge_refuses_to_write_what_flair_cannot_read(run: Run, base: Callable[[str], str], tmp_path: Path) -> None:
+    """A label encoder is pickled with the decoder around it, and no file of it would load."""
+    flair_peft.save_pretrained(make(ZOO["text-classifier-label-verbalizer"], base("bert"), lora()), tmp_path / "model")
+    code, _, errors = run("merge", tmp_path / "model", tmp_path / "out.pt")
+    assert code == 2
+    assert "Flair pickles 'decoder' of this TextClassifier" in " ".join(errors.split())
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_convert_says_what_a_language_model_is(run: Run, tmp_path: Path) -> None:
+    """Flair's own files of it name no class, so that no import would help."""
+    torch.save({"state_dict": {}, "is_forward_lm": True, "nlayers": 1}, tmp_path / "lm.pt")
+    code, _, errors = run("convert", tmp_path / "lm.pt", tmp_path / "out")
+    assert code == 2
+    assert "it names no model class, as a character language model does not" in " ".join(errors.split())
 
 
 def test_export_writes_a_graph_and_the_model_that_runs_it(run: Run, file: Path, model: Model, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from flair.data import Sentence
 from flair.nn import Model
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 import flair_peft
 from flair_peft import SharedBase
@@ -99,6 +100,40 @@ def test_adapter_that_was_trained_stays_in_memory(base: Callable[[str], str], tm
     predicted(models[1])
     predicted(models[2])
     assert predicted(models[0]) == trained
+
+
+def _load_state(model: Model, other: Model) -> None:
+    model.load_state_dict(other.state_dict())
+
+
+def _hotswap(model: Model, other: Model) -> None:
+    state = get_peft_model_state_dict(other.embeddings.model, save_embedding_layers=False)
+    set_peft_model_state_dict(model.embeddings.model, {name: tensor.clone() for name, tensor in state.items()})
+
+
+def _scale(model: Model, _: Model) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(3)
+
+
+@pytest.mark.parametrize("change", [_load_state, _hotswap, _scale], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_adapter_that_was_changed_in_place_stays_as_it_is(
+    dtype: str, change: Callable[[Model, Model], None], base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """By whatever function, and whatever it computes in: its file has other values, and nobody else has these."""
+    shared, (changed, other) = load(base("bert"), tmp_path, count=2, keep=1, dtype=dtype)
+    before = predicted(changed)
+    change(changed, other)
+    after = predicted(changed)
+    assert after != before
+    predicted(other)
+    predicted(shared.load(tmp_path / "0"))
+    assert predicted(changed) == after
+    flair_peft.save_pretrained(changed, tmp_path / "changed")
+    assert predicted(shared.load(tmp_path / "changed")) == after
 
 
 def test_adapter_on_disk_is_the_one_that_was_loaded_though_the_directory_holds_another(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, SaveError, UnsupportedMethodError
+from flair_peft.export import merge
 from tests.support import tiny
 from tests.support.configs import lora
 from tests.support.method_cases import make_embeddings, one_kind_each
@@ -250,3 +252,42 @@ def test_merge_leaves_the_random_numbers_of_a_training_as_they_were(base: Base) 
     before = torch.get_rng_state()
     flair_peft.merge(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_merged_model_that_flair_cannot_read_again_is_said_to_be_one(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Flair pickles a label encoder with the decoder around it, and its embeddings cannot be unpickled."""
+    entry = ZOO["text-classifier-label-verbalizer"]
+    live = make(entry, base("bert"), lora())
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        plain = flair_peft.merge(live)
+    assert merge.unreadable_parts(plain) == ["decoder"]
+    assert "Flair reads no .pt file of this merged TextClassifier: it pickles 'decoder'" in caplog.text
+    plain.save(tmp_path / "plain.pt")
+    flair_peft.uninstall()
+    try:
+        with pytest.raises(TypeError, match="instance_parameters"):  # else the warning can go
+            entry.model_class.load(tmp_path / "plain.pt")
+    finally:
+        flair_peft.install()
+    flair_peft.save_pretrained(plain, tmp_path / "kept")
+    found = entry.predict(flair_peft.from_pretrained(tmp_path / "kept"), entry.corpus())
+    assert largest_difference(entry.predict(live, entry.corpus()), found) < ROUNDING
+    others = (flair_peft.merge(make(ZOO[name], base("bert"), lora())) for name in ("text-classifier", "multitask"))
+    assert [merge.unreadable_parts(other) for other in others] == [[], []]
+
+
+def test_model_on_a_base_without_a_pooler_is_merged_saved_and_exported(base: Base, tmp_path: Path) -> None:
+    """Copies and files are read on a base that has one, which nobody reads."""
+    model = classifier(base("bert"), transformers_model_kwargs={"add_pooling_layer": False})
+    assert not any("pooler" in name for name in model.state_dict())
+    expected = predictions(model, TEXTS)
+    assert largest_difference(predictions(flair_peft.merge(model), TEXTS), expected) < ROUNDING
+    flair_peft.save_pretrained(model, tmp_path / "whole", save_base=True)
+    model.save(tmp_path / "whole.pt", save_base=True)
+    for loaded in (flair_peft.from_pretrained(tmp_path / "whole"), TextClassifier.load(tmp_path / "whole.pt")):
+        assert predictions(loaded, TEXTS) == expected
+    tagger = make(ZOO["sequence-tagger"], base("bert"), lora(), transformers_model_kwargs={"add_pooling_layer": False})
+    for is_merged in (True, False):
+        flair_peft.to_transformers(tagger, tmp_path / str(is_merged), merged=is_merged)

@@ -1053,3 +1053,21 @@ def test_rows_that_were_added_to_the_base_are_not_lost_with_the_adapter_alone(ba
     expected = _live_scores(model, [["zzzz", "a"]])
     flair_peft.to_transformers(model, tmp_path / "merged")
     assert _distance(_read_scores(tmp_path / "merged", model, [["zzzz", "a"]]), expected) < TOLERANCE
+
+
+def test_dtype_of_an_adapter_is_refused(base: Base, tmp_path: Path) -> None:
+    """It is that of merged weights, and would be left aside."""
+    with pytest.raises(AdapterConfigError, match="in bfloat16: dtype is that of merged weights"):
+        flair_peft.to_transformers(_tagger(_words(base("bert"))), tmp_path / "out", merged=False, dtype="bfloat16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", [{"num_hidden_layers": 1}, {"hidden_act": "relu"}], ids=str)
+def test_settings_of_the_base_that_peft_does_not_read_are_named(
+    setting: dict[str, Any], base: Base, tmp_path: Path
+) -> None:
+    """Beside an adapter stands the base as it is; merged weights have a config of their own."""
+    model = _tagger(_words(base("bert"), transformers_config_kwargs=setting))
+    with pytest.raises(StateMismatchError, match=r"without transformers_config_kwargs\. Leave merged at True"):
+        flair_peft.to_transformers(model, tmp_path / "out", merged=False)
+    _assert_same(model, tmp_path / "merged")

@@ -863,3 +863,36 @@ def test_directory_is_not_put_beside_the_weights_of_a_base(base: Base, tmp_path:
         shutil.copy(tmp_path / "checkpoint" / name, folder)
     with pytest.raises(flair_peft.errors.AdapterConfigError, match="Pass the base model alone"):
         classifier(str(folder))
+
+
+def test_embeddings_whose_tensors_are_made_anew_are_refused(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A save that cannot find them among those of the model would write what nothing can load."""
+    model = classifier(base("bert"))
+
+    def clone(_: Any, state: dict[str, Any], prefix: str, __: Any) -> None:
+        state.update({name: tensor.clone() for name, tensor in state.items() if name.startswith(prefix)})
+
+    model.embeddings.model.register_state_dict_post_hook(clone)
+    with pytest.raises(UnsupportedStateError, match="other tensors each time"):
+        flair_peft.save_pretrained(model, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_adapter_that_was_changed_in_eval_mode_is_saved_as_it_is(
+    dtype: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A load narrows adapters to the base's dtype and keeps their exact values, which a changed one has no more."""
+    flair_peft.save_pretrained(classifier(base("bert"), dtype=dtype), tmp_path / "first")
+    model = flair_peft.from_pretrained(tmp_path / "first")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(3)
+    expected = ZOO["text-classifier"].predict(model, ZOO["text-classifier"].corpus())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flair_peft.save_pretrained(model, tmp_path / "directory")
+    model.save(tmp_path / "file.pt")
+    for loaded in (flair_peft.from_pretrained(tmp_path / "directory"), TextClassifier.load(tmp_path / "file.pt")):
+        assert ZOO["text-classifier"].predict(loaded, ZOO["text-classifier"].corpus()) == expected
+        assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())

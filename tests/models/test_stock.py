@@ -236,6 +236,19 @@ def test_trained_biases_are_kept(bias: str, base: Base, tmp_path: Path) -> None:
     assert base_names(tmp_path / "new") == set()
 
 
+@pytest.mark.parametrize("architecture", ["modernbert", "t5"])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_a_base_does_not_have_are_no_reason_to_refuse(
+    bias: str, architecture: str, base: Base, tmp_path: Path
+) -> None:
+    """Where there is none to train, the config of the training may say what it likes of them."""
+    config = lora(bias=bias, target_modules="all-linear")
+    expected, _ = stock_file(base(architecture), tmp_path / "old.pt", config)
+    flair_peft.convert_legacy(tmp_path / "old.pt", tmp_path / "new", peft_config=config)
+    loaded = flair_peft.from_pretrained(tmp_path / "new")
+    assert CLASSIFIER.predict(loaded, CLASSIFIER.corpus()) == expected
+
+
 def with_payload(path: Path, ran: Path) -> None:
     """Write a file again with something in it that writes a file when it is unpickled."""
     state = torch.load(path, map_location="cpu", weights_only=False)

@@ -228,6 +228,11 @@ FAR: dict[str, tuple[Callable[[], Any], Options, str | None]] = {
         {"learning_rate": 0.1, "decoder_learning_rate": 5e-5, "optimizer": torch.optim.SGD},
         "decoder_learning_rate=1e-2 with AdamW, or a far higher one with SGD",
     ),
+    "zero for the head": (
+        lora,
+        {"learning_rate": 1e-3, "decoder_learning_rate": 0.0},
+        r"decoder_learning_rate=0 for none given: the head learns with 1e-3.*requires_grad_\(False\)",
+    ),
     "none at all": (lora, {"learning_rate": 0.0, "decoder_learning_rate": 0.0}, None),
     "too high for SGD": (lora, {"learning_rate": 3e-2, "optimizer": torch.optim.SGD}, None),
     "of a transformer for the head": (
