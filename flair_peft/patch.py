@@ -191,6 +191,7 @@ def _predicting_what_it_can(original: Callable[..., Any]) -> Callable[..., Any]:
         if _installed and (args or name in kwargs) and adapted_embeddings(self):
             inputs.check_embeddings(self)
             inputs.check_points(self, args[0] if args else kwargs[name])
+            head_dtype.settle_(self)
         return original(self, *args, **kwargs)
 
     return predict

@@ -32,12 +32,14 @@ class Offer:
         base: as its source has it.
         is_converted: whether the user chose its dtype, so that models of another dtype go on it all the same.
         proven: what files said of their base, of those whose base was compared with the source in another dtype.
+        renamed: what files in another dtype said of a base under another name → whether it is this one.
         tokenizers: of the models that were loaded, by the content of their files.
     """
 
     base: FrozenBase
     is_converted: bool = False
     proven: set[tuple[str | None, ...]] = dataclasses.field(default_factory=set)
+    renamed: dict[tuple[str | None, ...], bool] = dataclasses.field(default_factory=dict)
     tokenizers: KnownTokenizers = dataclasses.field(default_factory=dict)
 
     def is_meant(self, record: BaseRecord) -> bool:
@@ -45,7 +47,22 @@ class Offer:
         own = self.base.known_record
         if record.name == own.name and record.revision == own.revision:
             return True
-        return record.dtype in (None, own.dtype) and record.fingerprint is not None and self.base.is_as(record)
+        source, revision = load_options().source_of(record)
+        if _located(source) == own.name and revision == own.revision:
+            return True
+        if record.dtype in (None, own.dtype):
+            return record.fingerprint is not None and self.base.is_as(record)
+        return self.is_converted and record.fingerprint is not None and self._is_under_another_name(record)
+
+    def _is_under_another_name(self, record: BaseRecord) -> bool:
+        """Whether the source of the base, in the dtype that a file says, has the weights that it says."""
+        said = (record.dtype, record.fingerprint, record.read_fingerprint)
+        if said not in self.renamed:
+            try:
+                self.renamed[said] = base_cache.read_for(self.base, record).is_as(record)
+            except (BaseModelNotFoundError, BaseMismatchError):
+                self.renamed[said] = False
+        return self.renamed[said]
 
     def take(self, stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLike | None, name: str) -> FrozenBase:
         """Return the base for the embeddings of a file; see :func:`find_stored`."""

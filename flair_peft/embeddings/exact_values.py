@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_KEPT = "_flair_peft_exact_values"
+_KEPT, _GIVEN = "_flair_peft_exact_values", "_flair_peft_exact_values_given"
 
 
 def cast_(owner: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -41,23 +41,51 @@ def exact_value(current: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return moved if torch.equal(moved.to(current.dtype), current.detach()) else current.detach().to(exact.dtype)
 
 
+def settle_(owner: torch.nn.Module) -> set[str]:
+    """Let the tensors of a module follow their exact values, where these were written to; return the names of these.
+
+    A state dict gives them away in the place of tensors, and who averages weights writes into what it gives.
+    """
+    written, given = set[str](), owner.__dict__.get(_GIVEN, {})
+    for name, exact in exact_values(owner).items() if given else ():
+        if given.get(name, (0, 0))[0] == id(exact) and given[name] != _state_of(exact):
+            tensor: Any = owner
+            for part in name.split("."):
+                tensor = getattr(tensor, part, None)
+            if isinstance(tensor, torch.Tensor) and tensor.shape == exact.shape:  # no other module is in its place
+                tensor.data = exact.to(tensor.device, tensor.dtype)
+                written.add(name)
+            given[name] = _state_of(exact)
+    return written
+
+
+def _state_of(exact: torch.Tensor) -> tuple[int, int]:
+    """Return what tells whether a tensor is another one, or was written to; of those in inference mode, the former."""
+    return id(exact), 0 if exact.is_inference() else exact._version
+
+
 def restore_(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> bool:
     """Give tensors that were cast their exact values back, in place; return whether there were any.
 
     Values that changed since the cast win over the ones kept.
     """
+    settle_(owner)
+    owner.__dict__.pop(_GIVEN, None)
     kept: dict[str, torch.Tensor] = owner.__dict__.pop(_KEPT, {})
     pairs = [(tensor, kept[name]) for name, tensor in tensors().items() if name in kept] if kept else []
     for tensor, exact in pairs:
-        tensor.data = exact_value(tensor, exact)
+        tensor.data, tensor.grad = exact_value(tensor, exact), None  # a gradient has the dtype of the cast
     return bool(pairs)
 
 
 def _give_exact_values(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
     """Put the values that were loaded in place of their casts: files keep weights as they were trained."""
-    kept = exact_values(module)
+    written = settle_(module)
+    kept, given = exact_values(module), module.__dict__.setdefault(_GIVEN, {})
     for name, exact in kept.items():
         key = prefix + name
         if key in state_dict:
             # Kept, so that it is the same tensor each time: a save tells by that what of a model it has seen.
-            state_dict[key] = kept[name] = exact_value(state_dict[key], exact)
+            kept[name] = exact if name in written else exact_value(state_dict[key], exact)
+            state_dict[key] = kept[name]
+            given[name] = _state_of(kept[name])

@@ -118,7 +118,7 @@ def _without_left_out(
     if pending.left_out and quantisation.engine(embeddings.base_model) is not None:
         # Engines keep other statistics beside the weights on other devices.
         left_out |= base_left_out.quantised_keys(embeddings.model).intersection(match.missing)
-    if pending.left_out or pending.is_first:
+    if pending.left_out or (pending.is_first and not any(map(_is_unread, match.renamed))):
         # The base of a model may have been made without what nobody reads.
         left_out |= {key for key in match.missing if _is_unread(key)}
     return dataclasses.replace(match, missing=[key for key in match.missing if key not in left_out]), left_out

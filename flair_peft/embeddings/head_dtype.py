@@ -80,6 +80,12 @@ def restore_head_(model: Model) -> None:
             embeddings.output_dtype = made_head_dtype(model)
 
 
+def settle_(model: Model) -> None:
+    """Let what was cast follow its exact values, in place, where somebody wrote into what ``state_dict`` gave."""
+    for owner in (*_flair_models(model), *(embeddings.model for embeddings in adapted_embeddings(model))):
+        exact_values.settle_(owner)
+
+
 def train_in_fp32_(model: Model) -> None:
     """Let the head train in fp32, in place: with its exact values if it was cast, with those it has if not.
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from flair_peft.adapter import keys
-from flair_peft.embeddings.exact_values import exact_value, exact_values
+from flair_peft.embeddings.exact_values import exact_value, exact_values, settle_
 from flair_peft.primitives import mapped_memory
 from flair_peft.primitives.fingerprint import are_same_bits
 
@@ -126,6 +126,7 @@ class AdapterMemory:
 def _offload_(adapter: _Adapter, embeddings: Any) -> None:
     """Replace every tensor that is as the file has it by that of the file, which takes no memory until it is read."""
     model = embeddings.model
+    settle_(model)
     exact = exact_values(model)
     for name, parameter in model.named_parameters():
         stored = adapter.files.get(name)

@@ -88,17 +88,8 @@ def to_transformers(
             "that you trained, such as a TextClassifier, and then the directory."
         )
     head, path, wanted = linear_head(model), file_names.path_of(directory), dtypes.parse_dtype(dtype)
-    if not merged and not adapted_embeddings(model):
-        raise AdapterConfigError(
-            f"Cannot write the adapter of this {type(model).__name__}: none of its embeddings has one. A plain model "
-            "is its weights. Leave merged at True."
-        )
-    if not merged and wanted != torch.float32:
-        raise AdapterConfigError(
-            f"Cannot write the adapter of this {type(model).__name__} in {dtypes.dtype_name(wanted)}: dtype is that of "
-            "merged weights. Beside the adapter stands the base as it is, and who loads both says in which dtype. "
-            "Leave dtype away, or merged at True."
-        )
+    if not merged:
+        _refuse_without_merging(model, dtype=wanted)
     _refuse_placed(head.embeddings)
     transformers_folder.refuse_others(path)
     with atomic.explained(path), devices.same_random_numbers():
@@ -111,6 +102,20 @@ def to_transformers(
         export.fill_head_()
         card = (manifest.CARD,)
         atomic.replace_directory(path, export.write, names_of=transformers_folder.names_of, gives_way=card)
+
+
+def _refuse_without_merging(model: Model, *, dtype: torch.dtype) -> None:
+    if not adapted_embeddings(model):
+        raise AdapterConfigError(
+            f"Cannot write the adapter of this {type(model).__name__}: none of its embeddings has one. A plain model "
+            "is its weights. Leave merged at True."
+        )
+    if dtype != torch.float32:
+        raise AdapterConfigError(
+            f"Cannot write the adapter of this {type(model).__name__} in {dtype_name(dtype)}: dtype is that of merged "
+            "weights. Beside the adapter stands the base as it is, and who loads both says in which dtype. Leave dtype "
+            "away, or merged at True."
+        )
 
 
 def _refuse_placed(embeddings: TransformerEmbeddings) -> None:

@@ -65,7 +65,7 @@ def convert_legacy(
     total = 3 * Path(path).stat().st_size if Path(path).is_file() else 0
     chosen = dataclasses.replace(load.choose(**options), trust_file=trust_pickle, is_sparing=True)
     with progress.shown("converting", total=total):
-        model = load.load_any_file(Path(path), chosen, peft_config)
+        model = load.load_any_file(Path(path), chosen, peft_config, base_of_slim=base_model)
 
         def stored_base(embeddings: Any) -> StoredBase:
             if isinstance(embeddings, PeftTransformerEmbeddings):

@@ -251,9 +251,6 @@ def locate(source: str | Path, *, revision: str | None, options: LoadOptions) ->
         ModelFileError: there is none.
     """
     file_names.refuse_impossible(source)
-    if Path(source).is_file():
-        hub.refuse_revision(str(source), revision)
-        return Path(source)
     return hub.find_checkpoint(str(source), revision=revision, options=options)
 
 
@@ -341,12 +338,21 @@ def load_legacy(
     return load_any_file(Path(path), dataclasses.replace(choose(**options), trust_file=trust_pickle), peft_config)
 
 
-def load_any_file(path: Path, options: LoadOptions, peft_config: PeftConfig | None) -> Model:
-    """Return the model in a ``.pt`` file, of the class that the file names; see :func:`load_legacy`."""
+def load_any_file(
+    path: Path, options: LoadOptions, peft_config: PeftConfig | None, *, base_of_slim: str | None = None
+) -> Model:
+    """Return the model in a ``.pt`` file, of the class that the file names; see :func:`load_legacy`.
+
+    Args:
+        path, options, peft_config: as there.
+        base_of_slim: where the base is, of a file that does not hold it; others do without.
+    """
     file_names.refuse_impossible(path)
     if not path.is_file():
         raise MissingFileError(f"Cannot load '{path}': there is no such file. Pass a file that Flair wrote.")
     stored = open_stored(path, options)
+    if base_of_slim is not None and any(base.is_needed for base in stored.bases.values()):
+        stored = dataclasses.replace(stored, options=dataclasses.replace(stored.options, base_model=base_of_slim))
     model_class = model_classes.class_of_file(stored)
     if peft_config is not None and not state_tree.has_adapters(stored.state):
         refuse_useless({"peft_config": peft_config}, ("peft_config",), str(path), "it holds no adapter")

@@ -30,7 +30,7 @@ _FROM_THE_HUB = (HfHubHTTPError, HFValidationError, OSError)
 
 
 def find_checkpoint(source: str, *, revision: str | None, options: LoadOptions) -> Path:
-    """Return the directory of a checkpoint, which is downloaded if it is on the Hub.
+    """Return the file or the directory of a checkpoint, which is downloaded if it is on the Hub.
 
     Raises:
         ModelFileError: there is none.

@@ -15,6 +15,7 @@ from flair.nn import Classifier, Model
 from flair.trainers import ModelTrainer
 from transformers import AutoModel, AutoTokenizer
 
+import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings
 from flair_peft.embeddings.head_dtype import has_castable_head
 from flair_peft.errors import AdapterConfigError
@@ -234,3 +235,41 @@ def test_default_dtype_of_torch_is_that_of_base_and_head_as_in_flair(
         theirs = {key: tensor.dtype for key, tensor in stock.state_dict().items() if "embeddings" not in key}
         assert set(dtypes.values()) - {torch.int64} == {default_dtype}
         assert theirs.items() <= dtypes.items()
+
+
+def test_average_of_a_loaded_model_moves_its_head_and_its_adapter(base: Callable[[str], str], tmp_path: Path) -> None:
+    """As averages follow a training: by the state dicts of both, where one is trained and one is not."""
+    flair_peft.save_pretrained(
+        classifier(PeftTransformerDocumentEmbeddings(base("bert"), peft_config=LORA, dtype="bfloat16")), tmp_path
+    )
+    average, trained = (flair_peft.from_pretrained(tmp_path) for _ in range(2))
+    trained.train()
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora" in name or "decoder" in name:
+                parameter.mul_(3)
+    for kept, new in zip(average.state_dict().values(), trained.state_dict().values(), strict=True):
+        kept.lerp_(new, 1.0)
+    sentence, expected = Sentence("some words of a sentence"), Sentence("some words of a sentence")
+    average.predict(sentence, return_probabilities_for_all_classes=True)
+    trained.eval().predict(expected, return_probabilities_for_all_classes=True)
+    found = [label.score for label in sentence.labels]
+    assert found == pytest.approx([label.score for label in expected.labels], abs=0.02)
+    for kept, new in zip(average.state_dict().values(), trained.state_dict().values(), strict=True):
+        assert torch.equal(kept, new)
+
+
+def test_gradients_of_a_prediction_do_not_stop_a_training(base: Callable[[str], str], tmp_path: Path) -> None:
+    """In eval mode a cast head has gradients in half precision; training takes it back to fp32."""
+    flair_peft.save_pretrained(
+        classifier(PeftTransformerDocumentEmbeddings(base("bert"), peft_config=LORA, dtype="bfloat16")), tmp_path
+    )
+    model = flair_peft.from_pretrained(tmp_path)
+    label = model.label_dictionary.get_items()[0]
+    sentences = [Sentence("some words").add_label(model.label_type, label)]
+    model.forward_loss(sentences)[0].backward()
+    model.train()
+    model.forward_loss(sentences)[0].backward()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.optim.AdamW(parameters).step()
+    assert {p.grad.dtype for p in parameters if p.grad is not None} == {torch.float32}

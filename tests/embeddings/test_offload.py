@@ -214,3 +214,30 @@ def test_models_may_go_while_adapters_are_counted(
     monkeypatch.setattr(offload, "_size", size)
     assert predicted(models[0]) == expected
     assert len(models) == 1
+
+
+@pytest.mark.parametrize("memory", [None, 1], ids=["in memory", "within a budget"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_written_into_a_state_dict_is_in_the_model(
+    dtype: str, memory: int | None, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Averages of weights are made so; where the model computes in half precision, what it gives are exact values."""
+    directories = [save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0] for i in range(2)]
+    shared = SharedBase(base("bert"), dtype=dtype, adapter_memory=memory)
+    model, other = map(shared.load, directories)
+    before = predicted(model)
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        for name, tensor in each.state_dict().items():
+            if "lora_B" in name or name.startswith("decoder"):
+                tensor.mul_(2)
+        expected = [tensor.clone() for tensor in each.state_dict().values()]
+        after = predicted(each)
+        assert after != before
+        predicted(other)
+        assert predicted(each) == after
+        assert all(map(torch.equal, each.state_dict().values(), expected))
+        flair_peft.save_pretrained(each, tmp_path / "written")
+        assert predicted(shared.load(tmp_path / "written")) == after
+        each.train()
+        assert all(map(torch.equal, each.state_dict().values(), expected))

@@ -400,7 +400,7 @@ def test_name_that_the_opcodes_hid_is_refused_while_reading(
     marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The unpickler holds the list too: it needs no opcodes to be read before."""
-    nothing = scan.PickleContents(frozenset(), frozenset({"peft_config"}), 4, is_whole=True)
+    nothing = scan.PickleContents(frozenset(), frozenset({"peft_config"}), is_whole=True)
     monkeypatch.setattr(scan, "read_contents", lambda _: nothing)
     for is_zip in (True, False):
         path = saved(state_of(extra=Payload(marker)), tmp_path / "x.pt", is_zip=is_zip)

@@ -393,3 +393,17 @@ def test_conversion_keeps_layers_that_a_replication_made(is_known: bool, base: B
     expected, _ = stock_file(base("bert"), tmp_path / "old.pt", config)
     flair_peft.convert_legacy(tmp_path / "old.pt", tmp_path / "new", peft_config=config if is_known else lora())
     assert CLASSIFIER.predict(flair_peft.from_pretrained(tmp_path / "new"), CLASSIFIER.corpus()) == expected
+
+
+def test_conversion_of_our_own_file_takes_its_base_from_where_it_is_now(base: Base, tmp_path: Path) -> None:
+    """A file without the base needs it to be read at all."""
+    before, now = tmp_path / "before", tmp_path / "now"
+    shutil.copytree(base("bert"), before)
+    model = make(CLASSIFIER, str(before), lora())
+    perturb_(model.embeddings.model, 5)
+    model.eval().save(tmp_path / "slim.pt")
+    expected = CLASSIFIER.predict(model, CLASSIFIER.corpus())
+    before.rename(now)
+    flair_peft.convert_legacy(tmp_path / "slim.pt", tmp_path / "new", base_model=str(now))
+    assert not base_names(tmp_path / "new")
+    assert CLASSIFIER.predict(flair_peft.from_pretrained(tmp_path / "new"), CLASSIFIER.corpus()) == expected

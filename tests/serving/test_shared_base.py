@@ -32,9 +32,10 @@ from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmb
 from flair_peft.base import memory_check
 from flair_peft.embeddings import pass_cost
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
-from flair_peft.errors import AdapterConfigError, BaseMismatchError, PredictionSetupError
+from flair_peft.errors import AdapterConfigError, BaseMismatchError, FlairPeftError, PredictionSetupError
 from flair_peft.primitives import host_internals, mapped_memory
 from flair_peft.serving import mixed_batches
+from tests.support import tiny
 from tests.support.configs import lora
 from tests.support.method_cases import KINDS, cases, make_embeddings
 from tests.support.models import save_random, train_a_step
@@ -1056,3 +1057,28 @@ def test_predict_takes_a_data_set_of_flair(base: Callable[[str], str], tmp_path:
     shared.predict({model: FlairDatapointDataset(together)})
     model.predict(separate)
     assert labels_of(together) == labels_of(separate)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("way", ["moved", "moved, and said where", "link"])
+def test_base_under_another_name_is_shared_in_any_dtype(
+    way: str, dtype: str | None, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """What a file says of the base it was trained on tells, not where that lay; another base is still refused."""
+    trained_on, now = tmp_path / "trained on", tmp_path / "now"
+    shutil.copytree(base("bert"), trained_on)
+    directory, _ = save_random("text-classifier", str(trained_on), tmp_path / "model")
+    entry = ZOO["text-classifier"]
+    expected = entry.predict(SharedBase(trained_on, dtype=dtype).load(directory), entry.corpus())
+    if way == "link":
+        now.symlink_to(trained_on)
+    else:
+        trained_on.rename(now)
+    options = {"base_model": str(now)} if way == "moved, and said where" else {}
+    shared = SharedBase(now, dtype=dtype)
+    for _ in range(2):
+        assert entry.predict(shared.load(directory, **options), entry.corpus()) == expected
+    others = tmp_path / "others"
+    tiny.build("bert", others, seed=9)
+    with pytest.raises(FlairPeftError):
+        SharedBase(others, dtype=dtype).load(directory, base_model=str(others))

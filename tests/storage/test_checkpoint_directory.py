@@ -459,7 +459,7 @@ def test_checkpoint_replaced_but_not_yet_cleared_away_is_cleared_away(place: Pat
         ({"format_version": 1}, {}),
         ({}, {"../x": b""}),
         ({}, {"/x": b""}),
-        ({}, {"a/b/c/d": b""}),
+        ({}, {"a/b/c/d/e": b""}),
         ({}, {"a//b": b""}),
         ({}, {"a/": b""}),
         ({}, {"ü": b""}),
