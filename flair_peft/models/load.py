@@ -241,17 +241,7 @@ def from_pretrained(
         max_memory=max_memory,
         offload_folder=offload_folder,
     )
-    return load_stored(open_stored(locate(source, revision=revision, options=options), options))
-
-
-def locate(source: str | Path, *, revision: str | None, options: LoadOptions) -> Path:
-    """Return the file or the checkpoint directory that is meant, downloaded from the Hub if it is there.
-
-    Raises:
-        ModelFileError: there is none.
-    """
-    file_names.refuse_impossible(source)
-    return hub.find_checkpoint(str(source), revision=revision, options=options)
+    return load_stored(open_stored(hub.find_checkpoint(str(source), revision=revision, options=options), options))
 
 
 def choose(
@@ -306,7 +296,7 @@ def verify(source: str | Path, *, base_model: str | Mapping[str, str] | None = N
         FlairPeftError: it is not; see :func:`from_pretrained`.
     """
     revision, chosen = options.pop("revision", None), choose(base_model=base_model, verify="full", **options)
-    stored = open_stored(locate(source, revision=revision, options=chosen), chosen)
+    stored = open_stored(hub.find_checkpoint(str(source), revision=revision, options=chosen), chosen)
     embedded = adapted_embeddings(load_stored(stored))
     is_known = embedded or stored.kind == "directory"
     if not is_known or any(embeddings.origin is None for embeddings in embedded):
@@ -344,7 +334,9 @@ def load_any_file(
     """Return the model in a ``.pt`` file, of the class that the file names; see :func:`load_legacy`.
 
     Args:
-        path, options, peft_config: as there.
+        path: of the file.
+        options: of the load.
+        peft_config: for files that lack it.
         base_of_slim: where the base is, of a file that does not hold it; others do without.
     """
     file_names.refuse_impossible(path)

@@ -148,7 +148,7 @@ class SharedBase:
         if peft_config is not None:
             hub.refuse_revision(str(source), revision)
             return load.load_any_file(Path(source), chosen, peft_config), None
-        place = load.locate(source, revision=revision, options=chosen)
+        place = hub.find_checkpoint(str(source), revision=revision, options=chosen)
         return load.load_stored(load.open_stored(place, chosen)), None if place.is_file() else place
 
     def unload(self, model: Model) -> None:

@@ -35,6 +35,7 @@ def find_checkpoint(source: str, *, revision: str | None, options: LoadOptions) 
     Raises:
         ModelFileError: there is none.
     """
+    file_names.refuse_impossible(source)
     if Path(source).exists():
         refuse_revision(source, revision)
         return Path(source)
