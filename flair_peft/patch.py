@@ -192,7 +192,12 @@ def _predicting_what_it_can(original: Callable[..., Any]) -> Callable[..., Any]:
             inputs.check_embeddings(self)
             inputs.check_points(self, args[0] if args else kwargs[name])
             head_dtype.settle_(self)
-        return original(self, *args, **kwargs)
+        try:
+            return original(self, *args, **kwargs)
+        except RuntimeError as error:
+            if _installed and "dtype" in str(error):
+                head_dtype.check_head(self)  # says which part of the model has another
+            raise
 
     return predict
 

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings, PeftTransformerWordEmbeddings
 from flair_peft.embeddings.head_dtype import has_castable_head
-from flair_peft.errors import AdapterConfigError
+from flair_peft.errors import AdapterConfigError, DtypeMismatchError
 from flair_peft.primitives.dtypes import dtype_name, parse_dtype, requested_dtype
 from tests.support.configs import lora
 from tests.support.round_trip import SCORE_TOLERANCE, Factories, largest_difference
@@ -273,3 +273,30 @@ def test_gradients_of_a_prediction_do_not_stop_a_training(base: Callable[[str], 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.optim.AdamW(parameters).step()
     assert {p.grad.dtype for p in parameters if p.grad is not None} == {torch.float32}
+
+
+def _new_decoder(model: TextClassifier) -> TextClassifier:
+    model.decoder = torch.nn.Linear(model.embeddings.embedding_length, 3)
+    return model
+
+
+def _new_head(model: TextClassifier) -> TextClassifier:
+    return classifier(model.embeddings)
+
+
+def _other_head_trained(model: TextClassifier) -> TextClassifier:
+    classifier(model.embeddings).train()
+    return model.eval()
+
+
+@pytest.mark.parametrize("change", [_new_decoder, _new_head, _other_head_trained], ids=lambda change: change.__name__)
+def test_head_of_another_dtype_is_named_when_it_predicts(
+    change: Callable[[TextClassifier], TextClassifier], base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """What was put on loaded embeddings in half precision, or beside them, is not what they were aligned to."""
+    flair_peft.save_pretrained(
+        classifier(PeftTransformerDocumentEmbeddings(base("bert"), peft_config=LORA, dtype="bfloat16")), tmp_path
+    )
+    changed = change(flair_peft.from_pretrained(tmp_path)).eval()
+    with pytest.raises(DtypeMismatchError, match="of the head computes in"):
+        changed.predict(Sentence("some words"))
