@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,19 +41,20 @@ def make(base: str, **options: Any) -> PeftTransformerDocumentEmbeddings:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_base_larger_than_the_free_memory_is_refused_before_it_is_loaded(
-    dtype: torch.dtype, base: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, base: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The limit is the size in the dtype asked for, to the byte, and the message has both sizes."""
-    size = size_of(base("bert"), dtype)
+    own = str(shutil.copytree(base("bert"), tmp_path / "own"))  # which no model of another test stands on
+    size = size_of(own, dtype)
     free(monkeypatch, size)
-    make(base("bert"), dtype=dtype)
+    make(own, dtype=dtype)
     gc.collect()  # it would be there already
     free(monkeypatch, size - 1)
     monkeypatch.setattr(transformer, "find_model", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(InsufficientMemoryError, match=f"take {size:,} bytes .* and {size - 1:,} bytes"):
-        make(base("bert"), dtype=dtype)
+        make(own, dtype=dtype)
     with pytest.raises(MemoryError):
-        SharedBase(base("bert"), dtype=dtype)
+        SharedBase(own, dtype=dtype)
 
 
 def test_base_that_is_there_already_needs_no_memory(
