@@ -188,16 +188,12 @@ def _predicting_what_it_can(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def predict(self: Model, *args: Any, **kwargs: Any) -> Any:
-        if _installed and (args or name in kwargs) and adapted_embeddings(self):
-            inputs.check_embeddings(self)
-            inputs.check_points(self, args[0] if args else kwargs[name])
-            head_dtype.settle_(self)
-        try:
+        if not (_installed and (args or name in kwargs) and adapted_embeddings(self)):
             return original(self, *args, **kwargs)
-        except RuntimeError as error:
-            if _installed and "dtype" in str(error):
-                head_dtype.check_head(self)  # says which part of the model has another
-            raise
+        inputs.check_embeddings(self)
+        inputs.check_points(self, args[0] if args else kwargs[name])
+        with head_dtype.in_one(self):
+            return original(self, *args, **kwargs)
 
     return predict
 

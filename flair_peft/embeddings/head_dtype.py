@@ -8,6 +8,7 @@ models, which hand scores and vectors to numpy.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
@@ -80,10 +81,21 @@ def restore_head_(model: Model) -> None:
             embeddings.output_dtype = made_head_dtype(model)
 
 
-def settle_(model: Model) -> None:
-    """Let what was cast follow its exact values, in place, where somebody wrote into what ``state_dict`` gave."""
+@contextlib.contextmanager
+def in_one(model: Model) -> Iterator[None]:
+    """Inside, a model predicts: with what was written into its exact values, and with an error that names its dtypes.
+
+    Raises:
+        DtypeMismatchError: embeddings and head have two.
+    """
     for owner in (*_flair_models(model), *(embeddings.model for embeddings in adapted_embeddings(model))):
         exact_values.settle_(owner)
+    try:
+        yield
+    except RuntimeError as error:
+        if "dtype" in str(error):
+            check_head(model)
+        raise
 
 
 def train_in_fp32_(model: Model) -> None:
