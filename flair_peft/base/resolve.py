@@ -47,12 +47,14 @@ class Offer:
         own = self.base.known_record
         if record.name == own.name and record.revision == own.revision:
             return True
+        is_known = record.fingerprint is not None
+        if is_known and record.dtype in (None, own.dtype) and self.base.is_as(record):
+            return True
         source, revision = load_options().source_of(record)
         if _located(source) == own.name and revision == own.revision:
             return True
-        if record.dtype in (None, own.dtype):
-            return record.fingerprint is not None and self.base.is_as(record)
-        return self.is_converted and record.fingerprint is not None and self._is_under_another_name(record)
+        is_other = record.dtype not in (None, own.dtype)
+        return is_known and is_other and self.is_converted and self._is_under_another_name(record)
 
     def _is_under_another_name(self, record: BaseRecord) -> bool:
         """Whether the source of the base, in the dtype that a file says, has the weights that it says."""
