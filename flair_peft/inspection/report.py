@@ -213,7 +213,7 @@ def _find_missing(found: Inspection) -> Iterator[str]:
             yield f"the PEFT config{of}, which stock Flair does not store{unknown}"
         if found.kind == ADAPTER or adapter.base.get("left_out") or not found.holds_base:
             name = adapter.base["name"]
-            yield f"the base's weights{of}, which was found at '{name}'" if name else f"the base's weights{of}"
+            yield f"the base's weights{of}, which were found at '{name}'" if name else f"the base's weights{of}"
 
 
 def _find_notes(found: Inspection) -> Iterator[str]:
