@@ -267,11 +267,7 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         inputs.check_embeddings(self.model)
         self.model.train()  # in fp32, before an optimiser or DistributedDataParallel takes note of dtypes
         optimizer = settings.get("optimizer", signature.parameters["optimizer"].default)
-        plugins.check_training(
-            self.model,
-            reduce_transformer_vocab=settings.get("reduce_transformer_vocab", False),
-            optimizer=optimizer,
-        )
+        plugins.check_training(self.model, settings, optimizer=optimizer)
         settings.update(resume.prepare_settings({**settings}))
         chosen = rates.choose(
             self.model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from transformers import PreTrainedModel
 
@@ -16,16 +18,33 @@ def mean_row(matrix: torch.Tensor) -> torch.Tensor:
     """Return a new row, of shape (1, length), for a matrix of shape (rows, length): the mean of all rows.
 
     transformers draws new rows from a normal distribution around that mean whose covariance, over all rows, takes
-    seconds to compute and is scaled to nearly nothing. Of a matrix that is mapped from a file, a piece at a time is in
-    memory.
+    seconds to compute and is scaled to nearly nothing.
     """
+    return _mean(matrix, torch.Tensor.float).to(matrix.dtype).unsqueeze(0)
+
+
+def drawn_rows(matrix: torch.Tensor, places: Iterable[int]) -> torch.Tensor:
+    """Return new rows, of shape (places, length), for a matrix of shape (rows, length).
+
+    They are as far apart as rows of the matrix are, for under an adapter they stay as they are, and what is alike there
+    no training tells apart. Each has the mean and the variance of every column, and is the same for one place in each
+    process, so that models have them in common.
+    """
+    mean = _mean(matrix, torch.Tensor.float)
+    deviation = (_mean(matrix, lambda rows: rows.float().square()) - mean.square()).clamp(min=0).sqrt()
+    drawn = [torch.randn(len(mean), generator=torch.Generator().manual_seed(place)) for place in places]
+    return (mean + deviation * torch.stack(drawn).to(mean.device)).to(matrix.dtype)
+
+
+def _mean(matrix: torch.Tensor, value: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Return the mean of a value over all rows, in float32; of a mapped matrix, a piece at a time is in memory."""
     is_mapped, total = mapped_memory.is_mapped(matrix), torch.zeros((), device=matrix.device)
     for start in range(0, len(matrix), _ROWS_AT_ONCE):
         end = start + _ROWS_AT_ONCE
-        total = total + matrix[start:end].detach().sum(dim=0, dtype=torch.float32)
+        total = total + value(matrix[start:end].detach()).sum(dim=0)
         if is_mapped:
             mapped_memory.page_out(matrix[:end])  # from the start: pages can be reclaimed in large groups only
-    return (total / len(matrix)).to(matrix.dtype).unsqueeze(0)
+    return total / len(matrix)
 
 
 def append_rows_(model: PreTrainedModel, rows: torch.Tensor) -> None:
@@ -34,6 +53,9 @@ def append_rows_(model: PreTrainedModel, rows: torch.Tensor) -> None:
     Args:
         model: its other parameters keep their storage.
         rows: for the tokens beyond the vocabulary of the source.
+
+    Raises:
+        AdapterConfigError: nothing can be appended.
     """
     old = model.get_input_embeddings().weight
     holders = [module for module in model.modules() if module._parameters.get("weight") is old]

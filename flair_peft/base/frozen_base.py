@@ -254,22 +254,39 @@ class FrozenBase:
             frozen[name].data = tensor
         return sum(frozen[name].nbytes for name in same)
 
-    def reaching(self, token_id: int) -> FrozenBase:
-        """Return this base with a row for the token: a vocabulary padded beyond its tokenizer has one already."""
-        lacking = token_id + 1 - self.own_rows
-        return self.with_rows(lacking) if lacking > 0 else self
+    def reaching(self, rows: int, *, separator: int | None) -> FrozenBase:
+        """Return this base with so many rows at least: a vocabulary padded beyond its tokenizer may have them already.
 
-    def with_rows(self, new: torch.Tensor | int) -> FrozenBase:
-        """Return this base with rows appended to its input embeddings: those given, or so many mean rows."""
+        Args:
+            rows: of the input embeddings.
+            separator: id of the token whose row, if it is new, is the mean of all.
+        """
+        own = self.own_rows
+        if rows <= own:
+            return self
+        self._check_rows()
+        with torch.inference_mode(False):
+            if separator == own == rows - 1:
+                return self.with_rows(self._mean_row)
+            [matrix] = mapped_memory.to_read_once([self._model.get_input_embeddings().weight])
+            new = added_rows.drawn_rows(matrix, range(own, rows))
+            if separator is not None and separator >= own:
+                new[separator - own] = self._mean_row
+        return self.with_rows(new)
+
+    def _check_rows(self) -> None:
+        """Return if rows can be added."""
         if self._model.get_input_embeddings().weight.is_meta:
             raise AdapterConfigError(
                 f"Cannot add a row to the input embeddings of '{self.record.name}': they are offloaded, and Flair's "
-                "context separator needs one. Keep the embeddings on a device in device_map, or pass "
-                "use_context_separator=False."
+                "context separator, or a token that was added, needs one. Keep the embeddings on a device in "
+                "device_map, or pass use_context_separator=False and add no tokens."
             )
+
+    def with_rows(self, new: torch.Tensor) -> FrozenBase:
+        """Return this base with these rows, of shape (count, length), appended to its input embeddings."""
+        self._check_rows()
         with building.lock, torch.inference_mode(False):
-            if isinstance(new, int):
-                new = self._mean_row.repeat(new, 1)
             if self.is_placed:
                 _ = self.known_record  # as it is without the rows: the very model gets them
                 added_rows.append_rows_(self._model, new)

@@ -22,7 +22,7 @@ from flair_peft.adapter import injection, methods, refusals, trainable
 from flair_peft.base import memory_check, placement, quantisation, resolve, tokenizers, transformer
 from flair_peft.base.frozen_base import FrozenBase
 from flair_peft.base.left_out import PlacedStart
-from flair_peft.embeddings import untrained
+from flair_peft.embeddings import resizing, untrained
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.base_source import BaseSource
 from flair_peft.embeddings.pending_load import PendingLoad, canonical
@@ -108,7 +108,8 @@ class BaseRequest:
         arguments: for transformers.
         saved_config: shape of the transformer in a file; ``None`` for new embeddings.
         stored_base: what a file says of the base; an adapter from elsewhere passes the rows that it adds.
-        separator: id of a token that needs a row in the base of new embeddings, or ``None``.
+        tokenizer: whose added tokens need a row each in the base of new embeddings.
+        separator: id of Flair's own among these, or ``None``.
     """
 
     name: str
@@ -116,6 +117,7 @@ class BaseRequest:
     arguments: TransformersArguments
     saved_config: PretrainedConfig | None
     stored_base: Mapping[str, Any] | None
+    tokenizer: PreTrainedTokenizerBase
     separator: int | None
 
     def find(self, stored: StoredBase) -> FrozenBase | None:
@@ -129,7 +131,13 @@ class BaseRequest:
         )
         if stored.added_rows is not None:
             base = base.with_rows(stored.added_rows)
-        return base if self.separator is None else base.reaching(self.separator)
+        return base.reaching(self._rows(base.own_rows), separator=self.separator)
+
+    def _rows(self, own: int) -> int:
+        """Return how many rows of input embeddings the tokens need, where the base has those of the vocabulary."""
+        rows = 0 if self.separator is None else self.separator + 1
+        is_whole = self.tokenizer.vocab_size <= own  # not so where ids are hashed, for example
+        return max([rows, *(index + 1 for index in self.tokenizer.get_added_vocab().values() if is_whole)])
 
 
 @dataclass(frozen=True)
@@ -245,6 +253,7 @@ def attach_adapter_(embeddings: AdaptedEmbeddings, base: ResolvedBase, *, is_new
         pending.adapter_config, embeddings.model = config, base.model
     else:
         embeddings.model = _add_skeleton(base, config)
+    resizing.guard_(embeddings.model)
     embeddings._pending = None if is_new else pending
     embeddings._move_to(flair.device)
     embeddings.eval()

@@ -12,7 +12,7 @@ from flair_peft.adapter import derived_state, injection, keys, mending, methods
 from flair_peft.base import left_out as base_left_out
 from flair_peft.base import quantisation
 from flair_peft.base.frozen_base import FrozenBase
-from flair_peft.embeddings import untrained, vector_probe
+from flair_peft.embeddings import resizing, untrained, vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.pending_load import PendingLoad
 from flair_peft.errors import StateMismatchError, name_some
@@ -165,6 +165,7 @@ def _inject_into_stored_base_(embeddings: AdaptedEmbeddings, pending: PendingLoa
     base.load_state_dict(base_tensors, strict=False)  # both lists were read above
     assert pending.adapter_config is not None
     embeddings.model = injection.inject(base, pending.adapter_config)
+    resizing.guard_(embeddings.model)
     derived_state.put_back_(embeddings.model, pending.derived_state)
     pending.adapter_config = None
 

@@ -145,7 +145,9 @@ class PeftTransformerEmbeddings(AdaptedEmbeddings):
         stored = (tokenizer_data, feature_extractor_data)
         self.tokenizer, self.feature_extractor = construction.make_tokenizer(model, tokenizer, arguments, stored)
         separator = construction.add_separator_(self.tokenizer) if use_context_separator else None
-        request = construction.BaseRequest(model, name or model, arguments, saved_config, stored_base, separator)
+        request = construction.BaseRequest(
+            model, name or model, arguments, saved_config, stored_base, self.tokenizer, separator
+        )
         base = construction.resolve_base(request, config, peft_gradient_checkpointing_kwargs)
 
         # Attributes with the names and meanings that the stock constructor gives them.

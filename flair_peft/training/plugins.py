@@ -13,6 +13,7 @@ from flair.distributed_utils import is_main_process
 from flair.nn import Model
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import TrainerPlugin
+from flair.trainers.plugins.functional.reduce_transformer_vocab import ReduceTransformerVocabPlugin
 from peft import PeftConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 
@@ -327,8 +328,8 @@ def detach_known(trainer: ModelTrainer) -> None:
                 plugin.detach()
 
 
-def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: Any) -> None:
-    """Return if Flair can train this model, which is in training mode, with these settings.
+def check_training(model: Model, settings: Mapping[str, Any], *, optimizer: Any) -> None:
+    """Return if Flair can train this model, which is in training mode, with these settings of ``train_custom``.
 
     Raises:
         TrainingSetupError: weights of the base itself train in float16, with an optimiser that divides by squares of
@@ -348,11 +349,13 @@ def check_training(model: Model, *, reduce_transformer_vocab: bool, optimizer: A
             "Load the base in bfloat16 or float32, or call model.float() before the training."
         )
     adapted = [embeddings.name for embeddings in adapted_embeddings(model)]
-    if reduce_transformer_vocab and adapted:
+    given = [each if isinstance(each, type) else type(each) for each in settings.get("plugins") or ()]
+    if adapted and (settings.get("reduce_transformer_vocab") or ReduceTransformerVocabPlugin in given):
         raise TrainingSetupError(
             f"Cannot reduce the vocabulary of {name_some(adapted)}. The embedding matrix of a base with an adapter is "
             "frozen: it has no gradient and no optimiser state that a smaller one would save, and checkpoints written "
-            "during the training would hold the reduced matrix. Leave out reduce_transformer_vocab=True."
+            "during the training would hold the reduced matrix. Leave out reduce_transformer_vocab=True, or "
+            "ReduceTransformerVocabPlugin."
         )
 
 

@@ -441,7 +441,7 @@ def test_base_whose_file_cannot_be_mapped_again_is_shared_and_written_apart_all_
 ) -> None:
     """A base that is alive stays what it is when its file is replaced or removed; where nothing is mapped, too."""
     moved = Path(shutil.copytree(base("bert"), tmp_path / "copy"))
-    plain = found(str(moved)).with_rows(1)
+    plain = found(str(moved)).with_rows(torch.full((1, 32), 7.0))
     mapped = plain.copy()
     before = {name: tensor.clone() for name, tensor in mapped.state_dict().items()}
     (moved / "model.safetensors").unlink()
@@ -613,13 +613,14 @@ def found(name: str, **kwargs: Any) -> FrozenBase:
 
 @pytest.mark.parametrize("architecture", ["bert", "t5", "gpt2", "xlnet", "albert", "modernbert", "llama", "electra"])
 def test_rows_are_appended_as_transformers_would(base: Callable[[str], str], architecture: str) -> None:
-    """A base with rows appended is what resizing gives, with the mean of all rows in the new ones."""
+    """A base with rows appended is what resizing gives, with these rows in the new ones."""
     plain = found(base(architecture))
-    longer = plain.with_rows(3).copy()
+    new = torch.arange(3.0)[:, None].expand(3, plain._model.get_input_embeddings().weight.shape[1])
+    longer = plain.with_rows(new).copy()
     resized = plain.private_copy()
     resized.resize_token_embeddings(plain.own_rows + 3, mean_resizing=False)
     matrix = resized.get_input_embeddings().weight.data
-    matrix[plain.own_rows :] = matrix[: plain.own_rows].mean(dim=0)
+    matrix[plain.own_rows :] = new
     expected, actual = resized.state_dict(), longer.state_dict()
     assert list(expected) == list(actual)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)

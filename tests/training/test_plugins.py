@@ -14,6 +14,7 @@ from flair.models import TextClassifier
 from flair.nn import Classifier
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import TrainerPlugin
+from flair.trainers.plugins.functional.reduce_transformer_vocab import ReduceTransformerVocabPlugin
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -196,8 +197,10 @@ def test_gradient_checkpointing_changes_no_gradient(base: Callable[[str], str]) 
 
 def test_reducing_the_vocabulary_is_refused_with_an_adapter_only(base: Callable[[str], str], tmp_path: Path) -> None:
     """A frozen matrix gains nothing from it; stock models still may."""
-    with pytest.raises(TrainingSetupError, match="frozen"):
-        train(classifier(base("bert")), tmp_path, reduce_transformer_vocab=True)
+    by_hand = ReduceTransformerVocabPlugin(base_path=tmp_path, save_optimizer_state=False)
+    for settings in ({"reduce_transformer_vocab": True}, {"plugins": [by_hand]}):
+        with pytest.raises(TrainingSetupError, match="frozen"):
+            train(classifier(base("bert")), tmp_path, **settings)
     dictionary = opinion_corpus().make_label_dictionary("opinion", add_unk=False)
     stock = TextClassifier(
         TransformerDocumentEmbeddings(base("bert")), label_dictionary=dictionary, label_type="opinion"
