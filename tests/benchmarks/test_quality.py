@@ -180,6 +180,9 @@ def test_rows_take_costs_of_one_processor_alone() -> None:
     assert (of_both["seconds"], of_both["memory"], len(of_both["scores"])) == (3.0, 10**6, 3)
     _, of_slow = rows = quality_table.rows([*full, *lora[1:]], ["SST-2"])
     assert of_slow["seconds"] is of_slow["memory"] is None
+    more = [{**_measured("LoRA", seed, 0.5), **elsewhere, "task": "NER, linear"} for seed in range(1, 6)]
+    costs = [row["seconds"] for row in quality_table.rows([*more, *full, *lora], ["SST-2", "NER, linear"])]
+    assert costs == [4.0, 3.0, None]  # those of the first task, however many trainings were elsewhere
     unknown = [{**_measured("LoRA", seed, 0.82), "memory": None if seed > 1 else 10**6} for seed in (1, 2, 3)]
     assert quality_table.rows([*full, *unknown], ["SST-2"])[1]["memory"] == 10**6
     last = quality_table.overview({"bases": {"MiniLM": {"rows": rows}}})[-1]
