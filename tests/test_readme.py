@@ -230,6 +230,7 @@ READERS: dict[str, Callable[[World], None]] = {
     "my-corpus": _own_corpus,
     '"tagger", learning_rate': _nothing,
     "# instead of TransformerDocumentEmbeddings": _nothing,
+    "additional_special_tokens": _nothing,
     "layers_to_transform": _nothing,
     "path/of/the/same/base": _best_model,
     "push_to_hub(model": _tagger,
