@@ -14,6 +14,22 @@ from flair_peft.primitives import mapped_memory
 _ROWS_AT_ONCE = 4096
 
 
+def matrix_of(model: PreTrainedModel) -> torch.nn.Parameter:
+    """Return the matrix of the input embeddings, of shape (rows, length), if rows can be added to it.
+
+    Raises:
+        AdapterConfigError: it is offloaded.
+    """
+    matrix = model.get_input_embeddings().weight
+    if matrix.is_meta:
+        raise AdapterConfigError(
+            f"Cannot add a row to the input embeddings of '{model.name_or_path}': they are offloaded, and Flair's "
+            "context separator, or a token that was added, needs one. Keep the embeddings on a device in device_map, "
+            "or pass use_context_separator=False and add no tokens."
+        )
+    return matrix
+
+
 def mean_row(matrix: torch.Tensor) -> torch.Tensor:
     """Return a new row, of shape (1, length), for a matrix of shape (rows, length): the mean of all rows.
 
@@ -57,7 +73,7 @@ def append_rows_(model: PreTrainedModel, rows: torch.Tensor) -> None:
     Raises:
         AdapterConfigError: nothing can be appended.
     """
-    old = model.get_input_embeddings().weight
+    old = matrix_of(model)
     holders = [module for module in model.modules() if module._parameters.get("weight") is old]
     if any(type(module) is not torch.nn.Embedding for module in holders):
         start = len(old)  # resizing makes this very parameter longer
@@ -66,7 +82,8 @@ def append_rows_(model: PreTrainedModel, rows: torch.Tensor) -> None:
         except (TypeError, NotImplementedError) as error:
             raise AdapterConfigError(
                 f"Cannot add a row to the input embeddings of {type(model).__name__}: {unusable.first_line(error)}. "
-                "Flair's context separator needs one. Pass use_context_separator=False."
+                "Flair's context separator, or a token that was added, needs one. Pass use_context_separator=False and "
+                "add no tokens."
             ) from error
         model.get_input_embeddings().weight.data[start:] = rows
         return

@@ -18,7 +18,7 @@ from flair_peft.base import added_rows, module_copy, placement, quantisation, tr
 from flair_peft.base.adapter_template import AdapterTemplate
 from flair_peft.base.changed_modules import Computation
 from flair_peft.base.copy_on_write import SharedWeights
-from flair_peft.errors import AdapterConfigError, BaseMismatchError, name_some
+from flair_peft.errors import BaseMismatchError, name_some
 from flair_peft.primitives import building, fingerprint, mapped_memory
 from flair_peft.primitives.base_record import BaseRecord
 from flair_peft.primitives.dtypes import dtype_name
@@ -264,28 +264,16 @@ class FrozenBase:
         own = self.own_rows
         if rows <= own:
             return self
-        self._check_rows()
+        drawn = [place for place in range(own, rows) if place != separator]
         with torch.inference_mode(False):
-            if separator == own == rows - 1:
-                return self.with_rows(self._mean_row)
-            [matrix] = mapped_memory.to_read_once([self._model.get_input_embeddings().weight])
-            new = added_rows.drawn_rows(matrix, range(own, rows))
-            if separator is not None and separator >= own:
-                new[separator - own] = self._mean_row
+            new = self._mean_row.repeat(rows - own, 1)
+            if drawn:
+                [matrix] = mapped_memory.to_read_once([added_rows.matrix_of(self._model)])
+                new[[place - own for place in drawn]] = added_rows.drawn_rows(matrix, drawn)
         return self.with_rows(new)
-
-    def _check_rows(self) -> None:
-        """Return if rows can be added."""
-        if self._model.get_input_embeddings().weight.is_meta:
-            raise AdapterConfigError(
-                f"Cannot add a row to the input embeddings of '{self.record.name}': they are offloaded, and Flair's "
-                "context separator, or a token that was added, needs one. Keep the embeddings on a device in "
-                "device_map, or pass use_context_separator=False and add no tokens."
-            )
 
     def with_rows(self, new: torch.Tensor) -> FrozenBase:
         """Return this base with these rows, of shape (count, length), appended to its input embeddings."""
-        self._check_rows()
         with building.lock, torch.inference_mode(False):
             if self.is_placed:
                 _ = self.known_record  # as it is without the rows: the very model gets them
@@ -302,7 +290,7 @@ class FrozenBase:
 
     @functools.cached_property
     def _mean_row(self) -> torch.Tensor:
-        [matrix] = mapped_memory.to_read_once([self._model.get_input_embeddings().weight])
+        [matrix] = mapped_memory.to_read_once([added_rows.matrix_of(self._model)])
         return added_rows.mean_row(matrix)
 
 

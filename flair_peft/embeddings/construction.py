@@ -135,9 +135,10 @@ class BaseRequest:
 
     def _rows(self, own: int) -> int:
         """Return how many rows of input embeddings the tokens need, where the base has those of the vocabulary."""
-        rows = 0 if self.separator is None else self.separator + 1
-        is_whole = self.tokenizer.vocab_size <= own  # not so where ids are hashed, for example
-        return max([rows, *(index + 1 for index in self.tokenizer.get_added_vocab().values() if is_whole)])
+        places = [] if self.separator is None else [self.separator]
+        if self.tokenizer.vocab_size <= own:  # not so where ids are hashed, for example
+            places += self.tokenizer.get_added_vocab().values()
+        return max(places, default=-1) + 1
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def attach_adapter_(embeddings: AdaptedEmbeddings, base: ResolvedBase, *, is_new
         pending.adapter_config, embeddings.model = config, base.model
     else:
         embeddings.model = _add_skeleton(base, config)
-    resizing.guard_(embeddings.model)
+    resizing.override_(embeddings.model)
     embeddings._pending = None if is_new else pending
     embeddings._move_to(flair.device)
     embeddings.eval()

@@ -165,7 +165,7 @@ def _inject_into_stored_base_(embeddings: AdaptedEmbeddings, pending: PendingLoa
     base.load_state_dict(base_tensors, strict=False)  # both lists were read above
     assert pending.adapter_config is not None
     embeddings.model = injection.inject(base, pending.adapter_config)
-    resizing.guard_(embeddings.model)
+    resizing.override_(embeddings.model)
     derived_state.put_back_(embeddings.model, pending.derived_state)
     pending.adapter_config = None
 

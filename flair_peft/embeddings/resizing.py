@@ -13,7 +13,7 @@ from flair_peft.base import added_rows
 from flair_peft.errors import AdapterConfigError
 
 
-def guard_(model: torch.nn.Module) -> None:
+def override_(model: torch.nn.Module) -> None:
     """Let the ``resize_token_embeddings`` of a transformer with an adapter, in place, add rows that differ."""
     if isinstance(model, PeftModel):
         model.resize_token_embeddings = _Resize(model)
@@ -30,18 +30,17 @@ class _Resize:
         self._model = model
 
     def __call__(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **_: Any) -> Any:
-        """Return the input embeddings, with rows behind their own where these are fewer; as transformers, else.
+        """Return the input embeddings; where they have fewer rows than that, new ones stand behind their own.
 
-        A vocabulary that is padded beyond so many tokens keeps its rows: they are the base's, which no file holds.
+        Where they have more, they keep them: rows that pad a vocabulary are the base's, and no file has to hold them.
 
         Raises:
-            AdapterConfigError: what the adapter trains has the size of the vocabulary.
+            AdapterConfigError: what the adapter trains has the size of the vocabulary, or the matrix is offloaded.
         """
         base = self._model.get_base_model()
         module: Any = base.get_input_embeddings()
-        multiple = pad_to_multiple_of or 1
-        rows = -(-(len(module.weight) if new_num_tokens is None else new_num_tokens) // multiple) * multiple
-        own = len(module.weight)
+        own, multiple = len(module.weight), pad_to_multiple_of or 1
+        rows = -(-(own if new_num_tokens is None else new_num_tokens) // multiple) * multiple
         if rows <= own:
             return module
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -51,5 +50,5 @@ class _Resize:
                 'transformers_tokenizer_kwargs={"additional_special_tokens": […]}.'
             )
         with torch.inference_mode(False), torch.no_grad():
-            added_rows.append_rows_(base, added_rows.drawn_rows(module.weight, range(own, rows)))
+            added_rows.append_rows_(base, added_rows.drawn_rows(added_rows.matrix_of(base), range(own, rows)))
         return base.get_input_embeddings()

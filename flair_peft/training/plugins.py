@@ -349,8 +349,8 @@ def check_training(model: Model, settings: Mapping[str, Any], *, optimizer: Any)
             "Load the base in bfloat16 or float32, or call model.float() before the training."
         )
     adapted = [embeddings.name for embeddings in adapted_embeddings(model)]
-    given = [each if isinstance(each, type) else type(each) for each in settings.get("plugins") or ()]
-    if adapted and (settings.get("reduce_transformer_vocab") or ReduceTransformerVocabPlugin in given):
+    is_given = any(isinstance(plugin, ReduceTransformerVocabPlugin) for plugin in settings.get("plugins") or ())
+    if adapted and (is_given or settings.get("reduce_transformer_vocab")):
         raise TrainingSetupError(
             f"Cannot reduce the vocabulary of {name_some(adapted)}. The embedding matrix of a base with an adapter is "
             "frozen: it has no gradient and no optimiser state that a smaller one would save, and checkpoints written "

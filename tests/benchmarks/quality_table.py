@@ -27,7 +27,8 @@ NAMES = {
 def rows(records: Sequence[Record], tasks: Iterable[str]) -> list[dict[str, Any]]:
     """Return what each way of one base reached on each task, in percent, and the medians of what it cost."""
     ways = {record["way"] for record in records}
-    usual, found = _usual(records), []
+    tasks, found = list(tasks), []
+    usual = _usual(records, tasks[0])
     for task in tasks:
         by_way = {
             way: {r["seed"]: r for r in records if (r["task"], r["way"]) == (task, way)} for way in sorted_ways(ways)
@@ -36,14 +37,10 @@ def rows(records: Sequence[Record], tasks: Iterable[str]) -> list[dict[str, Any]
     return found
 
 
-def _usual(records: Sequence[Record]) -> str:
-    """Return the processor that timed most trainings of the first task: what others timed does not compare.
-
-    Those of full fine-tuning, where there are any, with which all others are compared.
-    """
-    first = min((record["task"] for record in records), key=lambda task: (task not in CHOOSING, task != CHOOSING[0]))
-    of_first = [record for record in records if record["task"] == first]
-    return statistics.mode(r["processor"] for r in [r for r in of_first if r["way"] == FULL] or of_first)
+def _usual(records: Sequence[Record], task: str) -> str:
+    """Return the processor that timed full fine-tuning on this task, or else most of all: others do not compare."""
+    full = [record for record in records if (record["task"], record["way"]) == (task, FULL)]
+    return statistics.mode(record["processor"] for record in full or records)
 
 
 def sorted_ways(ways: Iterable[str]) -> list[str]:

@@ -23,14 +23,15 @@ import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
 from flair_peft.errors import AdapterConfigError
 from tests.support.configs import lora
+from tests.support.files import tensors_in
 
 Base = Callable[[str], str]
 
 TOKENS = ["<e1>", "<e2>"]
 NAMES = ["Berlin", "Paris", "Merkel", "Apple", "York", "Europe"]
 ON_THE_MATRIX: dict[str, dict[str, Any]] = {
-    "rows of tokens": {"target_modules": ["query"], "trainable_token_indices": [5, 6]},
-    "a copy": {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]},
+    "rows of tokens": {"trainable_token_indices": [5, 6]},
+    "a copy": {"modules_to_save": ["word_embeddings"]},
     "LoRA on it": {"target_modules": ["query", "word_embeddings"]},
 }
 
@@ -163,6 +164,8 @@ def test_model_with_tokens_of_its_own_is_the_same_from_each_file(base: Base, tmp
     assert expected[0] != expected[1]
     flair_peft.save_pretrained(model, tmp_path / "model")
     model.save(tmp_path / "model.pt")
+    assert max(len(tensor) for tensor in tensors_in(tmp_path / "model").values() if tensor.dim()) < 100
+    assert len(matrix_of(embeddings)) > 100
     assert scores(flair_peft.from_pretrained(tmp_path / "model")) == expected
     assert scores(TextClassifier.load(tmp_path / "model.pt")) == expected
     flair_peft.merge(model).save(tmp_path / "merged.pt")
@@ -188,6 +191,7 @@ def test_tokens_added_to_the_tokenizer_have_rows_once_the_model_is_resized(base:
     assert torch.equal(matrix_of(other), before)
     assert embeddings.model.resize_token_embeddings(5) is module
     assert embeddings.model.resize_token_embeddings() is module
+    assert len(module.weight) == len(before) + 2
     embeddings.model.resize_token_embeddings(len(before) + 2, pad_to_multiple_of=64)
     assert len(matrix_of(embeddings)) == -(-(len(before) + 2) // 64) * 64
     with torch.inference_mode():
@@ -222,12 +226,28 @@ def test_loaded_embeddings_are_resized_alike(base: Base, tmp_path: Path, init: A
 
 
 @pytest.mark.parametrize("name", ON_THE_MATRIX)
-def test_tokens_come_before_an_adapter_on_the_input_embeddings(base: Base, name: str) -> None:
-    """Added behind it, they are refused with the way to do it; given with the tokenizer, a training can part them."""
-    corpus, path, config = relations(), base("bert"), LoraConfig(**ON_THE_MATRIX[name])
+def test_tokens_come_before_an_adapter_on_the_input_embeddings(base: Base, tmp_path: Path, name: str) -> None:
+    """Added behind it, they are refused with the way to do it; given with the tokenizer, files hold what they have."""
+    corpus, path, config = relations(), base("bert"), lora(**ON_THE_MATRIX[name])
     with pytest.raises(AdapterConfigError, match="additional_special_tokens"):
         relation_classifier(PeftTransformerDocumentEmbeddings(path, peft_config=config), corpus)
     markers = sorted(EntityMarker(add_special_tokens=True).special_tokens)
     options = {"transformers_tokenizer_kwargs": {"additional_special_tokens": markers}}
     model = relation_classifier(PeftTransformerDocumentEmbeddings(path, peft_config=config, **options), corpus)
-    assert len(matrix_of(model.embeddings)) == len(model.embeddings.tokenizer)
+    ids = model.embeddings.tokenizer.convert_tokens_to_ids(markers)
+    assert distance(*matrix_of(model.embeddings)[ids[:2]]) > 0.5
+    expected = marked(model.eval())
+    flair_peft.save_pretrained(model, tmp_path / "model")
+    assert marked(flair_peft.from_pretrained(tmp_path / "model")) == expected
+
+
+def test_padded_vocabulary_is_not_cut_to_the_markers_of_a_relation_classifier(base: Base, tmp_path: Path) -> None:
+    """Flair asks for as many rows as there are tokens: fewer than the base has, whose matrix no slim file holds."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert-padded-vocab"), peft_config=lora())
+    own = len(matrix_of(embeddings))
+    model = relation_classifier(embeddings, relations()).eval()
+    assert len(model.embeddings.tokenizer) < own == len(matrix_of(embeddings))
+    expected = marked(model)
+    flair_peft.save_pretrained(model, tmp_path / "model")
+    assert marked(flair_peft.from_pretrained(tmp_path / "model")) == expected
+    assert own not in [len(tensor) for tensor in tensors_in(tmp_path / "model").values() if tensor.dim()]

@@ -30,6 +30,7 @@ from flair_peft.inspection import compare, report
 from flair_peft.storage import manifest
 from tests.support import round_trip, tiny
 from tests.support.configs import lora
+from tests.support.files import tensors_in
 from tests.support.method_cases import KINDS, cases, make_embeddings, one_kind_each
 from tests.support.methods import METHODS, Method, perturb_
 from tests.support.places import places_of
@@ -91,13 +92,6 @@ def vectors_of_peft(model: PeftModel) -> torch.Tensor:
     with torch.no_grad():
         states = model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
     return states[:, -IDS.shape[1] :]
-
-
-def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
-    files = sorted(directory.rglob("*.safetensors"))
-    return {
-        f"{path.relative_to(directory)}: {k}": t for path in files for k, t in safetensors.torch.load_file(path).items()
-    }
 
 
 def document_of(directory: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from flair.nn import Model
+from safetensors.torch import load_file
 
 import flair_peft
 from flair_peft.codec import state_json
@@ -49,6 +50,12 @@ class _Text:
 
     def __reduce__(self) -> Any:
         return state_json.restore_state, (self.text, self.tensors)
+
+
+def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
+    """Return file and name → tensor of all that a directory holds."""
+    files = sorted(directory.rglob("*.safetensors"))
+    return {f"{path.relative_to(directory)}: {name}": t for path in files for name, t in load_file(path).items()}
 
 
 def resign(place: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
