@@ -57,7 +57,7 @@ from flair_peft.models.model_class import subclasses
 from flair_peft.primitives import host_internals, mapped_memory
 from flair_peft.storage import atomic
 from flair_peft.torchfile import unpickle
-from flair_peft.training import ddp, plugins, position, rates, resume, training_log
+from flair_peft.training import ddp, guard, plugins, position, rates, resume, training_log
 
 log = logging.getLogger("flair_peft")
 
@@ -267,7 +267,7 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         inputs.check_embeddings(self.model)
         self.model.train()  # in fp32, before an optimiser or DistributedDataParallel takes note of dtypes
         optimizer = settings.get("optimizer", signature.parameters["optimizer"].default)
-        plugins.check_training(self.model, settings, optimizer=optimizer)
+        guard.check_training(self.model, settings, optimizer=optimizer)
         settings.update(resume.prepare_settings({**settings}))
         chosen = rates.choose(
             self.model,
@@ -278,8 +278,8 @@ def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         )
         settings.update(chosen)
         ddp.prepare(self.model, settings)
-        guard = plugins.AdapterGuard(chosen, is_head_rate_zero=settings.get("decoder_learning_rate") == 0)
-        added = [guard, *([ddp.GlobalSchedule()] if ddp.is_parallel(settings) else [])]
+        checks = guard.AdapterGuard(chosen, is_head_rate_zero=settings.get("decoder_learning_rate") == 0)
+        added = [checks, *([ddp.GlobalSchedule()] if ddp.is_parallel(settings) else [])]
         settings["plugins"] = [*(settings.get("plugins") or []), *added]
         _trainers[self.model] = self
         try:

@@ -125,6 +125,13 @@ SLIPS: dict[str, tuple[Slip, type[FlairPeftError], str]] = {
         ModelFileError,
         r"one file of several.*Pass '.*model'",
     ),
+    "file of a checkpoint that is loaded": (
+        lambda b, folder: flair_peft.from_pretrained(
+            Path(save_random("text-classifier", b, folder / "model", config=LoraConfig())[0]) / "flair_peft.json"
+        ),
+        ModelFileError,
+        r"one file of several.*Pass '.*model'",
+    ),
     "folder of a training": (
         lambda b, folder: read_contents(saved_in(folder, b)),
         ModelFileError,

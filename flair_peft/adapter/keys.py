@@ -36,6 +36,8 @@ _PARAMETER_NAMES = frozenset({"weight", "bias"})
 # Flair's transformer embeddings keep their transformer in an attribute called ``model``.
 _EMBEDDED_MODEL = re.compile(r"((?:[^.]+\.)*?)model\.")
 
+_SAVED_COPY = re.compile(r"\.modules_to_save\.(?:[^.]+\.)?")
+
 # Of the models of a process, whose spellings are remembered: each save asks for all of them several times.
 _MOST_KEYS = 1 << 14
 
@@ -116,8 +118,11 @@ def plain_key(key: str) -> str:
 
 
 def without_saved_copy(key: str) -> str:
-    """Return the name of which PEFT stores the same tensor, where it stores biases and resized matrices twice."""
-    return key.replace(".modules_to_save.", ".")
+    """Return the name of which PEFT stores the same tensor, where it stores biases and resized matrices twice.
+
+    The name of the adapter is still in that of a module within one that was copied.
+    """
+    return _SAVED_COPY.sub(".", key)
 
 
 def is_unread(name: str) -> bool:

@@ -89,12 +89,12 @@ def _merge(chosen: argparse.Namespace) -> int:
 
 
 def _refuse_overwriting(source: Path, *targets: Path) -> None:
-    """Return if no file to be written is the one that is read, or part of it: it holds the adapter."""
+    """Return if no file to be written is the one that is read, or part of it."""
     for target in targets:
         if target.exists() and any(target.samefile(place) for place in (source, *source.rglob("*")) if place.exists()):
             raise SaveError(
-                f"Cannot write '{target}': it is the model that is read, or part of it. What is written there does not "
-                "hold the adapter any more, and there may be no other copy. Choose another name."
+                f"Cannot write '{target}': it is the model that is read, or part of it. What is written there takes "
+                "its place, and there may be no other copy. Choose another name."
             )
 
 

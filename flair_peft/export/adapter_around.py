@@ -23,6 +23,9 @@ from flair_peft.export.linear_head import LinearHead
 from flair_peft.models import directory_layout, save_plan
 from flair_peft.storage import file_names
 
+MERGED_INSTEAD = "Leave merged at True, or --adapter out"
+"""What else can be written."""
+
 _IN_PEFT = "base_model.model."
 
 
@@ -54,7 +57,7 @@ def write(folder: Path, model: Model, head: LinearHead, headed: HeadedModel) -> 
         reason = f"{name_some(beside)} were changed beside it" if beside else "its config has no modules_to_save"
         raise AdapterConfigError(
             f"Cannot write the adapter of '{head.embeddings.name}' for PEFT: {reason}. Its files have room for the "
-            "adapter and the head, and for nothing else. Leave merged at True."
+            f"adapter and the head, and for nothing else. {MERGED_INSTEAD}."
         )
     tensors = dict([*_of_head(headed), *_of_adapter(files[file_names.ADAPTER_WEIGHTS], headed)])
     # One storage under several names is not stored: some methods have such.

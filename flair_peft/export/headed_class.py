@@ -71,6 +71,8 @@ def build(head: LinearHead, transformer: PreTrainedModel, *, dtype: torch.dtype)
     if cls is None:
         what = "words" if head.reads_words else "texts"
         raise _refused(type(transformer).__name__, f"transformers has no class for it that scores {what}")
+    if more := source_classes.more_inputs(cls):
+        raise _refused(cls.__name__, f"it {more}, and Flair's embeddings do not")
     with building.anew(), no_init_weights():
         model = cls._from_config(_config_of(head, transformer.config, dtype), dtype=dtype).eval()
     base_name = next((name for name, part in model.named_children() if type(part) is type(transformer)), None)

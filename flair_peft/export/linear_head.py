@@ -77,6 +77,12 @@ class LinearHead:
         return [label for label in named if label[:2] not in ("B-", "I-", *_BIO)]
 
     @property
+    def taken_for_none(self) -> list[str]:
+        """Labels of spans of a type that pipeline takes for no span."""
+        named = (label for label in self.labels if label not in self.unlabelled) if self.has_spans else ()
+        return [label for label in named if label[2:] == "O"]
+
+    @property
     def names(self) -> list[str]:
         """What the rows are called where tags are B-, I- and O: BIOES has two names for each of the first."""
         renamed = _BIO if self.has_spans else {}

@@ -180,6 +180,11 @@ def differences(model: Model, head: LinearHead, *, is_text_other: bool) -> Itera
             "name. config.json has Flair's own names in flair_peft.labels. What Flair joins by an E- of another type "
             "than the tag before it are two spans here."
         )
+    if head.taken_for_none:
+        yield (
+            "pipeline takes the type O for no span, and leaves out its spans. Rename the type before the training, or "
+            "read the labels of words, as in the code above."
+        )
     if odd := head.without_place:
         yield (
             f"Flair goes on with a span, or begins one, at words that it labels {spell_out(', '.join(odd))}; here each "

@@ -108,7 +108,7 @@ def _refuse_without_merging(model: Model, *, dtype: torch.dtype) -> None:
     if not adapted_embeddings(model):
         raise AdapterConfigError(
             f"Cannot write the adapter of this {type(model).__name__}: none of its embeddings has one. A plain model "
-            "is its weights. Leave merged at True."
+            f"is its weights. {adapter_around.MERGED_INSTEAD}."
         )
     if dtype != torch.float32:
         raise AdapterConfigError(
@@ -210,11 +210,13 @@ class _Export:
             return transformers.AutoTokenizer.from_pretrained(folder), auto.from_pretrained(str(folder), **settings)
         except Exception as error:  # transformers and PEFT fail in many ways
             reason = " ".join(str(error).split())
+            instead = (
+                "Use flair_peft.merge for a plain Flair model" if self.is_merged else adapter_around.MERGED_INSTEAD
+            )
             raise StateMismatchError(
                 f"Cannot make a {type(self.headed.model).__name__} of this {type(self.model).__name__}: what was "
                 f"written cannot be read ({type(error).__name__}: {reason[:300]}). transformers, or PEFT, finds "
-                "something else there, no base, or one that has a head for other labels. "
-                f"{'Use flair_peft.merge for a plain Flair model' if self.is_merged else 'Leave merged at True'}."
+                f"something else there, no base, or one that has a head for other labels. {instead}."
             ) from error
 
     def _apart(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> float:
@@ -255,8 +257,8 @@ class _Export:
             f"{reads}. Use flair_peft.merge for a plain Flair model."
             if self.is_merged
             else f"Cannot write the adapter of '{embeddings.name}' for PEFT: {what}. That class {reads}, or PEFT "
-            "reads the base in another way, as its own config says, without transformers_config_kwargs. Leave merged "
-            "at True."
+            "reads the base in another way, as its own config says, without transformers_config_kwargs. "
+            f"{adapter_around.MERGED_INSTEAD}."
         )
 
 
@@ -327,6 +329,12 @@ def _report_reading(head: LinearHead, tokenizer: PreTrainedTokenizerBase) -> Non
             "subtokens are those of the model, and words of several subtokens come out otherwise there.",
             name,
             pooling,
+        )
+    if head.taken_for_none:
+        log.warning(
+            "'%s' has spans of the type O, which transformers' pipeline takes for none and leaves out: rename the type "
+            "before the training, or read the labels of words.",
+            name,
         )
     if _is_text_other(tokenizer):
         log.warning(

@@ -105,16 +105,21 @@ def source_class(config: PretrainedConfig, settings: Mapping[str, Any]) -> type[
     return None
 
 
+def more_inputs(cls: type[PreTrainedModel] | None) -> str | None:
+    """Return what a class does with the base model beyond giving it tokens, which embeddings do not; if anything."""
+    return None if cls is None else _MORE_INPUTS.get(cls.__name__)
+
+
 def refuse_other_inputs(cls: type[PreTrainedModel] | None) -> None:
     """Return unless a class gives the base model inputs that embeddings do not give it.
 
     Raises:
         AdapterConfigError: it does.
     """
-    if cls is not None and cls.__name__ in _MORE_INPUTS:
+    if cls is not None and (more := more_inputs(cls)):
         raise AdapterConfigError(
-            f"Cannot use an adapter of {cls.__name__}: that class {_MORE_INPUTS[cls.__name__]}, and Flair's embeddings "
-            "do not. The adapter would compute something else here. Use one that was trained on the bare model, or on "
+            f"Cannot use an adapter of {cls.__name__}: that class {more}, and Flair's embeddings do "
+            "not. The adapter would compute something else here. Use one that was trained on the bare model, or on "
             "a class that adds nothing, such as those for token classification."
         )
 

@@ -105,11 +105,7 @@ def read_contents(path: Path) -> Contents:
         ModelFileError: nothing, nothing of these kinds, or something damaged.
         FormatVersionError: a checkpoint that was written by a newer flair_peft.
     """
-    if path.is_file() and path.suffix in (".json", ".safetensors"):
-        raise ModelFileError(
-            f"Cannot read '{path}': it is one file of several. A checkpoint, or an adapter, is the directory in which "
-            f"it lies. Pass '{path.parent}'."
-        )
+    held_directory.refuse_part(path)
     if path.is_file():
         return _read_file(path)
     if held_directory.is_checkpoint(path):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from flair.embeddings import FlairEmbeddings, TransformerEmbeddings
 from flair.nn import Model
+from torch.optim import Optimizer
 
 from flair_peft.adapter import keys, methods, trainable
 from flair_peft.embeddings import untrained
@@ -21,7 +22,7 @@ log = logging.getLogger("flair_peft")
 NAMES = ("learning_rate", "decoder_learning_rate")
 """What Flair's trainer calls the rate of all parameters, and that of those outside of the embeddings."""
 
-_LIKE_ADAM = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam")
+_OF_ADAM = ("torch", "bitsandbytes")
 
 
 def choose(
@@ -72,10 +73,17 @@ def _suited(learning: Iterable[PeftTransformerEmbeddings]) -> float | None:
 
 
 def is_like_adam(optimizer: Any) -> bool:
-    """Whether this is one of torch's own optimisers that divide gradients by their size, as those of the rates do."""
+    """Whether this is an Adam of torch or bitsandbytes, which the rates were found with, or a class made of one."""
     while isinstance(optimizer, functools.partial):
         optimizer = optimizer.func
-    return getattr(optimizer, "__module__", "").startswith("torch.optim") and optimizer.__name__ in _LIKE_ADAM
+    kinds = getattr(optimizer, "__mro__", ())
+    return any(kind.__module__.partition(".")[0] in _OF_ADAM and "Adam" in kind.__name__ for kind in kinds)
+
+
+def _is_known(optimizer: type) -> bool:
+    """Whether a learning rate means what it does to torch; optimisers of other libraries may mean another thing."""
+    of_torch = (kind.__module__.startswith("torch.optim") for kind in optimizer.__mro__ if kind is not Optimizer)
+    return is_like_adam(optimizer) or any(of_torch)
 
 
 def head_parameters(model: Model) -> list[torch.nn.Parameter]:
@@ -127,8 +135,7 @@ def report_far_ones(model: Model, optimizer: torch.optim.Optimizer, *, is_head_r
             "it as it is, call requires_grad_(False) on its modules.",
             as_written(head[-1]),
         )
-    # Optimisers of other libraries may mean another thing by a learning rate.
-    if not type(optimizer).__module__.startswith("torch.optim"):
+    if not _is_known(type(optimizer)):
         return
     every, learning = adapted_embeddings(model), _learning(model)
     new = [embeddings for embeddings in every if untrained.never_updated(embeddings.model, embeddings._start)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
@@ -317,6 +318,20 @@ def test_labels_of_bioes_are_called_as_others_read_them(base: Base, tmp_path: Pa
     assert config.num_labels == 5
 
 
+def test_type_of_spans_that_pipeline_takes_for_none_is_said(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Short for an organisation, O is what transformers calls a word without a label."""
+    for labels in (["PER", "O"], ["PER", "ORG"]):
+        model, folder = _tagger(_words(base("bert")), labels), tmp_path / labels[1]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "flair_peft"):
+            _assert_same(model, folder)
+        is_left_out = labels[1] == "O"
+        assert ("spans of the type O" in caplog.text) is is_left_out
+        assert ("takes the type O for no span" in (folder / "README.md").read_text()) is is_left_out
+
+
 ODD = ["<unk>", "O", "S-x", 'a "quoted" label', "Größe|`x`", "two\nlines", ""]
 
 
@@ -527,7 +542,7 @@ def test_base_with_a_head_for_other_labels_is_merged_alone(base: Base, tmp_path:
     classified.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(base("bert")).save_pretrained(tmp_path / "base")
     model = _tagger(_words(str(tmp_path / "base")))
-    with pytest.raises(StateMismatchError, match=r"size mismatch.*Leave merged at True\.$"):
+    with pytest.raises(StateMismatchError, match=r"size mismatch.*Leave merged at True, or --adapter out\.$"):
         flair_peft.to_transformers(model, tmp_path / "out", merged=False)
     _assert_same(model, tmp_path / "out")
 
@@ -856,6 +871,23 @@ def test_what_no_class_of_transformers_computes_is_refused_with_the_reason(
             flair_peft.to_transformers(model, tmp_path / "out", merged=is_merged)
         assert str(raised.value).count(". ") >= 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "adapter"])
+def test_class_that_gives_a_token_global_attention_is_refused(is_merged: bool, base: Base, tmp_path: Path) -> None:
+    """Texts within a window have the same scores where both kinds of attention have the same weights, longer ones not.
+
+    Such weights come of RoBERTa. The class for words gives none, and is written.
+    """
+    longformer = write_base("Longformer", tmp_path / "base", base("bert"), attention_window=[64, 64])
+    model = AutoModel.from_pretrained(longformer)
+    weights = model.state_dict()
+    model.load_state_dict({name: weights[name.replace("_global", "")] for name in weights})
+    model.save_pretrained(longformer)
+    with pytest.raises(AdapterConfigError, match="gives the first token global attention"):
+        flair_peft.to_transformers(_classifier(_documents(longformer)), tmp_path / "out", merged=is_merged)
+    assert not (tmp_path / "out").exists()
+    _assert_same(_tagger(_words(longformer)), tmp_path / "out", is_merged=is_merged)
 
 
 def test_class_that_reads_another_token_is_refused(base: Base, tmp_path: Path) -> None:

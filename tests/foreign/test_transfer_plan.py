@@ -199,6 +199,17 @@ METHODS: dict[str, tuple[str, str, Callable[[], PeftConfig]]] = {
         "tokens",
         lambda: lora(target_modules=["query"], bias="all", modules_to_save=["encoder.layer.1.output.LayerNorm"]),
     ),
+    "bias all, module of modules saved": (
+        "bert",
+        "tokens",
+        lambda: lora(target_modules=["query"], bias="all", modules_to_save=["encoder.layer.1.output"]),
+    ),
+    "bias all, head of several layers": ("roberta", "sequence", lambda: lora(target_modules=["query"], bias="all")),
+    "bias all, pooler saved": (
+        "bert",
+        "bare",
+        lambda: lora(target_modules=["query"], bias="all", modules_to_save=["pooler"]),
+    ),
     "head saved": ("bert", "sequence", lambda: lora(target_modules=["query"], modules_to_save=["classifier"])),
     "embeddings and head saved": (
         "llama",

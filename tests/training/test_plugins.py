@@ -12,6 +12,7 @@ import torch
 from flair.embeddings import TransformerDocumentEmbeddings
 from flair.models import TextClassifier
 from flair.nn import Classifier
+from flair.nn.multitask import make_multitask_model_and_corpus
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import TrainerPlugin
 from flair.trainers.plugins.functional.reduce_transformer_vocab import ReduceTransformerVocabPlugin
@@ -444,6 +445,24 @@ def test_plugin_that_has_nothing_to_do_says_so(
         torch.testing.assert_close(parameter, weights[1][name])
 
 
+def test_first_batches_of_another_task_say_nothing_of_an_adapter(
+    base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of several adapters, each is asked when it first learns, or at the end of the first epoch."""
+    model, corpus = make_multitask_model_and_corpus(
+        [(classifier(base("bert")), opinion_corpus()), (classifier(base("bert")), opinion_corpus())]
+    )
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        ModelTrainer(model, corpus).fine_tune(tmp_path / "both", max_epochs=1, mini_batch_size=1)
+    assert "learns nothing" not in caplog.text
+    embeddings = model.tasks["Task_1"].embeddings
+    embeddings._add_embeddings_internal = torch.no_grad()(embeddings._add_embeddings_internal)
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        ModelTrainer(model, corpus).fine_tune(tmp_path / "one", max_epochs=2, mini_batch_size=4)
+    assert caplog.text.count("learns nothing") == 1
+    assert "pass fine_tune=True" not in caplog.text
+
+
 def test_first_batch_without_anything_to_learn_from_says_nothing_of_the_adapter(
     base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -637,3 +656,21 @@ def test_model_in_fp64_trains_in_fp64(base: Callable[[str], str], tmp_path: Path
     model = classifier(base("bert")).double()
     train(model, tmp_path, max_epochs=1)
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float64}
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 2e-3), (5e-4, 5e-4)])
+def test_loraplus_gives_adapters_of_embeddings_the_rate_of_the_others(
+    given: float | None, expected: float, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """PEFT's own for them, 1e-6, would leave them where they are in a training as short as Flair's."""
+    model = classifier(base("bert"), peft_config=lora(target_modules=["query", "word_embeddings"]))
+    rates: list[float] = []
+
+    def look(trainer: ModelTrainer) -> None:
+        wanted = {id(p) for name, p in model.named_parameters() if "lora_embedding" in name}
+        groups = [g for g in trainer.optimizer.param_groups if wanted & {id(p) for p in g["params"]}]
+        rates.extend(group["initial_lr"] for group in groups)
+
+    plugins = [LoraPlusPlugin(loraplus_lr_embedding=given), Watch("before_training_epoch", look)]
+    train(model, tmp_path, learning_rate=2e-3, max_epochs=1, plugins=plugins)
+    assert rates == [expected]

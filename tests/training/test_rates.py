@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from flair.embeddings import StackedEmbeddings, TransformerWordEmbeddings
@@ -22,7 +23,7 @@ import flair_peft
 from flair_peft import LoraPlusPlugin, PeftTransformerWordEmbeddings
 from flair_peft.adapter import methods
 from flair_peft.adapter.traits import LORA_RATE
-from flair_peft.training import plugins, rates, start_line
+from flair_peft.training import guard, rates, start_line
 from tests.support.configs import lora
 from tests.support.opinions import classifier, opinion_corpus, train
 from tests.support.quantised import quantised_classifier
@@ -36,8 +37,22 @@ Base = Callable[[str], str]
 Options = dict[str, Any]
 
 
-class Mine(torch.optim.AdamW):
+class Mine(torch.optim.Optimizer):
     """An optimiser that may mean another thing by its learning rate."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, _: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
+
+
+class Derived(torch.optim.AdamW):
+    """An AdamW with something of one's own in it."""
 
 
 class Rates(TrainerPlugin):
@@ -88,6 +103,10 @@ ASKED: dict[str, tuple[Options, Options]] = {
             "learning_rate": LORA_RATE,
             "decoder_learning_rate": 1e-2,
         },
+    ),
+    "an optimiser made of one": (
+        {"optimizer": Derived},
+        {"learning_rate": LORA_RATE, "decoder_learning_rate": 1e-2, "optimizer": torch.optim.AdamW},
     ),
     "train": ({**ADAMW, "learning_rate": 5e-3}, {**ADAMW, "learning_rate": 5e-3, "decoder_learning_rate": 1e-2}),
 }
@@ -200,10 +219,15 @@ def test_suited_rates_spare_whatever_was_trained_before(name: str, base: Base) -
     assert rates.suited_rates(build(base("bert")), torch.optim.AdamW) == expected
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.NAdam, torch.optim.SGD, torch.optim.Rprop, Mine])
+LIKE_ADAM = (torch.optim.Adam, torch.optim.NAdam, Derived, bitsandbytes.optim.AdamW8bit, bitsandbytes.optim.PagedAdamW)
+OTHERS = (torch.optim.SGD, torch.optim.Rprop, torch.optim.Adafactor, bitsandbytes.optim.Lion, Mine)
+
+
+@pytest.mark.parametrize("optimizer", [*LIKE_ADAM, *OTHERS])
 def test_rates_are_for_optimisers_that_mean_the_same_by_them(optimizer: type) -> None:
-    """Those of torch that divide gradients by their size."""
-    assert rates.is_like_adam(optimizer) is (optimizer in (torch.optim.Adam, torch.optim.NAdam))
+    """Those that divide gradients by their size, whoever made a class of them, and with whatever options."""
+    assert rates.is_like_adam(optimizer) is (optimizer in LIKE_ADAM)
+    assert rates.is_like_adam(functools.partial(optimizer, lr=1.0)) is (optimizer in LIKE_ADAM)
 
 
 FAR: dict[str, tuple[Callable[[], Any], Options, str | None]] = {
@@ -253,6 +277,7 @@ FAR: dict[str, tuple[Callable[[], Any], Options, str | None]] = {
     "raised by LoRA+ for a half": (lora, {"learning_rate": 1e-3, "plugins": [LoraPlusPlugin()]}, None),
     "after some epochs": (lora, {"learning_rate": 5e-5, "epoch": 1}, None),
     "without epochs": (lora, {"learning_rate": 5e-5, "max_epochs": 0}, None),
+    "too high for an optimiser made of AdamW": (lora, {"learning_rate": 0.5, "optimizer": Derived}, "times what suits"),
     "of an optimizer of one's own": (lora, {"learning_rate": 5e-5, "optimizer": Mine}, None),
 }
 
@@ -386,7 +411,7 @@ def test_other_processes_say_nothing_of_rates(
     base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Line and warnings are those of the main process."""
-    monkeypatch.setattr(plugins, "is_main_process", lambda: False)
+    monkeypatch.setattr(guard, "is_main_process", lambda: False)
     with caplog.at_level(logging.WARNING, logger="flair_peft"):
         train(classifier(base("bert")), tmp_path, learning_rate=5e-5, max_epochs=1)
     assert not start_lines(tmp_path)

@@ -63,6 +63,7 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
         encoder_dropout=0.2,
     ),
     "adalora": adalora,
+    "trained norms": lambda: dropping(bias="all", modules_to_save=["LayerNorm"]),
     "velora-once": lambda: dropping(velora_config=VeloraConfig(num_groups=4, init_type="batch_average_once")),
 }
 
@@ -228,7 +229,14 @@ def test_resumed_training_of_each_method_equals_one_that_never_stopped(
 
 
 @pytest.mark.parametrize(
-    ("method", "schedule"), [("lora", "train"), ("prefix-projection", "fine_tune"), ("adalora", "fine_tune")]
+    ("method", "schedule"),
+    [
+        ("lora", "train"),
+        ("prefix-projection", "fine_tune"),
+        ("adalora", "fine_tune"),
+        ("trained norms", "train"),
+        ("trained norms", "fine_tune"),
+    ],
 )
 def test_resumed_training_on_a_16_bit_base_equals_one_that_never_stopped(
     method: str, schedule: str, journey: Journeys
