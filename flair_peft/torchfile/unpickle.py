@@ -104,8 +104,9 @@ def _read(path: HeldFile, *, expects_adapters: bool, trust_pickle: bool) -> Any:
         raise
     except Exception as error:  # a damaged pickle can call anything with anything
         raise ModelFileError(
-            f"Cannot read '{path}' ({path.stat().st_size} bytes): {type(error).__name__}: {error}. It is truncated, or "
-            "it was never written by Flair. Copy or save it again."
+            f"Cannot read '{path}' ({path.stat().st_size} bytes): {type(error).__name__}: {error}. It is truncated, "
+            "it was never written by Flair, or Flair pickled what it cannot unpickle, such as a label encoder. Copy or "
+            "save it again, with flair_peft.save_pretrained in the last case."
         ) from error
 
 
