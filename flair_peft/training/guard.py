@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -89,7 +90,13 @@ class AdapterGuard(TrainerPlugin):
     @TrainerPlugin.hook("after_setup")
     def step_exactly(self, **_: Any) -> None:
         """Let what trains in half precision hold small updates."""
-        self.trainer.context_stack.enter_context(exact_steps(self.trainer.optimizer))
+        self._steps = self.trainer.context_stack.enter_context(contextlib.ExitStack())
+        self._steps.enter_context(exact_steps(self.trainer.optimizer))
+
+    @TrainerPlugin.hook("training_interrupt")
+    def end_steps(self, **_: Any) -> None:
+        """Give parameters their dtype back before Flair saves a model that was interrupted in a step."""
+        self._steps.close()
 
     @TrainerPlugin.hook("before_training_epoch")
     def say_what_is_trained(self, epoch: int, **_: Any) -> None:

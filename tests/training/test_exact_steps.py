@@ -127,3 +127,20 @@ def test_model_in_half_precision_comes_back_as_it_was_trained(base: Base, tmp_pa
     for again in (*files, copy.deepcopy(model)):
         found = again.state_dict()
         assert not [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
+
+
+def test_training_that_is_interrupted_in_a_step_is_saved_in_its_dtype(base: Base, tmp_path: Path) -> None:
+    """Flair saves it while its trainer's contexts are open."""
+    config, part = NARROW["copies of modules"]
+    model = classifier(base("bert"), peft_config=config(), dtype="bfloat16")
+    narrow = {name for name, p in model.named_parameters() if part in name}
+
+    class Stopped(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            raise KeyboardInterrupt
+
+    train(model, tmp_path, optimizer=Stopped)
+    assert {p.dtype for name, p in model.named_parameters() if name in narrow} == {torch.bfloat16}
+    found = TextClassifier.load(tmp_path / "final-model.pt").state_dict()
+    assert {found[name].dtype for name in narrow} == {torch.bfloat16}
