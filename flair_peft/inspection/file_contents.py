@@ -105,7 +105,7 @@ def read_contents(path: Path) -> Contents:
         ModelFileError: nothing, nothing of these kinds, or something damaged.
         FormatVersionError: a checkpoint that was written by a newer flair_peft.
     """
-    held_directory.refuse_part(path)
+    file_names.refuse_part(path)
     if path.is_file():
         return _read_file(path)
     if held_directory.is_checkpoint(path):

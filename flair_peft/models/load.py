@@ -60,7 +60,7 @@ def open_stored(source: Path | dict[str, Any], options: LoadOptions, *, expects_
 
 
 def _open_file(path: Path, options: LoadOptions, expects_adapters: bool) -> Stored:
-    held_directory.refuse_part(path)
+    file_names.refuse_part(path)
     with within_load(options=options):
         state = unpickle.read_state(path, expects_adapters=expects_adapters, trust_pickle=options.trust_file)
     return Stored("file", state, str(path), options)

@@ -1,4 +1,4 @@
-"""Names of the files and folders of a checkpoint directory, and those that no file can have."""
+"""Names of the files and folders of a checkpoint directory, and the paths that cannot be one or be read alone."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ def refuse_impossible(source: str | Path) -> None:
             f"Cannot load {str(source)[:60]!r}, a name of {len(str(source))} characters: as the name of a file it is "
             f"{reason}, and no repository is called so. Pass a path or a Hub id."
         ) from error
+
+
+def refuse_part(path: Path) -> None:
+    """Return unless the path is that of a file of a checkpoint, or of an adapter, which are directories.
+
+    Raises:
+        ModelFileError: it is.
+    """
+    if path.is_file() and path.suffix in (".json", ".safetensors"):
+        raise ModelFileError(
+            f"Cannot read '{path}': it is one file of several. A checkpoint, or an adapter, is the directory in which "
+            f"it lies. Pass '{path.parent}'."
+        )
 
 
 def folder_of(index: int) -> str:

@@ -48,19 +48,6 @@ def is_checkpoint(directory: Path) -> bool:
     return _has_document(find_directory(directory, names_of=names_of))
 
 
-def refuse_part(path: Path) -> None:
-    """Return unless the path is that of a file of a checkpoint, or of an adapter, which are directories.
-
-    Raises:
-        ModelFileError: it is.
-    """
-    if path.is_file() and path.suffix in (".json", ".safetensors"):
-        raise ModelFileError(
-            f"Cannot read '{path}': it is one file of several. A checkpoint, or an adapter, is the directory in which "
-            f"it lies. Pass '{path.parent}'."
-        )
-
-
 def names_of(directory: Path) -> list[str]:
     """Return which files in a directory are a checkpoint's, the document first; none if there is no document."""
     if not _has_document(directory):
