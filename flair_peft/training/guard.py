@@ -115,7 +115,7 @@ class AdapterGuard(TrainerPlugin):
     def note_scores(self, epoch: int, validation_scores: tuple[float, ...], **_: Any) -> None:
         """Keep the scores of the epoch where files hold them: in the model card."""
         names = ("dev score", "dev loss") if len(validation_scores) > 1 else ("train loss",)
-        scores = {name: float(value) for name, value in zip(names, validation_scores, strict=False)}
+        scores = {name: float(value) for name, value in zip(names, validation_scores, strict=True)}
         self.model.model_card["scores"] = {"epoch": epoch, **scores}
 
     @TrainerPlugin.hook("after_training")
