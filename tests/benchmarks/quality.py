@@ -62,7 +62,7 @@ GAP = {
     "full fine-tuning, twice the epochs": replace(WAYS[quality_table.FULL], epochs=2),
 }
 """What may be between LoRA and full fine-tuning: its rank, its targets, or its epochs."""
-GAP_TASKS = ("UD-EWT", "NER, linear")
+GAP_TASKS = ("UD-EWT", "NER, linear", "NER, linear, context")
 """Those on which there is something between them."""
 RATES_OF = {
     **dict.fromkeys([*UPPER, "DoRA", *(way for way in GAP if way.startswith("LoRA"))], "LoRA"),
@@ -107,7 +107,7 @@ class Base:
         with_rates = {*self.rates, "frozen encoder"}
         names = [name for name in {**WAYS, **self.own} if RATES_OF.get(name, name) in with_rates]
         if RATES_OF.get(task, task) != task:
-            return [name for name in names if name in EVERYWHERE]
+            names = [name for name in names if name in EVERYWHERE]
         names += self.gap if task in GAP_TASKS else ()
         return [name for name in names if name not in self.few or task in SMALL_TASKS]
 

@@ -243,7 +243,9 @@ def test_what_is_between_lora_and_full_fine_tuning_is_looked_for_at_their_rates(
     chosen = quality.choices([], "MiniLM", ["NER, linear"], list(quality.GAP))
     assert {plan["way"] for plan in chosen} == {"LoRA", "full fine-tuning"}
     assert set(quality.GAP) <= {*quality.BASES["MiniLM"].ways("UD-EWT")}
-    assert set(quality.GAP) & {*quality.BASES["MPNet"].ways("UD-EWT")} == {"LoRA, twice the epochs"}
+    of_mpnet = quality.BASES["MPNet"].ways
+    assert set(quality.GAP) & {*of_mpnet("UD-EWT")} == {"LoRA, twice the epochs"}
+    assert {*of_mpnet("NER, linear, context")} == {*quality.EVERYWHERE, "LoRA, twice the epochs"}
     assert not set(quality.GAP) & {way for base in quality.BASES.values() for way in base.ways("SST-2")}
 
 

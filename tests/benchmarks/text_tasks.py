@@ -21,7 +21,7 @@ from flair.nn import Classifier
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-EVALUATION_BATCH = 64
+EVALUATION_BATCH = 16
 
 ONE_WINDOW = {"allow_long_sentences": False}
 """No sentence here is longer than the model reads; Flair's default would copy each batch into 512 places."""
