@@ -142,6 +142,10 @@ def _tagger(world: World) -> None:
     world.names["model"] = world.tagger().eval()
 
 
+def _written_for_peft(world: World) -> None:
+    flair_peft.to_transformers(world.tagger(), "for-peft", merged=False)
+
+
 def _trainer(world: World) -> None:
     _model(world)
     world.names["trainer"] = ModelTrainer(world.names["model"], world.corpus)
@@ -253,6 +257,7 @@ READERS: dict[str, Callable[[World], None]] = {
     "merge(model)": _model,
     "pickled.pt": _pickled,
     "to_transformers(model": _tagger,
+    'from_pretrained("for-peft")': _written_for_peft,
     "RankAllocationPlugin": _plugins,
 }
 

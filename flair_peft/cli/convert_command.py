@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_convert(commands: Any, name: str) -> None:
     """Add the command ``convert``."""
-    text = "make a checkpoint of a .pt file, also of one of stock Flair with an adapter and without its PEFT config"
+    text = "make a checkpoint of a .pt file, with an adapter or without; stock Flair's lack the PEFT config of theirs"
     example = "flair-peft convert old.pt my-tagger --lora-alpha 32"
     parser = add_command(commands, name, _convert, text, example)
     parser.add_argument("source", type=Path, help="the .pt file")

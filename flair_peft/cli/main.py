@@ -80,7 +80,7 @@ def _with_options(text: str, known: Collection[str]) -> str:
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flair-peft",
-        description="Look into, prove, compare, publish, convert and serve Flair models with adapters.",
+        description="Look into, prove, compare, publish, convert and serve Flair models, with adapters or without.",
     )
     parser.add_argument("--version", action=_Versions, nargs=0, help="show the versions that a bug report asks for")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")

@@ -52,7 +52,7 @@ def add_verify(commands: Any, name: str) -> None:
 def _verify(chosen: argparse.Namespace) -> int:
     with showing("verifying"):
         flair_peft.verify(chosen.path, base_model=chosen.base_model, trust_remote_code=chosen.trust_remote_code)
-    echo(f"{printable(chosen.path)}: every tensor, every weight of the base and the probe are as they were.")
+    echo(f"{printable(chosen.path)}: every tensor, the probe, and every weight left to a base are as they were.")
     return OK
 
 

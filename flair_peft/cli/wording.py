@@ -23,6 +23,7 @@ _KINDS = {
 _PARTS = {
     "adapter": "adapter",
     "head": "head",
+    "embeddings": "other embeddings",
     "base": "base weights",
     "tokenizer": "tokenizer",
     "training": "state of the training",
@@ -50,11 +51,13 @@ def _describe(found: Inspection) -> Iterator[tuple[str, str]]:
     for transformer in found.transformers:
         yield "embeddings", f"{transformer.embeddings} ({transformer.place})"
         yield "base", ", ".join(_facts_of_base(transformer.base))
+    for other in found.others:
+        yield "embeddings", f"{other.embeddings} ({other.place})"
     for name, labels in found.labels.items():
         described = f"{name} ({labels.type or 'no type'}, {len(labels.items)})"
         yield "labels", f"{described}: {some(labels.items, _SHOWN_LABELS)}"
     for part, dtypes in found.dtypes.items():
-        title = "transformer" if part == "base" and found.transformers else part
+        title = "transformer" if part == "base" and found.transformers else "other" if part == "embeddings" else part
         yield f"{title} dtypes", ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.items())
     for title, named in (("versions", found.versions), ("scores", found.scores)):
         if named:

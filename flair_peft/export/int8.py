@@ -14,7 +14,7 @@ from flair.models import MultitaskModel, TextPairRegressor, TextRegressor
 from flair.nn import Model
 
 from flair_peft.errors import AdapterConfigError, FlairPeftError, SaveError
-from flair_peft.primitives import host_internals
+from flair_peft.primitives import host_internals, progress
 from flair_peft.storage import atomic
 
 log = logging.getLogger("flair_peft")
@@ -50,6 +50,7 @@ class AccuracyCost:
         )
 
 
+@progress.shown("quantising")
 def quantize_onnx(
     model: Model, data_points: Sequence[DataPoint], *, gold_label_type: str | None = None
 ) -> AccuracyCost:

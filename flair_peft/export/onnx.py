@@ -22,6 +22,7 @@ from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
 from flair_peft.export import merge
 from flair_peft.models import build
+from flair_peft.primitives import progress
 from flair_peft.primitives.full_precision import full_precision
 from flair_peft.storage import atomic
 
@@ -36,6 +37,7 @@ _CHECKED = (
 )
 
 
+@progress.shown("exporting")
 def export_onnx(
     model: Model, path: str | Path, *, examples: Sequence[str] = _EXAMPLES, opset_version: int = 14
 ) -> Model:

@@ -23,7 +23,7 @@ from flair_peft.errors import AdapterConfigError, FlairPeftError, StateMismatchE
 from flair_peft.export import adapter_around, headed_class, merge, transformers_card, transformers_folder
 from flair_peft.export.headed_class import HeadedModel
 from flair_peft.export.linear_head import LinearHead, linear_head, live_scores
-from flair_peft.primitives import devices, dtypes, host_internals
+from flair_peft.primitives import devices, dtypes, host_internals, progress
 from flair_peft.primitives.dtypes import dtype_name
 from flair_peft.primitives.full_precision import full_precision
 from flair_peft.storage import atomic, file_names, manifest
@@ -48,6 +48,7 @@ _PROBES_OF_TEXTS = (*_PROBES, ("Yes", "\ua66e"))
 _TOLERANCE = 1e-4
 
 
+@progress.shown("exporting")
 def to_transformers(
     model: Model, directory: str | Path, *, merged: bool = True, dtype: dtypes.DtypeLike = torch.float32
 ) -> None:
@@ -194,7 +195,7 @@ class _Export:
         apart = self._apart(model, tokenizer)
         if not apart <= self._allowed:
             raise self._other(f"read again, its scores are {apart:.2g} of their norm away from those here")
-        _report_reading(self.head, tokenizer)
+        _report_reading(self.head, tokenizer, is_merged=self.is_merged)
 
     def _read(self, folder: Path) -> tuple[PreTrainedTokenizerBase, Any]:
         """Return what transformers, or PEFT, makes of the folder."""
@@ -320,9 +321,15 @@ def _can_be_merged(model: Model) -> bool:
     return True
 
 
-def _report_reading(head: LinearHead, tokenizer: PreTrainedTokenizerBase) -> None:
+def _report_reading(head: LinearHead, tokenizer: PreTrainedTokenizerBase, *, is_merged: bool) -> None:
     """Say where transformers reads what is usual in another way than Flair does."""
     name, pooling = head.embeddings.name, getattr(head.embeddings, "subtoken_pooling", None)
+    if not is_merged:
+        log.warning(
+            "PEFT reads the config of the base '%s', and not the one that is written beside the adapter: labels would "
+            "have no names, or their number would not fit. Load it as the card in the directory, README.md, shows.",
+            name,
+        )
     if head.reads_words and pooling != "first":
         log.warning(
             "'%s' has subtoken_pooling='%s', which no strategy of transformers' pipeline reads: the scores of the "

@@ -119,6 +119,25 @@ def find_plain(found: Contents) -> Iterator[PlainTransformer]:
         yield PlainTransformer(place_of(embeddings), name if isinstance(name, str) else None, base)
 
 
+@dataclass(frozen=True)
+class OtherEmbeddings:
+    """Embeddings that have no transformer of their own: a table of words, or what stands around others.
+
+    Attributes:
+        place: where they stand in the model's state.
+        embeddings: their class.
+    """
+
+    place: str
+    embeddings: str
+
+
+def find_others(found: Contents) -> Iterator[OtherEmbeddings]:
+    """Yield the embeddings of a model file that have no transformer of their own, in its order."""
+    for embeddings in state_tree.others_in(found.state):
+        yield OtherEmbeddings(place_of(embeddings), embeddings.params["__cls__"])
+
+
 def own_tensors(found: Contents, prefixes: tuple[str, ...]) -> dict[str, StoredTensor]:
     """Return the tensors of a transformer by their names in it; under the first of several prefixes are all of them."""
     first = prefixes[0] if prefixes else None

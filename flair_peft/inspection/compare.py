@@ -8,7 +8,7 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -279,12 +279,19 @@ def _inside(place: str, value: Any, skipped: frozenset[str]) -> Iterator[tuple[s
     if isinstance(value, Made):
         named = _parts_of(value)
     elif isinstance(value, dict):
-        named = ((_name_of(key, index), item) for index, (key, item) in enumerate(value.items()))
+        named = ((_name_of(key, index), item) for index, (key, item) in enumerate(_entries(value)))
     else:
         named = ((str(index), item) for index, item in enumerate(value))
     for name, item in named:
         if name not in skipped:
             yield f"{place}.{name}".lstrip("."), item
+
+
+def _entries(value: Mapping[Any, Any]) -> Iterable[tuple[Any, Any]]:
+    """Return the entries of a dictionary, in JSON of one whose keys are no texts, too."""
+    items = value.get("items") if value.get("$type") == "dict" else None
+    pairs = [tuple(pair) for pair in items if isinstance(pair, list)] if isinstance(items, list) else []
+    return pairs if pairs and all(len(pair) == 2 for pair in pairs) else value.items()
 
 
 def _parts_of(made: Made) -> Iterator[tuple[str, Any]]:

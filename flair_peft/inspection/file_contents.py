@@ -114,7 +114,9 @@ def read_contents(path: Path) -> Contents:
         return _read_adapter(path)
     if path.is_dir():
         models = sorted(each.name for each in path.glob("*.pt"))
-        what = f"it is a directory that holds {name_some(models) or 'no checkpoint and no adapter'}"
+        is_of_transformers = (path / "config.json").is_file()
+        nothing = "a model of transformers" if is_of_transformers else "no checkpoint and no adapter"
+        what = f"it is a directory that holds {name_some(models) or nothing}"
     else:
         what = "it is neither a file nor a directory" if path.exists() else "there is no such file or directory"
     raise (ModelFileError if path.exists() else MissingFileError)(

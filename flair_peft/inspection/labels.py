@@ -51,7 +51,9 @@ def dictionary_in(value: Any) -> StoredDictionary | None:
     if isinstance(value, dict) and value.get("$type") == "dictionary":
         held = {name: part for name, part in value.items() if name != "$type"}
     elif isinstance(value, Made) and value.name == "flair.data.Dictionary" and isinstance(value.state, dict):
-        held = {name: part for name, part in value.state.items() if name != "idx2item"}
+        # The last is kept by Flair for itself once it has looked something up.
+        left = ("idx2item", "item2idx_not_encoded")
+        held = {name: part for name, part in value.state.items() if name not in left}
         held["items"] = value.state.get("idx2item")
         if _is_usual(held.get("item2idx"), held["items"]):
             del held["item2idx"]

@@ -14,7 +14,14 @@ from typing import Any
 
 from flair_peft.adapter import keys, traits
 from flair_peft.inspection import file_contents
-from flair_peft.inspection.adapters import Adapter, PlainTransformer, find_adapters, find_plain
+from flair_peft.inspection.adapters import (
+    Adapter,
+    OtherEmbeddings,
+    PlainTransformer,
+    find_adapters,
+    find_others,
+    find_plain,
+)
 from flair_peft.inspection.file_contents import ADAPTER, CHECKPOINT, Contents, StoredTensor
 from flair_peft.inspection.labels import Labels, find_labels
 from flair_peft.storage import file_names
@@ -24,11 +31,12 @@ from flair_peft.torchfile.state_tree import embeddings_in
 FORMAT = 1
 """Of :meth:`Inspection.to_dict`; it grows when a key changes its meaning or goes away."""
 
-PARTS = ("adapter", "head", "base", "tokenizer", "training", "other")
+PARTS = ("adapter", "head", "embeddings", "base", "tokenizer", "training", "other")
 
 _STATE = "state_dict/"
 _TRAINING = "training_state/"
 _TRANSFORMER = re.compile(r"(?:[^.]+\.)*?model\.")
+_EMBEDDINGS = re.compile(r"(?:model_states/[^/]+/)?state_dict/(?:\w+_)?embeddings\.")
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,11 @@ class Inspection:
     def transformers(self) -> tuple[PlainTransformer, ...]:
         """The transformer embeddings of a model without an adapter, in the order of the file."""
         return () if self.adapters or self.kind == ADAPTER else tuple(find_plain(self.contents))
+
+    @cached_property
+    def others(self) -> tuple[OtherEmbeddings, ...]:
+        """The embeddings without a transformer of their own, in the order of the file."""
+        return tuple(find_others(self.contents))
 
     @cached_property
     def labels(self) -> dict[str, Labels]:
@@ -105,7 +118,7 @@ class Inspection:
         found: dict[str, Counter[str]] = {}
         for name, tensor in self.contents.tensors.items():
             found.setdefault(self.part_of(name), Counter())[tensor.dtype] += 1
-        return {part: dict(found[part]) for part in ("adapter", "head", "base") if part in found}
+        return {part: dict(found[part]) for part in ("adapter", "head", "embeddings", "base") if part in found}
 
     @cached_property
     def missing(self) -> tuple[str, ...]:
@@ -137,7 +150,7 @@ class Inspection:
             return "tokenizer" if name.rpartition("/")[2] in file_names.ARCHIVES else "other"
         inside = self.inside_transformer(name)
         if inside is None:
-            return "head"
+            return "head" if _EMBEDDINGS.match(name) is None else "embeddings"
         if not self.adapters:
             return "base"
         return "adapter" if keys.base_key(inside) is None or not self.holds_base else "base"
@@ -174,6 +187,7 @@ class Inspection:
             "missing": list(self.missing),
             "notes": list(self.notes),
             "transformers": [dataclasses.asdict(transformer) for transformer in self.transformers],
+            "other_embeddings": [dataclasses.asdict(embeddings) for embeddings in self.others],
         }
 
     def _tokenizer_bytes(self) -> int:

@@ -28,7 +28,7 @@ _DEEPEST = 100  # deeper than embeddings stand in any model
 
 @dataclass(frozen=True)
 class StoredEmbeddings:
-    """Transformer embeddings as the state of a model holds them.
+    """Embeddings as the state of a model holds them.
 
     Flair stores parameters under other names than the modules have ("document_embeddings" for ``embeddings``), but a
     Flair model has one tree of embeddings, and the positions in its stacks are the same in both.
@@ -80,6 +80,16 @@ def tasks_of(state: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any
 
 def embeddings_in(state: Any) -> Iterator[StoredEmbeddings]:
     """Yield all transformer embeddings in the state of a model, those of its tasks included."""
+    return (found for found in _parts_in(state) if _is_of_transformer(found.params))
+
+
+def others_in(state: Any) -> Iterator[StoredEmbeddings]:
+    """Yield all embeddings without a transformer of their own in the state of a model, those around others first."""
+    found = (found for found in _parts_in(state) if not _is_of_transformer(found.params))
+    return (each for each in found if each.params["__cls__"].endswith("Embeddings"))
+
+
+def _parts_in(state: Any) -> Iterator[StoredEmbeddings]:
     for task, part in tasks_of(state):
         for place, value in _roots(part):
             for at, params in _walk(place, value):
@@ -140,7 +150,7 @@ def _roots(state: Mapping[Any, Any]) -> Iterator[tuple[tuple[str | int, ...], An
 
 
 def _walk(place: tuple[str | int, ...], value: Any) -> Iterator[tuple[tuple[str | int, ...], dict[str, Any]]]:
-    """Yield what is in embeddings within embeddings, each container once: a file can nest them without end."""
+    """Yield embeddings and what is in them, each container once: a file can nest them without end."""
     seen: set[int] = set()
     pending = [(place, value)]
     while pending:
@@ -148,8 +158,7 @@ def _walk(place: tuple[str | int, ...], value: Any) -> Iterator[tuple[tuple[str 
         if not isinstance(value, dict) or not isinstance(value.get("__cls__"), str) or id(value) in seen:
             continue
         seen.add(id(value))
-        if _is_of_transformer(value):
-            yield place, value
+        yield place, value
         if len(place) < _DEEPEST:
             pending.extend(reversed([*_parts_of(place, value)]))
 

@@ -24,6 +24,7 @@ from flair.nn import Model
 from peft import (
     AdaLoraConfig,
     AdaptionPromptConfig,
+    AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
     IA3Config,
     PromptTuningConfig,
@@ -525,6 +526,19 @@ def test_adapter_is_written_without_a_word_on_merging(
     model = _classifier(_documents(base("bert"), allow_long_sentences=True))
     flair_peft.to_transformers(model, tmp_path, merged=False)
     assert "merged" not in caplog.text
+
+
+def test_labels_that_peft_does_not_read_are_named_where_an_adapter_is_written(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two of them load without a word, under names of transformers' own: shows once PEFT reads them."""
+    embeddings = _documents(base("llama"), "llama")
+    head = torch.nn.Linear(embeddings.embedding_length, 2, bias=False)
+    flair_peft.to_transformers(_classifier(embeddings, ["good", "bad"], decoder=head), tmp_path, merged=False)
+    assert "labels would have no names" in caplog.text
+    assert AutoConfig.from_pretrained(tmp_path).id2label == {0: "good", 1: "bad"}
+    found = AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path))
+    assert found.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
 
 @pytest.mark.parametrize("length", [8, 16])

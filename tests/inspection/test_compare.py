@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from flair.data import Dictionary
+from flair.data import Dictionary, Sentence
 from flair.nn import Model
 from peft import get_peft_model
 from transformers import AutoModel
@@ -26,6 +26,7 @@ from flair_peft.adapter import keys
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.inspection.compare import Comparison, compare
 from flair_peft.inspection.report import inspect
+from tests.support.classic import characters, dictionary, tagger
 from tests.support.configs import lora
 from tests.support.files import save_as, save_stock
 from tests.support.models import CLASSIFIER, make
@@ -38,14 +39,6 @@ def diff(first: Path, second: Path) -> Comparison:
     found = compare(inspect(first), inspect(second))
     json.dumps(found.to_dict())
     return found
-
-
-def numbered(*items: str, span_labels: bool = False) -> Dictionary:
-    dictionary = Dictionary(add_unk=False)
-    for item in items:
-        dictionary.add_item(item)
-    dictionary.span_labels = span_labels
-    return dictionary
 
 
 def adapted(model: Model) -> PeftTransformerEmbeddings:
@@ -226,8 +219,8 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
     "bytes": (b"abc", b"abd"),
     "many bytes": (b"x" * 20_000 + b"a", b"x" * 20_000 + b"b"),
     "a name that only embeddings do not mean": ({"name": "a", "part": 1}, {"name": "b", "part": 2}),
-    "a dictionary in a list": ([numbered("a", "b")], [numbered("b", "a")]),
-    "flags of a dictionary": (numbered("a"), numbered("a", span_labels=True)),
+    "a dictionary in a list": ([dictionary("a", "b")], [dictionary("b", "a")]),
+    "flags of a dictionary": (dictionary("a"), dictionary("a", span_labels=True)),
     "objects of the same kind": ([Holder([1]), Holder([2])], [Holder([1]), Holder([3])]),
     "a set": ({"a", "b", "c"}, {"a", "b", "d"}),
     "complex numbers": (torch.tensor([1 + 2j]), torch.tensor([1 + 3j])),
@@ -298,6 +291,19 @@ def test_comparison_of_tokenizers_in_stock_files_is_of_their_files(base: Base, t
         paths.append(_save(tmp_path / f"{name}.pt", document_embeddings=params))
     assert diff(paths[0], paths[1]).is_equal
     assert [change.name for change in diff(paths[0], paths[2]).tokenizer] == ["document_embeddings.tokenizer_data"]
+
+
+def test_comparison_of_a_stock_file_with_its_checkpoint_finds_the_same(base: Base, tmp_path: Path) -> None:
+    """Whatever Flair keeps beside a dictionary that it has looked into, and whatever JSON cannot have for a key."""
+    models = {"classic": tagger(characters()), "plain": make(CLASSIFIER, base("bert"), None, is_stock=True)}
+    found = dict[str, Comparison]()
+    for name, model in models.items():
+        model.predict(Sentence("George went to Washington ."))
+        path = save_stock(model, tmp_path / f"{name}.pt")
+        flair_peft.convert_legacy(path, tmp_path / name)
+        found[name] = diff(path, tmp_path / name)
+    assert found["classic"].is_equal
+    assert not found["plain"].config
 
 
 def test_comparison_finds_differences_between_views_of_one_storage(base: Base, tmp_path: Path) -> None:

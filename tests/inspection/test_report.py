@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from flair.data import Dictionary
+from flair.embeddings import OneHotEmbeddings, StackedEmbeddings
 from flair.nn import Model
 from peft import IA3Config, get_peft_model
 from transformers import AutoModel
@@ -27,7 +28,7 @@ from flair_peft.adapter import keys
 from flair_peft.errors import ModelFileError
 from flair_peft.inspection import report
 from flair_peft.inspection.report import Inspection, inspect
-from tests.support import sparse
+from tests.support import classic, sparse
 from tests.support.configs import lora
 from tests.support.files import Payload, save_as, save_stock
 from tests.support.models import CLASSIFIER, make
@@ -173,6 +174,21 @@ def test_inspection_of_a_stock_file_without_an_adapter_names_its_transformer(bas
     assert found.sizes["base"] == transformer
 
 
+def test_inspection_of_classic_embeddings_names_each_and_tells_them_from_the_head(tmp_path: Path) -> None:
+    """Also where they stand in others."""
+    words = OneHotEmbeddings(classic.dictionary("a", "b"), embedding_length=3)
+    model = classic.tagger(StackedEmbeddings([words, classic.characters()]), use_rnn=True, hidden_size=4)
+    found = inspect(save_stock(model, tmp_path / "x.pt"))
+    assert [(each.embeddings, each.place) for each in found.others] == [
+        ("StackedEmbeddings", "embeddings"),
+        ("OneHotEmbeddings", "embeddings.embeddings.0"),
+        ("FlairEmbeddings", "embeddings.embeddings.1"),
+    ]
+    embedded = sum(tensor.nbytes for tensor in model.embeddings.state_dict().values())
+    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert (found.sizes["embeddings"], found.sizes["head"]) == (embedded, whole - embedded)
+
+
 def test_inspection_of_stock_tasks_finds_an_adapter_for_each(base: Base, tmp_path: Path) -> None:
     """Flair stores shared embeddings once for each task."""
     flair_peft.uninstall()
@@ -257,7 +273,7 @@ def test_inspection_as_json_has_stable_keys(saved: Callable[[str, str], tuple[Mo
         found = json.loads(text)
         assert list(found) == [
             *("format", "path", "kind", "class", "bytes", "adapters", "labels", "dtypes", "tensors", "versions"),
-            *("scores", "missing", "notes", "transformers"),
+            *("scores", "missing", "notes", "transformers", "other_embeddings"),
         ]
         assert list(found["bytes"]) == [*report.PARTS, "total"]
         assert found["adapters"][0].keys() == {
@@ -371,11 +387,13 @@ def test_inspection_of_odd_values_is_refused_or_read(place: str, tmp_path: Path)
             continue
 
 
-@pytest.mark.parametrize("name", ["nothing", "empty folder", "text", "other pickle", "pipe"])
-def test_inspection_of_something_else_is_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["nothing", "empty folder", "transformers", "text", "other pickle", "pipe"])
+def test_inspection_of_something_else_is_refused(name: str, base: Base, tmp_path: Path) -> None:
     """Whatever is no model is refused by its path."""
     path = tmp_path / "x"
-    if name == "empty folder":
+    if name == "transformers":
+        shutil.copytree(base("bert"), path)
+    elif name == "empty folder":
         path.mkdir()
     elif name == "text":
         path.write_text("Dear reader,\n")
@@ -383,8 +401,9 @@ def test_inspection_of_something_else_is_refused(name: str, tmp_path: Path) -> N
         path.write_bytes(pickle.dumps([1, 2]))
     elif name == "pipe":
         os.mkfifo(path)
-    with pytest.raises(ModelFileError, match=str(path)):
+    with pytest.raises(ModelFileError, match=str(path)) as error:
         inspect(path)
+    assert ("holds a model of transformers" in str(error.value)) == (name == "transformers")
 
 
 def _large_state() -> tuple[dict[str, Any], dict[str, sparse.Hole]]:

@@ -107,7 +107,7 @@ def test_bar_of_what_fails_is_taken_away(terminal: Terminal) -> None:
 def test_library_call_that_takes_long_has_a_bar(
     base: Callable[[str], str], terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Saving, loading, verifying and merging, each under its own name and with one bar for all that is inside."""
+    """Saving, loading, merging and the like, each under its own name and with one bar for all that is inside."""
     monkeypatch.setattr(progress, "_PATIENCE", 0.0)
     monkeypatch.setattr(progress, "tqdm", functools.partial(progress.tqdm, file=terminal))
     model, told = classifier(base("bert")), {}
@@ -116,6 +116,7 @@ def test_library_call_that_takes_long_has_a_bar(
         "verifying": lambda: flair_peft.verify(tmp_path / "model"),
         "loading": lambda: TextClassifier.load(tmp_path / "model"),
         "merging": lambda: flair_peft.merge(model),
+        "exporting": lambda: flair_peft.to_transformers(model, tmp_path / "transformers"),
         "reading the base": lambda: classifier(base("electra")),
     }
     for name, call in calls.items():
