@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,6 +77,19 @@ def restore_(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Te
     for tensor, exact in pairs:
         tensor.data, tensor.grad = exact_value(tensor, exact), None  # a gradient has the dtype of the cast
     return bool(pairs)
+
+
+@contextlib.contextmanager
+def converted(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> Iterator[None]:
+    """Inside, tensors of a module get another dtype: those that are wide enough then have their exact values again."""
+    settle_(owner)
+    kept, now = exact_values(owner), tensors()
+    exact = {name: exact_value(now[name], value) for name, value in kept.items() if name in now}
+    yield
+    now = tensors()
+    for name in [name for name in exact if name in now and now[name].itemsize >= exact[name].itemsize]:
+        now[name].data = exact[name].to(now[name].device, now[name].dtype)
+        kept.pop(name, None)  # which a model within has done, too
 
 
 def _give_exact_values(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -121,7 +121,10 @@ def convert_(model: Model, convert: Callable[[], Model]) -> Model:
         convert: what ``model.half()``, ``model.to(…)`` and the like do.
     """
     if has_castable_head(model):
-        return convert()
+        with contextlib.ExitStack() as stack:
+            for owner in _flair_models(model):
+                stack.enter_context(exact_values.converted(owner, functools.partial(_head_tensors_of, owner)))
+            return convert()
     exact = {name: tensor.data for name, tensor in _all_head_tensors(model) if tensor.dtype == torch.float32}
     convert()
     is_narrowed = False

@@ -365,6 +365,9 @@ def reload_(model: Model, path: Path) -> None:
     try:
         with _naming_mismatches(str(path)):
             model.load_state_dict(stored.tensors)
+        card = stored.state.get("model_card")
+        if isinstance(card, dict) and isinstance(model.model_card, dict) and "scores" in card:
+            model.model_card["scores"] = card["scores"]  # of the epoch that the weights are of
     finally:
         for embeddings in embedded:
             embeddings.expect_whole()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -30,8 +30,8 @@ def check_training(model: Model, settings: Mapping[str, Any], *, optimizer: Any)
     """Return if Flair can train this model, which is in training mode, with these settings of ``train_custom``.
 
     Raises:
-        TrainingSetupError: weights of the base itself train in float16, with an optimiser that divides by squares of
-            gradients: most of these are 0 there, and the weights would be NaN after the first steps.
+        TrainingSetupError: weights of the base itself train in float16, with an optimiser such as Adam, and gradients
+            that are too small or too large for it.
         TrainingSetupError: the vocabulary is to be reduced. A checkpoint written in the middle would hold the reduced
             matrix, and a frozen one has neither gradient nor optimiser state that reducing it could save.
         AdapterConfigError: the base is quantised in a way that no file can say, so no checkpoint could be written.
@@ -40,10 +40,12 @@ def check_training(model: Model, settings: Mapping[str, Any], *, optimizer: Any)
         refusals.refuse_unstorable(embeddings.model)
         quantisation.check_storable(embeddings.base_model, embeddings.name)
     narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    while isinstance(optimizer, functools.partial):
+        optimizer = optimizer.func
     if narrow and not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.SGD)):
         raise TrainingSetupError(
-            f"Cannot train {name_some(narrow)} in float16, the dtype of the base that they belong to. That holds "
-            "no squares of small gradients, by which optimisers such as Adam divide, and the weights would become NaN. "
+            f"Cannot train {name_some(narrow)} in float16, the dtype of the base that they belong to. Small gradients "
+            "are 0 in it, and large ones infinite: optimisers such as Adam divide by them, and weights become NaN. "
             "Load the base in bfloat16 or float32, or call model.float() before the training."
         )
     adapted = [embeddings.name for embeddings in adapted_embeddings(model)]
@@ -90,13 +92,7 @@ class AdapterGuard(TrainerPlugin):
     @TrainerPlugin.hook("after_setup")
     def step_exactly(self, **_: Any) -> None:
         """Let what trains in half precision hold small updates."""
-        self._steps = self.trainer.context_stack.enter_context(contextlib.ExitStack())
-        self._steps.enter_context(exact_steps(self.trainer.optimizer))
-
-    @TrainerPlugin.hook("training_interrupt")
-    def end_steps(self, **_: Any) -> None:
-        """Give parameters their dtype back before Flair saves a model that was interrupted in a step."""
-        self._steps.close()
+        self.trainer.context_stack.enter_context(exact_steps(self.trainer.optimizer))
 
     @TrainerPlugin.hook("before_training_epoch")
     def say_what_is_trained(self, epoch: int, **_: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed
 from flair.distributed_utils import is_main_process
+from flair.nn import Model
 from flair.trainers import ModelTrainer
 from flair.trainers.plugins.base import TrainerPlugin
+from flair.trainers.plugins.loggers.log_file import LogFilePlugin
 from peft import PeftConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 
@@ -50,19 +54,21 @@ class AuxiliaryLossPlugin(TrainerPlugin):
         What is done to the loss is done to these then: Flair scales it, and gradients are unscaled only after
         the last hook before the optimiser's step.
         """
-        forward_loss, own = self.model.forward_loss, vars(self.model).get("forward_loss")
+        trained, own = [self.model], vars(self.model).get("forward_loss")
 
-        def with_others(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
+        def with_others(model: Model, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
+            forward_loss = own or functools.partial(type(model).forward_loss, model)
             loss, count = forward_loss(*args, **kwargs)
-            for other in self._losses():
+            for other in self._losses() if model in trained else ():
                 loss = loss + (count * (other - other.detach())).to(loss.device)
             return loss, count
 
-        self.model.forward_loss = with_others
+        # A method: a copy of the model has its own, which computes with the copy.
+        self.model.forward_loss = types.MethodType(with_others, self.model)
         try:
             yield
         finally:
-            del self.model.forward_loss
+            del trained.pop().forward_loss
             if own is not None:
                 self.model.forward_loss = own
 
@@ -156,7 +162,8 @@ class LoraPlusPlugin(TrainerPlugin):
     """Trains lora_B with a higher learning rate than lora_A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
 
     Regroups the parameters of the optimiser that Flair made, by :func:`peft.optimizers.create_loraplus_optimizer`,
-    before schedulers are built on it. Parameters outside the adapter keep the learning rates they had.
+    before schedulers are built on it. Parameters outside the adapter keep the learning rates they had. What else is
+    trained in the transformer and has one dimension, such as norms, has the rate of lora_B, as PEFT groups it.
 
     Args:
         loraplus_lr_ratio: learning rate of lora_B divided by that of lora_A; the paper suggests 16.
@@ -192,7 +199,7 @@ class LoraPlusPlugin(TrainerPlugin):
             decay, rate = self.loraplus_weight_decay, settings.pop("lr")
             loraplus = create_loraplus_optimizer(
                 model=peft_model,
-                optimizer_cls=type(optimizer),
+                optimizer_cls=torch.optim.AdamW,  # for its groups, which are all that is taken
                 lr=rate,
                 loraplus_lr_ratio=self.loraplus_lr_ratio,
                 loraplus_lr_embedding=rate if self.loraplus_lr_embedding is None else self.loraplus_lr_embedding,
@@ -224,6 +231,8 @@ def detach_known(trainer: ModelTrainer) -> None:
     for plugin in list(trainer.plugins):
         if type(plugin).__module__.partition(".")[0] in ("flair", "flair_peft"):
             trainer.plugins.remove(plugin)
+            if isinstance(plugin, LogFilePlugin):
+                plugin.close_file_handler()  # which Flair leaves open where a training fails before its first epoch
             if plugin.pluggable is not None:
                 plugin.detach()
 

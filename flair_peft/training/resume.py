@@ -177,8 +177,14 @@ class ResumePlugin(ProgressPlugin):
         """Return the first epoch, and a sampler that leaves out the batches that are done.
 
         Raises:
-            TrainingSetupError: another epoch is asked for.
+            TrainingSetupError: another epoch is asked for, or a training took the state already.
         """
+        if self._is_restored:
+            raise TrainingSetupError(
+                f"Cannot go on with the training of '{self.source}' twice with one ResumePlugin: a training took its "
+                "optimiser, schedulers and random numbers already. This one would start without them. Load the model "
+                "again, and make another ResumePlugin."
+            )
         self._is_prepared = True
         self._refuse_other_epoch(settings.get("epoch") or self.start)
         if self._past["is_complete"]:

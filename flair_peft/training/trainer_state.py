@@ -21,6 +21,7 @@ from flair_peft.adapter import keys, traits
 from flair_peft.codec.state_positions import class_name
 from flair_peft.errors import TrainingSetupError, UnsupportedStateError, name_some
 from flair_peft.primitives import fingerprint, host_internals
+from flair_peft.training import exact_steps
 from flair_peft.training.plugins import RankAllocationPlugin
 
 log = logging.getLogger("flair_peft")
@@ -60,6 +61,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: Model) -> State:
             name: plain(optimizer.state[parameters[name]], f"the optimiser's state of '{name}'")
             for name in kept
             if parameters[name] in optimizer.state
+        },
+        "exact": {
+            names[id(parameter)]: plain(exact, "the optimiser's sums")
+            for parameter, exact in exact_steps.sums_of(optimizer).items()
         },
     }
 
@@ -123,6 +128,8 @@ def restore_optimizer_(optimizer: torch.optim.Optimizer, model: Model, state: St
     for name, entry in entries.items():
         if str(parameters[name].dtype) == state["parameters"][name]["dtype"]:
             _undo_casts_(optimizer.state[parameters[name]], entry)
+    exact = {parameters[name]: tensor for name, tensor in state.get("exact", {}).items() if name in parameters}
+    exact_steps.sums_of(optimizer).update({p: tensor.to(p.device) for p, tensor in exact.items()})
 
 
 def learned(state: State, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, str]]:

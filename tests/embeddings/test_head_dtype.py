@@ -98,6 +98,29 @@ def test_linear_head_is_cast_after_loading_and_restored_by_training(base: Callab
     assert predict(loaded) == predict(model)
 
 
+@pytest.mark.parametrize("has_changed", [False, True])
+def test_head_that_is_made_wide_again_has_its_exact_values(
+    has_changed: bool, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """``model.float()``, also of tasks; what was changed since stays, and a move without another dtype changes none."""
+    embeddings = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=LORA, dtype="bfloat16")
+    model = MultitaskModel([classifier(embeddings), classifier(embeddings)], task_ids=["a", "b"])
+    loaded = round_trip(model, tmp_path)
+    head, exact = loaded.tasks["a"].decoder.weight, model.tasks["a"].decoder.weight
+    loaded.to("cpu")
+    assert head.dtype == torch.bfloat16
+    if has_changed:
+        with torch.no_grad():
+            head.mul_(2)
+    loaded.float()
+    assert head.dtype == torch.float32
+    assert torch.equal(head, exact.bfloat16().float() * 2 if has_changed else exact)
+    assert torch.equal(loaded.state_dict()["a.decoder.weight"], head)
+    assert torch.equal(loaded.tasks["b"].decoder.weight, model.tasks["b"].decoder.weight)
+    loaded.train()
+    assert torch.equal(loaded.tasks["a"].decoder.weight, head)
+
+
 def test_head_changed_after_its_cast_keeps_the_change(base: Callable[[str], str], tmp_path: Path) -> None:
     """Values kept beside a cast head never overwrite newer ones."""
     model = classifier(PeftTransformerDocumentEmbeddings(base("bert"), peft_config=LORA, dtype="bfloat16"))

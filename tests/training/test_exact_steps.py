@@ -26,8 +26,49 @@ OPTIMISERS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
     "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9),
     "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-3),
+    "with a state from the start": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-3),
+    "with a state from the start, fused": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-3, fused=True),
+    "that skips its first step": lambda parameters: Skipping(parameters, lr=1e-3),
+    "made of another": lambda parameters: WithMore(parameters, lr=1e-3),
+    "around another": lambda parameters: Around(torch.optim.AdamW(parameters, lr=1e-3)),
     "of bitsandbytes": lambda parameters: bitsandbytes.optim.AdamW32bit(parameters, lr=1e-3),
 }
+
+
+class Skipping(torch.optim.AdamW):
+    """Does nothing in its first step, as optimisers do that see infinite gradients."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.steps += 1
+        if self.steps > 1:
+            super().step(closure)
+
+
+class WithMore(torch.optim.AdamW):
+    """Does more after the step of its class, whose own hooks run in between."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            [parameter.mul_(1 - 1e-5) for parameter in group["params"]]
+
+
+class Around(torch.optim.Optimizer):
+    """Is made as many published wrappers are: without the initialisation of its class."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+        self.defaults = inner.defaults
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
 
 # Name → method whose parameters have the base's dtype, and what of these is asked.
 NARROW: dict[str, tuple[Callable[[], PeftConfig], str]] = {
@@ -76,6 +117,63 @@ def test_what_an_optimiser_cannot_hold_is_lost_without_exact_steps() -> None:
     for seed in range(40):
         take_step(optimizer, seed)
     assert torch.equal(parameter, torch.ones_like(parameter))
+
+
+def test_entry_that_is_masked_leaves_the_others_their_sums() -> None:
+    """Each entry goes on from its own value: who prunes a weight after each step learns the rest as in fp32."""
+    narrow, wide = (torch.nn.Parameter(torch.ones(64, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    ours, plain = torch.optim.AdamW([narrow], lr=1e-4), torch.optim.AdamW([wide], lr=1e-4)
+    with exact_steps(ours):
+        for seed in range(60):
+            for optimizer, parameter in ((ours, narrow), (plain, wide)):
+                take_step(optimizer, seed)
+                with torch.no_grad():
+                    parameter[0] = 0
+    assert torch.equal(narrow, wide.bfloat16())
+    assert narrow[0] == 0
+    assert (narrow[1:] != 1).any()
+
+
+def test_optimiser_that_is_set_back_goes_on_from_there() -> None:
+    """torch casts what it reads to the dtype of the parameter."""
+    narrow, wide = (torch.nn.Parameter(torch.ones(64, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    found = []
+    for parameter in (narrow, wide):
+        optimizer = torch.optim.AdamW([parameter], lr=1e-2)
+        with exact_steps(optimizer):
+            take_step(optimizer, 0)
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            take_step(optimizer, 1)
+        found.append(parameter.detach().float())
+    assert torch.allclose(*found, atol=4e-3)
+
+
+def test_step_with_a_closure_computes_with_the_parameters_as_they_are() -> None:
+    """Losses are of a model in its own dtype."""
+    parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer, seen = torch.optim.SGD([parameter], lr=0.5), []
+
+    def loss() -> torch.Tensor:
+        seen.append(parameter.dtype)
+        return parameter.sum()
+
+    parameter.grad = torch.ones_like(parameter)
+    with exact_steps(optimizer):
+        optimizer.step(loss)
+    assert seen == [torch.bfloat16]
+    assert (parameter == 0.5).all()
+
+
+def test_optimiser_without_narrow_parameters_is_left_alone() -> None:
+    """Whatever it is: it may have no hooks, or no step that can be set."""
+
+    class Plain:
+        __slots__ = ("param_groups",)
+
+    optimizer = Plain()
+    optimizer.param_groups = [{"params": [torch.nn.Parameter(torch.ones(4))]}]
+    with exact_steps(optimizer):
+        assert not hasattr(optimizer, "step")
 
 
 class Interrupted(torch.optim.SGD):

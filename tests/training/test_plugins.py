@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ from peft import (
     PromptTuningConfig,
 )
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig
+from transformers import Adafactor
 
 import flair_peft
 from flair_peft import (
@@ -134,6 +137,32 @@ def test_best_model_is_reloaded_into_the_live_one(base: Callable[[str], str], tm
     train(model, tmp_path, max_epochs=3, use_final_model_for_eval=False)
     assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
     assert scores(model) == scores(Classifier.load(tmp_path / "best-model.pt"))
+
+
+def test_scores_in_the_card_are_those_of_the_best_model_that_is_reloaded(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """What is published beside the weights is of their epoch."""
+    seen: list[tuple[float, ...]] = []
+
+    class Worse(TrainerPlugin):
+        @TrainerPlugin.hook
+        def before_training_epoch(self, epoch: int, **_: Any) -> None:
+            if epoch == 3:
+                with torch.no_grad():
+                    self.model.decoder.weight.mul_(-1)
+
+        @TrainerPlugin.hook
+        def after_evaluation(self, validation_scores: tuple[float, ...], **_: Any) -> None:
+            seen.append(validation_scores)
+
+    model = classifier(base("bert"))
+    train(model, tmp_path, max_epochs=3, use_final_model_for_eval=False, plugins=[Worse()])
+    best = max(range(3), key=lambda epoch: seen[epoch][0])
+    assert best < 2
+    found = model.model_card["scores"]
+    assert (found["epoch"], found["dev score"]) == (best + 1, seen[best][0])
+    assert model.evaluate(opinions(), gold_label_type="opinion").main_score == pytest.approx(seen[best][0])
 
 
 @pytest.mark.parametrize("start", ["train", pytest.param("fine_tune", marks=pytest.mark.matrix)])
@@ -379,6 +408,27 @@ def test_losses_that_peft_leaves_to_the_loop_are_trained_with(
         torch.testing.assert_close(trained[key], parameter - 0.1 * parameter.grad, rtol=1e-4, atol=1e-6, msg=key)
 
 
+def test_copy_of_a_model_in_training_computes_with_its_own_weights(base: Callable[[str], str], tmp_path: Path) -> None:
+    """A teacher, or a mean of weights, learns nothing into the model that it was copied of, and can train later."""
+    copies: list[TextClassifier] = []
+
+    def look(trainer: ModelTrainer) -> None:
+        if not copies:
+            before = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+            copies.append(copy.deepcopy(trainer.model))
+            copies[0].zero_grad()
+            copies[0].forward_loss(opinions()[:4])[0].backward()
+            after = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+            assert all(map(torch.equal, before, after))
+            assert any(p.grad is not None for p in copies[0].parameters())
+
+    model = classifier(base("bert"), peft_config=adalora(total_step=8))
+    watch = Watch("before_training_optimizer_step", look)
+    train(model, tmp_path / "first", plugins=[RankAllocationPlugin(), watch])
+    train(copies[0], tmp_path / "second", plugins=[RankAllocationPlugin()])
+    assert scores(copies[0]) != scores(model)
+
+
 class Seed(TrainerPlugin):
     """Draws the same numbers in the first batch as a loop that begins with it."""
 
@@ -549,6 +599,25 @@ def test_lora_plus_gives_lora_b_its_own_learning_rate(base: Callable[[str], str]
         assert fast.pop() == pytest.approx(10 * min(slow))
         assert head.pop() == pytest.approx(2.5 * min(slow))
     assert len({tuple(step.values()) for step in rates}) > 1
+
+
+def test_lora_plus_takes_any_optimiser(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Also one that cannot be made of a rate alone."""
+    model = classifier(base("bert"))
+    made = functools.partial(Adafactor, relative_step=False)
+    train(model, tmp_path, optimizer=made, plugins=[LoraPlusPlugin()])
+    assert any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def test_log_of_a_training_that_failed_at_its_start_is_closed(base: Callable[[str], str], tmp_path: Path) -> None:
+    """What the next training says stands in its own log alone."""
+    model = classifier(base("bert"))
+    model.decoder.bfloat16()
+    with pytest.raises(TypeError, match="computes in bfloat16"):
+        ModelTrainer(model, opinion_corpus()).fine_tune(tmp_path / "first", max_epochs=1)
+    train(classifier(base("bert")), tmp_path / "second", learning_rate=1e-6)
+    assert "hardly learns" in (tmp_path / "second/training.log").read_text()
+    assert "hardly learns" not in (tmp_path / "first/training.log").read_text()
 
 
 def test_prefix_projection_survives_the_reload_of_the_best_model(base: Callable[[str], str], tmp_path: Path) -> None:

@@ -663,6 +663,33 @@ def stopped(journey: Journeys) -> Journey:
     return travel
 
 
+def test_plugin_that_a_training_had_is_refused_in_another(stopped: Journey) -> None:
+    """As where a cell of a notebook is run again: its state went into the first."""
+    path = stopped.root / "parts" / "final-model.pt"
+    first, second, plugin = Model.load(path), Model.load(path), ResumePlugin(path)
+    stopped.train(first, "first", plugin)
+    with pytest.raises(TrainingSetupError, match="twice with one ResumePlugin"):
+        stopped.train(second, "second", plugin)
+    stopped.train(second, "second", ResumePlugin(path))
+
+
+def test_state_of_an_older_version_on_a_16_bit_base_goes_on(journey: Journeys) -> None:
+    """Its optimiser kept its averages in the dtype of the parameters, and no sums."""
+    travel = journey(config=CONFIGS["trained norms"], dtype=torch.bfloat16)
+    travel.seeded("parts", Stop("after_evaluation", 2))
+    path = travel.root / "parts" / "final-model.pt"
+    state = read_state(path)
+    assert state["optimizer"].pop("exact")
+    for name, entry in state["optimizer"]["state"].items():
+        if state["optimizer"]["parameters"][name]["dtype"] == "torch.bfloat16":
+            entry.update({key: tensor.bfloat16() for key, tensor in entry.items() if key != "step"})
+    model = Model.load(path)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "LayerNorm" in name}
+    travel.train(model, "parts", ResumePlugin(state))
+    after = dict(model.named_parameters())
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 def test_file_without_a_state_is_refused(stopped: Journey) -> None:
     """The message says which option was missing."""
     path = stopped.root / "parts" / "final-model.pt"
