@@ -178,7 +178,10 @@ class AdaptedEmbeddings(TransformerEmbeddings):
         # Flair moves a model that it loads twice, to where it is: torch would assign every tensor to itself.
         if recurse and not is_dispatched and self._stays_as_it_is(fn):
             return self
-        return super()._apply(fn, recurse and not is_dispatched)
+        if not isinstance(model, torch.nn.Module):
+            return super()._apply(fn, recurse)
+        with exact_values.converted(model, lambda: dict(model.named_parameters())):
+            return super()._apply(fn, recurse and not is_dispatched)
 
     @torch.no_grad()
     def _stays_as_it_is(self, fn: Callable[..., Any]) -> bool:

@@ -83,10 +83,11 @@ def restore_(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Te
 def converted(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> Iterator[None]:
     """Inside, tensors of a module get another dtype: those that are wide enough then have their exact values again."""
     settle_(owner)
-    kept, now = exact_values(owner), tensors()
+    kept = exact_values(owner)
+    now = tensors() if kept else {}
     exact = {name: exact_value(now[name], value) for name, value in kept.items() if name in now}
     yield
-    now = tensors()
+    now = tensors() if exact else {}
     for name in [name for name in exact if name in now and now[name].itemsize >= exact[name].itemsize]:
         now[name].data = exact[name].to(now[name].device, now[name].dtype)
         kept.pop(name, None)  # which a model within has done, too

@@ -120,13 +120,11 @@ def convert_(model: Model, convert: Callable[[], Model]) -> Model:
         model: with adapted embeddings.
         convert: what ``model.half()``, ``model.to(…)`` and the like do.
     """
-    if has_castable_head(model):
-        with contextlib.ExitStack() as stack:
-            for owner in _flair_models(model):
-                stack.enter_context(exact_values.converted(owner, functools.partial(_head_tensors_of, owner)))
-            return convert()
-    exact = {name: tensor.data for name, tensor in _all_head_tensors(model) if tensor.dtype == torch.float32}
-    convert()
+    exact = {} if has_castable_head(model) else _in_fp32(model)
+    with contextlib.ExitStack() as stack:
+        for owner in _flair_models(model):
+            stack.enter_context(exact_values.converted(owner, functools.partial(_head_tensors_of, owner)))
+        convert()
     is_narrowed = False
     for name, tensor in _all_head_tensors(model):
         if name in exact and tensor.dtype.itemsize < torch.float32.itemsize:
@@ -136,6 +134,10 @@ def convert_(model: Model, convert: Callable[[], Model]) -> Model:
         for embeddings in adapted_embeddings(model):
             embeddings.output_dtype = torch.float32
     return model
+
+
+def _in_fp32(model: Model) -> dict[str, torch.Tensor]:
+    return {name: tensor.data for name, tensor in _all_head_tensors(model) if tensor.dtype == torch.float32}
 
 
 def check_head(model: Model) -> None:

@@ -121,6 +121,24 @@ def test_head_that_is_made_wide_again_has_its_exact_values(
     assert torch.equal(loaded.tasks["a"].decoder.weight, head)
 
 
+def test_whatever_was_narrowed_is_made_wide_again_with_its_exact_values(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A head that was asked to be narrow, and an adapter that a shared base narrows."""
+    options = {"peft_config": LORA, "dtype": "bfloat16", "head_dtype": "bfloat16"}
+    embeddings = PeftTransformerWordEmbeddings(base("bert"), **options)
+    model = SequenceTagger(embeddings, labels(), "kind", use_rnn=False, use_crf=False)
+    with torch.no_grad():
+        [parameter.mul_(1.001) for name, parameter in model.named_parameters() if "lora_" in name]
+    loaded = round_trip(model, tmp_path)
+    loaded.embeddings.narrow_adapter_()
+    expected = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n or "linear" in n}
+    found = dict(loaded.named_parameters())
+    assert {found[name].dtype for name in expected} == {torch.bfloat16}
+    loaded.float()
+    assert not [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+
+
 def test_head_changed_after_its_cast_keeps_the_change(base: Callable[[str], str], tmp_path: Path) -> None:
     """Values kept beside a cast head never overwrite newer ones."""
     model = classifier(PeftTransformerDocumentEmbeddings(base("bert"), peft_config=LORA, dtype="bfloat16"))
