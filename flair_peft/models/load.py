@@ -366,8 +366,11 @@ def reload_(model: Model, path: Path) -> None:
         with _naming_mismatches(str(path)):
             model.load_state_dict(stored.tensors)
         card = stored.state.get("model_card")
-        if isinstance(card, dict) and isinstance(model.model_card, dict) and "scores" in card:
-            model.model_card["scores"] = card["scores"]  # of the epoch that the weights are of
+        if isinstance(model.model_card, dict):
+            # Of the epoch that the weights are of; files of older versions name none.
+            scores = card.get("scores") if isinstance(card, dict) else None
+            model.model_card.pop("scores", None)
+            model.model_card.update({} if scores is None else {"scores": scores})
     finally:
         for embeddings in embedded:
             embeddings.expect_whole()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -40,9 +39,8 @@ def check_training(model: Model, settings: Mapping[str, Any], *, optimizer: Any)
         refusals.refuse_unstorable(embeddings.model)
         quantisation.check_storable(embeddings.base_model, embeddings.name)
     narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-    while isinstance(optimizer, functools.partial):
-        optimizer = optimizer.func
-    if narrow and not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.SGD)):
+    kind = rates.class_of(optimizer)
+    if narrow and not (isinstance(kind, type) and issubclass(kind, torch.optim.SGD)):
         raise TrainingSetupError(
             f"Cannot train {name_some(narrow)} in float16, the dtype of the base that they belong to. Small gradients "
             "are 0 in it, and large ones infinite: optimisers such as Adam divide by them, and weights become NaN. "

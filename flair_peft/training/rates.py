@@ -72,11 +72,16 @@ def _suited(learning: Iterable[PeftTransformerEmbeddings]) -> float | None:
     return min(filter(None, suited)) if suited and None not in suited else None
 
 
-def is_like_adam(optimizer: Any) -> bool:
-    """Whether this is an Adam of torch or bitsandbytes, which the rates were found with, or a class made of one."""
+def class_of(optimizer: Any) -> Any:
+    """Return the class of an optimiser that is given with settings, as a partial, or without."""
     while isinstance(optimizer, functools.partial):
         optimizer = optimizer.func
-    kinds = getattr(optimizer, "__mro__", ())
+    return optimizer
+
+
+def is_like_adam(optimizer: Any) -> bool:
+    """Whether this is an Adam of torch or bitsandbytes, which the rates were found with, or a class made of one."""
+    kinds = getattr(class_of(optimizer), "__mro__", ())
     return any(kind.__module__.partition(".")[0] in _OF_ADAM and "Adam" in kind.__name__ for kind in kinds)
 
 
