@@ -53,6 +53,9 @@ _MOST_UNPACKED = 1 << 30
 # Tried in this order for a tokenizer without a padding token; padding is masked, so any token will do.
 _PADDING_CANDIDATES = ("eos_token", "unk_token", "bos_token", "cls_token", "sep_token")
 
+# What slow tokenizers and fast ones take apart in different ways.
+RARE = "a ﬁne “LARGE” naïve ２ ½ … 中国 Grüße 😀 1,000€"
+
 # Asked for add_prefix_space, as Flair always does, these ignore tokenizer.json and are built from the slow one's file.
 _BUILT_FROM_SLOW = (LlamaTokenizerFast, T5TokenizerFast)
 
@@ -131,6 +134,15 @@ def _special_tokens(written: KeywordArguments) -> dict[str, Any]:
     if isinstance(extra, list):
         tokens = {"extra_special_tokens": {}, **tokens, "additional_special_tokens": extra}
     return tokens
+
+
+def are_alike(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give words with rare characters the same subtokens."""
+    ids = []
+    for each in (tokenizer, other):
+        with exclusively(each):
+            ids.append(each(RARE.split(), is_split_into_words=True)["input_ids"])
+    return bool(ids[0] == ids[1])
 
 
 def _unreadable(source: str, error: Exception) -> BaseModelNotFoundError:

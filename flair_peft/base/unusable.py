@@ -25,6 +25,12 @@ UNUSABLE = (
     SafetensorError,
 )
 
+# File that stands in its place → what is there, and who reads it.
+_NO_BASES = {
+    "flair_peft.json": ("a Flair model with an adapter", "Load it with from_pretrained, or the load of a SharedBase"),
+    "adapter_config.json": ("an adapter of PEFT", "Make embeddings of it with the from_adapter of their class"),
+}
+
 
 def first_line(error: Exception) -> str:
     """Return what an error of another library says, as a part of a sentence."""
@@ -46,6 +52,11 @@ def not_found(source: str, error: Exception) -> BaseModelNotFoundError:
             "model, or its name on the Hub. Pass one of these; a whole Flair model is loaded by the load of its class."
         )
     if folder.is_dir() and not any(folder.glob("config.json")) and not any(folder.glob("*/config.json")):
+        for name, (what, way) in _NO_BASES.items():
+            if (folder / name).is_file():
+                return BaseModelNotFoundError(
+                    f"Cannot load the base model from '{source}': it holds {what}, and no transformer. {way}."
+                )
         return BaseModelNotFoundError(
             f"Cannot load the base model from '{source}': there is no config.json in it. It is not a transformers model"
             f"{'' if any(folder.iterdir()) else ', but an empty folder'}. Pass a directory that holds config.json, the "

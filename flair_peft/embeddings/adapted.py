@@ -157,7 +157,7 @@ class AdaptedEmbeddings(TransformerEmbeddings):
         super().train(mode)
         if mode and self.has_adapter:
             with self.in_use():
-                exact_values.restore_(self.model, lambda: dict(self.model.named_parameters()))
+                exact_values.restore_(self.model, lambda: exact_values.without_copies(self.model))
                 mending.widen_(self.model)
         return self
 
@@ -180,7 +180,7 @@ class AdaptedEmbeddings(TransformerEmbeddings):
             return self
         if not isinstance(model, torch.nn.Module):
             return super()._apply(fn, recurse)
-        with exact_values.converted(model, lambda: dict(model.named_parameters())):
+        with self.in_use(), exact_values.converted(model, lambda: dict(model.named_parameters())):
             return super()._apply(fn, recurse and not is_dispatched)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 
 _KEPT, _GIVEN = "_flair_peft_exact_values", "_flair_peft_exact_values_given"
 
@@ -19,10 +20,10 @@ def cast_(owner: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: to
         tensors: name in the module → its parameter or buffer.
         dtype: that they have afterwards, if they are floating-point.
     """
-    kept: dict[str, torch.Tensor] = {}
+    kept = exact_values(owner)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != dtype:
-            kept[name] = tensor.data
+            kept.setdefault(name, tensor.data)
             tensor.data = tensor.data.to(dtype)
     if kept:
         owner.__dict__[_KEPT] = kept
@@ -91,6 +92,28 @@ def converted(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.T
     for name in [name for name in exact if name in now and now[name].itemsize >= exact[name].itemsize]:
         now[name].data = exact[name].to(now[name].device, now[name].dtype)
         kept.pop(name, None)  # which a model within has done, too
+
+
+def cast_copies_(model: torch.nn.Module) -> None:
+    """Cast copies of modules (``modules_to_save``) to the dtype of what they stand for; norms may be wider."""
+    for name, wrapper in _copied(model):
+        dtypes = {inside: p.dtype for inside, p in wrapper.original_module.named_parameters()}
+        is_norm = "norm" in type(wrapper.original_module).__name__.lower()
+        for adapter, copy in wrapper.modules_to_save.items():
+            for inside, parameter in copy.named_parameters():
+                wanted = dtypes.get(inside, parameter.dtype)
+                if wanted.is_floating_point and not (is_norm and parameter.itemsize > wanted.itemsize):
+                    cast_(model, {f"{name}.modules_to_save.{adapter}.{inside}": parameter}, wanted)
+
+
+def without_copies(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters of a model but for those of copies of modules, which train in the dtype of the base."""
+    copies = tuple(f"{name}.modules_to_save." for name, _ in _copied(model))
+    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(copies)}
+
+
+def _copied(model: torch.nn.Module) -> list[tuple[str, ModulesToSaveWrapper]]:
+    return [(name, part) for name, part in model.named_modules() if isinstance(part, ModulesToSaveWrapper)]
 
 
 def _give_exact_values(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -12,7 +12,7 @@ from flair_peft.adapter import derived_state, injection, keys, mending, methods
 from flair_peft.base import left_out as base_left_out
 from flair_peft.base import quantisation
 from flair_peft.base.frozen_base import FrozenBase
-from flair_peft.embeddings import resizing, untrained, vector_probe
+from flair_peft.embeddings import exact_values, resizing, untrained, vector_probe
 from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.pending_load import PendingLoad
 from flair_peft.errors import StateMismatchError, name_some
@@ -90,6 +90,7 @@ def finish_(embeddings: AdaptedEmbeddings, pending: PendingLoad) -> dict[str, st
     for parameter in (parameters[name] for name in pending.trained_base if name in parameters):
         parameter.requires_grad_(parameter.is_floating_point())
     context = load_context.current()
+    exact_values.cast_copies_(embeddings.model)
     if pending.probe is not None and context.options.verify and context.probes is not None:
         context.probes.append((embeddings, pending.probe))
     elif pending.probe is not None and context.options.verify:

@@ -170,11 +170,12 @@ class PackedRows(Division):
 def find(inputs: Inputs, lengths: Sequence[int], price: Cost, base: Any) -> list[PackedRows]:
     """Return the rows that cost least, in each form; none for inputs that nobody can pack.
 
-    Rows that are longer than the longest sentence have less room left, and more positions to look at.
+    Nor for sentences longer than a window of attention, which a mask that is ready replaces in transformers. Rows that
+    are longer than the longest sentence have less room left, and more positions to look at.
     """
     longest, total = max(lengths), sum(lengths)
     tensors = {name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    if not tensors <= BY_POSITION or longest < 3:
+    if not tensors <= BY_POSITION or longest < 3 or longest > _window_of(base):
         return []
     takes = getattr(getattr(base, "config", None), "max_position_embeddings", None) or longest
     limit = max(longest, min(takes, 3 * longest // 2))
@@ -188,6 +189,16 @@ def find(inputs: Inputs, lengths: Sequence[int], price: Cost, base: Any) -> list
     return [
         PackedRows(tuple(map(tuple, found)), least, limit, tuple(lengths), form, width=width) for form in forms_of(base)
     ]
+
+
+def _window_of(base: Any) -> float:
+    """Return how long sentences may be in which each token sees all that the model lets it see."""
+    config = getattr(base, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and not any("sliding" in kind or "chunked" in kind for kind in kinds):
+        return float("inf")
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((window for window in windows if isinstance(window, int)), default=float("inf"))
 
 
 def _first_fit(lengths: Sequence[int], length: int) -> list[list[int]]:

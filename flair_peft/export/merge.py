@@ -7,6 +7,7 @@ import weakref
 
 import flair
 import torch
+from flair.data import DataPoint, Sentence
 from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbeddings, TransformerWordEmbeddings
 from flair.models import MultitaskModel
 from flair.nn import Model
@@ -31,6 +32,9 @@ log = logging.getLogger("flair_peft")
 # Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
 _TOLERANCE = 1e-4
 
+# Of several lengths, since batches are padded.
+_TEXTS = ("Berlin is large , isn't it ?", "Yes", "I would not have thought that anybody would write 3 of 4 of these .")
+
 # Models that were made here: plain ones, which this package writes.
 _made: weakref.WeakSet[Model] = weakref.WeakSet()
 
@@ -49,9 +53,9 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
             is converted by hand.
 
     Raises:
-        AdapterConfigError: the model has no adapter, or reads its transformer as Flair's own embeddings cannot, or its
-            base is quantised, so that merging would round it once more, or spread over devices, or has a config that
-            stock Flair does not read as it is.
+        AdapterConfigError: the model has no adapter, or reads texts or its transformer as Flair's own embeddings
+            cannot, or its base is quantised, so that merging would round it once more, or spread over devices, or has
+            a config that stock Flair does not read as it is.
         UnsupportedMethodError: the method cannot be merged, as prompts cannot.
         StateMismatchError: the merged model gives other hidden states.
     """
@@ -139,6 +143,8 @@ def copied(model: Model) -> Model:
 def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype) -> TransformerEmbeddings:
     """Return Flair's own embeddings around the transformer with the adapter in its weights."""
     _refuse_unreadable(embeddings)
+    embeddings.model.float().eval()
+    expected = _vectors(embeddings)
     transformer = merged_transformer(embeddings)
     transformer.to(dtype)
     transformer.config.dtype = dtype
@@ -160,6 +166,7 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
     try:
         plain = stock.from_params(params)
         plain.model.load_state_dict(transformer.state_dict())
+        found = None if expected is None else _vectors(plain.eval())
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise AdapterConfigError(
             f"Cannot merge the adapter of '{embeddings.name}': Flair's own embeddings cannot hold its "
@@ -167,7 +174,51 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
             "base, as save_pretrained and model.save do."
         ) from error
     plain.truncate, plain.stride = embeddings.truncate, embeddings.stride
+    if found is not None and expected is not None:
+        _compare_reading(embeddings, plain, vector_probe.distance(found, expected), dtype)
     return plain.eval()
+
+
+def _vectors(embeddings: TransformerEmbeddings) -> torch.Tensor | None:
+    """Return the vectors of some texts, in one row; ``None`` where a text alone has none."""
+    if embeddings.tokenizer_needs_ocr_boxes or embeddings.feature_extractor is not None:
+        return None
+    sentences = [Sentence(text) for text in _TEXTS]
+    Sentence.set_context_for_sentences(sentences)
+    with torch.no_grad(), full_precision(flair.device.type):
+        embeddings.embed(sentences)
+    points: list[DataPoint] = [*sentences] if embeddings.document_embedding else []
+    points += [token for sentence in sentences for token in sentence] if embeddings.token_embedding else []
+    return torch.cat([point.get_embedding().float().cpu() for point in points])
+
+
+def _compare_reading(
+    embeddings: PeftTransformerEmbeddings, plain: TransformerEmbeddings, distance: float, dtype: torch.dtype
+) -> None:
+    """Say if Flair's own embeddings read rare characters otherwise.
+
+    Raises:
+        AdapterConfigError: they read plain texts otherwise.
+    """
+    allowed = vector_probe.tolerance(dtypes.dtype_name(dtype))
+    if not distance <= allowed:
+        raise AdapterConfigError(
+            f"Cannot merge the adapter of '{embeddings.name}': around the same transformer, Flair's own embeddings "
+            f"give texts vectors that are {distance:.2g} of their norm away, and rounding explains {allowed:g}. They "
+            "take tokens for padding by their id, such as the one that some tokenizers end each text with, or make "
+            "another tokenizer of what they store. The merged model would predict something else. Keep the adapter "
+            "beside its base."
+        )
+    if not tokenizers.are_alike(embeddings.tokenizer, plain.tokenizer):
+        log.warning(
+            "Flair's own embeddings read with a %s, and '%s' with a %s, which takes rare characters apart in another "
+            "way, as in '%s': the merged model predicts something else there. Keep the adapter beside its base, or "
+            "train with the former.",
+            type(plain.tokenizer).__name__,
+            embeddings.name,
+            type(embeddings.tokenizer).__name__,
+            tokenizers.RARE,
+        )
 
 
 def mixes_windows(embeddings: TransformerEmbeddings) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from flair.data import Corpus, DataPoint
+from flair.data import Corpus, DataPair, DataPoint, DataTriple, Sentence
 from flair.embeddings import StackedEmbeddings
 from flair.models import (
     RelationClassifier,
@@ -27,7 +27,20 @@ from flair_peft.errors import AdapterConfigError, PredictionSetupError
 
 _OF_WORDS = (RelationExtractor, SequenceTagger, SpanClassifier, TokenClassifier)
 _OF_PAIRS = (TextPairClassifier, TextPairRegressor, TextTripleClassifier)
+_READS: dict[tuple[type[Model], ...], type[DataPoint]] = {
+    (SequenceTagger, TextClassifier, TextRegressor): Sentence,
+    (TextPairClassifier, TextPairRegressor): DataPair,
+    (TextTripleClassifier,): DataTriple,
+}
 _OF_SENTENCES = (RelationClassifier, TextClassifier, TextRegressor, *_OF_PAIRS)
+
+_OF_TEXTS = "Pass Sentence(text) or a list of sentences; flair_peft.predict_stream takes texts."
+_WAYS: dict[type[DataPoint], str] = {
+    DataPoint: _OF_TEXTS,
+    Sentence: _OF_TEXTS,
+    DataPair: "Pass DataPair(Sentence(text), Sentence(other)) or a list of these.",
+    DataTriple: "Pass DataTriple(Sentence(text), Sentence(second), Sentence(third)) or a list of these.",
+}
 
 
 def check_embeddings(model: Model) -> None:
@@ -66,13 +79,16 @@ def check_points(model: Model, given: Any) -> None:
     Raises:
         PredictionSetupError: it is something else, such as a text.
     """
-    points, known = given if isinstance(given, list) else [given], (DataPoint, Corpus, Dataset)
-    wrong = next((point for point in points if not isinstance(point, known)), points)
+    points = given if isinstance(given, list) else [given]
+    kind = next((kind for classes, kind in _READS.items() if type(model) in classes), DataPoint)
+    is_data_set = isinstance(given, Dataset)  # which Flair iterates over
+    wrong = next((point for point in points if not isinstance(point, kind) and not is_data_set), points)
     if wrong is not points:
+        of_a_corpus = isinstance(wrong, (Corpus, Dataset))
         raise PredictionSetupError(
             f"Cannot predict for {ascii(wrong)[:60]}, a {type(wrong).__name__}: this {type(model).__name__} labels "
-            "data points. Flair makes no sentences of texts by itself. Pass Sentence(text) or a list of sentences; "
-            "flair_peft.predict_stream takes texts."
+            f"data points, each a {kind.__name__}. Flair makes none of what it is given. "
+            + ("Pass list(corpus.test), for example." if of_a_corpus else _WAYS[kind])
         )
 
 

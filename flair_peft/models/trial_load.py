@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from flair.embeddings import TransformerEmbeddings
 from flair.nn import Model
 
+from flair_peft.base import tokenizers
 from flair_peft.errors import ModelFileError, StateMismatchError, UnsupportedStateError, name_some
 from flair_peft.models import directory_layout, head_probe, load
 from flair_peft.models.save_plan import Description, SavePlan
@@ -48,6 +50,13 @@ def compare_with_load(model: Model, document: Mapping[str, Any], files: Mapping[
     odd |= {name for name in {*ours} - odd if not are_same_bits(ours[name], theirs[name])}
     if odd:
         raise _lost(model, source, f"it has other weights: {name_some(odd)}")
+    parts, others = dict(model.named_modules()), dict(loaded.named_modules())
+    for name, part in parts.items():
+        if isinstance(part, TransformerEmbeddings) and not part.tokenizer_needs_ocr_boxes:
+            other = others[name].tokenizer
+            if not tokenizers.are_alike(part.tokenizer, other):
+                tells = f"it takes rare characters apart with a {type(other).__name__}, as in '{tokenizers.RARE}'"
+                raise _lost(model, source, tells)
     _compare_answers(model, loaded, source)
 
 

@@ -41,7 +41,7 @@ from flair_peft.adapter import keys, methods, model_call, refusals
 from flair_peft.base import transformer
 from flair_peft.base.changed_modules import is_changed
 from flair_peft.base.frozen_base import FrozenBase
-from flair_peft.embeddings import batch_division, division_trial, vector_probe
+from flair_peft.embeddings import batch_division, division_trial, pass_cost, vector_probe
 from flair_peft.embeddings.adapted import ForwardPass, may_be_divided
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError
@@ -189,7 +189,7 @@ class MixingModel:
             return "its config is not that of the base any more"
         if not self._base.computes_as(adapter.modules):
             return "its modules are not those of the base any more, or have other settings"
-        kind = adapter.kind
+        kind = (adapter.kind, pass_cost.compute_dtype(embeddings.base_model))
         if kind not in self._tried and kind not in self._refused:
             try:
                 self._try_out(embeddings, adapter)
@@ -299,7 +299,7 @@ class MixingModel:
             alone = [torch.stack([*transformer.states_of(sentence.run())[0]]).float() for sentence in sentences]
         for expected, output in zip(alone, mixed, strict=True):
             apart = vector_probe.distance(torch.stack([*output["hidden_states"]]).float(), expected)
-            if not apart <= division_trial.TOLERANCE.get(embeddings.base_dtype, 0.0):
+            if not apart <= division_trial.TOLERANCE.get(pass_cost.compute_dtype(embeddings.base_model), 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")
 
 

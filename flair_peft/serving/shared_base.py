@@ -124,11 +124,13 @@ class SharedBase:
                 "weights are its own. It would share nothing. Load it with its class's load."
             )
         if not any(are_shared):
-            names = sorted({embeddings.base_model_name for embeddings in embedded})
+            names, own = sorted({embeddings.base_model_name for embeddings in embedded}), self._base.record.name
+            reason, other = f"it was trained on {' and '.join(map(repr, names))}", "make a SharedBase of its base"
+            if names == [own]:
+                reason, other = "it holds weights of its base, which are not bit by bit these", "save it without them"
             raise BaseMismatchError(
-                f"Cannot load '{source}' on the shared base '{self._base.record.name}': it was trained on "
-                f"{' and '.join(map(repr, names))}, and shares no weights with this base. It would need a base of its "
-                "own. Load it with its class's load, or make a SharedBase of its base."
+                f"Cannot load '{source}' on the shared base '{own}': {reason}, and shares no weights with this base. "
+                f"It would need a base of its own. Load it with its class's load, or {other}."
             )
         for embeddings in embedded:
             embeddings.narrow_adapter_()
@@ -177,7 +179,8 @@ class SharedBase:
 
         Sentences of different models share forward passes where PEFT can mix their adapters; those of DoRA, prompts
         and other methods get passes of their own. Models that read the same sentences, and whose adapters are on upper
-        layers only, run the layers below once. Scores are those of separate predictions up to rounding.
+        layers only, run the layers below once. Scores are those of separate predictions up to rounding. Mini-batches of
+        a model may be smaller than ``mini_batch_size``, on which what Flair's ``Lemmatizer`` gives depends.
 
         Args:
             sentences: model → sentences, or what else the model predicts for. A sentence may have several models.
@@ -191,7 +194,7 @@ class SharedBase:
         Raises:
             AdapterConfigError: a key is no Flair model, or has an adapter and is not one of :attr:`models`.
             PredictionSetupError: a value is no data point, nor a list of them; or ``mini_batch_size`` is no size, or
-                one model's own.
+                one model's own; or ``model_options`` are of other models.
         """
         if not isinstance(sentences, Mapping):
             raise _no_model(sentences)
@@ -199,6 +202,11 @@ class SharedBase:
         for model, points in sentences.items():
             self._check(model, points)
         own = model_options or {}
+        if not isinstance(own, Mapping) or not all(map(sentences.__contains__, own)):
+            raise PredictionSetupError(
+                "Cannot predict with these model_options: they are a dictionary from models to options, and each of "
+                "the models has to predict something here. Pass {model: {option: value}} with models of the sentences."
+            )
         if any("mini_batch_size" in given for given in own.values()):
             raise PredictionSetupError(
                 "Cannot predict with a mini_batch_size in model_options: the models share their forward passes. Pass "
@@ -302,7 +310,7 @@ def _waves(jobs: Sequence[_Job], *, limit: int) -> Iterator[list[_Job]]:
 def _bytes(limit: int | str) -> int:
     try:
         return int(convert_file_size_to_int(limit))
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise AdapterConfigError(
             f"Cannot keep adapters within {limit!r}: that is no size. A size is a number of bytes or a text such as "
             "'500MB' or '2GiB'. Pass one, or None for no limit."

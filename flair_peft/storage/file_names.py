@@ -33,12 +33,17 @@ def path_of(target: Any) -> Path:
     return Path(target)
 
 
-def refuse_impossible(source: str | Path) -> None:
+def refuse_impossible(source: Any) -> None:
     """Return if a file could have this name, whether or not there is one.
 
     Raises:
-        ModelFileError: none can; to ask for it would be an error of the system, or of Python before 3.13.
+        ModelFileError: none can, or it is no name; to ask for it would be an error of the system, or of Python before
+            3.13.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise ModelFileError(
+            f"Cannot load {source!r:.60}, a {type(source).__name__}: it is no name of a model. Pass a path or a Hub id."
+        )
     try:
         Path(source).lstat()
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from flair_peft.errors import ModelFileError
+from flair_peft.errors import ModelFileError, name_some
 from flair_peft.primitives.held_file import HeldFile
 from flair_peft.storage.atomic import find_directory
 from flair_peft.storage.manifest import CARD, DOCUMENT, LARGEST, Document, damaged, entry_of, parse
@@ -133,9 +133,11 @@ class Folder:
         except ModelFileError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
+            models = [path.name for path in self.path.glob("*.pt")]
+            other = f"pass one of its files, such as {name_some(models, 2)}" if models else "copy it again"
             raise ModelFileError(
                 f"Cannot read '{self.path}': there is no {DOCUMENT} in it. It is no checkpoint of flair_peft, or was "
-                "copied only in part. Check the path, or copy it again."
+                f"copied only in part. Check the path, or {other}."
             ) from error
 
     def content(self, name: str, size: int | None = None) -> bytes:

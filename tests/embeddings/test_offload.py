@@ -59,6 +59,24 @@ def test_adapters_beyond_the_budget_are_left_on_disk_and_predict_the_same(
     assert [predicted(model) for model in models] == alone
 
 
+@pytest.mark.parametrize("convert", [Model.float, Model.double, lambda model: model.to(torch.float32)])
+def test_conversion_of_a_model_whose_adapter_is_on_disk_is_that_of_one_in_memory(
+    convert: Callable[[Model], Model], base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """It has the exact values then, and keeps them when it is used."""
+    found = []
+    for budget in (0.0, 9.0):
+        _, (model, _) = load(base("bert"), tmp_path / str(budget), count=2, keep=budget, dtype="bfloat16")
+        assert on_disk(model) is (budget == 0)
+        dtypes = {p.dtype for p in convert(model).parameters() if p.is_floating_point()}
+        found.append((predicted(model), {name: t for name, t in model.state_dict().items() if "lora" in name}))
+        assert dtypes == {p.dtype for p in model.parameters() if p.is_floating_point()} != {torch.bfloat16}
+    (labels, weights), (other_labels, other_weights) = found
+    assert labels == other_labels
+    assert weights
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
 def test_adapters_beyond_the_budget_predict_together(base: Callable[[str], str], tmp_path: Path) -> None:
     """A mixed pass needs all of its adapters at once, whatever the budget."""
     shared, models = load(base("bert"), tmp_path, count=4, keep=1)
@@ -185,7 +203,7 @@ def test_adapters_within_a_budget_serve_threads(base: Callable[[str], str], tmp_
 def test_budget_that_is_no_size_is_refused(base: Callable[[str], str]) -> None:
     """Sizes are bytes or texts."""
     assert SharedBase(base("bert"), adapter_memory="1MB")._memory is not None
-    for size in (-1, "many"):
+    for size in (-1, "many", 1.5e6):
         with pytest.raises(AdapterConfigError, match="that is no size"):
             SharedBase(base("bert"), adapter_memory=size)
 

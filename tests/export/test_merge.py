@@ -6,24 +6,28 @@ import copy
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from flair.data import Dictionary, Sentence
-from flair.embeddings import TransformerEmbeddings
+from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbeddings
 from flair.models import TextClassifier
 from flair.nn import Model
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddings
-from flair_peft.errors import AdapterConfigError, SaveError, UnsupportedMethodError
+from flair_peft.errors import AdapterConfigError, SaveError, UnsupportedMethodError, UnsupportedStateError
 from flair_peft.export import merge
 from tests.support import tiny
 from tests.support.configs import lora
@@ -291,3 +295,52 @@ def test_model_on_a_base_without_a_pooler_is_merged_saved_and_exported(base: Bas
     tagger = make(ZOO["sequence-tagger"], base("bert"), lora(), transformers_model_kwargs={"add_pooling_layer": False})
     for is_merged in (True, False):
         flair_peft.to_transformers(tagger, tmp_path / str(is_merged), merged=is_merged)
+
+
+def two_labels() -> Dictionary:
+    labels = Dictionary(add_unk=False)
+    for label in ("a", "b"):
+        labels.add_item(label)
+    return labels
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_tokenizer_that_ends_texts_in_its_padding_token_is_refused(pooling: str, base: Base, tmp_path: Path) -> None:
+    """Flair's own embeddings take that token for padding: the merged model would read the one in front of it."""
+    folder = shutil.copytree(base("qwen3"), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = [(tokenizer.pad_token, tokenizer.pad_token_id)]
+    ending = processors.TemplateProcessing(single=f"$A {end[0][0]}", pair=f"$A $B {end[0][0]}", special_tokens=end)
+    before = tokenizer.backend_tokenizer.post_processor
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([before, ending])
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("Berlin")["input_ids"][-1] == tokenizer.pad_token_id
+    config = lora(target_modules=["q_proj", "v_proj"])
+    for source, is_refused in ((base("qwen3"), False), (str(folder), True)):
+        embeddings = PeftTransformerDocumentEmbeddings(source, peft_config=config, cls_pooling=pooling)
+        model = TextClassifier(embeddings, label_dictionary=two_labels(), label_type="class")
+        with pytest.raises(AdapterConfigError, match="take tokens for padding") if is_refused else nullcontext():
+            flair_peft.merge(model)
+
+
+@pytest.mark.parametrize("use_fast", [True, False])
+def test_slow_tokenizer_that_flair_makes_a_fast_one_is_named(
+    use_fast: bool, base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rare characters have other subtokens then; a plain model of stock Flair is not written so without a word."""
+    options: dict[str, Any] = {"transformers_tokenizer_kwargs": {"use_fast": use_fast}}
+    config = lora(target_modules=["q_proj", "v_proj"])
+    embeddings = PeftTransformerDocumentEmbeddings(base("llama"), peft_config=config, **options)
+    model = TextClassifier(embeddings, label_dictionary=two_labels(), label_type="class")
+    with caplog.at_level(logging.WARNING, "flair_peft"):
+        flair_peft.merge(model)
+    said = [record.getMessage() for record in caplog.records if "takes rare characters apart" in record.getMessage()]
+    assert [("LlamaTokenizerFast" in text, "LlamaTokenizer," in text) for text in said] == [(True, True)] * (
+        not use_fast
+    )
+    plain = TransformerDocumentEmbeddings(base("llama"), transformers_config_kwargs={"use_cache": False}, **options)
+    plain.tokenizer.pad_token = plain.tokenizer.eos_token
+    model = TextClassifier(plain, label_dictionary=two_labels(), label_type="class")
+    with pytest.raises(UnsupportedStateError, match="rare characters apart") if not use_fast else nullcontext():
+        flair_peft.save_pretrained(model, tmp_path / "plain")
+    assert (tmp_path / "plain").exists() is use_fast

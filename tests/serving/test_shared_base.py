@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from flair.data import Dictionary, Sentence
+from flair.data import DataPair, Dictionary, Sentence
 from flair.datasets import FlairDatapointDataset
 from flair.embeddings import StackedEmbeddings, WordEmbeddings
 from flair.embeddings.base import register_embeddings
@@ -174,6 +174,17 @@ def test_adapter_that_could_not_be_tried_for_want_of_memory_is_tried_again(
         together = labels()
     assert (6 in passes) is not is_remembered
     assert [largest_difference(a, b) < 1e-4 for a, b in zip(alone, together, strict=True)] == [True, True]
+
+
+def test_prediction_within_autocast_leaves_later_ones_in_one_batch(base: Callable[[str], str], tmp_path: Path) -> None:
+    """Adapters that round otherwise together, in the dtype of one call, are tried out anew in that of another."""
+    shared = SharedBase(base("bert"))
+    models = [shared.load(save_random("text-classifier", base("bert"), tmp_path / str(i), seed=i)[0]) for i in range(2)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        shared.predict({model: [Sentence(text) for text in TEXTS] for model in models})
+    with counting_forward_passes() as passes:
+        shared.predict({model: [Sentence(text) for text in TEXTS] for model in models})
+    assert 2 * len(TEXTS) in passes
 
 
 class counting_forward_passes:  # noqa: N801 - used as a function
@@ -612,6 +623,30 @@ def test_shared_base_in_bfloat16_predicts_close_to_fp32_and_saves_exact_values(
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in exact.items())
 
 
+@pytest.mark.parametrize("module", ["intermediate.dense", "word_embeddings", "LayerNorm"])
+@pytest.mark.parametrize(
+    ("trained_in", "dtype"), [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32")]
+)
+def test_copies_of_modules_compute_in_the_dtype_of_the_base_and_are_saved_as_they_were(
+    trained_in: str, dtype: str, module: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """What ``modules_to_save`` names takes the place of a module of the base, whatever dtype that is asked for."""
+    config = lora(target_modules=["query"], modules_to_save=[module])
+    directory, live = save_random("text-classifier", base("bert"), tmp_path / "model", config=config, dtype=trained_in)
+    model = SharedBase(base("bert"), dtype=dtype).load(directory)
+    for path in (tmp_path / "again", tmp_path / "again.pt"):
+        found, expected = ([Sentence(text) for text in TEXTS] for _ in range(2))
+        model.predict(found, return_probabilities_for_all_classes=True)
+        live.predict(expected, return_probabilities_for_all_classes=True)
+        assert largest_difference(labels_of(expected), labels_of(found)) < 0.1
+        stored = {name: tensor for name, tensor in model.state_dict().items() if "modules_to_save" in name}
+        assert stored
+        assert all(torch.equal(live.state_dict()[name], tensor) for name, tensor in stored.items())
+        model.save(path) if path.suffix else flair_peft.save_pretrained(model, path)
+        model = TextClassifier.load(path)
+    train_a_step(model, "sentiment")
+
+
 def test_shared_base_model_in_bfloat16_is_saved_as_it_was_trained(base: Callable[[str], str], tmp_path: Path) -> None:
     """A model that was trained in bf16 comes back from a shared base's checkpoint bit by bit."""
     directory, _ = save_random("text-classifier", base("bert"), tmp_path / "model", dtype="bfloat16")
@@ -882,9 +917,14 @@ def test_predict_together_with_what_is_no_model_of_this_base_says_so(
     save_random("text-classifier", base("bert"), tmp_path / "model")
     shared = SharedBase(base("bert"))
     model, elsewhere = shared.load(tmp_path / "model"), from_pretrained(tmp_path / "model")
-    for given in ("Berlin", ["Berlin"], [["Berlin"]]):
+    corpus = sentence_corpus()
+    pair = DataPair(Sentence("Berlin"), Sentence("Bern"))
+    for given in ("Berlin", ["Berlin"], [["Berlin"]], corpus, [corpus], [corpus.test], pair, [pair]):
         with pytest.raises(PredictionSetupError, match="labels data points"):
             shared.predict({model: given})
+    for options in ({elsewhere: {"label_name": "other"}}, {"model": {"label_name": "other"}}, [{}]):
+        with pytest.raises(PredictionSetupError, match="with models of the sentences"):
+            shared.predict({model: [Sentence("Berlin")]}, model_options=options)
     for given in ("Berlin", [Sentence("Berlin")], Sentence("Berlin"), {"model": Sentence("Berlin")}):
         with pytest.raises(AdapterConfigError, match=r"Pass \{model: sentences\}"):
             shared.predict(given)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from flair.nn import Model
 
 from flair_peft.adapter import config as configs
@@ -17,6 +19,7 @@ from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, ad
 from flair_peft.errors import (
     AdapterConfigError,
     BaseMismatchError,
+    BaseModelNotFoundError,
     FlairPeftError,
     ModelFileError,
     RequestError,
@@ -27,13 +30,15 @@ from flair_peft.inspection import report
 from flair_peft.inspection.adapters import Adapter
 from flair_peft.models import load
 from flair_peft.primitives import fingerprint
-from flair_peft.primitives.dtypes import DtypeLike
+from flair_peft.primitives.dtypes import DtypeLike, parse_dtype
 from flair_peft.serving.http import requests
 from flair_peft.serving.http.answers import answer_of
 from flair_peft.serving.http.model_forms import ModelForm, form_of
 from flair_peft.serving.http.requests import Entity, Item
 from flair_peft.serving.shared_base import SharedBase
 from flair_peft.storage import file_names, hub, manifest
+
+log = logging.getLogger("flair_peft")
 
 NONE = "none"
 """Stands for a digest or fingerprint of what a model does not have."""
@@ -124,6 +129,16 @@ class ServedModels:
     is_merged: bool = False
     _by_name: dict[str, ServedModel] = field(default_factory=dict)
     _bases: dict[tuple[Any, ...], SharedBase] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        is_narrow = self.dtype is not None and parse_dtype(self.dtype) != torch.float32
+        given = {"dtype": is_narrow, "adapter_memory": self.adapter_memory is not None}
+        if self.is_merged and any(given.values()):
+            useless = name_some(name for name, is_given in given.items() if is_given)
+            raise AdapterConfigError(
+                f"Cannot merge the models to be served and use {useless}: a merged model is Flair's own, in float32, "
+                f"and has no adapter beside its base. Leave out merge, or {useless}."
+            )
 
     @property
     def all(self) -> list[ServedModel]:
@@ -229,13 +244,16 @@ class ServedModels:
         found = report.inspect(place) if isinstance(place, Path) else None
         if found is None or not found.adapters:
             return _load_plain(place), None
-        if not self.is_merged and (shared := self._base_of(found.adapters[0])) is not None:
+        if not self.is_merged:
             try:
-                return shared.load(place, **self.options), shared
+                if (shared := self._base_of(found.adapters[0])) is not None:
+                    return shared.load(place, **self.options), shared
+            except BaseModelNotFoundError as error:
+                log.info("'%s' is loaded with a base of its own: %s", place, error)  # or loading it says what is wrong
             except BaseMismatchError:
                 if self.dtype is not None:
                     raise
-                self._forget_unused()  # it holds a base of its own, or loading it says what is wrong
+                self._forget_unused()
         return load.from_pretrained(place, **self.options), None
 
     def _base_of(self, adapter: Adapter) -> SharedBase | None:

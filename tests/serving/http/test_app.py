@@ -22,7 +22,13 @@ from flair.nn import Model
 from safetensors.torch import load_file, save_file
 
 import flair_peft
-from flair_peft.errors import AdapterConfigError, FlairPeftError, ModelFileError
+from flair_peft.errors import (
+    AdapterConfigError,
+    BaseMismatchError,
+    BaseModelNotFoundError,
+    FlairPeftError,
+    ModelFileError,
+)
 from flair_peft.serving import create_app
 from tests.support.direct_answers import assert_same, direct
 from tests.support.gated_model import GatedModel, wait_until
@@ -63,6 +69,23 @@ def test_model_that_holds_a_base_of_its_own_is_served_beside_those_that_share_on
             model = flair_peft.from_pretrained(path)
             expected = direct(model, TEXTS, "labels", label_type=model.label_type)
             assert_same(answers, expected, "labels")
+
+
+def test_file_that_holds_its_base_is_served_where_that_lies_nowhere_else(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """As it is loaded; beside a dtype that its weights do not have, the reason is theirs."""
+    folder = Path(shutil.copytree(base("bert"), tmp_path / "base"))
+    _, model = save_random("text-classifier", str(folder), tmp_path / "model")
+    model.save(tmp_path / "whole.pt", save_base=True)
+    with pytest.raises(BaseMismatchError, match="it holds weights of its base, which are not bit by bit these"):
+        create_app({"m": tmp_path / "whole.pt"}, dtype="bfloat16")
+    shutil.rmtree(folder)
+    with client_of(create_app({"m": tmp_path / "whole.pt"})) as client:
+        answers = client.post("/predict", json={"inputs": TEXTS, "model": "m"}).json()
+    assert_same(answers, direct(model, TEXTS, "labels", label_type=model.label_type), "labels")
+    with pytest.raises(BaseModelNotFoundError):
+        create_app({"m": tmp_path / "model"})
 
 
 def test_token_is_asked_of_everyone_who_wants_to_know(live: Model) -> None:
@@ -209,6 +232,14 @@ def test_models_that_cannot_be_served_are_refused_with_the_reason(live: Model, t
     for name in ("", "a b", "a,b", "a\nb", "../a"):
         with pytest.raises(AdapterConfigError, match="names stand in headers"):
             create_app({name: live})
+
+
+def test_merged_models_take_no_options_of_a_shared_base(live: Model) -> None:
+    """They have no base that others share, and no adapter beside it: whoever gives both learns it."""
+    for option, value in (("dtype", "bfloat16"), ("adapter_memory", "1MB")):
+        with pytest.raises(AdapterConfigError, match=f"Leave out merge, or '{option}'"):
+            create_app({"m": live}, merge=True, **{option: value})
+    create_app({"m": live}, merge=True, dtype="float32")
 
 
 def flair_dictionary() -> Any:
