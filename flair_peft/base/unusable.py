@@ -27,7 +27,7 @@ UNUSABLE = (
 
 # File that stands in its place → what is there, and who reads it.
 _NO_BASES = {
-    "flair_peft.json": ("a Flair model with an adapter", "Load it with from_pretrained, or the load of a SharedBase"),
+    "flair_peft.json": ("a Flair model", "Load it with from_pretrained, or the load of a SharedBase"),
     "adapter_config.json": ("an adapter of PEFT", "Make embeddings of it with the from_adapter of their class"),
 }
 
@@ -55,7 +55,7 @@ def not_found(source: str, error: Exception) -> BaseModelNotFoundError:
         for name, (what, way) in _NO_BASES.items():
             if (folder / name).is_file():
                 return BaseModelNotFoundError(
-                    f"Cannot load the base model from '{source}': it holds {what}, and no transformer. {way}."
+                    f"Cannot load the base model from '{source}': it holds {what}, and is no transformers model. {way}."
                 )
         return BaseModelNotFoundError(
             f"Cannot load the base model from '{source}': there is no config.json in it. It is not a transformers model"

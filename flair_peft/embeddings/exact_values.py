@@ -72,9 +72,11 @@ def restore_(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.Te
     Values that changed since the cast win over the ones kept.
     """
     settle_(owner)
-    owner.__dict__.pop(_GIVEN, None)
-    kept: dict[str, torch.Tensor] = owner.__dict__.pop(_KEPT, {})
-    pairs = [(tensor, kept[name]) for name, tensor in tensors().items() if name in kept] if kept else []
+    kept = exact_values(owner)
+    pairs = [(tensor, kept.pop(name)) for name, tensor in tensors().items() if name in kept] if kept else []
+    if not kept:
+        owner.__dict__.pop(_GIVEN, None)
+        owner.__dict__.pop(_KEPT, None)
     for tensor, exact in pairs:
         tensor.data, tensor.grad = exact_value(tensor, exact), None  # a gradient has the dtype of the cast
     return bool(pairs)
@@ -87,22 +89,23 @@ def converted(owner: torch.nn.Module, tensors: Callable[[], Mapping[str, torch.T
     kept = exact_values(owner)
     now = tensors() if kept else {}
     exact = {name: exact_value(now[name], value) for name, value in kept.items() if name in now}
+    narrow = {name for name, value in exact.items() if now[name].itemsize < value.itemsize}
     yield
     now = tensors() if exact else {}
-    for name in [name for name in exact if name in now and now[name].itemsize >= exact[name].itemsize]:
+    wide = {name for name in narrow if name in now and now[name].itemsize >= exact[name].itemsize}
+    for name in wide | {name for name, value in exact.items() if name in now and now[name].dtype == value.dtype}:
         now[name].data = exact[name].to(now[name].device, now[name].dtype)
         kept.pop(name, None)  # which a model within has done, too
 
 
 def cast_copies_(model: torch.nn.Module) -> None:
-    """Cast copies of modules (``modules_to_save``) to the dtype of what they stand for; norms may be wider."""
+    """Cast copies of modules (``modules_to_save``) to the dtype of what they stand for."""
     for name, wrapper in _copied(model):
         dtypes = {inside: p.dtype for inside, p in wrapper.original_module.named_parameters()}
-        is_norm = "norm" in type(wrapper.original_module).__name__.lower()
         for adapter, copy in wrapper.modules_to_save.items():
             for inside, parameter in copy.named_parameters():
                 wanted = dtypes.get(inside, parameter.dtype)
-                if wanted.is_floating_point and not (is_norm and parameter.itemsize > wanted.itemsize):
+                if wanted.is_floating_point:
                     cast_(model, {f"{name}.modules_to_save.{adapter}.{inside}": parameter}, wanted)
 
 

@@ -21,7 +21,7 @@ from flair_peft.base.unusable import first_line
 from flair_peft.codec import state_json
 from flair_peft.embeddings import head_dtype, vector_probe
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
-from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError, name_some
+from flair_peft.errors import AdapterConfigError, FlairPeftError, StateMismatchError, UnsupportedMethodError, name_some
 from flair_peft.models import build, save_plan, unkept_settings
 from flair_peft.models.stored import Stored
 from flair_peft.primitives import devices, dtypes, mapped_memory, progress
@@ -143,19 +143,18 @@ def copied(model: Model) -> Model:
 def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype) -> TransformerEmbeddings:
     """Return Flair's own embeddings around the transformer with the adapter in its weights."""
     _refuse_unreadable(embeddings)
-    embeddings.model.float().eval()
-    expected = _vectors(embeddings)
+    embeddings.float().eval()
+    try:
+        expected = _vectors(embeddings)
+    except Exception as error:  # such as of embeddings that read boxes or images beside the words
+        log.info("Not compared how Flair reads texts with '%s': %s", embeddings.name, error)
+        expected = None
     transformer = merged_transformer(embeddings)
-    transformer.to(dtype)
-    transformer.config.dtype = dtype
     if "use_cache" in transformer.config.to_dict():
         transformer.config.use_cache = False  # stock Flair takes the last output for the hidden states
     # What is not among these is not stored, and the tokenizers of decoders pad on the left by default.
     embeddings.tokenizer.init_kwargs["padding_side"] = embeddings.tokenizer.padding_side
     embeddings.model = transformer
-    params = TransformerEmbeddings.to_params(embeddings)
-    params["tokenizer_data"] = tokenizers.portable_tokenizer_files(params["tokenizer_data"], embeddings.tokenizer)
-    stock = next((found for found in _STOCK if isinstance(embeddings, found)), TransformerEmbeddings)
     if mixes_windows(embeddings):
         log.warning(
             "Flair gives sentences other vectors where one before them in the batch has several windows: the merged "
@@ -164,43 +163,53 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
             embeddings.name,
         )
     try:
-        plain = stock.from_params(params)
-        plain.model.load_state_dict(transformer.state_dict())
-        found = None if expected is None else _vectors(plain.eval())
+        plain = _stock(embeddings, transformer, torch.float32)
+        if expected is not None:
+            _compare_reading(embeddings, plain, vector_probe.distance(_vectors(plain), expected))
+        return plain if dtype == torch.float32 else _stock(embeddings, transformer, dtype)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, FlairPeftError):
+            raise
         raise AdapterConfigError(
             f"Cannot merge the adapter of '{embeddings.name}': Flair's own embeddings cannot hold its "
             f"{type(transformer).__name__} ({type(error).__name__}: {first_line(error)}). Keep the adapter beside its "
             "base, as save_pretrained and model.save do."
         ) from error
+
+
+def _stock(
+    embeddings: PeftTransformerEmbeddings, transformer: PreTrainedModel, dtype: torch.dtype
+) -> TransformerEmbeddings:
+    """Return Flair's own embeddings with the settings of these, around the weights in a dtype."""
+    transformer.to(dtype)
+    transformer.config.dtype = dtype
+    params = TransformerEmbeddings.to_params(embeddings)
+    params["tokenizer_data"] = tokenizers.portable_tokenizer_files(params["tokenizer_data"], embeddings.tokenizer)
+    stock = next((found for found in _STOCK if isinstance(embeddings, found)), TransformerEmbeddings)
+    plain = stock.from_params(params)
+    plain.model.load_state_dict(transformer.state_dict())
     plain.truncate, plain.stride = embeddings.truncate, embeddings.stride
-    if found is not None and expected is not None:
-        _compare_reading(embeddings, plain, vector_probe.distance(found, expected), dtype)
     return plain.eval()
 
 
-def _vectors(embeddings: TransformerEmbeddings) -> torch.Tensor | None:
-    """Return the vectors of some texts, in one row; ``None`` where a text alone has none."""
-    if embeddings.tokenizer_needs_ocr_boxes or embeddings.feature_extractor is not None:
-        return None
+def _vectors(embeddings: TransformerEmbeddings) -> torch.Tensor:
+    """Return the vectors of some texts, in one row."""
     sentences = [Sentence(text) for text in _TEXTS]
     Sentence.set_context_for_sentences(sentences)
-    with torch.no_grad(), full_precision(flair.device.type):
+    with base_transformer.keeping_attention(embeddings), torch.no_grad(), full_precision(flair.device.type):
         embeddings.embed(sentences)
     points: list[DataPoint] = [*sentences] if embeddings.document_embedding else []
     points += [token for sentence in sentences for token in sentence] if embeddings.token_embedding else []
     return torch.cat([point.get_embedding().float().cpu() for point in points])
 
 
-def _compare_reading(
-    embeddings: PeftTransformerEmbeddings, plain: TransformerEmbeddings, distance: float, dtype: torch.dtype
-) -> None:
+def _compare_reading(embeddings: PeftTransformerEmbeddings, plain: TransformerEmbeddings, distance: float) -> None:
     """Say if Flair's own embeddings read rare characters otherwise.
 
     Raises:
         AdapterConfigError: they read plain texts otherwise.
     """
-    allowed = vector_probe.tolerance(dtypes.dtype_name(dtype))
+    allowed = vector_probe.tolerance("float32")
     if not distance <= allowed:
         raise AdapterConfigError(
             f"Cannot merge the adapter of '{embeddings.name}': around the same transformer, Flair's own embeddings "
@@ -248,7 +257,7 @@ def merged_transformer(embeddings: PeftTransformerEmbeddings) -> PreTrainedModel
         StateMismatchError: it gives other hidden states than before.
     """
     config, kind = embeddings.adapter_config, type(embeddings.base_model).__name__
-    embeddings.model.float().eval()
+    embeddings.float().eval()
     ids = vector_probe.probe_ids(embeddings)
     expected = _hidden_states(embeddings.model, ids)
     try:

@@ -81,7 +81,7 @@ def check_points(model: Model, given: Any) -> None:
     """
     points = given if isinstance(given, list) else [given]
     kind = next((kind for classes, kind in _READS.items() if type(model) in classes), DataPoint)
-    is_data_set = isinstance(given, Dataset)  # which Flair iterates over
+    is_data_set = isinstance(given, Dataset) and (kind is DataPoint or isinstance(model, SequenceTagger))
     wrong = next((point for point in points if not isinstance(point, kind) and not is_data_set), points)
     if wrong is not points:
         of_a_corpus = isinstance(wrong, (Corpus, Dataset))

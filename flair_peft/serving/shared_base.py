@@ -127,7 +127,8 @@ class SharedBase:
             names, own = sorted({embeddings.base_model_name for embeddings in embedded}), self._base.record.name
             reason, other = f"it was trained on {' and '.join(map(repr, names))}", "make a SharedBase of its base"
             if names == [own]:
-                reason, other = "it holds weights of its base, which are not bit by bit these", "save it without them"
+                reason = "it holds weights of its base, which are not bit by bit these"
+                other = "make a SharedBase in the dtype that they have"
             raise BaseMismatchError(
                 f"Cannot load '{source}' on the shared base '{own}': {reason}, and shares no weights with this base. "
                 f"It would need a base of its own. Load it with its class's load, or {other}."
@@ -202,7 +203,9 @@ class SharedBase:
         for model, points in sentences.items():
             self._check(model, points)
         own = model_options or {}
-        if not isinstance(own, Mapping) or not all(map(sentences.__contains__, own)):
+        if not isinstance(own, Mapping) or not all(
+            model in sentences and isinstance(given, Mapping) for model, given in own.items()
+        ):
             raise PredictionSetupError(
                 "Cannot predict with these model_options: they are a dictionary from models to options, and each of "
                 "the models has to predict something here. Pass {model: {option: value}} with models of the sentences."
@@ -227,7 +230,7 @@ class SharedBase:
             raise _no_model(model)
         if model not in self._models and adapted_embeddings(model):
             raise self._stranger("predict with", model)
-        inputs.check_points(model, points)
+        inputs.check_points(model, _as_list(points))
 
     def _stranger(self, action: str, model: Any) -> AdapterConfigError:
         return AdapterConfigError(

@@ -62,7 +62,7 @@ GAP = {
     "full fine-tuning, twice the epochs": replace(WAYS[quality_table.FULL], epochs=2),
 }
 """What may be between LoRA and full fine-tuning: its rank, its targets, or its epochs."""
-GAP_TASKS = ("UD-EWT", "NER, linear", "NER, linear, context")
+GAP_TASKS = ("UD-EWT", "NER, linear", "NER, CRF", "NER, linear, context", "NER, CRF, context")
 """Those on which there is something between them."""
 RATES_OF = {
     **dict.fromkeys([*UPPER, "DoRA", *(way for way in GAP if way.startswith("LoRA"))], "LoRA"),

@@ -344,3 +344,27 @@ def test_slow_tokenizer_that_flair_makes_a_fast_one_is_named(
     with pytest.raises(UnsupportedStateError, match="rare characters apart") if not use_fast else nullcontext():
         flair_peft.save_pretrained(model, tmp_path / "plain")
     assert (tmp_path / "plain").exists() is use_fast
+
+
+def test_embeddings_that_read_boxes_or_windows_of_their_own_are_merged(base: Base) -> None:
+    """What reads more than words is not compared by words; a stride of one's own is that of the merged model."""
+    config = lora(target_modules=["query", "value"])
+    boxed = PeftTransformerDocumentEmbeddings(base("layoutlm"), peft_config=config)
+    flair_peft.merge(TextClassifier(boxed, label_dictionary=two_labels(), label_type="class"))
+    short = PeftTransformerDocumentEmbeddings(base("bert"), peft_config=config, allow_long_sentences=True)
+    short.tokenizer.model_max_length, short.stride = 16, 4
+    merged = flair_peft.merge(TextClassifier(short, label_dictionary=two_labels(), label_type="class"))
+    assert merged.embeddings.stride == 4
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama", "xlnet"])
+def test_merged_model_in_half_precision_is_compared_before_it_is_rounded(architecture: str, base: Base) -> None:
+    """On a processor that does not compute all of it in bf16, too; numbers of positions are not rounded with it."""
+    config = lora(target_modules=tiny.ATTENTION_TARGETS[architecture])
+    embeddings = PeftTransformerDocumentEmbeddings(base(architecture), peft_config=config)
+    model = TextClassifier(embeddings, label_dictionary=two_labels(), label_type="class")
+    exact, rounded = (flair_peft.merge(model, dtype=dtype).embeddings.model for dtype in ("float32", "bfloat16"))
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    weights = dict(rounded.named_parameters())
+    assert all(torch.equal(weights[name], p.bfloat16()) for name, p in exact.named_parameters())
+    assert {b.dtype for b in rounded.buffers()} == {b.dtype for b in exact.buffers()}

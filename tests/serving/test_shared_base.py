@@ -644,7 +644,28 @@ def test_copies_of_modules_compute_in_the_dtype_of_the_base_and_are_saved_as_the
         assert all(torch.equal(live.state_dict()[name], tensor) for name, tensor in stored.items())
         model.save(path) if path.suffix else flair_peft.save_pretrained(model, path)
         model = TextClassifier.load(path)
+    model.train().eval()
+    assert all(torch.equal(live.state_dict()[name], model.state_dict()[name]) for name in stored)
     train_a_step(model, "sentiment")
+    flair_peft.save_pretrained(model, tmp_path / "trained")
+    assert from_pretrained(tmp_path / "trained").state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "module"), [("llama", "input_layernorm"), ("t5", "layer_norm"), ("qwen3", "q_norm")]
+)
+def test_copies_of_norms_compute_in_the_dtype_of_the_base(
+    architecture: str, module: str, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Those without a mean give their own dtype to what they norm; a move to another device leaves what is saved."""
+    config = lora(target_modules=tiny.ATTENTION_TARGETS[architecture], modules_to_save=[module])
+    directory, live = save_random("text-classifier", base(architecture), tmp_path / "model", config=config)
+    model = SharedBase(base(architecture), dtype="bfloat16").load(directory)
+    model.predict([Sentence(text) for text in TEXTS])
+    model.embeddings._apply(torch.clone)
+    stored = {name: tensor for name, tensor in model.state_dict().items() if "modules_to_save" in name}
+    assert stored
+    assert all(torch.equal(live.state_dict()[name], tensor) for name, tensor in stored.items())
 
 
 def test_shared_base_model_in_bfloat16_is_saved_as_it_was_trained(base: Callable[[str], str], tmp_path: Path) -> None:
@@ -922,7 +943,7 @@ def test_predict_together_with_what_is_no_model_of_this_base_says_so(
     for given in ("Berlin", ["Berlin"], [["Berlin"]], corpus, [corpus], [corpus.test], pair, [pair]):
         with pytest.raises(PredictionSetupError, match="labels data points"):
             shared.predict({model: given})
-    for options in ({elsewhere: {"label_name": "other"}}, {"model": {"label_name": "other"}}, [{}]):
+    for options in ({elsewhere: {"label_name": "other"}}, {"model": {"label_name": "other"}}, {model: None}, [{}]):
         with pytest.raises(PredictionSetupError, match="with models of the sentences"):
             shared.predict({model: [Sentence("Berlin")]}, model_options=options)
     for given in ("Berlin", [Sentence("Berlin")], Sentence("Berlin"), {"model": Sentence("Berlin")}):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +36,6 @@ from flair_peft.serving.http.model_forms import ModelForm, form_of
 from flair_peft.serving.http.requests import Entity, Item
 from flair_peft.serving.shared_base import SharedBase
 from flair_peft.storage import file_names, hub, manifest
-
-log = logging.getLogger("flair_peft")
 
 NONE = "none"
 """Stands for a digest or fingerprint of what a model does not have."""
@@ -131,9 +128,11 @@ class ServedModels:
     _bases: dict[tuple[Any, ...], SharedBase] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.is_merged:
+            return
         is_narrow = self.dtype is not None and parse_dtype(self.dtype) != torch.float32
         given = {"dtype": is_narrow, "adapter_memory": self.adapter_memory is not None}
-        if self.is_merged and any(given.values()):
+        if any(given.values()):
             useless = name_some(name for name, is_given in given.items() if is_given)
             raise AdapterConfigError(
                 f"Cannot merge the models to be served and use {useless}: a merged model is Flair's own, in float32, "
@@ -248,12 +247,10 @@ class ServedModels:
             try:
                 if (shared := self._base_of(found.adapters[0])) is not None:
                     return shared.load(place, **self.options), shared
-            except BaseModelNotFoundError as error:
-                log.info("'%s' is loaded with a base of its own: %s", place, error)  # or loading it says what is wrong
-            except BaseMismatchError:
-                if self.dtype is not None:
+            except (BaseModelNotFoundError, BaseMismatchError):
+                if self.dtype is not None or self.options.get("base_model"):
                     raise
-                self._forget_unused()
+                self._forget_unused()  # it holds a base of its own, or loading it says what is wrong
         return load.from_pretrained(place, **self.options), None
 
     def _base_of(self, adapter: Adapter) -> SharedBase | None:

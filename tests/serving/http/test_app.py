@@ -81,6 +81,9 @@ def test_file_that_holds_its_base_is_served_where_that_lies_nowhere_else(
     with pytest.raises(BaseMismatchError, match="it holds weights of its base, which are not bit by bit these"):
         create_app({"m": tmp_path / "whole.pt"}, dtype="bfloat16")
     shutil.rmtree(folder)
+    for options in ({"dtype": "bfloat16"}, {"base_model": str(folder)}):
+        with pytest.raises(BaseModelNotFoundError):
+            create_app({"m": tmp_path / "whole.pt"}, **options)
     with client_of(create_app({"m": tmp_path / "whole.pt"})) as client:
         answers = client.post("/predict", json={"inputs": TEXTS, "model": "m"}).json()
     assert_same(answers, direct(model, TEXTS, "labels", label_type=model.label_type), "labels")
@@ -240,6 +243,7 @@ def test_merged_models_take_no_options_of_a_shared_base(live: Model) -> None:
         with pytest.raises(AdapterConfigError, match=f"Leave out merge, or '{option}'"):
             create_app({"m": live}, merge=True, **{option: value})
     create_app({"m": live}, merge=True, dtype="float32")
+    create_app({"m": live}, dtype="auto")
 
 
 def flair_dictionary() -> Any:
