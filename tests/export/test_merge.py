@@ -365,8 +365,6 @@ def test_merged_model_in_half_precision_is_compared_before_it_is_rounded(archite
     model = TextClassifier(embeddings, label_dictionary=two_labels(), label_type="class")
     exact, rounded = (flair_peft.merge(model, dtype=dtype).embeddings.model for dtype in ("float32", "bfloat16"))
     weights = dict(rounded.named_parameters())
-    assert (
-        weights[next(name for name in weights if "layer" in name)].dtype == torch.bfloat16
-    )  # Flair makes some in fp32
+    assert torch.bfloat16 in {p.dtype for p in weights.values()}  # Flair makes some of XLNet's in fp32
     assert all(torch.equal(weights[name].bfloat16(), p.bfloat16()) for name, p in exact.named_parameters())
     assert {b.dtype for b in rounded.buffers()} == {b.dtype for b in exact.buffers()}
