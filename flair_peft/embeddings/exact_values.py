@@ -38,9 +38,9 @@ def exact_values(owner: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def exact_value(current: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Return the exact value if ``current`` is still its cast, else ``current`` in the dtype of the exact one."""
-    moved = exact.to(current.device)
-    return moved if torch.equal(moved.to(current.dtype), current.detach()) else current.detach().to(exact.dtype)
+    """Return the exact value if ``current`` is still its cast, else ``current`` in the wider dtype of the two."""
+    moved, wider = exact.to(current.device), torch.promote_types(exact.dtype, current.dtype)
+    return moved if torch.equal(moved.to(current.dtype), current.detach()) else current.detach().to(wider)
 
 
 def settle_(owner: torch.nn.Module) -> set[str]:

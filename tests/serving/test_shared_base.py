@@ -652,7 +652,7 @@ def test_copies_of_modules_compute_in_the_dtype_of_the_base_and_are_saved_as_the
 
 
 @pytest.mark.parametrize(
-    ("architecture", "module"), [("llama", "input_layernorm"), ("t5", "layer_norm"), ("qwen3", "q_norm")]
+    ("architecture", "module"), [("llama", "input_layernorm"), ("gemma", "input_layernorm"), ("qwen3", "q_norm")]
 )
 def test_copies_of_norms_compute_in_the_dtype_of_the_base(
     architecture: str, module: str, base: Callable[[str], str], tmp_path: Path
