@@ -23,8 +23,8 @@ def cast_(owner: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: to
     kept = exact_values(owner)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != dtype:
-            kept.setdefault(name, tensor.data)
-            tensor.data = tensor.data.to(dtype)
+            kept[name] = exact_value(tensor.data, kept[name]) if name in kept else tensor.data
+            tensor.data = kept[name].to(dtype)
     if kept:
         owner.__dict__[_KEPT] = kept
         if _give_exact_values not in owner._state_dict_hooks.values():

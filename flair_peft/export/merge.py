@@ -167,9 +167,9 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
         if expected is not None:
             _compare_reading(embeddings, plain, vector_probe.distance(_vectors(plain), expected))
         return plain if dtype == torch.float32 else _stock(embeddings, transformer, dtype)
+    except FlairPeftError:
+        raise
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, FlairPeftError):
-            raise
         raise AdapterConfigError(
             f"Cannot merge the adapter of '{embeddings.name}': Flair's own embeddings cannot hold its "
             f"{type(transformer).__name__} ({type(error).__name__}: {first_line(error)}). Keep the adapter beside its "

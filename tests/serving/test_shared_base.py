@@ -30,7 +30,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, SharedBase, from_pretrained
 from flair_peft.base import memory_check
-from flair_peft.embeddings import pass_cost
+from flair_peft.embeddings import exact_values, pass_cost
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError, BaseMismatchError, FlairPeftError, PredictionSetupError
 from flair_peft.primitives import host_internals, mapped_memory
@@ -621,6 +621,19 @@ def test_shared_base_in_bfloat16_predicts_close_to_fp32_and_saves_exact_values(
     model.train()
     assert {p.dtype for n, p in model.embeddings.model.named_parameters() if "lora" in n} == {torch.float32}
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in exact.items())
+
+
+def test_weights_that_are_cast_once_more_are_kept_as_they_are_now() -> None:
+    """What was put in the place of a cast is exact itself; what is a cast still has the value before it."""
+    layer = torch.nn.Linear(3, 2)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    exact_values.cast_(layer, dict(layer.named_parameters()), torch.bfloat16)
+    layer.bias.data = torch.tensor([0.1, 0.2])
+    exact_values.cast_(layer, dict(layer.named_parameters()), torch.float16)
+    stored = layer.state_dict()
+    assert {p.dtype for p in layer.parameters()} == {torch.float16}
+    assert torch.equal(stored["weight"], before["weight"])
+    assert torch.equal(stored["bias"], torch.tensor([0.1, 0.2]))
 
 
 @pytest.mark.parametrize("module", ["intermediate.dense", "word_embeddings", "LayerNorm"])
