@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.errors import ModelFileError, StateMismatchError
 from flair_peft.primitives.dtypes import dtype_name
 from flair_peft.primitives.full_precision import full_precision
+from flair_peft.primitives.rounding import rounded_otherwise
 
 log = logging.getLogger("flair_peft")
 
@@ -26,6 +27,10 @@ _MOST_IDS = 4096
 
 # Largest distance from the stored vectors, as a share of their norm: other machines sum in another order.
 _TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+
+# Of a model that multiplies rounding, as adapters with large weights do: how many times what was measured, and at most
+# how many times what others are allowed.
+_TIMES_MEASURED, _TIMES_ALLOWED = 3, 6
 
 
 def describe_probe(embeddings: AdaptedEmbeddings, ids: list[int], states: tuple[torch.Tensor, ...]) -> dict[str, Any]:
@@ -93,8 +98,16 @@ def replay_probe(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> No
         ModelFileError: the stored probe is damaged.
     """
     check_ids(embeddings, stored)
-    apart = distance(_means(probe_states(embeddings, stored["input_ids"])), stored["vectors"])
-    if not apart <= (allowed := _allowed(embeddings, stored)):
+
+    def vectors() -> torch.Tensor:
+        return _means(probe_states(embeddings, stored["input_ids"]))
+
+    def rounded() -> Iterable[float]:
+        return (distance(other, here) for other in rounded_otherwise(vectors, _coarser(embeddings, stored)))
+
+    apart = distance(here := vectors(), stored["vectors"])
+    allowed = explained(apart, _allowed(embeddings, stored), rounded)
+    if not apart <= allowed:
         raise StateMismatchError(
             f"Cannot trust the loaded '{embeddings.name}': its vectors of a probe sentence are {apart:.2g} of their "
             f"norm away from those stored when it was saved, and rounding explains {allowed:g}. It would predict "
@@ -127,7 +140,24 @@ def report_unchecked(embeddings: AdaptedEmbeddings) -> None:
 
 
 def _allowed(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> float:
-    return max(tolerance(stored.get("dtype")), tolerance(dtype_name(embeddings.base_dtype)))
+    return tolerance(_coarser(embeddings, stored))
+
+
+def _coarser(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> str:
+    return str(max(stored.get("dtype"), dtype_name(embeddings.base_dtype), key=tolerance))
+
+
+def explained(apart: float, allowed: float, measure: Callable[[], Iterable[float]]) -> float:
+    """Return how far apart rounding explains: what is allowed, or more where what was measured moves a model farther.
+
+    Args:
+        apart: how far apart it is; nothing is measured where that decides nothing.
+        allowed: of models of this dtype.
+        measure: returns how far other rounding moves this one.
+    """
+    if not allowed < apart <= _TIMES_ALLOWED * allowed:
+        return allowed
+    return max(allowed, min(_TIMES_MEASURED * max(measure()), _TIMES_ALLOWED * allowed))
 
 
 def probe_ids(embeddings: AdaptedEmbeddings) -> list[int]:

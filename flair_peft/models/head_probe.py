@@ -40,6 +40,7 @@ from flair_peft.errors import ModelFileError, StateMismatchError, name_some
 from flair_peft.primitives.dtypes import dtype_name
 from flair_peft.primitives.full_precision import full_precision
 from flair_peft.primitives.load_context import load_options
+from flair_peft.primitives.rounding import rounded_otherwise
 from flair_peft.torchfile import state_tree
 
 log = logging.getLogger("flair_peft")
@@ -123,8 +124,7 @@ def check_settings(state: Mapping[str, Any], *, source: str, verify: bool) -> No
     if stored.get("settings") != digest(state):
         raise StateMismatchError(
             f"Cannot trust '{source}': its settings, labels or vocabulary, or their order, are not those that it was "
-            "saved with. "
-            "It would predict something else. Copy or save it again, or load it with verify=False."
+            "saved with. It would predict something else. Copy or save it again, or load it with verify=False."
         )
 
 
@@ -168,11 +168,13 @@ def replay(
             vector_probe.replay_probe(embeddings, probe)
     if stored is None or found is None:
         return
-    rounded_to = (stored["dtype"], *(dtype_name(e.output_dtype) for e in adapted_embeddings(model)))
-    allowed = _WIDER * max(map(vector_probe.tolerance, rounded_to))
+    dtypes = [stored["dtype"], *(dtype_name(e.output_dtype) for e in adapted_embeddings(model))]
+    allowed = _WIDER * vector_probe.tolerance(coarsest := max(dtypes, key=vector_probe.tolerance))
     apart = {name: _distance(found.get(name), answer) for name, answer in stored["outputs"].items()}
-    wrong = [name for name, distance in apart.items() if not distance <= allowed]
-    if wrong:
+    others = rounded_otherwise(lambda: _outputs(model, []), coarsest)
+    measured = (_distance(other.get(name), found[name]) for other in others for name in apart)
+    allowed = vector_probe.explained(max(apart.values()), allowed, lambda: measured)
+    if wrong := [name for name, distance in apart.items() if not distance <= allowed]:
         raise StateMismatchError(
             f"Cannot trust '{source}': {name_some(wrong)} of its head give something else for a probe sentence than "
             f"when it was saved, up to {max(apart.values()):.2g} of the norm, where rounding explains {allowed:g}. It "

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, T5Model, dynamic_
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, SharedBase
 from flair_peft.base import base_cache, check_base
+from flair_peft.embeddings import vector_probe
 from flair_peft.errors import (
     AdapterConfigError,
     BaseMismatchError,
@@ -36,12 +37,14 @@ from flair_peft.errors import (
     ModelFileError,
     StateMismatchError,
 )
+from flair_peft.primitives import rounding
 from flair_peft.storage import manifest
 from tests.support import tiny
 from tests.support.configs import lora
 from tests.support.files import save_stock
 from tests.support.hub_stand_in import HubStandIn, online
 from tests.support.methods import perturb_
+from tests.support.models import save_random
 from tests.support.round_trip import Factories
 from tests.support.selection import few
 from tests.support.zoo import ZOO
@@ -353,6 +356,57 @@ def test_base_in_bf16_is_recognised_whatever_its_files_hold(
     assert loaded.embeddings.base_dtype == torch.bfloat16
     loaded.train()  # gives the head, which is cast after loading, its fp32 values back
     assert predict(loaded) == predict(model)
+
+
+SENSITIVE = pytest.mark.parametrize(
+    ("architecture", "model", "seed"),
+    [("bert", "text-classifier", 0), ("t5", "text-classifier", 7), ("llama", "sequence-tagger-rnn-crf", 5)],
+)
+
+
+def save_sensitive(architecture: str, model: str, seed: int, base: Base, place: Path, **options: Any) -> Path:
+    """Write a model whose random adapter multiplies what rounding does."""
+    config = lora(target_modules=tiny.ATTENTION_TARGETS[architecture])
+    save_random(model, base(architecture), place, config=config, seed=seed, **options)
+    return place
+
+
+@SENSITIVE
+def test_model_that_multiplies_rounding_loads_on_another_processor(
+    architecture: str, model: str, seed: int, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What rounding explains is measured where what usual models are allowed does not suffice, by vectors and head."""
+    place = save_sensitive(architecture, model, seed, base, tmp_path / "model", dtype="bfloat16")
+    with rounding._Rounded(torch.bfloat16, seed=99):
+        load(place)
+        monkeypatch.setattr(vector_probe, "_TIMES_ALLOWED", 1)
+        with pytest.raises(StateMismatchError, match=r"(where|and) rounding explains"):
+            load(place)
+
+
+@SENSITIVE
+def test_other_weights_are_refused_where_rounding_is_multiplied(
+    architecture: str, model: str, seed: int, base: Base, tmp_path: Path
+) -> None:
+    """More than rounding explains."""
+    place = save_sensitive(architecture, model, seed, base, tmp_path / "model", dtype="bfloat16")
+    edit(place, ADAPTER, lambda tensors: [tensor.neg_() for name, tensor in tensors.items() if "lora_B" in name])
+    resign(place)
+    with pytest.raises(StateMismatchError, match="vectors of a probe sentence"):
+        load(place)
+
+
+@pytest.mark.parametrize(("architecture", "seed"), [("llama", 3), ("llama", 6), ("t5", 7), ("t5", 8)])
+def test_model_that_multiplies_rounding_loads_on_a_narrowed_base(
+    architecture: str, seed: int, base: Base, tmp_path: Path
+) -> None:
+    """Trained in fp32, its vectors on a base in bf16 are farther away than those of usual models."""
+    place = save_sensitive(architecture, "text-classifier", seed, base, tmp_path / "model")
+    model = SharedBase(base(architecture), dtype="bfloat16").load(place)
+    stored = safetensors.torch.load_file(place / HEAD)
+    [vectors] = [tensor for name, tensor in stored.items() if name.endswith("/vectors")]
+    states = vector_probe.probe_states(model.embeddings, vector_probe.probe_ids(model.embeddings))
+    assert vector_probe.distance(vector_probe._means(states), vectors) > vector_probe.tolerance("bfloat16")
 
 
 @pytest.fixture
