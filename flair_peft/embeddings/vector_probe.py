@@ -110,7 +110,7 @@ def replay_probe(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> No
     if not apart <= allowed:
         raise StateMismatchError(
             f"Cannot trust the loaded '{embeddings.name}': its vectors of a probe sentence are {apart:.2g} of their "
-            f"norm away from those stored when it was saved, and rounding explains {allowed:g}. It would predict "
+            f"norm away from those stored when it was saved, and rounding explains {allowed:.2g}. It would predict "
             "something else. Load it with the versions of PEFT and transformers that the file names, or with "
             "verify=False."
         )

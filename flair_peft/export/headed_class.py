@@ -50,6 +50,12 @@ class HeadedModel:
         pooler = f"{self.base_name}.pooler"
         return sorted({pooler if f"{name}.".startswith(f"{pooler}.") else name.split(".")[0] for name in self.layers})
 
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Store the weights in another dtype; buffers, such as of rotations, keep theirs, as in loaded models."""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self.model.config.dtype = dtype
+
 
 def task_of(head: LinearHead) -> str:
     """Return what PEFT calls the task of the class that the head belongs to."""

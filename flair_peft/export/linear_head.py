@@ -55,11 +55,6 @@ class LinearHead:
         """Whether it scores the words of a text, and not the text."""
         return self.problem == "tokens"
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the transformer computes."""
-        return self.embeddings.model.get_input_embeddings().weight.dtype
-
     def pooled(self, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores of a word, (labels,), from those of its subtokens: of a linear layer they can be pooled."""
         pooling = self.embeddings.subtoken_pooling

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from flair_peft.export.linear_head import LinearHead, linear_head, live_scores
 from flair_peft.primitives import devices, dtypes, host_internals, progress
 from flair_peft.primitives.dtypes import dtype_name
 from flair_peft.primitives.full_precision import full_precision
+from flair_peft.primitives.rounding import rounded_otherwise
 from flair_peft.storage import atomic, file_names, manifest
 
 log = logging.getLogger("flair_peft")
@@ -94,13 +95,18 @@ def to_transformers(
     _refuse_placed(head.embeddings)
     transformers_folder.refuse_others(path)
     with atomic.explained(path), devices.same_random_numbers():
-        # A head that was cast when it was loaded has its exact values in a copy.
-        source = merge.copied(model) if adapted_embeddings(model) else model
+        # A head that was cast when it was loaded has its exact values in a copy. Merged weights are rounded, once, when
+        # they are known to be right.
+        source = merge.copied(model) if adapted_embeddings(model) or not _is_in_fp32(model) else model
         exact = linear_head(source)
         head = dataclasses.replace(head, weight=exact.weight, bias=exact.bias)
-        headed = _headed(source, head, dtype=wanted if merged else None)
-        export = _Export(model, head, headed, live_scores(model, _probes(head)), merged)
+        if merged:
+            source.float()
+        expected = live_scores(source if merged else model, _probes(head))
+        export = _Export(model, head, _headed(source, head, is_merged=merged), expected, merged)
         export.fill_head_()
+        if merged:
+            export.headed.cast_(wanted)
         card = (manifest.CARD,)
         atomic.replace_directory(path, export.write, names_of=transformers_folder.names_of, gives_way=card)
 
@@ -119,6 +125,10 @@ def _refuse_without_merging(model: Model, *, dtype: torch.dtype) -> None:
         )
 
 
+def _is_in_fp32(model: Model) -> bool:
+    return {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+
+
 def _refuse_placed(embeddings: TransformerEmbeddings) -> None:
     if isinstance(embeddings, PeftTransformerEmbeddings):
         merge.refuse_placed(embeddings)
@@ -129,14 +139,13 @@ def _refuse_placed(embeddings: TransformerEmbeddings) -> None:
         )
 
 
-def _headed(source: Model, head: LinearHead, *, dtype: torch.dtype | None) -> HeadedModel:
-    """Return a model of transformers around merged weights of a dtype, or around the transformer with its adapter."""
-    if dtype is None or isinstance(head.embeddings, PeftTransformerEmbeddings):
-        (embeddings,) = adapted_embeddings(source)
-        if dtype is None:
-            return headed_class.build(head, embeddings.base_model, dtype=embeddings.base_dtype)
-        return headed_class.build(head, merge.merged_transformer(embeddings), dtype=dtype)
-    return headed_class.build(head, head.embeddings.model, dtype=dtype)
+def _headed(source: Model, head: LinearHead, *, is_merged: bool) -> HeadedModel:
+    """Return a model of transformers around merged weights, in fp32, or around the transformer with its adapter."""
+    embedded = adapted_embeddings(source)
+    if not is_merged:
+        return headed_class.build(head, embedded[0].base_model, dtype=embedded[0].base_dtype)
+    transformer = merge.merged_transformer(embedded[0]) if embedded else linear_head(source).embeddings.model
+    return headed_class.build(head, transformer, dtype=torch.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +172,7 @@ class _Export:
         apart: list[float] = []
 
         def is_right() -> bool:
-            apart.append(self._apart(self.headed.model, tokenizer))
+            apart.append(self._apart(_scores(self.headed.model, tokenizer, self.head)))
             return apart[-1] <= self._allowed
 
         if not headed_class.fill_(self.headed, self.head, is_right):
@@ -192,8 +201,8 @@ class _Export:
         transformers_folder.seal(folder, transformers_card.settings(self.model, self.head), card)
         with host_internals.errors_of_transformers_alone():
             tokenizer, model = self._read(folder)
-        apart = self._apart(model, tokenizer)
-        if not apart <= self._allowed:
+        apart = self._apart(_scores(model, tokenizer, self.head))
+        if not apart <= vector_probe.explained(apart, self._allowed, lambda: self._measured(tokenizer)):
             raise self._other(f"read again, its scores are {apart:.2g} of their norm away from those here")
         _report_reading(self.head, tokenizer, is_merged=self.is_merged)
 
@@ -220,30 +229,31 @@ class _Export:
                 f"something else there, no base, or one that has a head for other labels. {instead}."
             ) from error
 
-    def _apart(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> float:
-        """Return how far the scores of a model are from those expected, as a share of the norm of these.
+    def _apart(self, found: torch.Tensor) -> float:
+        """Return how far scores are from those expected, as a share of the norm of these.
 
         Without the bias, which all texts have in common, and beside which what a text adds to it could be anything. Of
         a large one rounding takes more.
         """
-        found, bias = _scores(model, tokenizer, self.head), self.head.bias.expand_as(self.expected)
         if found.shape != self.expected.shape:
             return float("inf")
-        rounding = 2 * max(torch.finfo(dtype).eps for dtype in self._dtypes) * bias.norm()
+        bias = self.head.bias.expand_as(self.expected)
+        rounding = 2 * torch.finfo(self.headed.model.dtype).eps * bias.norm()
         norm = (self.expected - bias).norm() + rounding / self._allowed
         return float((found - self.expected).norm() / norm.clamp_min(1e-12))
 
-    @property
-    def _dtypes(self) -> set[torch.dtype]:
-        return {self.headed.model.dtype, self.head.dtype}
+    def _measured(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[float]:
+        """Yield how far other rounding moves the scores."""
+        model = self.headed.model
+        here = dataclasses.replace(self, expected=_scores(model, tokenizer, self.head))
+        for found in rounded_otherwise(lambda: _scores(model, tokenizer, self.head), str(dtype_name(model.dtype))):
+            yield here._apart(found)
 
     @property
     def _allowed(self) -> float:
-        """How far rounding may take the scores."""
-        return max(
-            _TOLERANCE if dtype == torch.float32 else vector_probe.tolerance(dtype_name(dtype))
-            for dtype in self._dtypes
-        )
+        """How far rounding may take the scores of usual models."""
+        dtype = self.headed.model.dtype
+        return _TOLERANCE if dtype == torch.float32 else vector_probe.tolerance(dtype_name(dtype))
 
     def _other(self, what: str) -> StateMismatchError:
         embeddings = self.head.embeddings

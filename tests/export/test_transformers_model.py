@@ -53,7 +53,7 @@ from tests.support import tiny
 from tests.support.configs import lora
 from tests.support.foreign_adapters import write_base
 from tests.support.methods import perturb_
-from tests.support.models import ZOO, make
+from tests.support.models import ZOO, make, save_random
 from tests.support.quantised import quantised_classifier
 from tests.support.selection import few
 
@@ -674,6 +674,27 @@ def test_model_that_was_loaded_on_a_base_in_bf16_scores_the_same_within_its_roun
     _assert_same(model, tmp_path / "out", is_merged=is_merged, tolerance=0.05)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == ("float32" if is_merged else "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("of_base", "wanted"), [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
+)
+@pytest.mark.parametrize(("name", "seed"), [("text-classifier", 3), ("sequence-tagger", 4)])
+def test_adapter_that_multiplies_rounding_is_merged(
+    name: str, seed: int, of_base: str, wanted: str, base: Base, tmp_path: Path
+) -> None:
+    """What is right is found in fp32, and rounded once: the weights are those of the merged model of Flair."""
+    _, model = save_random(name, base("bert"), tmp_path / "model", seed=seed, dtype=of_base)
+    flair_peft.to_transformers(model, tmp_path / "out", dtype=wanted)
+    merged = flair_peft.merge(model)
+    if wanted == "float32":
+        read = _read_scores(tmp_path / "out", merged)
+        assert _distance(read, _live_scores(merged)) < TOLERANCE
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    expected = {name: part for name, part in merged.embeddings.model.state_dict().items() if "pooler" not in name}
+    same = {name: key for name in expected for key in written if key.endswith(f".{name}")}
+    assert len(same) > 10
+    assert all(torch.equal(expected[name].to(getattr(torch, wanted)), written[key]) for name, key in same.items())
 
 
 def test_head_that_was_cast_when_it_was_loaded_is_written_with_its_exact_values(base: Base, tmp_path: Path) -> None:
