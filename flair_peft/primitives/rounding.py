@@ -35,7 +35,7 @@ class _Rounded(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = function(*args, **(kwargs or {}))
-        if function not in _PRODUCTS:
+        if function not in _PRODUCTS or type(given) is not torch.Tensor:  # such as one that lies on several devices
             return given
         noise = torch.rand(given.shape, generator=self._generator, dtype=torch.float64)
         return given * (1 + self._last_place * (2 * noise - 1)).to(given)

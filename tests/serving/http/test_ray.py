@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -139,7 +140,8 @@ def test_ray_app_refuses_as_the_app_of_one_machine(on_ray: httpx.Client, plain: 
 
 def test_replica_mixes_models_in_one_batch(sources: dict[str, str]) -> None:
     """What several models are asked at one time shares a batch, as Ray hands it over."""
-    replica = ray_deployment.Replica(sources, {}, LIMITS)
+    # Long enough for the other one to come on a busy machine, too.
+    replica = ray_deployment.Replica(sources, {}, dataclasses.replace(LIMITS, max_wait=1))
     shared: list[int] = []
     replica._service.metrics.saw_batch = lambda **batch: shared.append(batch["requests"])  # type: ignore[method-assign]
 
