@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.errors import ModelFileError, StateMismatchError
 from flair_peft.primitives.dtypes import dtype_name
 from flair_peft.primitives.full_precision import full_precision
-from flair_peft.primitives.rounding import rounded_otherwise
+from flair_peft.primitives.rounding import distance, explained, rounded_otherwise, tolerance
 
 log = logging.getLogger("flair_peft")
 
@@ -24,13 +24,6 @@ _IDS_WITHOUT_TEXT = [1, 2, 3, 4]
 
 # Of the sentence of a probe, by its neighbours and by letters if need be.
 _MOST_IDS = 4096
-
-# Largest distance from the stored vectors, as a share of their norm: other machines sum in another order.
-_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-
-# Of a model that multiplies rounding, as adapters with large weights do: how many times what was measured, and at most
-# how many times what others are allowed.
-_TIMES_MEASURED, _TIMES_ALLOWED = 3, 6
 
 
 def describe_probe(embeddings: AdaptedEmbeddings, ids: list[int], states: tuple[torch.Tensor, ...]) -> dict[str, Any]:
@@ -147,19 +140,6 @@ def _coarser(embeddings: AdaptedEmbeddings, stored: Mapping[str, Any]) -> str:
     return str(max(stored.get("dtype"), dtype_name(embeddings.base_dtype), key=tolerance))
 
 
-def explained(apart: float, allowed: float, measure: Callable[[], Iterable[float]]) -> float:
-    """Return how far apart rounding explains: what is allowed, or more where what was measured moves a model farther.
-
-    Args:
-        apart: how far apart it is; nothing is measured where that decides nothing.
-        allowed: of models of this dtype.
-        measure: returns how far other rounding moves this one.
-    """
-    if not allowed < apart <= _TIMES_ALLOWED * allowed:
-        return allowed
-    return max(allowed, min(_TIMES_MEASURED * max(measure()), _TIMES_ALLOWED * allowed))
-
-
 def probe_ids(embeddings: AdaptedEmbeddings) -> list[int]:
     """Return the input ids of a short sentence."""
     if embeddings.tokenizer_needs_ocr_boxes:
@@ -188,23 +168,10 @@ def _means(states: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return torch.stack([state.detach()[0].float().mean(dim=0) for state in states]).cpu()
 
 
-def distance(vectors: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return how far apart two tensors are, as a share of the norm of the expected one."""
-    if vectors.shape != expected.shape or not torch.equal(vectors.isnan(), expected.isnan()):
-        return float("inf")
-    vectors, expected = vectors.nan_to_num(), expected.float().nan_to_num()
-    return float((vectors - expected).norm() / expected.norm().clamp_min(1e-12))
-
-
 def rounding_of(embeddings: AdaptedEmbeddings) -> str:
     """Return the name of the dtype whose rounding is about that of the embeddings."""
     # Products of quantised weights are rounded in about that way on another device.
     return "bfloat16" if embeddings.is_quantised else str(dtype_name(embeddings.base_dtype))
-
-
-def tolerance(dtype: Any) -> float:
-    """Return how far from what was stored vectors may be, as a share of their norm, by the name of their dtype."""
-    return _TOLERANCE.get(dtype, 0.0) if isinstance(dtype, str) else 0.0
 
 
 @contextlib.contextmanager

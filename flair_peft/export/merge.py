@@ -24,7 +24,7 @@ from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, ad
 from flair_peft.errors import AdapterConfigError, FlairPeftError, StateMismatchError, UnsupportedMethodError, name_some
 from flair_peft.models import build, save_plan, unkept_settings
 from flair_peft.models.stored import Stored
-from flair_peft.primitives import devices, dtypes, mapped_memory, progress
+from flair_peft.primitives import devices, dtypes, mapped_memory, progress, rounding
 from flair_peft.primitives.full_precision import full_precision
 
 log = logging.getLogger("flair_peft")
@@ -32,7 +32,7 @@ log = logging.getLogger("flair_peft")
 # Largest distance of merged from unmerged hidden states in fp32, as a share of their norm: sums in another order.
 _TOLERANCE = 1e-4
 
-# Of several lengths, since batches are padded.
+# Of several lengths, since batches are padded, and none so long that Flair mixes its windows.
 _TEXTS = ("Berlin is large , isn't it ?", "Yes", "I would not have thought that anybody would write 3 of 4 of these .")
 
 # Models that were made here: plain ones, which this package writes.
@@ -165,7 +165,7 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
     try:
         plain = _stock(embeddings, transformer, torch.float32)
         if expected is not None:
-            _compare_reading(embeddings, plain, vector_probe.distance(_vectors(plain), expected))
+            _compare_reading(embeddings, plain, rounding.distance(_vectors(plain), expected))
         return plain if dtype == torch.float32 else _stock(embeddings, transformer, dtype)
     except FlairPeftError:
         raise
@@ -209,7 +209,7 @@ def _compare_reading(embeddings: PeftTransformerEmbeddings, plain: TransformerEm
     Raises:
         AdapterConfigError: they read plain texts otherwise.
     """
-    allowed = vector_probe.tolerance("float32")
+    allowed = rounding.tolerance("float32")
     if not distance <= allowed:
         raise AdapterConfigError(
             f"Cannot merge the adapter of '{embeddings.name}': around the same transformer, Flair's own embeddings "
@@ -269,7 +269,7 @@ def merged_transformer(embeddings: PeftTransformerEmbeddings) -> PreTrainedModel
             f"PEFT cannot do it ({type(error).__name__}: {str(error)[:200]}). Keep the adapter beside its base, as "
             "save_pretrained and model.save do."
         ) from error
-    distance = vector_probe.distance(_hidden_states(merged, ids), expected)
+    distance = rounding.distance(_hidden_states(merged, ids), expected)
     if not distance <= _TOLERANCE:
         raise StateMismatchError(
             f"Cannot merge {methods.describe(config)} into {kind}: the merged model's hidden states are "

@@ -17,12 +17,11 @@ from flair.embeddings import TransformerEmbeddings
 from flair.embeddings.base import Embeddings
 from flair.nn import Model
 
-from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import AdapterConfigError, StateMismatchError, UnsupportedMethodError
 from flair_peft.export import merge
 from flair_peft.models import build
-from flair_peft.primitives import progress
+from flair_peft.primitives import progress, rounding
 from flair_peft.primitives.full_precision import full_precision
 from flair_peft.storage import atomic
 
@@ -134,7 +133,7 @@ def _check(embeddings: TransformerEmbeddings, exported: Embeddings[Any]) -> None
     for text in _CHECKED:
         with full_precision(flair.device.type):
             expected = _vectors(embeddings, text)
-        apart = vector_probe.distance(_vectors(exported, text), expected)
+        apart = rounding.distance(_vectors(exported, text), expected)
         if not apart <= _TOLERANCE:
             raise StateMismatchError(
                 f"Cannot export '{embeddings.name}': the vectors that onnxruntime computes for '{text}' are "

@@ -23,15 +23,13 @@ from flair_peft.errors import AdapterConfigError, FlairPeftError, StateMismatchE
 from flair_peft.export import adapter_around, headed_class, merge, transformers_card, transformers_folder
 from flair_peft.export.headed_class import HeadedModel
 from flair_peft.export.linear_head import LinearHead, linear_head, live_scores
-from flair_peft.primitives import devices, dtypes, host_internals, progress
+from flair_peft.primitives import devices, dtypes, host_internals, progress, rounding
 from flair_peft.primitives.dtypes import dtype_name
 from flair_peft.primitives.full_precision import full_precision
-from flair_peft.primitives.rounding import rounded_otherwise
 from flair_peft.storage import atomic, file_names, manifest
 
 log = logging.getLogger("flair_peft")
 
-# Of several lengths, since batches are padded.
 _PROBES = tuple(
     text.split()
     for text in (
@@ -202,7 +200,7 @@ class _Export:
         with host_internals.errors_of_transformers_alone():
             tokenizer, model = self._read(folder)
         apart = self._apart(_scores(model, tokenizer, self.head))
-        if not apart <= vector_probe.explained(apart, self._allowed, lambda: self._measured(tokenizer)):
+        if not apart <= rounding.explained(apart, self._allowed, lambda: self._measured(tokenizer)):
             raise self._other(f"read again, its scores are {apart:.2g} of their norm away from those here")
         _report_reading(self.head, tokenizer, is_merged=self.is_merged)
 
@@ -238,22 +236,22 @@ class _Export:
         if found.shape != self.expected.shape:
             return float("inf")
         bias = self.head.bias.expand_as(self.expected)
-        rounding = 2 * torch.finfo(self.headed.model.dtype).eps * bias.norm()
-        norm = (self.expected - bias).norm() + rounding / self._allowed
+        of_bias = 2 * torch.finfo(self.headed.model.dtype).eps * bias.norm()
+        norm = (self.expected - bias).norm() + of_bias / self._allowed
         return float((found - self.expected).norm() / norm.clamp_min(1e-12))
 
     def _measured(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[float]:
         """Yield how far other rounding moves the scores."""
-        model = self.headed.model
+        model, dtype = self.headed.model, str(dtype_name(self.headed.model.dtype))
         here = dataclasses.replace(self, expected=_scores(model, tokenizer, self.head))
-        for found in rounded_otherwise(lambda: _scores(model, tokenizer, self.head), str(dtype_name(model.dtype))):
+        for found in rounding.rounded_otherwise(lambda: _scores(model, tokenizer, self.head), dtype):
             yield here._apart(found)
 
     @property
     def _allowed(self) -> float:
         """How far rounding may take the scores of usual models."""
         dtype = self.headed.model.dtype
-        return _TOLERANCE if dtype == torch.float32 else vector_probe.tolerance(dtype_name(dtype))
+        return _TOLERANCE if dtype == torch.float32 else rounding.tolerance(dtype_name(dtype))
 
     def _other(self, what: str) -> StateMismatchError:
         embeddings = self.head.embeddings

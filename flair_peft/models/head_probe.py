@@ -37,10 +37,10 @@ from flair_peft.embeddings.adapted import AdaptedEmbeddings
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.embeddings.vector_probe import Reading
 from flair_peft.errors import ModelFileError, StateMismatchError, name_some
+from flair_peft.primitives import rounding
 from flair_peft.primitives.dtypes import dtype_name
 from flair_peft.primitives.full_precision import full_precision
 from flair_peft.primitives.load_context import load_options
-from flair_peft.primitives.rounding import rounded_otherwise
 from flair_peft.torchfile import state_tree
 
 log = logging.getLogger("flair_peft")
@@ -169,16 +169,16 @@ def replay(
     if stored is None or found is None:
         return
     dtypes = [stored["dtype"], *(dtype_name(e.output_dtype) for e in adapted_embeddings(model))]
-    allowed = _WIDER * vector_probe.tolerance(coarsest := max(dtypes, key=vector_probe.tolerance))
+    allowed = _WIDER * rounding.tolerance(coarsest := max(dtypes, key=rounding.tolerance))
     apart = {name: _distance(found.get(name), answer) for name, answer in stored["outputs"].items()}
-    others = rounded_otherwise(lambda: _outputs(model, []), coarsest)
+    others = rounding.rounded_otherwise(lambda: _outputs(model, []), coarsest)
     measured = (_distance(other.get(name), found[name]) for other in others for name in apart)
-    allowed = vector_probe.explained(max(apart.values()), allowed, lambda: measured)
+    allowed = rounding.explained(max(apart.values()), allowed, lambda: measured)
     if wrong := [name for name, distance in apart.items() if not distance <= allowed]:
         raise StateMismatchError(
             f"Cannot trust '{source}': {name_some(wrong)} of its head give something else for a probe sentence than "
-            f"when it was saved, up to {max(apart.values()):.2g} of the norm, where rounding explains {allowed:g}. It "
-            "would predict something else. Copy or save it again, or load it with verify=False."
+            f"when it was saved, up to {max(apart.values()):.2g} of the norm, where rounding explains {allowed:.2g}. "
+            "It would predict something else. Copy or save it again, or load it with verify=False."
         )
 
 
@@ -229,7 +229,7 @@ def _coarsest(model: Model) -> str:
     adapted = adapted_embeddings(model)
     # In a plain model, anything may have been converted.
     plain = {str(dtype_name(p.dtype)) for p in model.parameters() if p.is_floating_point()} if not adapted else ()
-    return max([*map(vector_probe.rounding_of, adapted), *plain], key=vector_probe.tolerance, default="float32")
+    return max([*map(vector_probe.rounding_of, adapted), *plain], key=rounding.tolerance, default="float32")
 
 
 def _outputs(model: Model, readings: Sequence[Reading]) -> Tensors:

@@ -45,7 +45,7 @@ from flair_peft.embeddings import batch_division, division_trial, pass_cost, vec
 from flair_peft.embeddings.adapted import ForwardPass, may_be_divided
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
 from flair_peft.errors import AdapterConfigError
-from flair_peft.primitives import building
+from flair_peft.primitives import building, rounding
 from flair_peft.primitives.full_precision import exact_products
 from flair_peft.serving.adapter_slots import AdapterSlot
 from flair_peft.serving.frozen_trunk import FrozenTrunks
@@ -298,7 +298,7 @@ class MixingModel:
                 mixed = self.run(sentences, [adapter, adapter])
             alone = [torch.stack([*transformer.states_of(sentence.run())[0]]).float() for sentence in sentences]
         for expected, output in zip(alone, mixed, strict=True):
-            apart = vector_probe.distance(torch.stack([*output["hidden_states"]]).float(), expected)
+            apart = rounding.distance(torch.stack([*output["hidden_states"]]).float(), expected)
             if not apart <= division_trial.TOLERANCE.get(pass_cost.compute_dtype(embeddings.base_model), 0.0):
                 raise AdapterConfigError(f"in one batch its vectors are {apart:.2g} of their norm away")
 
