@@ -46,7 +46,7 @@ def check_format_version(version: Any) -> None:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise FormatVersionError(
             f"Cannot read these embeddings: they are in layout version {version}. This flair_peft reads versions up "
-            f"to {FORMAT_VERSION}. Upgrade it: pip install --upgrade flair_peft."
+            f"to {FORMAT_VERSION}. Upgrade flair_peft."
         )
 
 

@@ -297,9 +297,13 @@ def _training_at_suited_rates(original: Callable[..., Any]) -> Callable[..., Any
 
     @functools.wraps(original)
     def train(self: ModelTrainer, *args: Any, **kwargs: Any) -> Any:
-        if not (_installed and adapted_embeddings(self.model)):
+        if not _installed:
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
+        if "learning_rate" not in bound.arguments:
+            rates.report_flairs_own(self.model, signature.parameters["learning_rate"].default)
+        if not adapted_embeddings(self.model):
+            return original(self, *args, **kwargs)
         # Flair appends its schedulers to the list, which the next training may be given, too.
         bound.arguments["plugins"] = list(bound.arguments.get("plugins") or [])
         args, kwargs = bound.args[1:], bound.kwargs

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flair.models import TextClassifier
+from flair.models import SequenceTagger, TextClassifier
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from transformers import AutoModel
 
@@ -18,13 +18,15 @@ from flair_peft.errors import (
     AdapterConfigError,
     BaseModelNotFoundError,
     FlairPeftError,
+    MissingFileError,
     ModelFileError,
+    TrainingSetupError,
     UnknownArgumentError,
 )
 from flair_peft.inspection.file_contents import read_contents
 from tests.support.files import save_as
 from tests.support.models import save_random
-from tests.support.opinions import classifier
+from tests.support.opinions import classifier, train
 
 Embeddings = PeftTransformerDocumentEmbeddings
 Slip = Callable[[str, Path], Any]
@@ -66,6 +68,21 @@ SLIPS: dict[str, tuple[Slip, type[FlairPeftError], str]] = {
         AdapterConfigError,
         r"layers_to_transform=\[99\] chooses it has no 'query'.*it has 2\. Choose others",
     ),
+    "name that Flair does not know": (
+        lambda *_: TextClassifier.load("my-tager"),
+        MissingFileError,
+        r"'my-tager': there is no such file or directory here, and Flair knows no model.*Check the path",
+    ),
+    "name of a tagger that Flair does not know": (
+        lambda *_: SequenceTagger.load("my-tager"),
+        MissingFileError,
+        r"'my-tager': there is no such file or directory here, and Flair knows no model.*Check the path",
+    ),
+    "learning rate as YAML reads it": (
+        lambda b, folder: train(classifier(b), folder, learning_rate="5e-4"),
+        TrainingSetupError,
+        r"learning_rate='5e-4': it is text.*5\.0e-4",
+    ),
     "hidden states by name": (
         lambda b, _: Embeddings(b, layers="last"),
         AdapterConfigError,
@@ -75,6 +92,11 @@ SLIPS: dict[str, tuple[Slip, type[FlairPeftError], str]] = {
         lambda b, _: Embeddings(b, layers=[-1]),
         AdapterConfigError,
         r"layers=\[-1\]: it is no string of numbers.*'-1'",
+    ),
+    "config in second place": (
+        lambda b, _: Embeddings(b, LoraConfig()),
+        AdapterConfigError,
+        r"layers=LoraConfig\(…\): the second argument.*peft_config=…",
     ),
     "file whose base moved": (
         lambda b, folder: TextClassifier.load(with_base_elsewhere(folder, b, "pt")),

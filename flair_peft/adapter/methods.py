@@ -47,8 +47,14 @@ def all_traits(config: PeftConfig) -> list[Traits]:
 
 def describe(config: PeftConfig) -> str:
     """Return the method with the setting that shapes its tensors, such as ``"LORA (r=8)"``."""
-    shaping = [name for name in ("r", "num_virtual_tokens") if isinstance(getattr(config, name, None), int)]
-    return method_name(config) + "".join(f" ({name}={getattr(config, name)})" for name in shaping[:1])
+    return method_name(config) + "".join(f" ({name}={getattr(config, name)})" for name in shaping(config)[:1])
+
+
+def shaping(config: PeftConfig) -> list[str]:
+    """Return the names of the settings of a config that shape its tensors: the rank, or the number of tokens."""
+    rank = method_traits(config).from_tensors.rank
+    names = ("r" if rank is None else rank[0], "num_virtual_tokens")
+    return [name for name in names if isinstance(getattr(config, name, None), int)]
 
 
 def is_derived_from_base(config: PeftConfig) -> bool:

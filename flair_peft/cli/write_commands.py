@@ -68,11 +68,7 @@ def add_merge(commands: Any, name: str) -> None:
 
 
 def _merge(chosen: argparse.Namespace) -> int:
-    if chosen.target.is_dir() or not chosen.target.absolute().parent.is_dir():
-        raise SaveError(
-            f"Cannot write '{chosen.target}': it is a directory, or would be in one that is missing. The command "
-            "writes one file. Choose another name."
-        )
+    _refuse_place(chosen.target, "one file")
     _refuse_overwriting(chosen.source, chosen.target)
     from flair_peft.export import merge
 
@@ -151,11 +147,7 @@ def _export_onnx(chosen: argparse.Namespace) -> int:
             "Choose two names."
         )
     for path in (chosen.output, chosen.target):
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise SaveError(
-                f"Cannot write '{path}': it is a directory, or would be in one that is missing. The command writes two "
-                "files. Choose another name."
-            )
+        _refuse_place(path, "two files")
     sentences = [] if chosen.int8 is None else _sentences(chosen.int8)
     _refuse_overwriting(chosen.source, chosen.output, chosen.target)
     model = flair_peft.export_onnx(load_model(chosen.source, chosen), chosen.output.absolute())
@@ -183,3 +175,11 @@ def _sentences(path: Path) -> list[Sentence]:
             "which the model is meant. Pass a file with some, one a line."
         )
     return found
+
+
+def _refuse_place(path: Path, written: str) -> None:
+    """Return if a file can be here."""
+    is_directory = path.is_dir()
+    if is_directory or not path.absolute().parent.is_dir():
+        why = "it is a directory" if is_directory else "the directory that it would be in is missing"
+        raise SaveError(f"Cannot write '{path}': {why}. The command writes {written}. Choose another name.")

@@ -222,6 +222,11 @@ def wanted_layers(layers: str, base: PreTrainedModel) -> list[int]:
         try:
             return [int(index) for index in layers.split(",")]
         except (ValueError, AttributeError) as error:
+            if isinstance(layers, PeftConfig):
+                raise AdapterConfigError(
+                    f"Cannot read layers={type(layers).__name__}(…): the second argument of Flair's embeddings is "
+                    "`layers`. Pass the config by its name: peft_config=…."
+                ) from error
             raise AdapterConfigError(
                 f"Cannot read layers={layers!r}: it is no string of numbers. Flair's `layers` takes them with commas "
                 "between, counted from 0 for the embeddings or from -1 for the last. Pass '-1', '-1,-2' or 'all'."

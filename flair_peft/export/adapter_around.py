@@ -13,6 +13,7 @@ import torch
 from flair.nn import Model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 
 from flair_peft.adapter import config as configs
 from flair_peft.adapter import keys
@@ -101,7 +102,9 @@ def _settings(settings: dict[str, Any], head: LinearHead, headed: HeadedModel) -
     settings["task_type"] = headed_class.task_of(head)
     settings["revision"] = head.embeddings.base_revision
     beside = [name for name in headed.modules if not _is_of_head(name, headed)]
-    saved = [each for each in settings.get("modules_to_save") or [] if any(name.endswith(each) for name in beside)]
+    wanted = tuple(settings.get("modules_to_save") or ())
+    # By their whole names: the head may have layers that are called so, too.
+    saved = [name for name in beside if name.endswith(wanted)]
     settings["modules_to_save"] = [*saved, *headed.saved]
     if settings.get("target_modules") is not None:
         settings["target_modules"] = sorted(own.values())
@@ -110,14 +113,18 @@ def _settings(settings: dict[str, Any], head: LinearHead, headed: HeadedModel) -
         )
     for setting in configs.PATTERNS:
         if settings.get(setting):
-            named = settings[setting].items()
-            settings[setting] = {_inside(pattern, headed.base_name): value for pattern, value in named}
+            settings[setting] = dict(_inside(settings[setting], own))
     if isinstance(settings.get("feedforward_modules"), list):
         wanted = tuple(f".{name}" for name in settings["feedforward_modules"])
         settings["feedforward_modules"] = sorted(name for name in own.values() if f".{name}".endswith(wanted))
     return settings
 
 
-def _inside(pattern: str, base_name: str) -> str:
-    """Return the expression for names in the class: one that begins at the first part of a name begins with its own."""
-    return f"^{re.escape(base_name)}\\.{pattern[1:]}" if pattern.startswith("^") else pattern
+def _inside(patterns: Mapping[str, Any], own: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Yield expressions for names in the class: those that say where a name begins become the names that they fit."""
+    for pattern, value in patterns.items():
+        if "^" in pattern:
+            fitting = (there for name, there in own.items() if get_pattern_key(patterns.keys(), name) == pattern)
+            yield from ((f"^{re.escape(there)}", value) for there in fitting)
+        else:
+            yield pattern, value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def seal(folder: Path, settings: Mapping[str, Any], card: str) -> None:
     config[EXPORTED] = {**settings, "files": own, "card": files[CARD], "config": _digest_of_settings(config)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in paths:
+        shutil.copymode(folder / CARD, path)  # safetensors makes files that their owner alone may read
         with path.open("rb+") as file:
             os.fsync(file.fileno())
 

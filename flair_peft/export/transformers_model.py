@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from flair_peft.base import quantisation, tokenizers
 from flair_peft.embeddings import vector_probe
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings
-from flair_peft.errors import AdapterConfigError, FlairPeftError, StateMismatchError
+from flair_peft.errors import AdapterConfigError, StateMismatchError
 from flair_peft.export import adapter_around, headed_class, merge, transformers_card, transformers_folder
 from flair_peft.export.headed_class import HeadedModel
 from flair_peft.export.linear_head import LinearHead, linear_head, live_scores
@@ -188,12 +188,14 @@ class _Export:
             self.headed.model.config.save_pretrained(folder)
             adapter_around.write(folder, self.model, self.head, self.headed)
         tokenizers.save_portable(_tokenizer(self.head.embeddings), folder)
+        with host_internals.errors_of_transformers_alone():
+            can_be_merged = not self.is_merged and self._can_be_merged(folder)
         card = transformers_card.write_card(
             self.model,
             self.head,
             self.headed,
             is_merged=self.is_merged,
-            can_be_merged=not self.is_merged and _can_be_merged(self.model),
+            can_be_merged=can_be_merged,
             is_text_other=_is_text_other(_tokenizer(self.head.embeddings)),
         )
         transformers_folder.seal(folder, transformers_card.settings(self.model, self.head), card)
@@ -226,6 +228,16 @@ class _Export:
                 f"written cannot be read ({type(error).__name__}: {reason[:300]}). transformers, or PEFT, finds "
                 f"something else there, no base, or one that has a head for other labels. {instead}."
             ) from error
+
+    def _can_be_merged(self, folder: Path) -> bool:
+        """Whether PEFT merges what it reads from the folder into weights that give the same, as far as one can try."""
+        try:
+            tokenizer, model = self._read(folder)
+            apart = self._apart(_scores(model.merge_and_unload(), tokenizer, self.head))
+        except Exception as error:  # PEFT fails in many ways
+            log.debug("Not merged: %s", error)
+            return False
+        return apart <= self._allowed
 
     def _apart(self, found: torch.Tensor) -> float:
         """Return how far scores are from those expected, as a share of the norm of these.
@@ -319,16 +331,6 @@ def _is_text_other(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(whole != [tokenizer([*words], is_split_into_words=True)["input_ids"] for words in _PROBES])
 
 
-def _can_be_merged(model: Model) -> bool:
-    """Whether PEFT merges the adapter of a model into weights that give the same, as far as there is memory to try."""
-    try:
-        (embeddings,) = adapted_embeddings(merge.copied(model))
-        merge.merged_transformer(embeddings)
-    except (FlairPeftError, MemoryError, torch.OutOfMemoryError):
-        return False
-    return True
-
-
 def _report_reading(head: LinearHead, tokenizer: PreTrainedTokenizerBase, *, is_merged: bool) -> None:
     """Say where transformers reads what is usual in another way than Flair does."""
     name, pooling = head.embeddings.name, getattr(head.embeddings, "subtoken_pooling", None)
@@ -336,7 +338,7 @@ def _report_reading(head: LinearHead, tokenizer: PreTrainedTokenizerBase, *, is_
         log.warning(
             "PEFT reads the config of the base '%s', and not the one that is written beside the adapter: labels would "
             "have no names, or their number would not fit. Load it as the card in the directory, README.md, shows.",
-            name,
+            getattr(head.embeddings, "base_model_name", name),
         )
     if head.reads_words and pooling != "first":
         log.warning(

@@ -114,8 +114,8 @@ def measure(found: Inspection, *, base_model: str | None = None) -> Map:
         lacking = [move.module.removeprefix(around) for move in own if weights is not None and move.base_norm is None]
         if lacking:
             notes.append(
-                f"{around}no weight of {name_some(lacking, 3)} in floating point is in the base's file: there is no "
-                "‖W‖ to compare with"
+                f"{around}no weight of {name_some(lacking, 3)} in floating point is in the base's file: the picture "
+                "leaves out how far that moved"
             )
         moves.extend(own)
     if not moves:

@@ -155,7 +155,7 @@ def load_for_flair(
             refuse_useless(given, given, str(place), "there is no such file, and no such checkpoint on the Hub")
             name = source if revision is None else f"{source}@{revision}"
             # Flair's own classes call one another's load with the same name: it is looked up once.
-            with within_load(left_to_flair=str(name)):
+            with within_load(left_to_flair=str(name)), hub.looked_up_by_flair(str(name)):
                 return load(name)
     stored = open_stored(place, chosen, expects_adapters=False)
     if stored.kind == "directory" or state_tree.has_adapters(stored.state):
@@ -342,7 +342,7 @@ def load_any_file(
     """
     file_names.refuse_impossible(path)
     if not path.is_file():
-        raise MissingFileError(f"Cannot load '{path}': there is no such file. Pass a file that Flair wrote.")
+        raise MissingFileError(f"Cannot load '{path}': there is no file. Pass the path of one that Flair wrote.")
     stored = open_stored(path, options)
     if base_of_slim is not None and any(base.is_needed for base in stored.bases.values()):
         stored = dataclasses.replace(stored, options=dataclasses.replace(stored.options, base_model=base_of_slim))

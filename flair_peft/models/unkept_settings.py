@@ -54,6 +54,9 @@ _UNKEPT: dict[type, dict[str, Any]] = {
     SpanClassifier: {"_span_label_type": None},  # Flair stores it, and does not read it again
     TARSClassifier: {
         "prefix": True,
+        "tars_model.dropout.p": 0.0,
+        "tars_model.locked_dropout.dropout_rate": 0.0,
+        "tars_model.word_dropout.dropout_rate": 0.0,
         "tars_model.multi_label": False,
         "tars_model.multi_label_threshold": {"default": 0.5},
     },
@@ -117,7 +120,7 @@ def set_again_(model: Model, state: Mapping[str, Any], *, source: str) -> None:
     for path, name, value in filter(None, given):
         *above, attribute = name.split(".")
         module = known[path, name][0]
-        owner = attrgetter(*above)(module) if above else module
+        owner = attrgetter(".".join(above))(module) if above else module
         setattr(owner, attribute, value)
         if name == "tars_model.multi_label":
             loss = torch.nn.BCEWithLogitsLoss if value else torch.nn.CrossEntropyLoss

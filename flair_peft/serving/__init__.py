@@ -46,5 +46,5 @@ def _require(extra: str, libraries: _typing.Sequence[str]) -> None:
     if missing:
         raise AdapterConfigError(
             f"Cannot serve models: {name_some(missing)} cannot be imported here. It is not installed with flair_peft "
-            f'itself. Run pip install "flair_peft[{extra}]".'
+            f'itself. Install its extra: pip install -e ".[{extra}]" in its folder.'
         )

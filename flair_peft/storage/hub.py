@@ -7,8 +7,8 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,25 @@ def _refuse_path(source: str) -> None:
         return
     has_folders = source.partition("@")[0].count("/") > 1
     if source.endswith(_FILE_ENDINGS) or has_folders or _BEGINS_A_PATH.match(source):
+        raise MissingFileError(f"Cannot load '{source}': there is no such file or directory. Check the path.")
+
+
+@contextmanager
+def looked_up_by_flair(source: str) -> Iterator[None]:
+    """Inside, Flair looks for a model of its own that may be called so.
+
+    Raises:
+        MissingFileError: there is none.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        if isinstance(error, MissingFileError) or Path(str(error.filename)).name != Path(source).name:
+            raise
         raise MissingFileError(
-            f"Cannot load '{source}': there is no such file or directory, and no repository on the Hub is called so. "
+            f"Cannot load '{source}': there is no such file or directory here, and Flair knows no model of that name. "
             "Check the path."
-        )
+        ) from error
 
 
 def find_files(

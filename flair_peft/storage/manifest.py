@@ -146,8 +146,8 @@ def _check_version(version: Any, path: Path) -> None:
     if version > FORMAT_VERSION:
         raise FormatVersionError(
             f"Cannot read '{path}': it is in format version {version}. This flair_peft reads versions up to "
-            f"{FORMAT_VERSION}, so a newer one wrote it, or it is damaged. Upgrade (pip install --upgrade flair_peft), "
-            "or copy it again."
+            f"{FORMAT_VERSION}, so a newer one wrote it, or it is damaged. Upgrade flair_peft, or copy it "
+            "again."
         )
 
 

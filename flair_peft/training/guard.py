@@ -33,8 +33,15 @@ def check_training(model: Model, settings: Mapping[str, Any], *, optimizer: Any)
             that are too small or too large for it.
         TrainingSetupError: the vocabulary is to be reduced. A checkpoint written in the middle would hold the reduced
             matrix, and a frozen one has neither gradient nor optimiser state that reducing it could save.
+        TrainingSetupError: a learning rate is text.
         AdapterConfigError: the base is quantised in a way that no file can say, so no checkpoint could be written.
     """
+    for name in rates.NAMES:
+        if isinstance(given := settings.get(name), str):
+            raise TrainingSetupError(
+                f"Cannot train with {name}={given!r}: it is text, as which YAML reads 5e-4. Pass a number; YAML reads "
+                "5.0e-4 as one."
+            )
     for embeddings in adapted_embeddings(model):
         refusals.refuse_unstorable(embeddings.model)
         quantisation.check_storable(embeddings.base_model, embeddings.name)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from flair.embeddings import FlairEmbeddings, TransformerEmbeddings
 from flair.nn import Model
+from peft import PeftModel
 from torch.optim import Optimizer
 
 from flair_peft.adapter import keys, methods, trainable
 from flair_peft.embeddings import untrained
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings, modules_around
+from flair_peft.embeddings.word_and_document import counterpart
 
 log = logging.getLogger("flair_peft")
 
@@ -153,6 +155,30 @@ def report_far_ones(model: Model, optimizer: torch.optim.Optimizer, *, is_head_r
             _report_adapter(embeddings, found, suited, type(optimizer), is_new=embeddings in new, whose=whose)
     if not is_head_rate_zero:
         _report_head(head, type(optimizer), is_new=bool(new))
+
+
+def report_flairs_own(model: Model, rate: float) -> None:
+    """Say which adapters are in Flair's own embeddings, which this package does not train, and will hardly learn.
+
+    Args:
+        model: the one that is trained.
+        rate: Flair's, as none is given.
+    """
+    for _, module in modules_around(model):
+        is_flairs_own = isinstance(module, TransformerEmbeddings) and not isinstance(module, PeftTransformerEmbeddings)
+        if not is_flairs_own or not module.fine_tune or not isinstance(module.model, PeftModel):
+            continue
+        suited = methods.suited_rate(module.model.active_peft_config)
+        if suited is not None and methods.is_too_low(rate, suited):
+            log.warning(
+                "The adapter of '%s' hardly learns with Flair's learning_rate=%s, which is taken as none is given: "
+                "these are Flair's own embeddings. Use %s, which chooses the rates, or pass learning_rate=%s and "
+                "decoder_learning_rate=%s.",
+                module.model.get_base_model().name_or_path,
+                as_written(rate),
+                counterpart(type(module)).__name__,
+                *map(as_written, (suited, methods.HEAD_RATE)),
+            )
 
 
 def _report_adapter(

@@ -40,7 +40,7 @@ State = dict[str, Any]
 
 STATE_VERSION = 1
 
-_FOLLOWS_NEW = "what it is now"
+_FOLLOWS_NEW = "those given now"
 
 # In the state that was read from a file, beside what the file holds under these names: what its model had learned.
 _LEARNED = "learned"

@@ -72,7 +72,7 @@ def _of_adapter(
 
 
 def _method(config: PeftConfig) -> str:
-    names = ("r", "num_virtual_tokens", methods.method_traits(config).scale)
+    names = (*methods.shaping(config), methods.method_traits(config).scale)
     settings = {name: getattr(config, name, None) for name in names}
     shown = [f"{name}={value}" for name, value in settings.items() if isinstance(value, int | float)]
     return methods.method_name(config) + (f" ({', '.join(shown)})" if shown else "")

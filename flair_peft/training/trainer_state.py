@@ -28,7 +28,7 @@ log = logging.getLogger("flair_peft")
 
 State = dict[str, Any]
 
-FOLLOWS_OLD = "what it was"
+FOLLOWS_OLD = "those that it had"
 
 # What plugins count while they train and no state dict holds.
 _COUNTED: Mapping[type[BasePlugin], tuple[str, ...]] = {RankAllocationPlugin: ("_step",)}
@@ -370,8 +370,11 @@ def _on_device(value: Any, model: Model) -> Any:
 
 def warn_of_changes(now: Mapping[str, Any], before: Mapping[str, Any], *, source: str, wins: str) -> None:
     """Say which settings differ between the training before and this one, and which of the two it follows."""
-    changed = [f"{n} is {now[n]}, was {before[n]}" for n in now if n in before and now[n] != before[n]]
+    changed = [f"{n} was {before[n]}, is {now[n]} now" for n in now if n in before and now[n] != before[n]]
     if changed:
         log.warning(
-            "The training of '%s' goes on with other settings: %s. It follows %s.", source, "; ".join(changed), wins
+            "The training of '%s' had other settings than are given now: %s. It goes on with %s.",
+            source,
+            "; ".join(changed),
+            wins,
         )

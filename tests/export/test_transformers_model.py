@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from peft import (
     PromptTuningConfig,
     RandLoraConfig,
     TrainableTokensConfig,
+    VeraConfig,
 )
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -200,6 +202,16 @@ def test_classifier_scores_small_and_large_come_out_right(
     with torch.no_grad():
         model.decoder.weight.mul_(scale)
     _assert_same(model, tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such permissions")
+@pytest.mark.parametrize("merged", [True, False])
+def test_files_may_be_read_by_whom_those_of_the_package_may(merged: bool, base: Base, tmp_path: Path) -> None:
+    """A server runs under another user, and safetensors 0.8 makes files for their owner alone."""
+    flair_peft.to_transformers(_classifier(_documents(base("bert"))), tmp_path / "out", merged=merged)
+    (tmp_path / "usual").touch()
+    wanted = {(tmp_path / "usual").stat().st_mode}
+    assert {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()} == wanted
 
 
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2"]
@@ -407,6 +419,31 @@ def test_code_in_the_card_of_a_classifier_runs(is_merged: bool, base: Base, tmp_
     assert label["score"] == pytest.approx(sentence.labels[0].score, abs=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    {
+        "IA3": lambda t: IA3Config(target_modules=t, feedforward_modules=[], init_ia3_weights=False),
+        "VERA": lambda t: VeraConfig(target_modules=t[:1], r=4, init_weights=False),
+    }.items(),
+    ids=["IA3", "VERA"],
+)
+def test_code_in_the_card_of_a_classifier_runs_whether_or_not_peft_merges_it(
+    name: str, config: Callable[[list[str]], Any], architecture: str, base: Base, tmp_path: Path
+) -> None:
+    """PEFT does not merge all methods beside a head of several layers that is saved whole: then the card does not."""
+    embeddings = _documents(base(architecture), peft_config=config(TARGETS[architecture]))
+    perturb_(embeddings.model, seed=1, scale=0.1)
+    model = _classifier(embeddings)
+    flair_peft.to_transformers(model, tmp_path, merged=False)
+    text = "George Washington went to Washington ."
+    found = _run_card(tmp_path, text)
+    model.predict(sentence := Sentence(text, use_tokenizer=False))
+    (label,) = found["classifier"](found["text"])
+    assert label["label"] == sentence.labels[0].value
+    assert label["score"] == pytest.approx(sentence.labels[0].score, abs=1e-4)
+
+
 def _run_card(folder: Path, text: str | list[str]) -> dict[str, Any]:
     """Return what the code in a card finds for a text."""
     code = (folder / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
@@ -597,6 +634,25 @@ def test_adapter_of_bare_parameters_is_written_for_peft(base: Base, tmp_path: Pa
     """target_parameters names them, and none of their modules is a target besides."""
     config = lora(target_modules=[], target_parameters=["query.weight"])
     _assert_same(_tagger(PeftTransformerWordEmbeddings(base("bert"), peft_config=config)), tmp_path, is_merged=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"^encoder.layer.0.attention.self.query|^encoder.layer.1.attention.self.query": 2}},
+        {"alpha_pattern": {"(^encoder.layer.0.attention.self|x).query": 3, "query": 7}},
+        {"modules_to_save": ["dense"]},
+        {"modules_to_save": ["output.dense", "LayerNorm"]},
+    ],
+    ids=str,
+)
+def test_names_of_an_adapter_are_those_of_the_same_modules_in_the_class(
+    options: dict[str, Any], base: Base, tmp_path: Path
+) -> None:
+    """Whichever way an expression says where a name begins, and though the head has layers that are called so, too."""
+    model = _classifier(_documents(base("bert"), peft_config=lora(target_modules=["query", "value"], **options)))
+    perturb_(model.embeddings.model, seed=1, scale=0.1)
+    _assert_same(model, tmp_path, is_merged=False)
 
 
 @pytest.mark.parametrize("kind", [_tagger, _classifier])

@@ -477,7 +477,7 @@ def test_file_of_a_newer_layout_is_refused_with_the_way_out(good: Path) -> None:
     state[PARAMETERS]["format_version"] = 99
     message = assert_refused(FormatVersionError, lambda: TextClassifier.load(state))
     assert "version 99" in message
-    assert "pip install --upgrade flair_peft" in message
+    assert "Upgrade flair_peft" in message
 
 
 def test_config_of_a_newer_peft_is_refused_with_both_versions(good: Path) -> None:

@@ -130,7 +130,9 @@ def test_moves_on_a_base_without_a_pooler_leave_only_that_cell_empty(base: Base,
     assert measured.is_relative
     assert [move.module for move in measured.moves if move.base_norm is None] == ["pooler.dense"]
     (note,) = measured.notes
-    assert note.startswith("no weight of 'pooler.dense' in floating point is in the base's file")
+    assert note.startswith(
+        "no weight of 'pooler.dense' in floating point is in the base's file: the picture leaves out"
+    )
     draw(measured, tmp_path / "x.png", title="x")
 
 

@@ -305,9 +305,9 @@ def test_name_that_no_file_can_have_is_refused_in_sentences(name: str) -> None:
 
 
 def test_what_is_no_file_of_flair_is_said(base: Base, tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match="no such file"):
+    with pytest.raises(ModelFileError, match="there is no file"):
         flair_peft.load_legacy(tmp_path / "nothing.pt", peft_config=lora())
-    with pytest.raises(ModelFileError, match="no such file"):
+    with pytest.raises(ModelFileError, match="there is no file"):
         flair_peft.convert_legacy(tmp_path / "nothing.pt", tmp_path / "new", peft_config=lora())
     stock_file(base("bert"), tmp_path / "old.pt")
     state = torch.load(tmp_path / "old.pt", map_location="cpu", weights_only=False)

@@ -106,6 +106,7 @@ MODELS: dict[str, tuple[bool, Callable[[Any], Model]]] = {
     ),
     "several labels": (False, lambda texts: tars(texts, multi_label=True, multi_label_threshold=0.01)),
     "thresholds": (False, lambda texts: tars(texts, multi_label_threshold={"default": 0.2, "good": 0.9})),
+    "dropout": (False, lambda texts: tars(texts, dropout=0.1, locked_dropout=0.2, word_dropout=0.3)),
     "prompt behind": (False, lambda texts: tars(texts, prefix=False)),
     "no task": (False, lambda texts: TARSClassifier(embeddings=texts, prefix=False)),
 }

@@ -25,7 +25,7 @@ def test_name_of_an_extra_that_is_not_installed_says_which_it_is(
     with pytest.raises(AdapterConfigError) as error:
         getattr(serving, name)
     assert str(error.value).startswith(f"Cannot serve models: '{library}' cannot be imported here.")
-    assert str(error.value).endswith(f'Run pip install "flair_peft[{extra}]".')
+    assert str(error.value).endswith(f'Install its extra: pip install -e ".[{extra}]" in its folder.')
 
 
 def test_package_of_what_serves_has_no_other_names() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from flair.embeddings import StackedEmbeddings, TransformerWordEmbeddings
+from flair.embeddings import StackedEmbeddings, TransformerDocumentEmbeddings, TransformerWordEmbeddings
 from flair.models import SequenceTagger, TextClassifier
 from flair.nn import Model
 from flair.trainers import ModelTrainer
@@ -20,7 +20,7 @@ from flair.trainers.plugins.base import TrainerPlugin
 from peft import IA3Config, OSFConfig, PromptTuningConfig
 
 import flair_peft
-from flair_peft import LoraPlusPlugin, PeftTransformerWordEmbeddings
+from flair_peft import LoraPlusPlugin, PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings
 from flair_peft.adapter import methods
 from flair_peft.adapter.traits import LORA_RATE
 from flair_peft.training import guard, rates, start_line
@@ -340,6 +340,30 @@ def test_rate_of_several_adapters_is_measured_by_the_one_that_suits_all(
 
     assert "Try " not in told()
     assert told(learning_rate=3e-2).count("60 times what suits the adapters of this model") == 2
+
+
+def test_flairs_own_embeddings_with_an_adapter_are_named_where_no_rate_is_given(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They train at Flair's rate for whole transformers, and nothing else here says so."""
+
+    def told(kind: type[TransformerDocumentEmbeddings], **options: Any) -> list[str]:
+        model = TextClassifier(
+            kind(base("bert"), **{"peft_config": lora(), **options.pop("own", {})}),
+            label_dictionary=opinion_corpus().make_label_dictionary("opinion", add_unk=False),
+            label_type="opinion",
+        )
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="flair_peft"):
+            ModelTrainer(model, opinion_corpus()).fine_tune(tmp_path, max_epochs=1, **options)
+        return [record.getMessage() for record in caplog.records if record.module == "rates"]
+
+    (said,) = told(TransformerDocumentEmbeddings)
+    assert re.search(rf"Use PeftTransformerDocumentEmbeddings.*learning_rate={SUITED_RATE} and decoder_learning", said)
+    assert not told(TransformerDocumentEmbeddings, learning_rate=5e-4)
+    assert not told(TransformerDocumentEmbeddings, own={"fine_tune": False})
+    assert not told(TransformerDocumentEmbeddings, own={"peft_config": None})
+    assert not told(PeftTransformerDocumentEmbeddings)
 
 
 class OwnRate(ModelTrainer):

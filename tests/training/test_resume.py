@@ -462,7 +462,7 @@ def test_resumed_training_says_the_rates_that_it_has_and_which_it_was_given_in_v
     logging.getLogger("flair").setLevel(logging.INFO)
     with caplog.at_level(logging.INFO):
         resumed = travel.resumed("parts", stops=[Stop("after_evaluation", 2)])
-    assert "decoder_learning_rate is 0.003, was 0.01. It follows what it was." in caplog.text
+    assert "decoder_learning_rate was 0.01, is 0.003 now. It goes on with those that it had." in caplog.text
     assert "the head at 1e-2. Trained" in caplog.text
     assert resumed.rates[0][0] > 3e-3
     assert read_state(travel.root / "parts" / "final-model.pt")["progress"]["settings"]["decoder_learning_rate"] == 1e-2
@@ -540,8 +540,8 @@ def test_more_epochs_than_planned_are_said_and_trained(journey: Journeys, caplog
     travel.options |= {"max_epochs": EPOCHS + 1, "weight_decay": 0.5, "warmup_fraction": 0.2}
     with caplog.at_level(logging.WARNING, logger="flair_peft"):
         assert len(travel.resumed("parts").losses) == BATCHES
-    assert f"max_epochs is {EPOCHS + 1}, was {EPOCHS}. It follows what it is now." in caplog.text
-    assert "weight_decay is 0.5, was 0.01. It follows what it was." in caplog.text
+    assert f"max_epochs was {EPOCHS}, is {EPOCHS + 1} now. It goes on with those given now." in caplog.text
+    assert "weight_decay was 0.01, is 0.5 now. It goes on with those that it had." in caplog.text
 
 
 def test_trainer_that_trained_before_keeps_the_state_of_the_last_training(journey: Journeys) -> None:
