@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from flair.distributed_utils import is_main_process
 from flair.embeddings import FlairEmbeddings, TransformerEmbeddings
 from flair.nn import Model
 from peft import PeftModel
@@ -164,7 +165,7 @@ def report_flairs_own(model: Model, rate: float) -> None:
         model: the one that is trained.
         rate: Flair's, as none is given.
     """
-    for _, module in modules_around(model):
+    for _, module in modules_around(model) if is_main_process() else ():
         is_flairs_own = isinstance(module, TransformerEmbeddings) and not isinstance(module, PeftTransformerEmbeddings)
         if not is_flairs_own or not module.fine_tune or not isinstance(module.model, PeftModel):
             continue

@@ -343,7 +343,7 @@ def test_rate_of_several_adapters_is_measured_by_the_one_that_suits_all(
 
 
 def test_flairs_own_embeddings_with_an_adapter_are_named_where_no_rate_is_given(
-    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They train at Flair's rate for whole transformers, and nothing else here says so."""
 
@@ -364,6 +364,8 @@ def test_flairs_own_embeddings_with_an_adapter_are_named_where_no_rate_is_given(
     assert not told(TransformerDocumentEmbeddings, own={"fine_tune": False})
     assert not told(TransformerDocumentEmbeddings, own={"peft_config": None})
     assert not told(PeftTransformerDocumentEmbeddings)
+    monkeypatch.setattr(rates, "is_main_process", lambda: False)
+    assert not told(TransformerDocumentEmbeddings)
 
 
 class OwnRate(ModelTrainer):
