@@ -70,8 +70,6 @@ RATES_OF = {
     **dict.fromkeys(NER_TASKS, "NER, linear"),
 }
 """A way or a task → that whose rates it takes: the same method on fewer layers, the same names with another head."""
-EVERYWHERE = ("full fine-tuning", "frozen encoder", "LoRA")
-"""Ways that are trained on names with context, too, where a training takes three times as long."""
 ALL_WAYS = tuple(quality_table.sorted_ways({*WAYS, *UPPER, *GAP}))
 
 task_of: Callable[[str], Task] = functools.cache(lambda name: ALL_TASKS[name]())
@@ -106,8 +104,6 @@ class Base:
         """Return the ways to train on a task."""
         with_rates = {*self.rates, "frozen encoder"}
         names = [name for name in {**WAYS, **self.own} if RATES_OF.get(name, name) in with_rates]
-        if "context" in task:
-            names = [name for name in names if name in EVERYWHERE]
         names += self.gap if task in GAP_TASKS else ()
         return [name for name in names if name not in self.few or task in SMALL_TASKS]
 

@@ -381,5 +381,5 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the command that installs it."""
     find = flair_peft.serving._util.find_spec
     monkeypatch.setattr(flair_peft.serving._util, "find_spec", lambda name: None if name == "fastapi" else find(name))
-    with pytest.raises(AdapterConfigError, match=r"pip install \"flair_peft\[serve\]\""):
+    with pytest.raises(AdapterConfigError, match=r"pip install -e \"\.\[serve\]\" in its folder"):
         flair_peft.serving.create_app  # noqa: B018
