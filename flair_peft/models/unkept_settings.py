@@ -22,7 +22,7 @@ from flair.embeddings import (
     TransformerEmbeddings,
 )
 from flair.models import SequenceTagger, SpanClassifier, TARSClassifier, TARSTagger, TokenClassifier
-from flair.nn import Model
+from flair.nn import LockedDropout, Model
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
@@ -32,6 +32,10 @@ log = logging.getLogger("flair_peft")
 
 KEY = "unkept_settings"
 """Where the state of a model holds them: path of the module → name → value."""
+
+
+def _is_flairs_decoder(decoder: torch.nn.Module) -> bool:
+    return type(decoder) is torch.nn.Linear and decoder.bias is not None
 
 
 def _predicts_spans(model: SequenceTagger | TokenClassifier) -> bool:
@@ -55,11 +59,14 @@ _UNKEPT: dict[type, dict[str, Any]] = {
     TARSClassifier: {
         "prefix": True,
         "tars_model.dropout.p": 0.0,
+        "tars_model.inverse_model": False,
         "tars_model.locked_dropout.dropout_rate": 0.0,
-        "tars_model.word_dropout.dropout_rate": 0.0,
         "tars_model.multi_label": False,
         "tars_model.multi_label_threshold": {"default": 0.5},
+        "tars_model.train_on_gold_pairs_only": False,
+        "tars_model.word_dropout.dropout_rate": 0.0,
     },
+    TARSTagger: {"tars_model.use_dropout": 0.0, "tars_model.use_locked_dropout": 0.5},
     TokenClassifier: {"span_encoding": "BIOES", "span_prediction_problem": _predicts_spans},
     TransformerEmbeddings: {
         "truncate": lambda found: found.tokenizer.model_max_length <= LARGE_INTEGER,
@@ -67,11 +74,24 @@ _UNKEPT: dict[type, dict[str, Any]] = {
     },
 }
 
+# What a setting decides besides its own value, as Flair makes it.
+_FOLLOWING: dict[str, tuple[str, Callable[[Any], torch.nn.Module]]] = {
+    "tars_model.multi_label": (
+        "tars_model.loss_function",
+        lambda value: (torch.nn.BCEWithLogitsLoss if value else torch.nn.CrossEntropyLoss)(reduction="sum"),
+    ),
+    "tars_model.use_dropout": ("tars_model.dropout", torch.nn.Dropout),
+    "tars_model.use_locked_dropout": ("tars_model.locked_dropout", LockedDropout),
+}
+
 # Those on which the weights depend: what Flair builds without them cannot hold these.
 _DECIDING: tuple[tuple[type, str, Callable[[Any], bool]], ...] = (
     (FlairEmbeddings, "a recurrent_type other than LSTM", lambda found: not isinstance(found.lm.rnn, torch.nn.LSTM)),
     (SequenceTagger, "bidirectional=False", lambda found: found.use_rnn and not found.bidirectional),
+    (TARSClassifier, "a decoder of one's own", lambda found: not _is_flairs_decoder(found.tars_model.decoder)),
     (TARSClassifier, "loss_weights", lambda found: found.tars_model.loss_weights is not None),
+    (TARSTagger, "loss_weights", lambda found: found.tars_model.loss_weights is not None),
+    (TARSTagger, "allow_unk_predictions", lambda found: found.tars_model.label_dictionary.add_unk),
     (TARSTagger, "tag_format", lambda found: found.tars_model.tag_format != "BIOES"),
 )
 
@@ -118,13 +138,16 @@ def set_again_(model: Model, state: Mapping[str, Any], *, source: str) -> None:
             "keep, and fit no module of this model. Copy or save the file again."
         )
     for path, name, value in filter(None, given):
-        *above, attribute = name.split(".")
-        module = known[path, name][0]
-        owner = attrgetter(".".join(above))(module) if above else module
-        setattr(owner, attribute, value)
-        if name == "tars_model.multi_label":
-            loss = torch.nn.BCEWithLogitsLoss if value else torch.nn.CrossEntropyLoss
-            module.tars_model.loss_function = loss(reduction="sum")
+        _set_(known[path, name][0], name, value)
+        if name in _FOLLOWING:
+            following, made = _FOLLOWING[name]
+            _set_(known[path, name][0], following, made(value))
+
+
+def _set_(module: Any, name: str, value: Any) -> None:
+    *above, attribute = name.split(".")
+    owner = attrgetter(".".join(above))(module) if above else module
+    setattr(owner, attribute, value)
 
 
 def _told_otherwise(model: Model, state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -176,4 +199,6 @@ def _fits(value: Any, known: tuple[Any, Any] | None) -> bool:
     if isinstance(known[1], dict):
         is_plain = isinstance(value, dict) and all(type(each) in (int, float) for each in value.values())
         return is_plain and "default" in value
+    if isinstance(known[1], float):
+        return type(value) in (int, float)
     return type(value) is (str if known[1] is None else type(known[1]))

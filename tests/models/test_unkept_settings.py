@@ -69,6 +69,10 @@ def tars(texts: Any, **options: Any) -> TARSClassifier:
     return TARSClassifier("task", dictionary("good", "bad", "odd"), "class", texts, **options)
 
 
+def tars_of_words(words: Any, **options: Any) -> TARSTagger:
+    return TARSTagger("task", dictionary("PER"), "ner", words, **options)
+
+
 MODELS: dict[str, tuple[bool, Callable[[Any], Model]]] = {
     "spans to link": (True, linker),
     "spans in BIO": (
@@ -107,6 +111,10 @@ MODELS: dict[str, tuple[bool, Callable[[Any], Model]]] = {
     "several labels": (False, lambda texts: tars(texts, multi_label=True, multi_label_threshold=0.01)),
     "thresholds": (False, lambda texts: tars(texts, multi_label_threshold={"default": 0.2, "good": 0.9})),
     "dropout": (False, lambda texts: tars(texts, dropout=0.1, locked_dropout=0.2, word_dropout=0.3)),
+    "all dropout": (False, lambda texts: tars(texts, dropout=1)),
+    "learning from pairs of before": (False, lambda texts: tars(texts, train_on_gold_pairs_only=True)),
+    "dropout of words": (True, lambda words: tars_of_words(words, dropout=0.2, locked_dropout=0.1)),
+    "no dropout of words": (True, lambda words: tars_of_words(words, locked_dropout=0)),
     "prompt behind": (False, lambda texts: tars(texts, prefix=False)),
     "no task": (False, lambda texts: TARSClassifier(embeddings=texts, prefix=False)),
 }
@@ -152,6 +160,16 @@ def test_settings_that_flair_does_not_keep_come_back(kind: str, has_adapter: boo
         assert unkept_settings.read(loaded) == settings
         again = type(model).load(save_as(form, loaded, tmp_path / "again"))
         assert answers(again) == expected
+
+
+def test_dropout_of_a_tars_for_words_is_what_it_was(base: Base, tmp_path: Path) -> None:
+    """The numbers alone would name layers that are not there."""
+    model = tars_of_words(embeddings_for(base("bert"), words=True, has_adapter=True), dropout=0.2, locked_dropout=0.1)
+    loaded = flair_peft.from_pretrained(save_as("directory", model, tmp_path))
+    for each in (model.tars_model, loaded.tars_model):
+        assert (each.dropout.p, each.locked_dropout.dropout_rate) == (0.2, 0.1)
+    loaded.train()  # which returns nothing, of TARS
+    assert loaded.tars_model.forward_loss([Sentence("Berlin is large")])[0].isfinite()
 
 
 def test_loss_of_a_tars_with_several_labels_is_what_it_was(base: Base, tmp_path: Path) -> None:
@@ -314,8 +332,11 @@ def test_damaged_settings_are_refused(damage: str, base: Base, tmp_path: Path) -
 DECIDING: dict[str, tuple[bool, Callable[[Any], Model]]] = {
     "bidirectional=False": (True, lambda words: tagger(words, use_rnn=True, hidden_size=8, bidirectional=False)),
     "recurrent_type": (True, lambda words: tagger(StackedEmbeddings([words, characters("GRU")]))),
-    "tag_format": (True, lambda words: TARSTagger("task", dictionary("PER"), "ner", words, tag_format="BIO")),
-    "loss_weights": (False, lambda texts: tars(texts, loss_weights={"good": 3.0})),
+    "tag_format": (True, lambda words: tars_of_words(words, tag_format="BIO")),
+    "loss_weights of TARSTagger": (True, lambda words: tars_of_words(words, loss_weights={"S-entity": 3.0})),
+    "allow_unk_predictions": (True, lambda words: tars_of_words(words, allow_unk_predictions=True)),
+    "loss_weights of TARSClassifier": (False, lambda texts: tars(texts, loss_weights={"good": 3.0})),
+    "a decoder of one's own": (False, lambda texts: tars(texts, decoder=torch.nn.Linear(32, 2, bias=False))),
 }
 
 
