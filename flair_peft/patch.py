@@ -129,93 +129,84 @@ def is_installed() -> bool:
 def _load_replacements() -> Iterator[_Replacement]:
     for model_class in [Model, *subclasses(Model)]:
         if "load" in vars(model_class):
-            yield _Replacement(model_class, "load", _loading_with_adapters(vars(model_class)["load"]))
+            yield _Replacement(model_class, "load", _around(vars(model_class)["load"], _load))
 
 
 def _other_replacements() -> Iterator[_Replacement]:
     for model_class in [Model, *(c for c in subclasses(Model) if "train" in vars(c))]:
         original = vars(model_class).get("train", torch.nn.Module.train)
-        yield _Replacement(model_class, "train", _training_in_fp32(original))
+        yield _Replacement(model_class, "train", _around(original, _train))
     for model_class in [Model, *subclasses(Model)]:
-        if inspect.isfunction(vars(model_class).get("predict")):
-            yield _Replacement(model_class, "predict", _predicting_what_it_can(vars(model_class)["predict"]))
-    yield _Replacement(Model, "save", _saving_what_was_learned(vars(Model)["save"]))
-    yield _Replacement(Model, "_apply", _converting_by_the_rule(vars(Model).get("_apply", torch.nn.Module._apply)))
-    for owner in (Embeddings, TokenEmbeddings):
-        yield _Replacement(owner, "_everything_embedded", _embedding_afresh(vars(owner)["_everything_embedded"]))
-    yield _Replacement(TransformerEmbeddings, "to_params", _keeping_config(vars(TransformerEmbeddings)["to_params"]))
-    yield _Replacement(
-        TransformerEmbeddings, "from_params", _rebuilding_adapter(vars(TransformerEmbeddings)["from_params"])
-    )
-    yield _Replacement(ModelTrainer, "train_custom", _training_guarded(vars(ModelTrainer)["train_custom"]))
-    for name in ("fine_tune", "train"):
-        yield _Replacement(ModelTrainer, name, _training_at_suited_rates(vars(ModelTrainer)[name]))
-    yield _Replacement(ModelTrainer, "_save_model", _keeping_the_best(vars(ModelTrainer)["_save_model"]))
-    yield _Replacement(ModelTrainer, "_load_model", _reloading_in_place(vars(ModelTrainer)["_load_model"]))
-    trainer = flair.trainers.trainer
-    yield _Replacement(trainer, "DistributedDataParallel", _sending_what_is_trained(trainer.DistributedDataParallel))
+        if inspect.isfunction(original := vars(model_class).get("predict")):
+            name = next(iter([*inspect.signature(original).parameters][1:]), "")
+            yield _Replacement(model_class, "predict", _around(original, functools.partial(_predict, name)))
+    apply = vars(Model).get("_apply", torch.nn.Module._apply)
+    yield _Replacement(Model, "_apply", _around(apply, _apply))
+    for owner, name, ours in (
+        (Model, "save", _save),
+        (Embeddings, "_everything_embedded", _everything_embedded),
+        (TokenEmbeddings, "_everything_embedded", _everything_embedded),
+        (TransformerEmbeddings, "to_params", _to_params),
+        (TransformerEmbeddings, "from_params", _from_params),
+        (ModelTrainer, "train_custom", _train_custom),
+        (ModelTrainer, "fine_tune", _train_at_suited_rates),
+        (ModelTrainer, "train", _train_at_suited_rates),
+        (ModelTrainer, "_save_model", _save_model),
+        (ModelTrainer, "_load_model", _load_model),
+        (flair.trainers.trainer, "DistributedDataParallel", _distribute),
+    ):
+        yield _Replacement(owner, name, _around(vars(owner)[name], ours))
 
 
-def _loading_with_adapters(original: classmethod[Any, Any, Any]) -> classmethod[Any, Any, Any]:
-    """Return a ``load`` that takes what has adapters upon itself and leaves the rest to the original.
+def _around(found: Any, ours: Callable[..., Any]) -> Any:
+    """Return what calls ours, with the original of its object in front; once uninstalled, the original alone."""
+    function = found.__func__ if isinstance(found, classmethod) else found
 
-    Its keyword arguments are those of :func:`flair_peft.from_pretrained`, and ``peft_config`` for files that lack it.
+    @functools.wraps(function, updated=())
+    def replaced(owner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        original = functools.partial(function, owner)
+        return ours(original, owner, *args, **kwargs) if _installed else original(*args, **kwargs)
+
+    return classmethod(replaced) if isinstance(found, classmethod) else replaced
+
+
+def _load(
+    original: Any, cls: type[Model], model_path: Any, *, peft_config: PeftConfig | None = None, **options: Any
+) -> Model:
+    """Take what has adapters, and leave the rest to the original.
+
+    The keyword arguments are those of :func:`flair_peft.from_pretrained`, and ``peft_config`` for files that lack it.
     """
-
-    @functools.wraps(original.__func__)
-    def load(cls: type[Model], model_path: Any, *, peft_config: PeftConfig | None = None, **options: Any) -> Model:
-        stock_load = original.__get__(None, cls)
-        if not _installed or loading.is_flairs_own(model_path):
-            given = {} if peft_config is None else {"peft_config": peft_config}
-            return stock_load(model_path, **given, **options)
-        return loading.load_for_flair(cls, model_path, stock_load, peft_config=peft_config, **options)
-
-    return classmethod(load)
+    if loading.is_flairs_own(model_path):
+        given = {} if peft_config is None else {"peft_config": peft_config}
+        return original(model_path, **given, **options)
+    return loading.load_for_flair(cls, model_path, original, peft_config=peft_config, **options)
 
 
-def _training_in_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def train(self: Model, mode: bool = True) -> Model:
-        if _installed and mode:
-            head_dtype.train_in_fp32_(self)
-        return original(self, mode)
-
-    return train
+def _train(original: Any, self: Model, mode: bool = True) -> Model:
+    if mode:
+        head_dtype.train_in_fp32_(self)
+    return original(mode)
 
 
-def _predicting_what_it_can(original: Callable[..., Any]) -> Callable[..., Any]:
-    name = next(iter([*inspect.signature(original).parameters][1:]), "")
-
-    @functools.wraps(original)
-    def predict(self: Model, *args: Any, **kwargs: Any) -> Any:
-        if not (_installed and (args or name in kwargs) and adapted_embeddings(self)):
-            return original(self, *args, **kwargs)
-        inputs.check_embeddings(self)
-        inputs.check_points(self, args[0] if args else kwargs[name])
-        with head_dtype.in_one(self):
-            return original(self, *args, **kwargs)
-
-    return predict
+def _predict(name: str, original: Any, self: Model, *args: Any, **kwargs: Any) -> Any:
+    if not ((args or name in kwargs) and adapted_embeddings(self)):
+        return original(*args, **kwargs)
+    inputs.check_embeddings(self)
+    inputs.check_points(self, args[0] if args else kwargs[name])
+    with head_dtype.in_one(self):
+        return original(*args, **kwargs)
 
 
-def _converting_by_the_rule(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _apply(self: Model, fn: Callable[..., Any], recurse: bool = True) -> Model:
-        if not _installed or not adapted_embeddings(self):
-            return original(self, fn, recurse)
-        return head_dtype.convert_(self, lambda: original(self, fn, recurse))
-
-    return _apply
+def _apply(original: Any, self: Model, fn: Callable[..., Any], recurse: bool = True) -> Model:
+    convert = functools.partial(original, fn, recurse)
+    return head_dtype.convert_(self, convert) if adapted_embeddings(self) else convert()
 
 
-def _embedding_afresh(original: Callable[..., bool]) -> Callable[..., bool]:
-    @functools.wraps(original)
-    def _everything_embedded(self: Embeddings, data_points: Any) -> bool:
-        # Flair's trainer stores evaluation vectors and reads them again in the next epoch.
-        is_fixed = not _installed or has_nothing_to_embed(self, data_points) or not _has_changing_adapter(self)
-        return original(self, data_points) and is_fixed
-
-    return _everything_embedded
+def _everything_embedded(original: Any, self: Embeddings, data_points: Any) -> bool:
+    # Flair's trainer stores evaluation vectors and reads them again in the next epoch.
+    is_fixed = has_nothing_to_embed(self, data_points) or not _has_changing_adapter(self)
+    return original(data_points) and is_fixed
 
 
 def _has_changing_adapter(embeddings: Embeddings) -> bool:
@@ -226,130 +217,99 @@ def _has_changing_adapter(embeddings: Embeddings) -> bool:
     )
 
 
-def _keeping_config(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    @functools.wraps(original)
-    def to_params(self: TransformerEmbeddings) -> dict[str, Any]:
-        params = original(self)
-        if not _installed or isinstance(self, PeftTransformerEmbeddings) or not isinstance(self.model, PeftModel):
-            return params
-        try:
-            refusals.refuse_unstorable(self.model)
-        except AdapterConfigError as error:
-            log.warning("'%s' is stored without its PEFT config, which a load will ask for. %s", self.name, error)
-            return params
-        encoded = configs.encode_config(self.model.peft_config[methods.ADAPTER_NAME])
-        # Mark the layout, so that loading in a process that never imported flair_peft imports it.
-        return {**params, "peft_config": encoded, "flair_peft_format": compat.FormatVersion(compat.FORMAT_VERSION)}
-
-    return to_params
+def _to_params(original: Any, self: TransformerEmbeddings) -> dict[str, Any]:
+    params = original()
+    if isinstance(self, PeftTransformerEmbeddings) or not isinstance(self.model, PeftModel):
+        return params
+    try:
+        refusals.refuse_unstorable(self.model)
+    except AdapterConfigError as error:
+        log.warning("'%s' is stored without its PEFT config, which a load will ask for. %s", self.name, error)
+        return params
+    encoded = configs.encode_config(self.model.peft_config[methods.ADAPTER_NAME])
+    # Mark the layout, so that loading in a process that never imported flair_peft imports it.
+    return {**params, "peft_config": encoded, "flair_peft_format": compat.FormatVersion(compat.FORMAT_VERSION)}
 
 
-def _rebuilding_adapter(original: classmethod[Any, Any, Any]) -> classmethod[Any, Any, Any]:
-    @functools.wraps(original.__func__)
-    def from_params(cls: type[TransformerEmbeddings], params: dict[str, Any]) -> TransformerEmbeddings:
-        if not _installed or params.get("peft_config") is None:
-            return original.__get__(None, cls)(params)
-        # Stock Flair trained the words of prompt methods on the rows that it reads.
-        return counterpart(cls).from_params({**params, "keep_virtual_rows": True})
-
-    return classmethod(from_params)
+def _from_params(original: Any, cls: type[TransformerEmbeddings], params: dict[str, Any]) -> TransformerEmbeddings:
+    if params.get("peft_config") is None:
+        return original(params)
+    # Stock Flair trained the words of prompt methods on the rows that it reads.
+    return counterpart(cls).from_params({**params, "keep_virtual_rows": True})
 
 
-def _training_guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+def _train_custom(original: Any, self: ModelTrainer, *args: Any, **kwargs: Any) -> Any:
+    if not adapted_embeddings(self.model):
+        return original(*args, **kwargs)
     signature = inspect.signature(original)
+    arguments = signature.bind(*args, **kwargs)
+    settings = arguments.arguments
+    inputs.check_embeddings(self.model)
+    self.model.train()  # in fp32, before an optimiser or DistributedDataParallel takes note of dtypes
+    optimizer = settings.get("optimizer", signature.parameters["optimizer"].default)
+    guard.check_training(self.model, settings, optimizer=optimizer)
+    settings.update(resume.prepare_settings({**settings}))
+    chosen = rates.choose(
+        self.model,
+        settings,
+        optimizer=optimizer,
+        is_given=settings.get("learning_rate", _without_rate.get(self)) != _without_rate.get(self),
+        past=resume.past_rates(settings),
+    )
+    settings.update(chosen)
+    ddp.prepare(self.model, settings)
+    checks = guard.AdapterGuard(chosen, is_head_rate_zero=settings.get("decoder_learning_rate") == 0)
+    added = [checks, *([ddp.GlobalSchedule()] if ddp.is_parallel(settings) else [])]
+    settings["plugins"] = [*(settings.get("plugins") or []), *added]
+    _trainers[self.model] = self
+    try:
+        with training_log.shared():
+            return original(*arguments.args, **arguments.kwargs)
+    finally:
+        _trainers.pop(self.model, None)
+        plugins.detach_known(self)
 
-    @functools.wraps(original)
-    def train_custom(self: ModelTrainer, *args: Any, **kwargs: Any) -> Any:
-        if not _installed or not adapted_embeddings(self.model):
-            return original(self, *args, **kwargs)
-        arguments = signature.bind(self, *args, **kwargs)
-        settings = arguments.arguments
-        inputs.check_embeddings(self.model)
-        self.model.train()  # in fp32, before an optimiser or DistributedDataParallel takes note of dtypes
-        optimizer = settings.get("optimizer", signature.parameters["optimizer"].default)
-        guard.check_training(self.model, settings, optimizer=optimizer)
-        settings.update(resume.prepare_settings({**settings}))
-        chosen = rates.choose(
-            self.model,
-            settings,
-            optimizer=optimizer,
-            is_given=settings.get("learning_rate", _without_rate.get(self)) != _without_rate.get(self),
-            past=resume.past_rates(settings),
-        )
-        settings.update(chosen)
-        ddp.prepare(self.model, settings)
-        checks = guard.AdapterGuard(chosen, is_head_rate_zero=settings.get("decoder_learning_rate") == 0)
-        added = [checks, *([ddp.GlobalSchedule()] if ddp.is_parallel(settings) else [])]
-        settings["plugins"] = [*(settings.get("plugins") or []), *added]
-        _trainers[self.model] = self
+
+def _train_at_suited_rates(original: Any, self: ModelTrainer, *args: Any, **kwargs: Any) -> Any:
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    usual = bound.signature.parameters["learning_rate"].default
+    if "learning_rate" not in bound.arguments:
+        rates.report_flairs_own(self.model, usual)
+    if not adapted_embeddings(self.model):
+        return original(*args, **kwargs)
+    # Flair appends its schedulers to the list, which the next training may be given, too.
+    bound.arguments["plugins"] = list(bound.arguments.get("plugins") or [])
+    if "learning_rate" in bound.arguments:
+        return original(*bound.args, **bound.kwargs)
+    # What Flair takes then is made for whole transformers; train_custom cannot tell it from one that was given.
+    _without_rate[self] = usual
+    try:
+        return original(*bound.args, **bound.kwargs)
+    finally:
+        _without_rate.pop(self, None)
+
+
+def _save_model(original: Any, self: ModelTrainer, model_file: Any, checkpoint: bool = False) -> None:
+    # Flair counts the best score from zero in each training, one that goes on included.
+    if not adapted_embeddings(self.model) or ddp.agree(position.may_replace(self, model_file)):
+        original(model_file, checkpoint)
+
+
+def _save(
+    original: Any, self: Model, model_file: str | Path, checkpoint: bool = False, *, save_base: bool | None = None
+) -> None:
+    if not adapted_embeddings(self):
+        path = Path(str(model_file))
+        if merge.is_merged(self) or _holds_adapter(path):
+            return _replace_whole(path, lambda path: original(path, checkpoint))
+        return original(model_file, checkpoint)
+    trainer, state = _trainers.get(self) if checkpoint else None, None
+    if trainer is not None:
         try:
-            with training_log.shared():
-                return original(*arguments.args, **arguments.kwargs)
-        finally:
-            _trainers.pop(self.model, None)
-            plugins.detach_known(self)
-
-    return train_custom
-
-
-def _training_at_suited_rates(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def train(self: ModelTrainer, *args: Any, **kwargs: Any) -> Any:
-        if not _installed:
-            return original(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
-        if "learning_rate" not in bound.arguments:
-            rates.report_flairs_own(self.model, signature.parameters["learning_rate"].default)
-        if not adapted_embeddings(self.model):
-            return original(self, *args, **kwargs)
-        # Flair appends its schedulers to the list, which the next training may be given, too.
-        bound.arguments["plugins"] = list(bound.arguments.get("plugins") or [])
-        args, kwargs = bound.args[1:], bound.kwargs
-        if "learning_rate" in bound.arguments:
-            return original(self, *args, **kwargs)
-        # What Flair takes then is made for whole transformers; train_custom cannot tell it from one that was given.
-        _without_rate[self] = signature.parameters["learning_rate"].default
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            _without_rate.pop(self, None)
-
-    return train
-
-
-def _keeping_the_best(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def _save_model(self: ModelTrainer, model_file: Any, checkpoint: bool = False) -> None:
-        # Flair counts the best score from zero in each training, one that goes on included.
-        has_adapter = _installed and bool(adapted_embeddings(self.model))
-        if not has_adapter or ddp.agree(position.may_replace(self, model_file)):
-            original(self, model_file, checkpoint)
-
-    return _save_model
-
-
-def _saving_what_was_learned(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def save(self: Model, model_file: str | Path, checkpoint: bool = False, *, save_base: bool | None = None) -> None:
-        if not _installed:
-            return original(self, model_file, checkpoint)
-        if not adapted_embeddings(self):
-            path = Path(str(model_file))
-            if merge.is_merged(self) or _holds_adapter(path):
-                return _replace_whole(path, lambda path: original(self, path, checkpoint))
-            return original(self, model_file, checkpoint)
-        trainer, state = _trainers.get(self) if checkpoint else None, None
-        if trainer is not None:
-            try:
-                state = resume.training_state(trainer, self)
-            except UnsupportedStateError as error:  # that must not cost a trained model
-                log.warning("'%s' holds the model alone, and no training can go on from it. %s", model_file, error)
-        saving.save_file(self, Path(model_file), save_base=save_base, training_state=state)
-        return None
-
-    return save
+            state = resume.training_state(trainer, self)
+        except UnsupportedStateError as error:  # that must not cost a trained model
+            log.warning("'%s' holds the model alone, and no training can go on from it. %s", model_file, error)
+    return saving.save_file(self, Path(model_file), save_base=save_base, training_state=state)
 
 
 def _replace_whole(path: Path, save: Callable[[Path], None]) -> None:
@@ -379,22 +339,12 @@ def _holds_adapter(path: Path) -> bool:
         return False
 
 
-def _reloading_in_place(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def _load_model(self: ModelTrainer, model_file: Any) -> None:
-        if not _installed or not adapted_embeddings(self.model):
-            return original(self, model_file)
+def _load_model(original: Any, self: ModelTrainer, model_file: Any) -> None:
+    if adapted_embeddings(self.model):
         loading.reload_(self.model, Path(model_file))
-        return None
+    else:
+        original(model_file)
 
-    return _load_model
 
-
-def _sending_what_is_trained(original: type[torch.nn.Module]) -> Callable[..., torch.nn.Module]:
-    @functools.wraps(original, updated=())
-    def distributed_data_parallel(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
-        if not _installed or not adapted_embeddings(module):
-            return original(module, *args, **options)
-        return ddp.wrap(module, *args, **options)
-
-    return distributed_data_parallel
+def _distribute(original: Any, module: torch.nn.Module, *args: Any, **options: Any) -> Any:
+    return ddp.wrap(module, *args, **options) if adapted_embeddings(module) else original(*args, **options)
