@@ -29,7 +29,12 @@ def main() -> None:
     earlier = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"versions": []}
     versions = earlier.pop("versions") if {**earlier, "versions": 0} == {**found, "versions": 0} else []
     table = {"versions": sorted({*versions, peft.__version__}), **found}
-    TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    # A line for each method.
+    rows = ",\n".join(
+        f"{json.dumps(name)}: {json.dumps(of_method)}" for name, of_method in table.pop("defaults").items()
+    )
+    others = "".join(f"{json.dumps(name)}: {json.dumps(value)},\n" for name, value in table.items())
+    TABLE.write_text(f'{{{others}"defaults": {{\n{rows}\n}}}}\n', encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -197,8 +197,8 @@ _NO_PATTERNS = frozenset(
 # What repeats, and groups that are repeated as a whole: these can take as many steps as there are ways to split a name.
 _REPEATED, _REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
 
-# What looks around, and what does so without a group in it.
 _FLAGS = re.compile(r"\(\?[aiLmsux]+\)")
+# What looks around, and what does so without a group in it.
 _LOOKS_AROUND, _LOOKING_AROUND = re.compile(r"\(\?<?[=!]"), re.compile(r"\(\?<?[=!][^()]*\)")
 
 _FEW_REPEATED, _SOME_REPEATED = 2, 6
@@ -227,7 +227,7 @@ def refuse_endless_patterns(settings: Mapping[str, Any], names: Collection[str],
         if not _comes_to_an_end(pattern, names):
             raise AdapterConfigError(
                 f"Cannot use the PEFT config of '{source}': comparing its regular expression {pattern!r:.80} with the "
-                f"names of {len(names)} modules does not end within a second. It repeats what repeats already. Write "
+                f"names of {len(names)} modules takes too long, or never ends. It repeats what repeats already. Write "
                 "the names of the modules instead."
             )
 

@@ -63,7 +63,7 @@ _ONE_THETA = frozenset({"modernbert-decoder"})
 # The window of an encoder reached its last token in 5, and the one before it in 4.57.
 _WINDOW_EXCLUSIVE = frozenset({"t5_gemma_module"})
 
-# Model type, or "" for all → setting → setting of 4.57.
+# Model type → setting → setting of 4.57.
 _RENAMED: dict[str, dict[str, str]] = {
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "qwen3_vl_moe_text": {"num_local_experts": "num_experts"},

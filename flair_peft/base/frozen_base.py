@@ -241,8 +241,8 @@ class FrozenBase:
         model.name_or_path = self._model.name_or_path
         return FrozenBase(model, self.record, self.random_names, parent=self)
 
-    def share_(self, parameters: Mapping[str, torch.nn.Parameter]) -> int:
-        """Let each frozen weight that is this base's, bit by bit, have its memory, in place; return their bytes.
+    def share_(self, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
+        """Let each frozen weight that is this base's, bit by bit, have its memory, in place; return whether one is.
 
         Args:
             parameters: name in the base model → parameter.
@@ -252,7 +252,7 @@ class FrozenBase:
         same = [name for name in frozen if name in own and fingerprint.are_same_bits(frozen[name], own[name])]
         for name, tensor in zip(same, self.weights.copies_of([own[name] for name in same]), strict=True):
             frozen[name].data = tensor
-        return sum(frozen[name].nbytes for name in same)
+        return bool(same)
 
     def reaching(self, rows: int, *, separator: int | None) -> FrozenBase:
         """Return this base with so many rows at least: a vocabulary padded beyond its tokenizer may have them already.

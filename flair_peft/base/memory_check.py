@@ -11,29 +11,16 @@ from typing import Any
 
 import psutil
 import torch
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flair_peft.adapter import traits
 from flair_peft.base import weight_files
 from flair_peft.base.transformer import ENCODER_OF_T5
+from flair_peft.base.unusable import UNUSABLE
 from flair_peft.errors import InsufficientMemoryError, ModelFileError
 from flair_peft.primitives import load_context
 from flair_peft.primitives.dtypes import DtypeLike, parse_dtype
-
-# What reading the files of a base raises where these are damaged, or cannot be reached.
-_UNREADABLE = (
-    OSError,
-    HFValidationError,
-    SafetensorError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-)
 
 
 def check_fits(
@@ -65,7 +52,7 @@ def check_fits(
     unread = "decoder." if config.model_type in ENCODER_OF_T5 else None
     try:
         stored = _count_numbers(source, kwargs, unread=unread)
-    except _UNREADABLE:
+    except UNUSABLE:
         return  # who loads it says what is wrong with it
     itemsize = _bytes_per_number(dtype, kwargs)
     needed = int(sum(count * (itemsize or size) for size, count in stored.items()))
@@ -268,7 +255,7 @@ def _size_of(func: Any, args: Any, kwargs: Any) -> int:
 
 def _count(source: str, kwargs: Mapping[str, Any]) -> tuple[int, int]:
     """Return how many tensors and numbers the files of a base hold, at least; nothing of them is read but headers."""
-    with contextlib.suppress(*_UNREADABLE, zipfile.BadZipFile):
+    with contextlib.suppress(*UNUSABLE, zipfile.BadZipFile):
         paths = weight_files.find(source, kwargs)
         if paths:
             counted = [_count_in(path) for path in paths]

@@ -9,7 +9,6 @@ but tensors is ``{"$type": "tensors", "prefix": "state_dict/", "count": 211}``: 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +23,7 @@ from flair_peft.codec import flair_objects, objects, state_positions, torch_modu
 from flair_peft.codec.plain_types import BY_CLASS, BY_NAME, SCALAR
 from flair_peft.codec.state_positions import Place
 from flair_peft.errors import FlairPeftError, name_some
+from flair_peft.primitives import strict_json
 
 Tensors = dict[str, torch.Tensor]
 
@@ -102,9 +102,7 @@ def restore_state(text: str, tensors: Tensors) -> Any:
         ModelFileError: the text is no JSON, or as for :func:`decode`.
     """
     try:
-        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except FlairPeftError:
-        raise
+        document = strict_json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise state_positions.damage((), f"it is not JSON ({type(error).__name__}: {str(error)[:80]})") from error
     return decode(document, tensors)
@@ -358,14 +356,3 @@ def _bytes_held(tensors: Any) -> int:
 def _tensor_name(place: Place) -> str:
     # Escaped parts hold no "/", so that no two places have the same name; nor is a name empty.
     return "/".join(quote(part, safe="", errors="surrogatepass") or "%" for part in place) or "value"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise state_positions.damage((), f"a key is there twice among {name_some(document)}")
-    return document
-
-
-def _refuse_constant(name: str) -> Any:
-    raise state_positions.damage((), f"{name} is no JSON")

@@ -65,7 +65,9 @@ def has_castable_head(model: Model) -> bool:
         return all(has_castable_head(task) for task in model.tasks.values())
     if not isinstance(model, DefaultClassifier) or type(model)._mask_scores is not DefaultClassifier._mask_scores:
         return False  # a class that masks scores does so in a tensor of fp32
-    return all(isinstance(module, torch.nn.Linear) or _holds_no_weights(module) for module in _head_modules(model))
+    around = (each for _, each in modules_around(model) if each is not model)
+    of_head = (each for each in around if not isinstance(each, PeftTransformerEmbeddings))
+    return all(isinstance(module, torch.nn.Linear) or _holds_no_weights(module) for module in of_head)
 
 
 def restore_head_(model: Model) -> None:
@@ -179,13 +181,6 @@ def _all_head_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
         prefix = f"{path}." if path else ""
         of_head = _head_tensors_of(owner) if isinstance(owner, Model) else {}
         yield from ((prefix + name, tensor) for name, tensor in of_head.items())
-
-
-def _head_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    for child in model.children():
-        if not isinstance(child, PeftTransformerEmbeddings):
-            yield child
-            yield from _head_modules(child)
 
 
 def _holds_no_weights(module: torch.nn.Module) -> bool:

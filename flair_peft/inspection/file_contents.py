@@ -7,7 +7,6 @@ own, with or without an adapter, and "adapter" a directory of PEFT's own.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import safetensors
 
 from flair_peft.adapter import keys
 from flair_peft.errors import MissingFileError, ModelFileError, name_some
+from flair_peft.primitives import strict_json
 from flair_peft.primitives.held_file import AnyFile, HeldFile, held
 from flair_peft.storage import file_names, held_directory
 from flair_peft.torchfile.outline import Outline, read_outline, tensors_in
@@ -280,16 +280,12 @@ def _read_json(path: HeldFile) -> dict[str, Any]:
 def _parse(text: Any, path: AnyFile) -> dict[str, Any]:
     """Return the JSON object that a text is."""
     try:
-        found = json.loads(text, parse_constant=_refuse_constant)
+        found = strict_json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise _odd(path, f"it holds no JSON object ({type(error).__name__}: {str(error)[:80]})") from error
     if not isinstance(found, dict):
         raise _odd(path, f"it holds no JSON object but a {type(found).__name__}")
     return found
-
-
-def _refuse_constant(name: str) -> Any:
-    raise json.JSONDecodeError(f"{name} is no number", name, 0)
 
 
 def _odd(path: AnyFile, why: str) -> ModelFileError:

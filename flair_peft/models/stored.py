@@ -78,7 +78,7 @@ class Stored:
 
     @cached_property
     def bases(self) -> dict[int, StoredBase]:
-        """Number of each embeddings module with an adapter → how its base is stored."""
+        """Number of each embeddings module whose base may be left out → how it is stored."""
         parts = (value for _, part in state_tree.tasks_of(self.state) for value in part.values())
         decoders = (value.modules() for value in parts if isinstance(value, torch.nn.Module))
         inside = (module for modules in decoders for module in modules if isinstance(module, PeftTransformerEmbeddings))

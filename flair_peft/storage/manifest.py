@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flair_peft.errors import FormatVersionError, ModelFileError, UnsupportedStateError
+from flair_peft.primitives import strict_json
 
 DOCUMENT = "flair_peft.json"
 CARD = "README.md"
@@ -97,7 +98,7 @@ def parse(text: bytes, path: Path) -> Document:
         ModelFileError: it is damaged.
     """
     try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        found = strict_json.loads(text.decode("utf-8"))
         is_signed = isinstance(found, dict) and found.get("sha256") == hash_of(found)
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"it is no JSON of this format ({error})") from error
@@ -132,13 +133,6 @@ def unsupported(what: object, why: str) -> UnsupportedStateError:
     )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ModelFileError("it holds a name twice")
-    return found
-
-
 def _check_version(version: Any, path: Path) -> None:
     """Return if this version can be read; one that no version has is damage, and not the future."""
     if type(version) is not int or version < 1:
@@ -163,8 +157,7 @@ def _entry(name: str, value: Any, path: Path) -> Entry:
     if not is_name(name):
         raise damaged(path, f"it lists a file {name[:100]!r}, a name that no checkpoint uses")
     is_entry = isinstance(value, dict) and value.keys() == {"bytes", "sha256"}
-    if not (is_entry and type(value["bytes"]) is int and isinstance(value["sha256"], str)):
-        raise damaged(path, f"what it says of '{name}' is not a size and a hash")
-    if value["bytes"] < 0 or not _DIGEST.fullmatch(value["sha256"]):
+    are_typed = is_entry and type(value["bytes"]) is int and isinstance(value["sha256"], str)
+    if not are_typed or value["bytes"] < 0 or not _DIGEST.fullmatch(value["sha256"]):
         raise damaged(path, f"what it says of '{name}' is not a size and a hash")
     return Entry(**value)

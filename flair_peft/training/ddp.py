@@ -54,10 +54,10 @@ def prepare(model: Model, settings: Mapping[str, Any]) -> None:
     """Make equal in all processes what Flair takes for equal; does nothing in a training of one process.
 
     Best models of earlier trainings are deleted by the main process alone. Python's random numbers are those of the
-    main process, from which Flair draws the sentences by which it compares the corpora. The head has its fp32 values.
+    main process, from which Flair draws the sentences by which it compares the corpora.
 
     Args:
-        model: the one that is trained, changed in place.
+        model: the one that is trained.
         settings: of ``ModelTrainer.train_custom``.
 
     Raises:

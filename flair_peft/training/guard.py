@@ -34,7 +34,8 @@ def check_training(model: Model, settings: Mapping[str, Any], *, optimizer: Any)
         TrainingSetupError: the vocabulary is to be reduced. A checkpoint written in the middle would hold the reduced
             matrix, and a frozen one has neither gradient nor optimiser state that reducing it could save.
         TrainingSetupError: a learning rate is text.
-        AdapterConfigError: the base is quantised in a way that no file can say, so no checkpoint could be written.
+        AdapterConfigError: the adapter cannot be stored, or the base is quantised in a way that no file can say, so
+            no checkpoint could be written.
     """
     for name in rates.NAMES:
         if isinstance(given := settings.get(name), str):
@@ -78,25 +79,16 @@ class AdapterGuard(TrainerPlugin):
         self._has_said = False
         self._unseen: list[PeftTransformerEmbeddings] | None = None
 
-    @TrainerPlugin.hook("after_setup")
-    def check_dtypes(self, **_: Any) -> None:
-        """Raise if the head could not consume the embeddings."""
+    @TrainerPlugin.hook
+    def after_setup(self, **_: Any) -> None:
+        """Raise if the head could not consume the embeddings, or if no file could hold what is trained.
+
+        Say if the adapter is multiplied with zero, and let what trains in half precision hold small updates.
+        """
         head_dtype.check_head(self.model)
-
-    @TrainerPlugin.hook("after_setup")
-    def check_storable(self, **_: Any) -> None:
-        """Raise if the model holds what no file can hold: not after the last epoch."""
-        save.check_storable(self.model)
-
-    @TrainerPlugin.hook("after_setup")
-    def check_effect(self, **_: Any) -> None:
-        """Say if the adapter is multiplied with zero."""
         for peft_model in plugins.peft_models(self.model) if is_main_process() else ():
             trainable.report_without_effect(peft_model)
-
-    @TrainerPlugin.hook("after_setup")
-    def step_exactly(self, **_: Any) -> None:
-        """Let what trains in half precision hold small updates."""
+        save.check_storable(self.model)
         self.trainer.context_stack.enter_context(exact_steps(self.trainer.optimizer))
 
     @TrainerPlugin.hook("before_training_epoch")

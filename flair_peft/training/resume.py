@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,6 @@ class ResumePlugin(ProgressPlugin):
 
     Args:
         source: the file that the model was loaded from, saved with ``save_optimizer_state=True``; or its state.
-        read: path → the state in a file.
 
     Raises:
         MissingFileError: there is no such file.
@@ -144,12 +143,10 @@ class ResumePlugin(ProgressPlugin):
         FormatVersionError: the state was written by a newer flair_peft.
     """
 
-    def __init__(
-        self, source: str | Path | State, *, read: Callable[[Path], State | None] = _read_training_state
-    ) -> None:
+    def __init__(self, source: str | Path | State) -> None:
         super().__init__()
         # Read now: the training may write over the file. Copied: the optimiser goes on with these very tensors.
-        state = copy.deepcopy(source) if isinstance(source, dict) else read(Path(source))
+        state = copy.deepcopy(source) if isinstance(source, dict) else _read_training_state(Path(source))
         self.source = "the given state" if isinstance(source, dict) else str(source)
         self._state = self._check(state)
         self._past: State = self._state["progress"]

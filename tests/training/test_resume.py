@@ -694,10 +694,8 @@ def test_file_without_a_state_is_refused(stopped: Journey) -> None:
     """The message says which option was missing."""
     path = stopped.root / "parts" / "final-model.pt"
     Model.load(path).save(stopped.root / "plain.pt")
-    with pytest.raises(TrainingSetupError, match="save_optimizer_state=True"):
+    with pytest.raises(TrainingSetupError, match=r"holds no training state.*save_optimizer_state=True"):
         ResumePlugin(stopped.root / "plain.pt")
-    with pytest.raises(TrainingSetupError, match="holds no training state"):
-        ResumePlugin(path, read=lambda _: None)
     with pytest.raises(ModelFileError, match="there is no such file"):
         ResumePlugin(stopped.root / "nothing.pt")
 

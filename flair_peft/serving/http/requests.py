@@ -11,6 +11,7 @@ from flair.data import DataPair, DataPoint, DataTriple, Sentence
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from flair_peft.errors import RequestError
+from flair_peft.primitives import strict_json
 from flair_peft.serving.http.model_forms import ModelForm
 from flair_peft.serving.http.text_positions import TextPositions
 
@@ -97,14 +98,6 @@ class LoadRequest(_Part):
     revision: Name | None = None
 
 
-def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON; names that come twice are refused."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _malformed("a name stands twice in one object")
-    return found
-
-
 def parse(body: bytes, kind: type[_Part]) -> Any:
     """Return the request that a body holds.
 
@@ -113,14 +106,11 @@ def parse(body: bytes, kind: type[_Part]) -> Any:
     """
     try:
         text = body.decode("utf-8")
-        found = json.loads(text, object_pairs_hook=_object_of, parse_constant=_refuse_constant)
-        request = kind.model_validate(found)
+        request = kind.model_validate(strict_json.loads(text))
     except ValidationError as error:
         raise _malformed(_first_problem(error)) from None
     except UnicodeDecodeError:
         raise _malformed("it is not in UTF-8") from None
-    except RequestError:
-        raise
     except (ValueError, RecursionError) as error:
         raise _malformed(f"it is no JSON ({_in_short(error)})") from None
     if isinstance(request, PredictionRequest):
@@ -128,12 +118,10 @@ def parse(body: bytes, kind: type[_Part]) -> Any:
     return request
 
 
-def _refuse_constant(name: str) -> Any:
-    raise _malformed(f"{name} is no number of JSON")
-
-
 def _in_short(error: Exception) -> str:
-    return f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else type(error).__name__
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos}"
+    return str(error) if isinstance(error, ValueError) else type(error).__name__
 
 
 # What may stand in a place where several kinds of values may.

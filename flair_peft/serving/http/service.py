@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flair_peft._version import __version__
+from flair_peft import compat
 from flair_peft.errors import AdapterConfigError, FlairPeftError, RequestError
 from flair_peft.serving.http.batch_queue import BatchQueue
 from flair_peft.serving.http.metrics import Metrics
@@ -19,8 +18,6 @@ from flair_peft.serving.http.served_models import ServedModel, ServedModels
 from flair_peft.serving.http.works import Work
 
 log = logging.getLogger("flair_peft")
-
-_LIBRARIES = ("flair", "torch", "transformers", "peft")
 
 # Characters that are split into words in the thread of the event loop: it takes less than going to another.
 _SPLIT_AT_ONCE = 4000
@@ -126,10 +123,9 @@ class Service:
 
     async def info(self) -> dict[str, Any]:
         """Return what users are told of models, versions and limits."""
-        versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
         return {
             "models": [model.to_info() for model in self.models.all],
-            "versions": {"flair_peft": __version__, **versions},
+            "versions": compat.versions(),
             "limits": dataclasses.asdict(self.limits),
         }
 
