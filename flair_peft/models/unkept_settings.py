@@ -21,8 +21,16 @@ from flair.embeddings import (
     StackedEmbeddings,
     TransformerEmbeddings,
 )
-from flair.models import SequenceTagger, SpanClassifier, TARSClassifier, TARSTagger, TokenClassifier
-from flair.nn import LockedDropout, Model
+from flair.models import (
+    SequenceTagger,
+    SpanClassifier,
+    TARSClassifier,
+    TARSTagger,
+    TextPairClassifier,
+    TextTripleClassifier,
+    TokenClassifier,
+)
+from flair.nn import DefaultClassifier, LockedDropout, Model
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings
@@ -32,6 +40,11 @@ log = logging.getLogger("flair_peft")
 
 KEY = "unkept_settings"
 """Where the state of a model holds them: path of the module → name → value."""
+
+
+def _is_flairs_rnn(tagger: SequenceTagger) -> bool:
+    rnn = tagger.rnn if tagger.use_rnn else None
+    return rnn is None or (rnn.bias and rnn.mode != "RNN_RELU")
 
 
 def _is_flairs_decoder(decoder: torch.nn.Module) -> bool:
@@ -45,6 +58,9 @@ def _predicts_spans(model: SequenceTagger | TokenClassifier) -> bool:
 # Class → attributes that neither its state nor its parameters bring back, with what they are without, or a function to
 # that. Flair puts vectors of a stack beside each other in the order of names.
 _UNKEPT: dict[type, dict[str, Any]] = {
+    DefaultClassifier: {
+        "should_embed_sentence": lambda found: not isinstance(found, TextPairClassifier | TextTripleClassifier)
+    },
     DocumentCNNEmbeddings: {"name": "document_cnn"},
     DocumentLMEmbeddings: {"name": "document_lm"},
     DocumentPoolEmbeddings: {"name": lambda found: f"document_{found.pooling}"},
@@ -54,7 +70,10 @@ _UNKEPT: dict[type, dict[str, Any]] = {
     MuseCrosslingualEmbeddings: {"name": "muse-crosslingual"},
     OneHotEmbeddings: {"name": lambda found: f"one-hot-{found.field}"},
     PooledFlairEmbeddings: {"name": lambda found: f"{found.context_embeddings.name}-context"},
-    SequenceTagger: {"predict_spans": _predicts_spans},
+    SequenceTagger: {
+        "predict_spans": _predicts_spans,
+        "rnn.dropout": lambda found: 0.0 if found.rnn.num_layers == 1 else 0.5,
+    },
     SpanClassifier: {"_span_label_type": None},  # Flair stores it, and does not read it again
     TARSClassifier: {
         "prefix": True,
@@ -88,6 +107,7 @@ _FOLLOWING: dict[str, tuple[str, Callable[[Any], torch.nn.Module]]] = {
 _DECIDING: tuple[tuple[type, str, Callable[[Any], bool]], ...] = (
     (FlairEmbeddings, "a recurrent_type other than LSTM", lambda found: not isinstance(found.lm.rnn, torch.nn.LSTM)),
     (SequenceTagger, "bidirectional=False", lambda found: found.use_rnn and not found.bidirectional),
+    (SequenceTagger, "bias and nonlinearity of an rnn", lambda found: not _is_flairs_rnn(found)),
     (TARSClassifier, "a decoder of one's own", lambda found: not _is_flairs_decoder(found.tars_model.decoder)),
     (TARSClassifier, "loss_weights", lambda found: found.tars_model.loss_weights is not None),
     (TARSTagger, "loss_weights", lambda found: found.tars_model.loss_weights is not None),
@@ -180,7 +200,8 @@ def _settings(model: Model) -> Iterator[tuple[str, Any, str, Any]]:
             continue
         for kind, settings in _UNKEPT.items():
             for name, usual in settings.items() if isinstance(module, kind) else ():
-                yield path, module, name, usual(module) if callable(usual) else usual
+                if name != "rnn.dropout" or module.use_rnn:
+                    yield path, module, name, usual(module) if callable(usual) else usual
 
 
 def _given(stored: Any) -> Iterator[tuple[str, str, Any] | None]:

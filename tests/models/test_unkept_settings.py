@@ -65,6 +65,10 @@ def _set(model: Model, **settings: Any) -> Model:
     return model
 
 
+def recurrent(kind: Any = torch.nn.GRU, **options: Any) -> Any:
+    return kind(32, 8, bidirectional=True, batch_first=True, **options)
+
+
 def tars(texts: Any, **options: Any) -> TARSClassifier:
     return TARSClassifier("task", dictionary("good", "bad", "odd"), "class", texts, **options)
 
@@ -111,6 +115,11 @@ MODELS: dict[str, tuple[bool, Callable[[Any], Model]]] = {
     "several labels": (False, lambda texts: tars(texts, multi_label=True, multi_label_threshold=0.01)),
     "thresholds": (False, lambda texts: tars(texts, multi_label_threshold={"default": 0.2, "good": 0.9})),
     "dropout": (False, lambda texts: tars(texts, dropout=0.1, locked_dropout=0.2, word_dropout=0.3)),
+    "dropout between layers": (
+        True,
+        lambda words: tagger(words, use_rnn=True, rnn=recurrent(num_layers=2, dropout=0.1)),
+    ),
+    "no dropout between layers": (True, lambda words: tagger(words, use_rnn=True, rnn=recurrent(num_layers=2))),
     "all dropout": (False, lambda texts: tars(texts, dropout=1)),
     "learning from pairs of before": (False, lambda texts: tars(texts, train_on_gold_pairs_only=True)),
     "dropout of words": (True, lambda words: tars_of_words(words, dropout=0.2, locked_dropout=0.1)),
@@ -170,6 +179,17 @@ def test_dropout_of_a_tars_for_words_is_what_it_was(base: Base, tmp_path: Path) 
         assert (each.dropout.p, each.locked_dropout.dropout_rate) == (0.2, 0.1)
     loaded.train()  # which returns nothing, of TARS
     assert loaded.tars_model.forward_loss([Sentence("Berlin is large")])[0].isfinite()
+
+
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_model_of_vectors_of_before_makes_none(has_adapter: bool, base: Base, tmp_path: Path) -> None:
+    """Who says that sentences have their vectors already has made them otherwise."""
+    texts = embeddings_for(base("bert"), words=False, has_adapter=has_adapter)
+    model = tars(texts, should_embed_sentence=False)
+    for form in ("directory", "file") if has_adapter else ("directory",):
+        loaded = TARSClassifier.load(save_as(form, model, tmp_path))
+        assert loaded.tars_model.should_embed_sentence is False
+        assert "should_embed_sentence" not in str(unkept_settings.read(tars(texts)))
 
 
 def test_loss_of_a_tars_with_several_labels_is_what_it_was(base: Base, tmp_path: Path) -> None:
@@ -331,6 +351,8 @@ def test_damaged_settings_are_refused(damage: str, base: Base, tmp_path: Path) -
 
 DECIDING: dict[str, tuple[bool, Callable[[Any], Model]]] = {
     "bidirectional=False": (True, lambda words: tagger(words, use_rnn=True, hidden_size=8, bidirectional=False)),
+    "bias and nonlinearity": (True, lambda words: tagger(words, use_rnn=True, rnn=recurrent(bias=False))),
+    "nonlinearity": (True, lambda words: tagger(words, use_rnn=True, rnn=recurrent(torch.nn.RNN, nonlinearity="relu"))),
     "recurrent_type": (True, lambda words: tagger(StackedEmbeddings([words, characters("GRU")]))),
     "tag_format": (True, lambda words: tars_of_words(words, tag_format="BIO")),
     "loss_weights of TARSTagger": (True, lambda words: tars_of_words(words, loss_weights={"S-entity": 3.0})),
