@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import torch
+from flair.embeddings import TransformerEmbeddings
 from flair.models import MultitaskModel
 from flair.nn import Model
 
@@ -52,6 +54,7 @@ def build(stored: Stored, load: Callable[[dict[str, Any]], Model]) -> Model:
         _check_numbers(model, stored.tensors, source)
         report_not_finite(stored.tensors, f"'{source}'")
         _share_embeddings_again(model)
+        _share_plain_again(model, stored)
         head_dtype.align_head_(model)
         head_probe.replay(model, stored.state.get(head_probe.KEY), source=source, probes=probes)
     return model
@@ -88,6 +91,25 @@ def _share_embeddings_again(model: Model) -> None:
                 shared = first.setdefault(child.origin[0] if is_numbered else child.name, child)
                 if shared is not child and _are_equal(shared.state_dict(), child.state_dict()):
                     replace_(parent, name, child, shared)
+
+
+def _share_plain_again(model: Model, stored: Stored) -> None:
+    """As for embeddings with an adapter; a directory says of each in which places its weights are."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for prefixes in stored.prefixes.values():
+        first, *others = [_module_of(prefix) for prefix in prefixes]
+        for name in others:
+            above, _, last = name.rpartition(".")
+            shared: Any = modules.get(first)
+            own: Any = modules.get(name)
+            if isinstance(own, TransformerEmbeddings) and type(shared) is type(own) and not adapted_embeddings(own):
+                replace_(modules[above], last, own, shared)
+
+
+def _module_of(prefix: str) -> str:
+    """Return the name of the embeddings whose weights have this prefix, such as "state_dict/embeddings.model."."""
+    above, _, name = prefix.rpartition("state_dict/")
+    return ".".join([*map(unquote, above.split("/")[1::2]), name.removesuffix(".model.")])
 
 
 def replace_(parent: torch.nn.Module, name: str, child: torch.nn.Module, new: torch.nn.Module) -> None:

@@ -32,8 +32,9 @@ from flair.embeddings import (
     TransformerWordEmbeddings,
     WordEmbeddings,
 )
-from flair.models import LanguageModel, TextClassifier
+from flair.models import LanguageModel, MultitaskModel, TextClassifier
 from flair.nn import Model
+from flair.nn.decoder import LabelVerbalizerDecoder
 from safetensors.torch import load_file, save_file
 
 import flair_peft
@@ -50,6 +51,7 @@ from flair_peft.errors import (
 )
 from flair_peft.inspection.report import inspect
 from tests.support import tiny
+from tests.support.classic import tagger
 from tests.support.configs import lora
 from tests.support.files import Payload, resign
 from tests.support.methods import perturb_
@@ -372,6 +374,37 @@ def test_shared_transformer_is_stored_once_for_all_tasks(base: Base, tmp_path: P
     assert len(shared) == 1
     weights = sum(tensor.nbytes for tensor in shared[0].model.state_dict().values())
     assert weights < stored_bytes(tmp_path / "model") < 1.5 * weights
+
+
+@pytest.mark.parametrize("kind", ["tasks", "tasks of a stack", "names of labels"])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_transformer_in_several_places_is_one_again(kind: str, is_trained: bool, base: Base, tmp_path: Path) -> None:
+    """Two would each learn half of what one learns, and take the memory twice."""
+    if kind == "names of labels":
+        texts = TransformerDocumentEmbeddings(base("bert"))
+        labels = dictionary(["good", "bad"])
+        decoder = LabelVerbalizerDecoder(texts, labels)
+        model: Model = TextClassifier(texts, label_dictionary=labels, label_type="class", decoder=decoder)
+    else:
+        words: Any = TransformerWordEmbeddings(base("bert"))
+        taggers = [tagger(StackedEmbeddings([words]) if "stack" in kind else words) for _ in range(2)]
+        model = MultitaskModel(taggers, task_ids=["first", "second"])
+    if is_trained:
+        perturb_(model, seed=3, scale=0.02)
+    flair_peft.save_pretrained(model, tmp_path / "model")
+    loaded = flair_peft.from_pretrained(tmp_path / "model")
+    assert len(own_transformers(loaded)) == len(own_transformers(model)) == 1
+    expected, found = dict(model.named_parameters()), dict(loaded.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    own_transformers(loaded)[0].embed(Sentence("Berlin is large"))
+
+
+def test_transformers_of_tasks_that_are_equal_stay_two(base: Base, tmp_path: Path) -> None:
+    """Each of them may learn something else."""
+    taggers = [tagger(TransformerWordEmbeddings(base("bert"))) for _ in range(2)]
+    flair_peft.save_pretrained(MultitaskModel(taggers, task_ids=["first", "second"]), tmp_path / "model")
+    assert len(own_transformers(flair_peft.from_pretrained(tmp_path / "model"))) == 2
 
 
 def test_saving_a_plain_model_changes_nothing_in_it(base: Base, tmp_path: Path) -> None:
