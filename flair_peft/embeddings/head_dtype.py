@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
 from flair.embeddings import Embeddings, StackedEmbeddings
-from flair.models import MultitaskModel
+from flair.models import MultitaskModel, SequenceTagger
 from flair.nn import Model
 from flair.nn.model import DefaultClassifier
 
@@ -22,6 +23,8 @@ from flair_peft.embeddings import exact_values
 from flair_peft.embeddings.peft_transformer import PeftTransformerEmbeddings, adapted_embeddings, modules_around
 from flair_peft.errors import DtypeMismatchError
 from flair_peft.primitives.dtypes import dtype_name
+
+log = logging.getLogger("flair_peft")
 
 
 def align_head_(model: Model) -> None:
@@ -45,6 +48,14 @@ def align_head_(model: Model) -> None:
 def choose_head_dtype(model: Model, adapted: list[PeftTransformerEmbeddings]) -> torch.dtype:
     """Return the dtype in which the head of a loaded model computes, by the rule at the top of this module."""
     asked = {embeddings.head_dtype for embeddings in adapted if embeddings.head_dtype is not None}
+    if asked == {torch.bfloat16} and any(isinstance(each, SequenceTagger) for each in _flair_models(model)):
+        made = made_head_dtype(model)
+        log.warning(
+            "head_dtype='bfloat16' is not used: taggers hand scores to numpy, which lacks it. The head stays in %s. "
+            "Leave out head_dtype.",
+            dtype_name(made),
+        )
+        return made
     if len(asked) == 1:
         return asked.pop()
     base_dtypes = {embeddings.base_dtype for embeddings in adapted}

@@ -20,6 +20,7 @@ from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerEmbeddi
 from flair_peft.embeddings.head_dtype import has_castable_head
 from flair_peft.errors import AdapterConfigError, DtypeMismatchError
 from flair_peft.primitives.dtypes import dtype_name, parse_dtype, requested_dtype
+from tests.support.classic import tagger
 from tests.support.configs import lora
 from tests.support.round_trip import SCORE_TOLERANCE, Factories, largest_difference
 from tests.support.zoo import ZOO
@@ -126,13 +127,12 @@ def test_whatever_was_narrowed_is_made_wide_again_with_its_exact_values(
 ) -> None:
     """A head that was asked to be narrow, and an adapter that a shared base narrows."""
     options = {"peft_config": LORA, "dtype": "bfloat16", "head_dtype": "bfloat16"}
-    embeddings = PeftTransformerWordEmbeddings(base("bert"), **options)
-    model = SequenceTagger(embeddings, labels(), "kind", use_rnn=False, use_crf=False)
+    model = classifier(PeftTransformerDocumentEmbeddings(base("bert"), **options))
     with torch.no_grad():
         [parameter.mul_(1.001) for name, parameter in model.named_parameters() if "lora_" in name]
     loaded = round_trip(model, tmp_path)
     loaded.embeddings.narrow_adapter_()
-    expected = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n or "linear" in n}
+    expected = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n or "decoder" in n}
     found = dict(loaded.named_parameters())
     assert {found[name].dtype for name in expected} == {torch.bfloat16}
     loaded.float()
@@ -168,6 +168,20 @@ def test_head_dtype_overrides_the_rule_and_is_recorded(
         assert len(predict(loaded)) == len(SENTENCES)
     if head_dtype == "float32":
         assert predict(first) == predict(model)
+
+
+@pytest.mark.parametrize("use_crf", [False, True])
+def test_head_of_a_tagger_is_not_cast_to_what_numpy_lacks(
+    use_crf: bool, base: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was, and predicted nothing after a load."""
+    words = PeftTransformerWordEmbeddings(base("bert"), peft_config=LORA, head_dtype="bfloat16")
+    model = tagger(words, use_crf=use_crf)
+    loaded = round_trip(model, tmp_path)
+    assert loaded.linear.weight.dtype == loaded.embeddings.output_dtype == torch.float32
+    assert "head_dtype='bfloat16' is not used" in caplog.text
+    assert torch.equal(loaded.linear.weight, model.linear.weight)
+    predict(loaded)
 
 
 def test_stack_of_two_bf16_adapters_casts_its_head(base: Callable[[str], str], tmp_path: Path) -> None:
