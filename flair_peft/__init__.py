@@ -13,58 +13,34 @@ import typing as _typing
 import wrapt as _wrapt
 
 from flair_peft import first_imports as _first_imports  # noqa: F401, before anything else imports PEFT
-from flair_peft._version import __version__
-from flair_peft.errors import FlairPeftError
+from flair_peft._version import __version__ as __version__
+from flair_peft.errors import FlairPeftError as FlairPeftError
 
 if _typing.TYPE_CHECKING:
-    from flair_peft.embeddings import (
-        PeftTransformerDocumentEmbeddings,
-        PeftTransformerEmbeddings,
-        PeftTransformerWordEmbeddings,
-    )
-    from flair_peft.export.int8 import quantize_onnx
-    from flair_peft.export.merge import merge
-    from flair_peft.export.onnx import export_onnx
-    from flair_peft.export.transformers_model import to_transformers
-    from flair_peft.models.convert import convert_legacy
-    from flair_peft.models.foreign_head import take_over_head
-    from flair_peft.models.load import from_pretrained, load_legacy, verify
-    from flair_peft.models.save import push_to_hub, save_pretrained
-    from flair_peft.patch import install, is_installed, uninstall
-    from flair_peft.serving.shared_base import SharedBase
-    from flair_peft.serving.stream import predict_stream
-    from flair_peft.training.plugins import AuxiliaryLossPlugin, LoraPlusPlugin, RankAllocationPlugin
-    from flair_peft.training.process_group import join_processes
-    from flair_peft.training.resume import ResumePlugin
-
-__all__ = [
-    "AuxiliaryLossPlugin",
-    "FlairPeftError",
-    "LoraPlusPlugin",
-    "PeftTransformerDocumentEmbeddings",
-    "PeftTransformerEmbeddings",
-    "PeftTransformerWordEmbeddings",
-    "RankAllocationPlugin",
-    "ResumePlugin",
-    "SharedBase",
-    "__version__",
-    "convert_legacy",
-    "export_onnx",
-    "from_pretrained",
-    "install",
-    "is_installed",
-    "join_processes",
-    "load_legacy",
-    "merge",
-    "predict_stream",
-    "push_to_hub",
-    "quantize_onnx",
-    "save_pretrained",
-    "take_over_head",
-    "to_transformers",
-    "uninstall",
-    "verify",
-]
+    from flair_peft.embeddings import PeftTransformerDocumentEmbeddings as PeftTransformerDocumentEmbeddings
+    from flair_peft.embeddings import PeftTransformerEmbeddings as PeftTransformerEmbeddings
+    from flair_peft.embeddings import PeftTransformerWordEmbeddings as PeftTransformerWordEmbeddings
+    from flair_peft.export.int8 import quantize_onnx as quantize_onnx
+    from flair_peft.export.merge import merge as merge
+    from flair_peft.export.onnx import export_onnx as export_onnx
+    from flair_peft.export.transformers_model import to_transformers as to_transformers
+    from flair_peft.models.convert import convert_legacy as convert_legacy
+    from flair_peft.models.foreign_head import take_over_head as take_over_head
+    from flair_peft.models.load import from_pretrained as from_pretrained
+    from flair_peft.models.load import load_legacy as load_legacy
+    from flair_peft.models.load import verify as verify
+    from flair_peft.models.save import push_to_hub as push_to_hub
+    from flair_peft.models.save import save_pretrained as save_pretrained
+    from flair_peft.patch import install as install
+    from flair_peft.patch import is_installed as is_installed
+    from flair_peft.patch import uninstall as uninstall
+    from flair_peft.serving.shared_base import SharedBase as SharedBase
+    from flair_peft.serving.stream import predict_stream as predict_stream
+    from flair_peft.training.plugins import AuxiliaryLossPlugin as AuxiliaryLossPlugin
+    from flair_peft.training.plugins import LoraPlusPlugin as LoraPlusPlugin
+    from flair_peft.training.plugins import RankAllocationPlugin as RankAllocationPlugin
+    from flair_peft.training.process_group import join_processes as join_processes
+    from flair_peft.training.resume import ResumePlugin as ResumePlugin
 
 _NAMES_IN = {
     # Where they are made: whoever imports their folder first imports Flair, and has none of them yet when that ends.
@@ -85,6 +61,7 @@ _NAMES_IN = {
     "training.plugins": ["AuxiliaryLossPlugin", "LoraPlusPlugin", "RankAllocationPlugin"],
     "training.resume": ["ResumePlugin"],
 }
+__all__ = sorted(["FlairPeftError", "__version__", *(name for names in _NAMES_IN.values() for name in names)])
 _MODULES = (
     *("adapter", "base", "codec", "compat", "embeddings", "export", "foreign", "inspection", "models", "patch"),
     *("primitives", "serving", "storage", "torchfile", "training"),

@@ -167,6 +167,12 @@ class UnsupportedHostError(FlairPeftError, ImportError):
     """The installed Flair is not one that flair_peft knows how to patch."""
 
 
+# What other libraries raise for settings and files that make no sense to them.
+OF_LIBRARIES = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError),
+)
+
+
 def name_some(names: Iterable[str], limit: int = 5) -> str:
     """Return the names sorted and quoted, at most ``limit`` of them, with a count of the rest."""
     ordered = sorted(names)

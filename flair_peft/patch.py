@@ -103,7 +103,7 @@ def install() -> None:
         if _installed:
             return
         compat.check_host()
-        replacements = [*_load_replacements(), *_other_replacements()]
+        replacements = [*_replacements()]
         try:
             for replacement in replacements:
                 replacement.put()
@@ -126,17 +126,13 @@ def is_installed() -> bool:
     return bool(_installed)
 
 
-def _load_replacements() -> Iterator[_Replacement]:
+def _replacements() -> Iterator[_Replacement]:
     for model_class in [Model, *subclasses(Model)]:
         if "load" in vars(model_class):
             yield _Replacement(model_class, "load", _around(vars(model_class)["load"], _load))
-
-
-def _other_replacements() -> Iterator[_Replacement]:
-    for model_class in [Model, *(c for c in subclasses(Model) if "train" in vars(c))]:
-        original = vars(model_class).get("train", torch.nn.Module.train)
-        yield _Replacement(model_class, "train", _around(original, _train))
-    for model_class in [Model, *subclasses(Model)]:
+        if model_class is Model or "train" in vars(model_class):
+            original = vars(model_class).get("train", torch.nn.Module.train)
+            yield _Replacement(model_class, "train", _around(original, _train))
         if inspect.isfunction(original := vars(model_class).get("predict")):
             name = next(iter([*inspect.signature(original).parameters][1:]), "")
             yield _Replacement(model_class, "predict", _around(original, functools.partial(_predict, name)))

@@ -211,12 +211,7 @@ _STEP, _MANY_NAMES = 2, 2_000
 def refuse_endless_patterns(settings: Mapping[str, Any], names: Collection[str], *, source: str) -> None:
     """Return if PEFT comes to an end with the regular expressions that a config from a file holds.
 
-    Python's backtrack: an expression can take longer than anybody waits, and nothing can stop it.
-
-    Args:
-        settings: of a config from a file.
-        names: of the modules that are compared with them.
-        source: named in errors.
+    Python's backtrack: one can take longer than anybody waits for the name of a module, and nothing can stop it.
 
     Raises:
         AdapterConfigError: an expression takes too long.

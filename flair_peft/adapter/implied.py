@@ -65,7 +65,9 @@ class ImpliedConfig:
 
     def to_config(self, **given: Any) -> PeftConfig:
         """Return the config, with the given arguments for what the tensors cannot say."""
-        return _config_class(self.method)(**{**self.settings, **given})
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        return PEFT_TYPE_TO_CONFIG_MAPPING[self.method](**{**self.settings, **given})
 
 
 def read_config(shapes: Shapes) -> ImpliedConfig | None:
@@ -269,9 +271,3 @@ def _without_wrappers(key: str) -> str:
 def _call(method: str, arguments: Mapping[str, Any]) -> str:
     shown = (f"{name}={value if value == _OPEN else repr(value)}" for name, value in arguments.items())
     return f"{traits.of_method(method).config_class}({', '.join(shown)})"
-
-
-def _config_class(method: str) -> type[PeftConfig]:
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    return PEFT_TYPE_TO_CONFIG_MAPPING[method]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from flair_peft.adapter import mending, methods, refusals, trainable, traits
 from flair_peft.adapter.methods import ADAPTER_NAME
-from flair_peft.errors import AdapterConfigError, FlairPeftError, name_some
+from flair_peft.errors import OF_LIBRARIES, AdapterConfigError, FlairPeftError, name_some
 from flair_peft.primitives import building
 
 traits.add_unlisted_(
@@ -23,26 +23,11 @@ traits.add_unlisted_(
     {method.value: config_class.__name__ for method, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()},
 )
 
-# What PEFT raises where a method does not fit; AssertionError comes from torch without CUDA.
-_INJECTION_ERRORS = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    AssertionError,
-    ImportError,
-    re.error,
-)
-
 
 def inject(model: PreTrainedModel, config: PeftConfig, *, is_filled_later: bool = False) -> PeftModel:
     """Add a new adapter to the model, which is changed in place, and return the PEFT model around it.
 
-    Args:
-        model: the base.
-        config: of the adapter.
-        is_filled_later: whether a state dict will give the adapter its values.
+    ``is_filled_later``: a state dict will give the adapter its values.
 
     Raises:
         UnsupportedMethodError: the method cannot work on this architecture.
@@ -57,7 +42,7 @@ def inject(model: PreTrainedModel, config: PeftConfig, *, is_filled_later: bool 
             peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     except FlairPeftError:
         raise
-    except _INJECTION_ERRORS as error:
+    except (*OF_LIBRARIES, re.error) as error:  # AssertionError comes from torch without CUDA
         raise refusals.explain_injection(model, config, error) from error
     if not any(parameter.requires_grad for parameter in peft_model.parameters()):
         raise refusals.unsupported(model, config, "it finds nothing to train in this model")
@@ -69,12 +54,8 @@ def inject(model: PreTrainedModel, config: PeftConfig, *, is_filled_later: bool 
 def inject_skeleton(model: PreTrainedModel, config: PeftConfig, *, has_weights: bool) -> PeftModel:
     """Add an adapter whose tensors a state dict will fill, without decomposing weights, data or a tokenizer.
 
-    The PEFT model carries ``config`` itself, with the initialisation it was trained from.
-
-    Args:
-        model: changed in place.
-        config: of the adapter.
-        has_weights: whether the model's weights are there already; otherwise its memory was never initialised.
+    The PEFT model carries ``config`` itself, with the initialisation it was trained from. Without ``has_weights`` the
+    model, which is changed in place, is of memory that was never initialised.
     """
     if any(option.decomposes_base for option, _ in methods.options(config)) and not has_weights:
         # A decomposition does not converge on memory that was never initialised.

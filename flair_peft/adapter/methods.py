@@ -37,7 +37,10 @@ def method_traits(config: PeftConfig) -> MethodTraits:
 
 def options(config: PeftConfig) -> list[tuple[OptionTraits, Any]]:
     """Return the options that the config switches on and that change what is true of it, each with its value."""
-    return traits.of_options(lambda name: getattr(config, name, None))
+    chosen = [(option, getattr(config, option.setting, None)) for option in traits.OPTIONS]
+    init = getattr(config, "init_lora_weights", None)
+    of_init = [] if init is None else [(traits.of_init(init), init)]
+    return [*((option, value) for option, value in chosen if option.is_on(value)), *of_init]
 
 
 def all_traits(config: PeftConfig) -> list[Traits]:
@@ -118,11 +121,6 @@ def is_too_high(rate: float, suited: float | None) -> bool:
 def depends_on_batch(config: PeftConfig) -> bool:
     """Whether the vectors of a sentence depend on the sentences that are embedded together with it."""
     return method_traits(config).depends_on_batch
-
-
-def averages_batch(config: PeftConfig) -> bool:
-    """Whether its gradients depend on which sentences share a forward pass, though their vectors do not."""
-    return any(option.averages_batch for option, _ in options(config))
 
 
 def own_losses(config: PeftConfig) -> dict[str, str]:

@@ -6,7 +6,7 @@ A new method is one entry of :data:`METHODS`. Plain data: importing this module 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -460,18 +460,6 @@ def of_init(value: object) -> OptionTraits:
         name, niter, _ = value.lower().partition("_niter")
         value = name + niter
     return INITS.get(value, _UNKNOWN_INIT) if isinstance(value, (bool, str)) else _UNKNOWN_INIT
-
-
-def of_options(setting: Callable[[str], Any]) -> list[tuple[OptionTraits, Any]]:
-    """Return the options that a config switches on, each with its value.
-
-    Args:
-        setting: name → value in the config, or None.
-    """
-    chosen = [(option, setting(option.setting)) for option in OPTIONS]
-    chosen = [(option, value) for option, value in chosen if option.is_on(value)]
-    init = setting(_INIT)
-    return chosen if init is None else [*chosen, (of_init(init), init)]
 
 
 # Containers of parameters that adapters of several methods can have, one entry for each adapter.

@@ -35,12 +35,9 @@ class AdapterTemplate:
         self._of_base: list[torch.nn.Parameter] = []
 
     def add(self, base: PreTrainedModel, config: PeftConfig, make: Callable[[], PeftModel]) -> PeftModel:
-        """Return the model with an adapter whose tensors a state dict will fill.
+        """Return the model with an adapter whose tensors a state dict will fill; ``make`` adds it to the base.
 
-        Args:
-            base: its parameters are those of the result; what else there is of it may be used up.
-            config: of the adapter.
-            make: adds the adapter to the base.
+        The base's parameters are those of the result; what else there is of it may be used up.
         """
         if not _can_be_copied(config):
             return make()

@@ -38,11 +38,7 @@ def read_again(
 ) -> FrozenBase:
     """Return the source of a base, to be compared with once: its weights need no room, whatever their dtype.
 
-    Args:
-        record: of the base; by its fingerprint the weights are known to be what a load in the dtype gives.
-        config: of the model.
-        dtype: of the base.
-        kwargs: for ``AutoModel.from_pretrained``.
+    By the fingerprint in its record they are known to be what a load in that dtype gives.
 
     Raises:
         BaseModelNotFoundError: there is none.
@@ -71,11 +67,6 @@ def read_for(base: FrozenBase, expected: BaseRecord) -> FrozenBase:
 
 def find_source(record: BaseRecord, config: PretrainedConfig, kwargs: Mapping[str, Any]) -> FrozenBase:
     """Return the source of a base, as it is before it is quantised, spread over devices or converted.
-
-    Args:
-        record: of the base.
-        config: of the model, quantised or not.
-        kwargs: for ``AutoModel.from_pretrained``.
 
     Raises:
         BaseModelNotFoundError: there is none.
@@ -143,15 +134,9 @@ def find_again(
     device: torch.device | str = "cpu",
     is_held: bool = False,
 ) -> FrozenBase:
-    """Return the base model that a checkpoint was trained on, as its source has it.
+    """Return the base model that a checkpoint was trained on, as its source has it; see :func:`find`.
 
-    Args:
-        record: what the checkpoint says of it.
-        config: that of the trained model, whose vocabulary may be larger than the source's.
-        dtype: of the trained model's base.
-        kwargs: as for :func:`find`.
-        device: as for :func:`find`.
-        is_held: as for :func:`find`.
+    The vocabulary of the trained model, whose config this is, may be larger than the source's.
 
     Raises:
         BaseModelNotFoundError: there is none, or none of this shape.
@@ -170,11 +155,6 @@ def is_as_its_source(base: FrozenBase, kwargs: Mapping[str, Any], pages: FilePag
     """Whether a base that is alive is what its source holds now: its files are as they were, and so is its memory.
 
     Only where the system proves the latter, as it does for weights that are mapped from the files.
-
-    Args:
-        base: that may be its source.
-        kwargs: how the source is reached; another cache of the Hub's may not have it.
-        pages: which of them were written to.
     """
     with building.lock:
         states = [key[0] for key, found in _cache.items() if found is base]
@@ -206,9 +186,9 @@ def _load(
     base = FrozenBase(model, record, random_names)
     if torch.device(device).type == "cpu" or is_placed(model):
         return base
-    digests = base._sampled_fingerprints  # of the mapped file, before its weights go elsewhere
+    digests = base.sampled_digests  # of the mapped file, before its weights go elsewhere
     base = FrozenBase(model.to(device), record, random_names)
-    base._sampled_fingerprints = digests
+    base.sampled_digests = digests
     return base
 
 

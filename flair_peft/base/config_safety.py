@@ -49,11 +49,8 @@ def refuse_many(settings: Any, source: str) -> None:
 def sanitise_(config: PretrainedConfig, kwargs: Mapping[str, Any] | None = None) -> PretrainedConfig:
     """Return the config; it and those inside it have nothing fetched and run, unless the user asked for that.
 
-    A config can name a kernel as its attention (CVE-2026-4372), and code or another model inside it.
-
-    Args:
-        config: from a file; modified in place.
-        kwargs: that the user gave for it.
+    A config can name a kernel as its attention (CVE-2026-4372), and code or another model inside it. It is modified in
+    place.
 
     Raises:
         UnsafeFileError: it has another model fetched as a part of it.

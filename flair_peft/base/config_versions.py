@@ -39,22 +39,10 @@ _ROTATED_SHARE = ("partial_rotary_factor", "rotary_pct")
 
 # Classes whose layers read `rope_scaling` although their constructors do not name it.
 _SCALE_UNNAMED = frozenset(
-    [
-        "bitnet",
-        "gemma",
-        "gemma2",
-        "glm",
-        "glm4",
-        "helium",
-        "jetmoe",
-        "lfm2",
-        "minimax",
-        "ministral",
-        "mistral",
-        "mixtral",
-        "t5_gemma_module",
-        "vaultgemma",
-    ]
+    {
+        *("bitnet", "gemma", "gemma2", "glm", "glm4", "helium", "jetmoe", "lfm2", "minimax", "ministral", "mistral"),
+        *("mixtral", "t5_gemma_module", "vaultgemma"),
+    }
 )
 # Layers with a window are never scaled in these, and have the theta of the others.
 _SCALE_FULL_LAYERS_ONLY = frozenset({"olmo3"})
@@ -84,22 +72,11 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gpt_oss": {"swiglu_alpha": (None, 1.702), "swiglu_limit": (None, 7.0)},
 }
 _NO_MATTER = frozenset(
-    [
-        "auto_map",
-        "initializer_factor",
-        "initializer_range",
-        "label_names",
-        "num_nextn_predict_layers",
-        "output_router_logits",
-        "pretraining_tp",
-        "quantization_config",
-        "router_aux_loss_coef",
-        "scale_decoder_outputs",
-        "use_associative_scan",
-        "use_cache",
-        "use_mamba_kernels",
-        "use_mambapy",
-    ]
+    {
+        *("auto_map", "initializer_factor", "initializer_range", "label_names", "num_nextn_predict_layers"),
+        *("output_router_logits", "pretraining_tp", "quantization_config", "router_aux_loss_coef"),
+        *("scale_decoder_outputs", "use_associative_scan", "use_cache", "use_mamba_kernels", "use_mambapy"),
+    }
 )
 """Settings that 4.57 does not read in some classes, and that change no hidden state of an encoder."""
 

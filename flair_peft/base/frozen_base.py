@@ -67,39 +67,24 @@ class FrozenBase:
         """The config of the model."""
         return self._model.config
 
-    @property
-    def fingerprint(self) -> str:
-        """Digest of a sample of the weights that the source has."""
-        return self._sampled_fingerprints[0]
-
-    @property
-    def read_fingerprint(self) -> str:
-        """The same without weights that nobody reads: transformers writes random poolers into copies of a base."""
-        return self._sampled_fingerprints[1]
-
     @functools.cached_property
-    def _sampled_fingerprints(self) -> tuple[str, str]:
+    def sampled_digests(self) -> tuple[str, str]:
+        """Digests of a sample of the weights that the source has: of all, and without those that nobody reads.
+
+        transformers writes random poolers into copies of a base.
+        """
         if self._parent is not None:
-            return self._parent._sampled_fingerprints
+            return self._parent.sampled_digests
         own = self.own_weights()
         read = dict(zip(own, mapped_memory.to_read_once(list(own.values())), strict=True))
         return fingerprint.sampled_and_part(read, self._names_read())
 
-    @property
-    def full_fingerprint(self) -> str:
-        """Digest of all weights that the source has; read once for each state of the source and dtype."""
-        return self._full_fingerprints[0]
-
-    @property
-    def read_full_fingerprint(self) -> str:
-        """The same without weights that nobody reads."""
-        return self._full_fingerprints[1]
-
     @functools.cached_property
-    def _full_fingerprints(self) -> tuple[str, str]:
+    def full_digests(self) -> tuple[str, str]:
+        """The same of all their elements; read once for each state of the source and dtype."""
         if self._parent is not None:
-            return self._parent._full_fingerprints
-        key = (state_of_source(self.record), self.fingerprint)
+            return self._parent.full_digests
+        key = (state_of_source(self.record), self.sampled_digests[0])
         found = _full_fingerprints.get(key) or fingerprint.full_and_part(self.own_weights(), self._names_read())
         if key[0] is not None:
             _full_fingerprints[key] = found
@@ -113,13 +98,13 @@ class FrozenBase:
 
         One of the two may lack weights that the other has, and that nobody reads.
         """
-        digests = (record.fingerprint, record.read_fingerprint)
-        return record.fingerprint in (None, self.fingerprint) or self.read_fingerprint in digests
+        own, read = self.sampled_digests
+        return record.fingerprint in (None, own) or read in (record.fingerprint, record.read_fingerprint)
 
     def is_fully_as(self, record: BaseRecord) -> bool:
         """Whether all weights that are read are those of a record."""
-        digests = (record.full_fingerprint, record.read_full_fingerprint)
-        return record.full_fingerprint == self.full_fingerprint or self.read_full_fingerprint in digests
+        own, read = self.full_digests
+        return record.full_fingerprint == own or read in (record.full_fingerprint, record.read_full_fingerprint)
 
     @functools.cached_property
     def known_record(self) -> BaseRecord:
@@ -128,8 +113,8 @@ class FrozenBase:
             return self._parent.known_record
         return dataclasses.replace(
             self.record,
-            fingerprint=self.fingerprint,
-            read_fingerprint=self.read_fingerprint,
+            fingerprint=self.sampled_digests[0],
+            read_fingerprint=self.sampled_digests[1],
             vocabulary_size=self.own_rows,
             dtype=dtype_name(self._model.get_input_embeddings().weight.dtype),
             attention=str(self.config._attn_implementation),
@@ -141,7 +126,7 @@ class FrozenBase:
         """The record of a base that was found for a file: with the fingerprint if it was compared with that."""
         if self._parent is not None:
             return self._parent.expected_record
-        is_known = "_sampled_fingerprints" in vars(self)
+        is_known = "sampled_digests" in vars(self)
         return self.known_record if is_known else dataclasses.replace(self.record, fingerprint=None)
 
     @property
@@ -320,12 +305,14 @@ class PlacedBase(FrozenBase):
         return record
 
     @functools.cached_property
-    def _sampled_fingerprints(self) -> tuple[str, str]:
+    def sampled_digests(self) -> tuple[str, str]:
+        """Those of the source."""
         return str(self.known_record.fingerprint), str(self.known_record.read_fingerprint)
 
     @functools.cached_property
-    def _full_fingerprints(self) -> tuple[str, str]:
-        return self._source()._full_fingerprints
+    def full_digests(self) -> tuple[str, str]:
+        """Those of the source."""
+        return self._source().full_digests
 
 
 def described(config: PretrainedConfig) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def compare(
         pages: of mapped files, as they are known already; what two of them show alike is not read.
     """
     own, matrices = base.own_weights(), base.names_of_input_embeddings()
-    left_out, added_rows, are_same = set(), None, comparer(pages or FilePages())
+    left_out, are_same = set(), comparer(pages or FilePages())
     for key, tensor in state.items():
         name = keys.base_key(key)
         if name is None or key in trained:
@@ -48,24 +48,16 @@ def compare(
         if name in base.random_names:
             if keys.is_unread(name):
                 left_out.add(key)
-        elif weight is not None and name in matrices and len(tensor) > len(weight):
-            if are_same(tensor[: len(weight)], weight):
-                left_out.add(key)
-                added_rows = tensor[len(weight) :]
-        elif weight is not None and are_same(tensor, weight):
+        elif weight is not None and are_same(tensor[: len(weight)] if name in matrices else tensor, weight):
             left_out.add(key)
         progress.advance(tensor.nbytes)
         for read in (tensor, weight):
             if read is not None:
                 mapped_memory.let_go(read)
     left_out |= _aliases(state, left_out, own) if is_tied else set()
-    if added_rows is None:
-        added_rows = _rows_beyond(state, own, matrices)
-    record = dataclasses.replace(
-        base.known_record, full_fingerprint=base.full_fingerprint, read_full_fingerprint=base.read_full_fingerprint
-    )
-    rows = None if added_rows is None else added_rows.detach().cpu().clone()
-    return StoredBase(record, frozenset(left_out), rows)
+    full, read_full = base.full_digests
+    record = dataclasses.replace(base.known_record, full_fingerprint=full, read_full_fingerprint=read_full)
+    return StoredBase(record, frozenset(left_out), _added_rows(state, matrices, record))
 
 
 def _aliases(state: Mapping[str, torch.Tensor], left_out: set[str], own: Mapping[str, Any]) -> set[str]:
@@ -93,15 +85,12 @@ def restore_(model: torch.nn.Module, left_out: Iterable[str], base: FrozenBase) 
             parameter.data = wanted.clone()
 
 
-def _rows_beyond(
-    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], matrices: frozenset[str]
-) -> torch.Tensor | None:
-    """Return the added rows of a matrix that is stored whole: the model must have them before it is filled."""
-    for key, tensor in state.items():
-        name = keys.base_key(key)
-        if name is not None and name in matrices and name in own and len(tensor) > len(own[name]):
-            return tensor[len(own[name]) :]
-    return None
+def _added_rows(state: Mapping[str, torch.Tensor], matrices: frozenset[str], record: BaseRecord) -> torch.Tensor | None:
+    """Return the rows that the input embeddings have beyond the base's: a model must have them before it is filled."""
+    of_matrix = (tensor for key, tensor in state.items() if keys.base_key(key) in matrices)
+    size = record.vocabulary_size
+    rows = (tensor[size:].detach().cpu().clone() for tensor in of_matrix if size is not None and len(tensor) > size)
+    return next(rows, None)
 
 
 @dataclass(frozen=True)
@@ -152,20 +141,14 @@ class PlacedStart:
             )
         left_out = weights.biases.union(key for key, name in named.items() if self._is_same(weights, key, name))
         aliases = _aliases(weights.state, set(left_out), self.digests)
-        return StoredBase(record, left_out | aliases, self._added_rows(weights.state, record))
+        rows = _added_rows(weights.state, self.matrices, record)
+        return StoredBase(record, left_out | aliases, None if rows is None else rows.to(self.dtype))
 
     def _is_same(self, weights: _Weights, key: str, name: str) -> bool:
         if name not in self.digests or key in weights.biases:
             return False
         is_lacking = name in self.random_names and not keys.is_unread(name)
         return not is_lacking and self.digests[name] == weights.digest(key)
-
-    def _added_rows(self, state: Mapping[str, torch.Tensor], record: BaseRecord) -> torch.Tensor | None:
-        for key, tensor in state.items():
-            size = record.vocabulary_size
-            if keys.base_key(key) in self.matrices and size is not None and len(tensor) > size:
-                return tensor[size:].detach().cpu().to(self.dtype, copy=True)
-        return None
 
 
 @dataclass(frozen=True)

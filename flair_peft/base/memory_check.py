@@ -34,14 +34,8 @@ def check_fits(
     """Return if the weights of a base model are no larger than the memory that is free on the device.
 
     Nothing is compared where transformers or accelerate spread the weights over devices, and where the source holds no
-    safetensors. The headers of these are read, not their tensors.
-
-    Args:
-        source: directory or Hub id.
-        config: of the model; may say how it is quantised.
-        dtype: of the weights in memory; ``None`` means torch's default, ``"auto"`` that of the file.
-        kwargs: for ``from_pretrained``.
-        device: where the weights go.
+    safetensors. The headers of these are read, not their tensors. The dtype is that in memory: ``None`` for torch's
+    default, ``"auto"`` for that of the file.
 
     Raises:
         InsufficientMemoryError: they are larger; the message names both sizes, in bytes and GB.

@@ -93,13 +93,7 @@ class Offer:
 def find_new(
     name: str, *, dtype: DtypeLike | None, config_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]
 ) -> FrozenBase:
-    """Return the base model that the user names, on Flair's device.
-
-    Args:
-        name: Hub id or directory.
-        dtype: as for :func:`flair_peft.base.transformer.find_model`.
-        config_kwargs: for ``AutoConfig.from_pretrained``.
-        model_kwargs: for ``AutoModel.from_pretrained``.
+    """Return the base model that the user names, by Hub id or directory, on Flair's device.
 
     Raises:
         BaseModelNotFoundError: there is none, or not with all its weights.
@@ -123,11 +117,7 @@ def find_new(
 def find_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLike | None, name: str) -> FrozenBase:
     """Return the base model that a file needs, with the rows that the file adds to it, on Flair's device.
 
-    Args:
-        stored: what the file says of it.
-        config: that of the trained model.
-        dtype: of the trained model's base.
-        name: of the embeddings, for messages.
+    Config and dtype are those of the trained model; ``name`` is that of the embeddings, for messages.
 
     Raises:
         BaseModelNotFoundError: it is neither on this machine nor on the Hub.
@@ -180,9 +170,8 @@ def source_of_quantised(record: BaseRecord, model: PreTrainedModel, *, cache_dir
         return record
     if record.fingerprint is None or not found.is_as(record):
         return record
-    return dataclasses.replace(
-        record, full_fingerprint=found.full_fingerprint, read_full_fingerprint=found.read_full_fingerprint
-    )
+    full, read = found.full_digests
+    return dataclasses.replace(record, full_fingerprint=full, read_full_fingerprint=read)
 
 
 def _check_rows(stored: StoredBase, config: PretrainedConfig, name: str) -> None:
@@ -314,15 +303,8 @@ def reference(
 ) -> FrozenBase | None:
     """Return the base as its source has it now, for a trained model to be compared with.
 
-    Nothing is downloaded. ``None`` if it is gone, or if it is not the one that the model was made from any more.
-
-    Args:
-        record: of the base.
-        model: the trained one.
-        dtype: of its weights.
-        cache_dir: where files from the Hub are kept.
-        live: the base that the model stands on. It is taken where it proves to be what the source holds.
-        pages: what is known of mapped files already.
+    Nothing is downloaded. ``None`` if it is gone, or if it is not the one that the model was made from any more. The
+    base on which the model stands, ``live``, is taken where it proves to be what the source holds.
     """
     kwargs = _reaching(record, cache_dir)
     root = None if live is None else live.root

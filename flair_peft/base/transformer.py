@@ -39,11 +39,7 @@ ENCODER_OF_T5: Mapping[str, str] = {
 
 
 def find_config(source: str, kwargs: KeywordArguments) -> PretrainedConfig:
-    """Return the config of the base model, set to give all hidden states.
-
-    Args:
-        source: a directory or a Hub id.
-        kwargs: for ``AutoConfig.from_pretrained``.
+    """Return the config of the base model in a directory or on the Hub, set to give all hidden states.
 
     Raises:
         BaseModelNotFoundError: there is none, or only a newer transformers computes what it says.
@@ -102,12 +98,7 @@ def find_model(
     """Return the base model in evaluation mode and the names of its weights that the source lacks: these are random.
 
     It stands on the CPU unless ``kwargs`` place it elsewhere; weights that keep their dtype are mapped from the file.
-
-    Args:
-        source: a directory or a Hub id.
-        config: shape and settings of the model.
-        dtype: of the weights; ``None`` leaves transformers its default, ``"auto"`` keeps that of the file.
-        kwargs: for ``AutoModel.from_pretrained``.
+    With ``dtype=None`` transformers has its default, with ``"auto"`` that of the file.
 
     Raises:
         BaseModelNotFoundError: there are no such weights, or none of this shape.
@@ -146,7 +137,7 @@ def find_model(
         raise _has_adapter_beside(source)
     _check_reads_ids(model, source)
     if dtype is not None and not getattr(model, "quantization_method", None):
-        _cast_left_overs_(model)
+        convert_(model, model.get_input_embeddings().weight.dtype)
     if set(map(str, getattr(model, "hf_device_map", {}).values())) == {"cpu"}:
         # It says nothing, and PEFT looks for a GPU in it to put a prefix there (peft#3619).
         del model.hf_device_map
@@ -287,16 +278,14 @@ def has_transposed_weights(model: PreTrainedModel) -> bool:
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def _cast_left_overs_(model: PreTrainedModel) -> None:
-    """Cast parameters that transformers left in fp32 although it was asked for another dtype, in place.
+def convert_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the weights a dtype, in place, but for those that transformers reads in fp32 then.
 
-    XLNet creates its attention as explicit FloatTensors, so its first matrix product fails in half precision.
+    It leaves some itself: XLNet creates its attention as explicit FloatTensors, and its first matrix product fails.
     """
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    dtype = model.get_input_embeddings().weight.dtype
+    kept = names_kept_in_fp32(model, dtype)
     for name, parameter in model.named_parameters():
-        is_kept = not kept.isdisjoint(name.split("."))
-        if parameter.is_floating_point() and parameter.dtype != dtype and not is_kept:
+        if parameter.is_floating_point() and name not in kept:
             parameter.data = parameter.data.to(dtype)
 
 

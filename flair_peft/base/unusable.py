@@ -8,22 +8,10 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
-from flair_peft.errors import BaseModelNotFoundError
+from flair_peft.errors import OF_LIBRARIES, BaseModelNotFoundError
 
 # What transformers raises for files that it cannot make a model of.
-UNUSABLE = (
-    OSError,
-    HFValidationError,
-    ArithmeticError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    AssertionError,
-    ImportError,
-    SafetensorError,
-)
+UNUSABLE = (*OF_LIBRARIES, OSError, SafetensorError)
 
 # File that stands in its place → what is there, and who reads it.
 _NO_BASES = {

@@ -29,13 +29,7 @@ REACHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revis
 
 
 def find_file(source: str, name: str, kwargs: Mapping[str, Any]) -> Path | None:
-    """Return a file of a directory or of a Hub id, downloaded if need be; ``None`` if there is none.
-
-    Args:
-        source: the directory or Hub id.
-        name: of the file.
-        kwargs: for ``from_pretrained``, of which those are used that say how a file is reached.
-    """
+    """Return a file of a directory or of a Hub id, downloaded if need be; ``None`` if there is none."""
     kinds = ("missing_entries", "gated_repo", "connection_errors")
     settings = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
     found = cached_file(source, name, **reaching(kwargs), **settings)
@@ -49,10 +43,6 @@ def reaching(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def find(source: str, kwargs: Mapping[str, Any]) -> list[Path]:
     """Return the files from which transformers reads the weights of a base, downloaded if need be; none without one.
-
-    Args:
-        source: a directory or a Hub id.
-        kwargs: for ``from_pretrained``, of which those are used that say which files are read, and how.
 
     Raises:
         ValueError, LookupError, TypeError, AttributeError: an index is damaged.

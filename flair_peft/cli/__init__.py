@@ -2,7 +2,3 @@
 
 May import everything; nothing imports it.
 """
-
-from flair_peft.cli.main import run
-
-__all__ = ["run"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import flair_peft
-from flair_peft.cli.terminal import showing
 from flair_peft.errors import MissingFileError
 
 OK, DIFFERENT, TROUBLE, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
@@ -44,10 +43,7 @@ def add_load(parser: argparse.ArgumentParser) -> None:
 def load_model(source: Path, chosen: argparse.Namespace) -> Any:
     """Return the model of a file or directory, loaded with the options that the user chose."""
     refuse_missing(source)
-    with showing("loading"):
-        return flair_peft.from_pretrained(
-            source, base_model=chosen.base_model, trust_remote_code=chosen.trust_remote_code
-        )
+    return flair_peft.from_pretrained(source, base_model=chosen.base_model, trust_remote_code=chosen.trust_remote_code)
 
 
 def refuse_missing(source: Path) -> None:

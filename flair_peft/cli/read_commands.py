@@ -9,7 +9,9 @@ from typing import Any
 import flair_peft
 from flair_peft.cli import wording
 from flair_peft.cli.command import DIFFERENT, OK, add_base_model, add_command, add_load
-from flair_peft.cli.terminal import complain, echo, echo_json, printable, showing
+from flair_peft.cli.terminal import complain, echo, echo_json, printable
+from flair_peft.errors import AdapterConfigError
+from flair_peft.primitives import progress
 
 
 def add_inspect(commands: Any, name: str) -> None:
@@ -25,6 +27,11 @@ def add_inspect(commands: Any, name: str) -> None:
 def _inspect(chosen: argparse.Namespace) -> int:
     from flair_peft.inspection import report
 
+    if chosen.base_model is not None and chosen.plot is None:
+        raise AdapterConfigError(
+            f"Cannot use --base-model for '{chosen.path}': inspect reads a base for --plot alone. Add --plot, or use "
+            "verify, which compares weights with the base."
+        )
     found = report.inspect(chosen.path)
     if chosen.json:
         echo_json(found.to_dict())
@@ -33,7 +40,7 @@ def _inspect(chosen: argparse.Namespace) -> int:
     if chosen.plot:
         from flair_peft.inspection import moves, plot
 
-        with showing("measuring"):
+        with progress.shown("measuring"):
             measured = moves.measure(found, base_model=chosen.base_model)
         plot.draw(measured, chosen.plot, title=chosen.path.name or str(chosen.path))
         for note in measured.notes:
@@ -50,8 +57,7 @@ def add_verify(commands: Any, name: str) -> None:
 
 
 def _verify(chosen: argparse.Namespace) -> int:
-    with showing("verifying"):
-        flair_peft.verify(chosen.path, base_model=chosen.base_model, trust_remote_code=chosen.trust_remote_code)
+    flair_peft.verify(chosen.path, base_model=chosen.base_model, trust_remote_code=chosen.trust_remote_code)
     echo(f"{printable(chosen.path)}: every tensor, the probe, and every weight left to a base are as they were.")
     return OK
 
@@ -71,7 +77,7 @@ def _diff(chosen: argparse.Namespace) -> int:
 
     first, second = report.inspect(chosen.first), report.inspect(chosen.second)
     total = first.sizes["total"] + second.sizes["total"]
-    with showing("comparing", total):
+    with progress.shown("comparing", total=total):
         found = compare.compare(first, second)
     if chosen.json:
         echo_json(found.to_dict())

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from flair_peft.cli.command import OK, TROUBLE, add_command, add_load
-from flair_peft.cli.terminal import echo, printable, showing, some
+from flair_peft.cli.terminal import echo, printable, some
 from flair_peft.errors import AdapterConfigError, ModelFileError
+from flair_peft.primitives import progress
 from flair_peft.storage import file_names
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
@@ -67,7 +68,7 @@ def _serve(chosen: argparse.Namespace) -> int:
 
     _set_threads(chosen.threads)
     with reserve(chosen.host, chosen.port) as at:
-        with showing("loading"):
+        with progress.shown("loading"):
             app = create_app(
                 models,
                 base_model=chosen.base_model,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flair_peft.errors import spell_out
@@ -49,15 +48,6 @@ def _without_infinity(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_infinity(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextlib.contextmanager
-def showing(text: str, total: int | None = None) -> Iterator[None]:
-    """Show on a terminal how many bytes were read."""
-    from flair_peft.primitives import progress
-
-    with progress.shown(text, total=total, file=sys.stderr):
-        yield
 
 
 def size(count: int) -> str:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import flair_peft
 from flair_peft.cli.command import OK, add_command, add_load, load_model, refuse_missing
-from flair_peft.cli.terminal import echo, printable, showing, size
+from flair_peft.cli.terminal import echo, printable, size
 from flair_peft.errors import ModelFileError, SaveError, name_some
+from flair_peft.primitives import progress
 
 if TYPE_CHECKING:
     from flair.data import Sentence
@@ -47,7 +48,7 @@ def _push(chosen: argparse.Namespace) -> int:
             "lies there, and its base is not loaded. Leave them out, or use verify with them first."
         )
     else:
-        with showing("verifying"):
+        with progress.shown("verifying"):
             address = hub.push_directory(chosen.source, chosen.repository, **options)
         found = report.inspect(chosen.source)
         left_to = (plain.base for plain in found.transformers if plain.base["left_out"])

@@ -1,6 +1,6 @@
 """Flair's constructor state as JSON and tensors, and what a file may have Flair build.
 
-May import ``base``, ``adapter`` and ``primitives``.
+May import ``base``, ``torchfile``, ``adapter`` and ``primitives``.
 """
 
 import flair  # noqa: F401, first: when it is imported, the hook imports what is here

@@ -61,12 +61,7 @@ class Kind:
 
 
 def read_fields(kind: Kind, value: Any, where: str) -> Fields:
-    """Return the settings from which :func:`build_object` makes an object like ``value``.
-
-    Args:
-        kind: of the class of ``value``.
-        value: is not modified; the settings share its parts.
-        where: names the object in errors.
+    """Return the settings from which :func:`build_object` makes an object like ``value``; they share its parts.
 
     Raises:
         UnsupportedStateError: the object has more to it than its class gives it: attributes, hooks, other parts.

@@ -24,26 +24,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def is_sizes(value: Any) -> bool:
-    """Whether a value is a tuple of sizes."""
-    return isinstance(value, tuple) and all(map(is_size, value))
-
-
-def is_names(value: Any) -> bool:
-    """Whether a value is a list of texts."""
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def is_words(value: Any) -> bool:
-    """Whether a value is a list or tuple of texts."""
-    return isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)
-
-
-def is_modules(value: Any) -> bool:
-    """Whether a value is a list of torch modules."""
-    return isinstance(value, list) and all(isinstance(module, nn.Module) for module in value)
-
-
 def is_named_modules(value: Any) -> bool:
     """Whether a value is a dictionary of torch modules by name."""
     return type(value) is dict and is_names(list(value)) and is_modules(list(value.values()))
@@ -69,5 +49,12 @@ def optional(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
 
+def each(container: Any, check: Check) -> Check:
+    """Return the check that lets containers pass all of whose items pass a check."""
+    return lambda value: isinstance(value, container) and all(map(check, value))
+
+
 is_flag, is_text = partial(is_a, bool), partial(is_a, str)
+is_sizes, is_names, is_words = each(tuple, is_size), each(list, is_text), each((list, tuple), is_text)
+is_modules = each(list, partial(is_a, nn.Module))
 is_dtype, is_dictionary = partial(is_a, torch.dtype), partial(is_exactly, Dictionary)

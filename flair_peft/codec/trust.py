@@ -39,8 +39,9 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from flair_peft.base import config_safety, tokenizers
-from flair_peft.codec.setting_checks import Check, is_a, is_text, optional
+from flair_peft.codec.setting_checks import Check, each, is_a, is_text, optional
 from flair_peft.errors import name_some
+from flair_peft.torchfile import state_tree
 
 
 def unsafe_part(params: Mapping[Any, Any]) -> str | None:
@@ -128,11 +129,7 @@ def _names_others(config: Any) -> bool:
 
 _is_plain, _is_text = optional(partial(is_a, Number)), optional(is_text)
 _is_nested = partial(is_a, dict)  # whoever asks about a state asks about each dictionary in it
-_is_dictionary = partial(is_a, Dictionary)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(_is_nested, value))
+_is_dictionary, _is_list = partial(is_a, Dictionary), each((list, tuple), _is_nested)
 
 
 def _is_numbers(value: Any) -> bool:
@@ -217,14 +214,7 @@ _is_embeddings = optional(partial(is_a, (dict, list, tuple, torch.nn.Module)))
 
 
 def _are_states(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(task, dict) and _holds_tensors(task) for task in value.values())
-
-
-def _holds_tensors(state: dict[Any, Any]) -> bool:
-    if "model_states" in state:
-        return _are_states(state["model_states"])
-    tensors = state.get("state_dict")
-    return isinstance(tensors, Mapping) and all(isinstance(key, str) for key in tensors)
+    return isinstance(value, dict) and state_tree.holds_tensors({"model_states": value})
 
 
 def _never(_: Any) -> bool:

@@ -354,7 +354,7 @@ def may_be_divided(embeddings: AdaptedEmbeddings) -> bool:
     config = embeddings.adapter_config if embeddings.has_adapter else None
     if is_whole or (config is not None and methods.depends_on_batch(config)):
         return False
-    if config is not None and embeddings.training and methods.averages_batch(config):
+    if config is not None and embeddings.training and any(o.averages_batch for o, _ in methods.options(config)):
         return False
     # Reentrant checkpoints of each group would give DistributedDataParallel a gradient of their own.
     is_checkpointed = embeddings.training and getattr(base, "is_gradient_checkpointing", False)

@@ -42,7 +42,7 @@ class BaseSource:
     @property
     def fingerprint(self) -> str | None:
         """Digest of a sample of the base's weights, if these are as the source has them."""
-        return None if self.frozen is None else self.frozen.fingerprint
+        return None if self.frozen is None else self.frozen.sampled_digests[0]
 
     def compare(
         self, model: PeftModel, base: PreTrainedModel, trained: Set[str] | None = None, *, is_tied: bool = True

@@ -13,10 +13,7 @@ from flair.embeddings import TransformerEmbeddings
 def pool(embeddings: Any, input_ids: torch.Tensor, tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return what stock ``forward`` makes of the hidden states: the same bits, in fp32 or wider where it computes.
 
-    Args:
-        embeddings: whose ``hidden_states`` are pooled.
-        input_ids: (batch, length).
-        tensors: the other results of ``prepare_tensors``.
+    The ids are (batch, length); ``tensors`` are the other results of ``prepare_tensors``.
     """
     view = _PoolingView(embeddings)
     windows = tensors.get("overflow_to_sample_mapping")

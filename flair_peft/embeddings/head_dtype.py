@@ -174,24 +174,20 @@ def _flair_models(model: torch.nn.Module) -> list[Model]:
     return [module for _, module in modules_around(model) if isinstance(module, Model)]
 
 
-def _head_tensors_of(owner: Model) -> dict[str, torch.Tensor]:
+def _head_tensors_of(module: torch.nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
     """Return name → parameter or buffer of a Flair model, without nested Flair models and adapted embeddings."""
-    return dict(_tensors_of_head(owner, ""))
-
-
-def _tensors_of_head(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     direct = {**module._parameters, **module._buffers}
-    yield from ((prefix + name, tensor) for name, tensor in direct.items() if tensor is not None)
+    found = {prefix + name: tensor for name, tensor in direct.items() if tensor is not None}
     for name, child in module._modules.items():
         if child is not None and not isinstance(child, (Model, PeftTransformerEmbeddings)):
-            yield from _tensors_of_head(child, f"{prefix}{name}.")
+            found |= _head_tensors_of(child, f"{prefix}{name}.")
+    return found
 
 
 def _all_head_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
     for path, owner in modules_around(model):
-        prefix = f"{path}." if path else ""
-        of_head = _head_tensors_of(owner) if isinstance(owner, Model) else {}
-        yield from ((prefix + name, tensor) for name, tensor in of_head.items())
+        if isinstance(owner, Model):
+            yield from _head_tensors_of(owner, f"{path}." if path else "").items()
 
 
 def _holds_no_weights(module: torch.nn.Module) -> bool:

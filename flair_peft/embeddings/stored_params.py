@@ -46,11 +46,8 @@ _DERIVED = frozenset({"truncate", "stride", "embedding_length", "use_lang_emb"})
 def describe(embeddings: AdaptedEmbeddings, stock: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the constructor parameters of embeddings as plain values, the PEFT config and the dtypes among them.
 
-    Those of embeddings whose weights no pickle holds refuse to be pickled; a save completes them.
-
-    Args:
-        embeddings: with their adapter.
-        stock: returns the parameters that Flair stores.
+    ``stock`` returns those that Flair stores. Those of embeddings whose weights no pickle holds refuse to be pickled; a
+    save completes them.
 
     Raises:
         AdapterConfigError: the base is quantised by what files cannot say.
@@ -258,21 +255,13 @@ def take_over_(embeddings: AdaptedEmbeddings, params: Params) -> PendingLoad:
             source.record, embeddings.base_model, stored.record, cache_dir=source.cache_dir, name=embeddings.name
         )
     if dtype is not None and not embeddings.is_placed and dtypes.parse_dtype(dtype) != embeddings.base_dtype:
-        _convert_(embeddings.base_model, dtypes.parse_dtype(dtype))
+        transformer.convert_(embeddings.base_model, dtypes.parse_dtype(dtype))
     if stored.added_rows is not None:
         _set_added_rows_(embeddings.base_model.get_input_embeddings().weight, stored.added_rows)
     if params.get("derived_state"):
         derived_state.put_back_(embeddings.model, params["derived_state"])
     embeddings._start, embeddings.origin = {}, (params["part"], stored)
     return PendingLoad.from_params(params)
-
-
-def _convert_(base: Any, dtype: torch.dtype) -> None:
-    """Convert a base to a dtype, in place, as transformers reads it in that."""
-    kept = transformer.names_kept_in_fp32(base, dtype)
-    for name, parameter in base.named_parameters():
-        if parameter.is_floating_point() and name not in kept:
-            parameter.data = parameter.data.to(dtype)
 
 
 def _set_added_rows_(matrix: torch.Tensor, rows: torch.Tensor) -> None:

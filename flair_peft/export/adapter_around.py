@@ -33,12 +33,6 @@ _IN_PEFT = "base_model.model."
 def write(folder: Path, model: Model, head: LinearHead, headed: HeadedModel) -> None:
     """Write the files of the adapter of a model.
 
-    Args:
-        folder: where they go.
-        model: of Flair, with an adapter.
-        head: of that.
-        headed: the class around the transformer with the adapter in it.
-
     Raises:
         AdapterConfigError: more than the adapter was changed in the transformer.
     """

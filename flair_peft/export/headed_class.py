@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -65,10 +64,7 @@ def task_of(head: LinearHead) -> str:
 def build(head: LinearHead, transformer: PreTrainedModel, *, dtype: torch.dtype) -> HeadedModel:
     """Return a model of the class that may compute this head around the weights of a transformer.
 
-    Args:
-        head: that the class's own layers will compute.
-        transformer: is copied; one that has adapters in it becomes part of the model.
-        dtype: of the weights.
+    The transformer is copied; one that has adapters in it becomes part of the model.
 
     Raises:
         AdapterConfigError: transformers has no such class for this architecture, or it computes more.
@@ -95,14 +91,7 @@ def build(head: LinearHead, transformer: PreTrainedModel, *, dtype: torch.dtype)
 
 
 def _put_in_(model: PreTrainedModel, name: str, transformer: PreTrainedModel, own: Sequence[str]) -> None:
-    """Give the model the weights of a transformer, in place; one with an adapter becomes part of it, and changes.
-
-    Args:
-        model: with its own layers.
-        name: of the transformer in it.
-        transformer: of Flair.
-        own: names of the model's own layers.
-    """
+    """Give the model the weights of a transformer, in place; one with an adapter becomes part of it, and changes."""
     if any(map(keys.is_adapter_key, transformer.state_dict())):
         if any(f"{layer}.".startswith(f"{name}.pooler.") for layer in own):
             # Flair reads nothing of the pooler, whatever the adapter does to it.
@@ -143,11 +132,6 @@ def _config_of(head: LinearHead, config: PretrainedConfig, dtype: torch.dtype) -
 def fill_(headed: HeadedModel, head: LinearHead, is_right: Callable[[], bool]) -> bool:
     """Give the layers the weights that compute the head, in place; return whether that is right.
 
-    Args:
-        headed: whose transformer has its weights.
-        head: that is computed.
-        is_right: whether the model scores what it should now.
-
     Raises:
         AdapterConfigError: the layers cannot hold it.
     """
@@ -171,11 +155,7 @@ def fill_(headed: HeadedModel, head: LinearHead, is_right: Callable[[], bool]) -
     if 2 * len(head.labels) > first.out_features:
         raise _refused(kind, f"its first layer has no room for {len(head.labels)} labels")
     lengths = list[float]()
-    seeing = first.register_forward_pre_hook(
-        lambda _, given: lengths.append(float(given[0].float().norm(dim=-1).max()))
-    )
-    with contextlib.ExitStack() as ending:
-        ending.callback(seeing.remove)
+    with first.register_forward_pre_hook(lambda _, given: lengths.append(float(given[0].float().norm(dim=-1).max()))):
         _fill_two_(first, last, head, _HALVES)
         if is_right():
             return True

@@ -188,12 +188,7 @@ def _problem_of(model: Any) -> str:
 
 
 def live_scores(model: Any, texts: Sequence[Sequence[str]]) -> torch.Tensor:
-    """Return what a model scores before any softmax: (words of all texts, labels), or (texts, labels).
-
-    Args:
-        model: of which :func:`linear_head` returned the head.
-        texts: each a list of words.
-    """
+    """Return what a model scores before any softmax: (words of all texts, labels), or (texts, labels)."""
     sentences = [Sentence(list(words)) for words in texts]
     with vector_probe.trying_out(model), torch.no_grad(), full_precision(flair.device.type):
         if isinstance(model, SequenceTagger):

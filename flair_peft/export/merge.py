@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import flair
 import torch
@@ -145,7 +147,7 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
     _refuse_unreadable(embeddings)
     embeddings.float().eval()
     try:
-        expected = _vectors(embeddings)
+        expected = vectors(embeddings)
     except Exception as error:  # such as of embeddings that read boxes or images beside the words
         log.info("Not compared how Flair reads texts with '%s': %s", embeddings.name, error)
         expected = None
@@ -165,7 +167,7 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
     try:
         plain = _stock(embeddings, transformer, torch.float32)
         if expected is not None:
-            _compare_reading(embeddings, plain, rounding.distance(_vectors(plain), expected))
+            _compare_reading(embeddings, plain, rounding.distance(vectors(plain), expected))
         return plain if dtype == torch.float32 else _stock(embeddings, transformer, dtype)
     except FlairPeftError:
         raise
@@ -192,9 +194,9 @@ def _stock(
     return plain.eval()
 
 
-def _vectors(embeddings: TransformerEmbeddings) -> torch.Tensor:
+def vectors(embeddings: Any, texts: Sequence[str] = _TEXTS) -> torch.Tensor:
     """Return the vectors of some texts, in one row."""
-    sentences = [Sentence(text) for text in _TEXTS]
+    sentences = [Sentence(text) for text in texts]
     Sentence.set_context_for_sentences(sentences)
     with base_transformer.keeping_attention(embeddings), torch.no_grad(), full_precision(flair.device.type):
         embeddings.embed(sentences)

@@ -22,7 +22,6 @@ from flair_peft.errors import AdapterConfigError, StateMismatchError, Unsupporte
 from flair_peft.export import merge
 from flair_peft.models import build
 from flair_peft.primitives import progress, rounding
-from flair_peft.primitives.full_precision import full_precision
 from flair_peft.storage import atomic
 
 # Of onnxruntime's vectors from torch's, as a share of their norm.
@@ -131,9 +130,7 @@ def _providers() -> list[Any]:
 def _check(embeddings: TransformerEmbeddings, exported: Embeddings[Any]) -> None:
     """Return if onnxruntime gives the vectors that torch gives."""
     for text in _CHECKED:
-        with full_precision(flair.device.type):
-            expected = _vectors(embeddings, text)
-        apart = rounding.distance(_vectors(exported, text), expected)
+        apart = rounding.distance(merge.vectors(exported, (text,)), merge.vectors(embeddings, (text,)))
         if not apart <= _TOLERANCE:
             raise StateMismatchError(
                 f"Cannot export '{embeddings.name}': the vectors that onnxruntime computes for '{text}' are "
@@ -163,13 +160,6 @@ def _refuse_windows(model: Model) -> None:
                 "Flair's graph of that mixes the windows of several texts up. Train with allow_long_sentences=False, "
                 "or with cls_pooling='mean'."
             )
-
-
-def _vectors(embeddings: Embeddings[Any], text: str) -> torch.Tensor:
-    sentence = Sentence(text)
-    embeddings.embed(sentence)
-    found = [*([sentence.embedding] if sentence.embedding.numel() else []), *(token.embedding for token in sentence)]
-    return torch.cat([vector.detach().cpu() for vector in found if vector.numel()])
 
 
 def _numbered(path: Path, number: int) -> Path:

@@ -107,16 +107,7 @@ def settings(model: Model, head: LinearHead) -> dict[str, Any]:
 def write_card(
     model: Model, head: LinearHead, headed: HeadedModel, *, is_merged: bool, can_be_merged: bool, is_text_other: bool
 ) -> str:
-    """Return the card in Markdown, with the metadata that the Hub reads.
-
-    Args:
-        model: of Flair.
-        head: of that.
-        headed: what is written.
-        is_merged: whether its weights are.
-        can_be_merged: whether PEFT merges the adapter right.
-        is_text_other: whether the tokenizer gives other subtokens for a text than for its words.
-    """
+    """Return the card in Markdown, with the metadata that the Hub reads."""
     task = "token-classification" if head.reads_words else "text-classification"
     data = ModelCardData(library_name="transformers" if is_merged else "peft", pipeline_tag=task, tags=["flair"])
     text = _CARD.format(

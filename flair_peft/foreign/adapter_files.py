@@ -76,13 +76,7 @@ class AdapterFiles:
 
 
 def read(source: str, *, revision: str | None, subfolder: str | None, options: LoadOptions) -> AdapterFiles:
-    """Return what the files of an adapter hold; its tensors are on the CPU.
-
-    Args:
-        source: a directory or a Hub id.
-        revision: of the repository.
-        subfolder: where the files are in it.
-        options: how the Hub is reached.
+    """Return what the files of an adapter, in a directory or on the Hub, hold; its tensors are on the CPU.
 
     Raises:
         ModelFileError: files are missing or damaged.

@@ -28,10 +28,6 @@ _SINCE_LOKR_SCALES, _SINCE_SEEDED_ADAMSS, _SINCE_PACKED_OFT = "rank_dropout_scal
 def bring_up_to_date(settings: Settings, source: str) -> Settings:
     """Return the settings with which the installed PEFT computes what the version that wrote them did.
 
-    Args:
-        settings: ``adapter_config.json`` as it is; not modified.
-        source: what the user called the adapter.
-
     Raises:
         UnsupportedMethodError: no settings do that; the message names the versions that can.
     """
@@ -51,12 +47,7 @@ def refuse_other_alpha(config: PeftConfig, settings: Settings, names: Iterable[s
     """Return unless modules had, or may have had, another alpha when the adapter was trained.
 
     PEFT before 0.15 looked for the keys of ``alpha_pattern`` in another way, and before 0.14 only after those of
-    ``rank_pattern``, the first of which decided both.
-
-    Args:
-        config: of the adapter.
-        settings: ``adapter_config.json``, whose fields tell the version.
-        names: of the adapted modules, as the source class has them.
+    ``rank_pattern``, the first of which decided both. The names are those of the source class.
 
     Raises:
         AdapterConfigError: they had.

@@ -105,12 +105,7 @@ def plan(
 ) -> Plan:
     """Return what embeddings with this adapter are made from; no weights of the base are read.
 
-    Args:
-        files: of the adapter.
-        base_model: name or directory of the base; ``None`` for the one that the adapter names.
-        base_revision: of the base; ``None`` for the one that the adapter names, if that is the base.
-        options: how the Hub is reached.
-        kwargs: that the user gives the embeddings.
+    Without ``base_model`` and ``base_revision`` the adapter's config names them; ``kwargs`` are of the embeddings.
 
     Raises:
         BaseModelNotFoundError: there is no such base model.

@@ -61,12 +61,7 @@ def refuse_drawn_together(
 ) -> None:
     """Return unless the method computes something else without the modules that it adapted beside the transformer.
 
-    Args:
-        config: of the adapter, with the names of its source class.
-        base_config: of the base model.
-        settings: ``adapter_config.json``.
-        modules: names of all modules of the bare model.
-        tensors: of the file.
+    The config has the names of its source class; ``modules`` are all of the bare model.
 
     Raises:
         UnsupportedMethodError: it does, or nothing tells which modules those were.

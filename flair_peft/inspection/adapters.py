@@ -7,9 +7,9 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from flair_peft.adapter import implied, keys
 from flair_peft.adapter.peft_registry import peft_methods
@@ -21,7 +21,7 @@ from flair_peft.torchfile.state_tree import StoredEmbeddings, embeddings_in
 _NO_SETTINGS = frozenset({"auto_mapping", "peft_type", "peft_version", "task_type", "inference_mode", "revision"})
 _BASE_IN_CONFIG = "base_model_name_or_path"
 _TRANSFORMER = re.compile(r"(?:model_states/[^/]+/)?state_dict/(?:[^.]+\.)*?model\.")
-_LORA_A = ("lora_A", "lora_embedding_A")
+_LORA_A = frozenset({"lora_A", "lora_embedding_A"})
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def find_plain(found: Contents) -> Iterator[PlainTransformer]:
         if isinstance(number, int) and number in seen:
             continue  # embeddings that several tasks share
         seen.update({number} if isinstance(number, int) else ())
-        prefixes = found.prefixes[number] if found.kind == CHECKPOINT and _is_index(number, found.prefixes) else ()
-        own = own_tensors(found, prefixes or _plain_prefixes(found, embeddings))
+        prefixes = _prefixes_of(found, embeddings, number, []) or _plain_prefixes(found, embeddings)
+        own = own_tensors(found, prefixes)
         base = _describe_base(embeddings.params, None, own)
         yield PlainTransformer(place_of(embeddings), name if isinstance(name, str) else None, base)
 
@@ -153,10 +153,6 @@ def _plain_prefixes(found: Contents, embeddings: StoredEmbeddings) -> tuple[str,
     return tuple(itertools.islice(mine, 1))
 
 
-def _is_index(number: Any, items: Sequence[Any]) -> TypeGuard[int]:
-    return type(number) is int and 0 <= number < len(items)
-
-
 def place_of(embeddings: StoredEmbeddings) -> str:
     """Return keys and indices on the way to the parameters of embeddings in the state of a model, joined by dots."""
     around = ("model_states", embeddings.task.removesuffix(".")) if embeddings.task else ()
@@ -171,7 +167,7 @@ def _prefixes_of(
     Files call embeddings otherwise than their modules are called, but positions in stacks and tasks are the same.
     """
     if found.kind == CHECKPOINT:
-        return found.prefixes[number] if _is_index(number, found.prefixes) else ()
+        return found.prefixes[number] if type(number) is int and 0 <= number < len(found.prefixes) else ()
     for group in groups:
         task = re.match("model_states/([^/]+)/", group[0])
         places = task.group(1) if task else "", state_tree.positions(group[0])
@@ -229,7 +225,7 @@ def _describe(
         has_config=config is not None,
         open=unknown,
         suggestion=suggestion,
-        ranks=tuple(sorted({t.shape[0] for name, t in added.items() if _is_first_factor(name) and t.shape})),
+        ranks=tuple(sorted({t.shape[0] for name, t in added.items() if _LORA_A & {*name.split(".")} and t.shape})),
         modules=dict(sorted(Counter(module.rpartition(".")[2] for module in modules).items())),
         names=tuple(sorted({name for key in added for name in _adapter_names(key)})),
         base=_describe_base(params, config, own),
@@ -304,10 +300,6 @@ def _describe_base(
 
 def _first_text(values: tuple[Any, ...]) -> str | None:
     return next((value for value in values if isinstance(value, str) and value), None)
-
-
-def _is_first_factor(name: str) -> bool:
-    return not set(_LORA_A).isdisjoint(name.split("."))
 
 
 def _adapter_names(key: str) -> Iterator[str]:

@@ -98,7 +98,7 @@ class Inspection:
         scores = card.get("scores") if isinstance(card, dict) else None
         numbers = scores.items() if isinstance(scores, dict) else ()
         plain = ((str(name), value) for name, value in numbers if isinstance(value, (int, float, str)))
-        return {name: value for name, value in plain if _is_finite(value)}
+        return {name: value for name, value in plain if isinstance(value, str) or math.isfinite(value)}
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -261,7 +261,3 @@ def _version(value: Any) -> str:
     if isinstance(value, Made):
         value = next((item for item in value.arguments if isinstance(item, str)), "?")
     return str(value)[:100]
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)

@@ -80,14 +80,7 @@ def plain(value: Any) -> Any:
 def write_card(
     model: Model, embedded: Sequence[Any], *, size: int, bases: Mapping[Any, StoredBase] = MappingProxyType({})
 ) -> str:
-    """Return the card of a model in Markdown, with the metadata that the Hub reads.
-
-    Args:
-        model: a Flair model.
-        embedded: its embeddings with an adapter, or those of Flair's own.
-        size: bytes of the checkpoint's tensors.
-        bases: embeddings of Flair's own → how their base is stored.
-    """
+    """Return the card of a model in Markdown, with the metadata that the Hub reads."""
     method = _method(embedded[0]) if embedded else None
     on_base = f" on {_code(embedded[0].base_model_name)}" if embedded else ""
     plain = _ON_BASE if any(base.is_needed for base in bases.values()) else _WHOLE

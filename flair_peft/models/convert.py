@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +147,11 @@ def _check_biases(
     found = changed & biases
     if others - biases or (asked != "none" and not trained & biases):
         return
-    says = "none" if not found else "all" if _are_beyond_targets(found) else "lora_only"
+    # Modules without an adapter have no base_layer.
+    says = "none" if not found else "all" if any(".base_layer." not in key for key in found) else "lora_only"
     if (says == "none") != (asked == "none"):
         raise ConfigMismatchError(
             f"Cannot convert with the config given, bias={asked!r}: against the base model '{source}', the file has "
             f"bias={says!r}, by {name_some(found, 3) if found else 'equal biases'}. Pass the config that it was "
             "trained with."
         )
-
-
-def _are_beyond_targets(changed: Collection[str]) -> bool:
-    """Whether biases were trained of modules that have no adapter, which PEFT leaves without ``base_layer``."""
-    return any(".base_layer." not in key for key in changed)

@@ -32,10 +32,6 @@ Files = dict[str, bytes | Tensors]
 def to_files(description: Description, plan: SavePlan) -> tuple[dict[str, Any], Files]:
     """Return the document of a checkpoint directory and the files beside it.
 
-    Args:
-        description: of the model, encoded by the plan.
-        plan: of the save.
-
     Raises:
         UnsupportedStateError: the weights of its embeddings are not among those of the model.
     """

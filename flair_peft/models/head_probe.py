@@ -104,11 +104,6 @@ def take(model: Model, readings: Sequence[Reading]) -> dict[str, Any]:
 def check_settings(state: Mapping[str, Any], *, source: str, verify: bool) -> None:
     """Return if settings and labels of a model are those that it was saved with, as far as its state tells.
 
-    Args:
-        state: of the model, before it is loaded.
-        source: named in errors.
-        verify: whether that is asked for.
-
     Raises:
         StateMismatchError: they are others.
         ModelFileError: what is to be compared is damaged.
@@ -208,11 +203,8 @@ def _is_sound(stored: Any) -> bool:
         return False
     outputs, vectors = stored.get("outputs"), stored.get("vectors", [])
     are_probes = isinstance(vectors, list) and all(each is None or isinstance(each, Mapping) for each in vectors)
-    return are_probes and isinstance(outputs, Mapping) and all(map(_is_output, outputs.values()))
-
-
-def _is_output(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    tensors = outputs.values() if isinstance(outputs, Mapping) else (None,)
+    return are_probes and all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in tensors)
 
 
 def _distance(found: torch.Tensor | None, expected: torch.Tensor) -> float:
@@ -236,15 +228,12 @@ def _outputs(model: Model, readings: Sequence[Reading]) -> Tensors:
     """Return name → what each part of the head with weights gives for the probe, when it is called first."""
     found: Tensors = {}
     note = functools.partial(_note, found, threading.get_ident())
-    hooks = [part.register_forward_hook(functools.partial(note, name)) for name, part in _parts(model)]
-    try:
-        with contextlib.ExitStack() as stack:
-            for each in readings:
-                stack.enter_context(each.going_on())
-            _predict(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as stack:
+        for name, part in _parts(model):
+            stack.enter_context(part.register_forward_hook(functools.partial(note, name)))
+        for each in readings:
+            stack.enter_context(each.going_on())
+        _predict(model)
     return found
 
 
@@ -393,8 +382,5 @@ def _spelled(value: Any) -> str:
 
 def _is_unread(name: str, value: Any) -> bool:
     """Whether a setting of embeddings shows in what the head gives, or says something else than how they read."""
-    return name not in _READING and not isinstance(value, BytesIO | list) and not _is_embeddings(value)
-
-
-def _is_embeddings(value: Any) -> bool:
-    return isinstance(value, Mapping) and "__cls__" in value
+    is_embeddings = isinstance(value, Mapping) and "__cls__" in value
+    return name not in _READING and not isinstance(value, BytesIO | list) and not is_embeddings

@@ -102,14 +102,7 @@ def load_stored(
     peft_config: PeftConfig | None = None,
     load: Callable[[Any], Model] | None = None,
 ) -> Model:
-    """Return the model that was stored.
-
-    Args:
-        stored: as it was opened.
-        model_class: the class that it must be of, or derive from.
-        peft_config: for files of stock Flair, which lack it.
-        load: Flair's own ``load`` of the class.
-    """
+    """Return the model that was stored."""
     # How much is drawn depends on which bases are alive already.
     with _naming_mismatches(stored.source), devices.same_random_numbers():
         stored = complete(stored, peft_config)
@@ -132,17 +125,13 @@ def load_for_flair(
 ) -> Model:
     """Return what ``model_class.load(source)`` means: a model with adapters, or what Flair's own ``load`` returns.
 
-    Args:
-        model_class: whose ``load`` was called.
-        source: path, Hub id, or the state of a model; the last stays as it is.
-        load: Flair's own.
-        peft_config: for files of stock Flair, which lack it.
-        revision: on the Hub.
-        **options: as for :func:`from_pretrained`.
+    The source is a path, a Hub id, or the state of a model, which stays as it is.
     """
     chosen, given = choose(**options), options if peft_config is None else {**options, "peft_config": peft_config}
     place = source
-    if not isinstance(source, dict):
+    if isinstance(source, dict):
+        hub.refuse_revision("the state of a model", revision)
+    else:
         file_names.refuse_impossible(source)
         found = hub.find_for_flair(
             str(source), revision=revision, options=chosen, may_be_known=_finds_names_itself(model_class)
@@ -245,40 +234,22 @@ def from_pretrained(
     return load_stored(open_stored(hub.find_checkpoint(str(source), revision=revision, options=options), options))
 
 
-def choose(
-    *,
-    base_model: str | Mapping[str, str] | None = None,
-    verify: bool | Literal["full"] = True,
-    trust_remote_code: bool = False,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    device_map: str | Mapping[str, Any] | None = None,
-    max_memory: Mapping[Any, Any] | None = None,
-    offload_folder: str | Path | None = None,
-    **unknown: Any,
-) -> LoadOptions:
+def choose(**given: Any) -> LoadOptions:
     """Return the options of a load; see :func:`from_pretrained`.
 
     Raises:
         UnknownArgumentError: there are no such options.
     """
-    if unknown:
-        known = (name for name in inspect.signature(choose).parameters if name != "unknown")
+    known = [name for name in inspect.signature(from_pretrained).parameters if name not in ("source", "revision")]
+    if unknown := given.keys() - known:
         raise UnknownArgumentError(
             f"Cannot load with {name_some(unknown)}: there is no such option. Loads take {', '.join(known)}, and some "
             "of them revision and peft_config. Check its spelling."
         )
-    placement = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
-    return LoadOptions(
-        base_model=base_model,
-        verify=verify,
-        trust_remote_code=trust_remote_code,
-        token=token,
-        cache_dir=None if cache_dir is None else str(cache_dir),
-        local_files_only=local_files_only,
-        placement={name: value for name, value in placement.items() if value is not None},
-    )
+    placement = {name: given.pop(name, None) for name in ("device_map", "max_memory", "offload_folder")}
+    cache_dir = None if given.get("cache_dir") is None else str(given["cache_dir"])
+    spread = {name: value for name, value in placement.items() if value is not None}
+    return LoadOptions(**{**given, "cache_dir": cache_dir, "placement": spread})
 
 
 @progress.shown("verifying")
@@ -334,11 +305,7 @@ def load_any_file(
 ) -> Model:
     """Return the model in a ``.pt`` file, of the class that the file names; see :func:`load_legacy`.
 
-    Args:
-        path: of the file.
-        options: of the load.
-        peft_config: for files that lack it.
-        base_of_slim: where the base is, of a file that does not hold it; others do without.
+    ``base_of_slim`` is where the base is, of a file that does not hold it; others do without.
     """
     file_names.refuse_impossible(path)
     if not path.is_file():

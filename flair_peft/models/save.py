@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import tempfile
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -14,7 +13,6 @@ from flair.distributed_utils import is_main_process
 from flair.nn import Model
 
 from flair_peft.base import like_config, weight_files
-from flair_peft.codec import state_json
 from flair_peft.embeddings.peft_transformer import adapted_embeddings
 from flair_peft.errors import SaveError
 from flair_peft.models import card, directory_layout, trial_load
@@ -25,16 +23,6 @@ from flair_peft.storage import atomic, checkpoint_directory, file_names, hub, ma
 
 # Flair's trainer writes these at protocol 4, whose frames torch's restricted unpickler does not read.
 _PICKLE_PROTOCOL = 2
-
-
-class _StoredState:
-    """The state of a model as it is pickled: one call of one function with a text and tensors."""
-
-    def __init__(self, description: Description) -> None:
-        self.description = description
-
-    def __reduce__(self) -> Any:
-        return state_json.restore_state, (json.dumps(self.description.document), dict(self.description.tensors))
 
 
 def save_pretrained(model: Model, directory: str | Path, *, save_base: bool | None = None) -> None:
@@ -140,12 +128,6 @@ def save_file(
 
     ``torch.load(path, weights_only=True)`` reads it if :func:`flair_peft.codec.restore_state` is allowed.
 
-    Args:
-        model: a Flair model whose embeddings have an adapter.
-        path: of the file.
-        save_base: as for :func:`save_pretrained`.
-        training_state: of the trainer, to go on with.
-
     Raises:
         UnsupportedStateError: the model holds an object that files cannot hold.
         SaveError: the file could not be written.
@@ -154,7 +136,7 @@ def save_file(
     with atomic.explained(path):
         description = encode(plan_save(model, save_base=save_base), **extra)
         _report_not_finite(description, path)
-        stored = _StoredState(Description(description.document, _alone(description.tensors)))
+        stored = Description(description.document, _alone(description.tensors))
         atomic.write_file(path, lambda file: torch.save(stored, file, pickle_protocol=_PICKLE_PROTOCOL))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ class Description:
 
     document: Any
     tensors: Mapping[str, torch.Tensor]
+
+    def __reduce__(self) -> Any:  # as it is pickled: one call of one function with a text and tensors
+        return state_json.restore_state, (json.dumps(self.document), dict(self.tensors))
 
 
 @dataclass(frozen=True)
@@ -187,10 +191,6 @@ def _base_here(embeddings: TransformerEmbeddings, *, save_base: bool) -> StoredB
 def encode(plan: SavePlan, **extra: Any) -> Description:
     """Return the model as JSON and tensors, without what is left out.
 
-    Args:
-        plan: of the save.
-        **extra: stored beside the model.
-
     Raises:
         UnsupportedStateError: the model holds an object that files cannot hold.
     """
@@ -228,14 +228,7 @@ def _stored_base(embeddings: PeftTransformerEmbeddings, save_base: bool | None) 
 def _to_store(
     value: Any, plan: SavePlan, module: torch.nn.Module | None, complete: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Any:
-    """Return a copy of a state that is complete in its parameters, and without the weights that are left out.
-
-    Args:
-        value: the state of the model, or a part of that.
-        plan: of the save.
-        module: the model, or its task, whose state this is.
-        complete: returns parameters of embeddings as files hold them.
-    """
+    """Return a copy of a state that is complete in its parameters, and without the weights that are left out."""
     if isinstance(value, dict) and value and all(isinstance(item, torch.Tensor) for item in value.values()):
         return _without_left_out(value, plan, None)
     if type(value) is list:

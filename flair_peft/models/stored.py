@@ -94,10 +94,6 @@ def complete(stored: Stored, peft_config: PeftConfig | None = None) -> Stored:
 
     Containers are copied, tensors are not; ``stored`` stays as it is.
 
-    Args:
-        stored: as it was read.
-        peft_config: for embeddings whose file does not hold one.
-
     Raises:
         MissingConfigError: there are adapter tensors without a config, and none is given.
         AdapterConfigError: a config is given for a state that holds all configs itself, a base model for one that

@@ -32,12 +32,6 @@ def compare_with_load(model: Model, document: Mapping[str, Any], files: Mapping[
 
     Flair's own classes store less of themselves than they were made with, here and there, and nothing says so.
 
-    Args:
-        model: that is saved.
-        document: of the directory.
-        files: name → bytes or tensors.
-        source: named in errors.
-
     Raises:
         UnsupportedStateError: it does not.
     """
@@ -91,12 +85,7 @@ def _compare_answers(model: Model, loaded: Model, source: str) -> None:
 
 
 def report_loss(plan: SavePlan, description: Description) -> None:
-    """Say if a model with adapters could not be loaded as it is, while a training can still be kept from that.
-
-    Args:
-        plan: of a save of the model that is to be trained.
-        description: of the model.
-    """
+    """Say if a model with adapters could not be loaded as it is, while a training can still be kept from that."""
     model = plan.model
     try:
         with _silent():

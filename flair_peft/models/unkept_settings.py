@@ -151,13 +151,14 @@ def set_again_(model: Model, state: Mapping[str, Any], *, source: str) -> None:
     """
     stored = state[KEY] if KEY in state else _told_otherwise(model, state)
     known = {(path, name): (module, usual) for path, module, name, usual in _settings(model)}
-    given = [*_given(stored)]
-    if any(entry is None or not _fits(entry[2], known.get(entry[:2])) for entry in given):
+    is_sound = isinstance(stored, Mapping) and all(isinstance(each, Mapping) for each in stored.values())
+    given = [(path, *each) for path, settings in stored.items() for each in settings.items()] if is_sound else []
+    if not is_sound or not all(_fits(value, known.get((path, name))) for path, name, value in given):
         raise ModelFileError(
             f"Cannot load '{source}': its '{KEY}' are damaged. They hold settings that Flair's classes do not "
             "keep, and fit no module of this model. Copy or save the file again."
         )
-    for path, name, value in filter(None, given):
+    for path, name, value in given:
         _set_(known[path, name][0], name, value)
         if name in _FOLLOWING:
             following, made = _FOLLOWING[name]
@@ -202,15 +203,6 @@ def _settings(model: Model) -> Iterator[tuple[str, Any, str, Any]]:
             for name, usual in settings.items() if isinstance(module, kind) else ():
                 if name != "rnn.dropout" or module.use_rnn:
                     yield path, module, name, usual(module) if callable(usual) else usual
-
-
-def _given(stored: Any) -> Iterator[tuple[str, str, Any] | None]:
-    """Yield path, name and value; ``None`` for what has another form."""
-    for path, settings in stored.items() if isinstance(stored, Mapping) else [("", None)]:
-        if not isinstance(settings, Mapping):
-            yield None
-        else:
-            yield from ((path, name, value) for name, value in settings.items())
 
 
 def _fits(value: Any, known: tuple[Any, Any] | None) -> bool:

@@ -50,13 +50,9 @@ class BaseRecord:
     needs_remote_code: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain values."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, stored: Any) -> BaseRecord:
-        """Return the record that :meth:`to_dict` wrote.
+        """Return the record whose fields a file holds as plain values.
 
         Raises:
             ModelFileError: it is damaged.
@@ -88,7 +84,7 @@ class StoredBase:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain values and a tensor."""
-        record = None if self.record is None else self.record.to_dict()
+        record = None if self.record is None else dataclasses.asdict(self.record)
         # Beside the record, in which readers of format 1 refuse what they do not know.
         read = None if record is None else {name: record.pop(name) for name in _OF_READ}
         return {"record": record, "read": read, "left_out": sorted(self.left_out), "added_rows": self.added_rows}

@@ -97,15 +97,10 @@ def leave_out_of_synchronisation_(module: torch.nn.Module, names: Iterable[str])
 
 
 def variable_of_caller(method: str, owner: object, name: str) -> Any:
-    """Return a local variable of a method that is being called in this thread, or ``None`` if it is not.
+    """Return a local variable of a method of ``owner`` that is being called in this thread, or ``None`` if it is not.
 
     Written for Flair 0.15.1, whose ``ModelTrainer.train_custom`` keeps the gradient scaler, and what is evaluated after
     an epoch, in variables.
-
-    Args:
-        method: its name.
-        owner: whose method it is.
-        name: of the variable.
     """
     frame: FrameType | None = inspect.currentframe()
     while frame is not None:

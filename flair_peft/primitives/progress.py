@@ -33,11 +33,7 @@ def shown(what: str, *, total: int | None = None, **options: Any) -> Iterator[No
 
     There is none where stderr is no terminal, where there is one around it already, and where
     ``HF_HUB_DISABLE_PROGRESS_BARS`` or ``transformers.utils.logging.disable_progress_bar()`` switched bars off.
-
-    Args:
-        what: stands in front of the bar.
-        total: bytes that will be read, as far as one can say.
-        **options: of ``tqdm``.
+    ``total`` is in bytes, as far as one can say; further options are those of ``tqdm``.
     """
     if _watcher.get(None) is not None:
         yield

@@ -78,11 +78,7 @@ class FrozenTrunks:
                 left = [number for number in left if number not in (first, *others)]
 
     def count_rows(self, asking: Iterable[tuple[Sequence[AdaptedEmbeddings], Sequence[Any]]]) -> int:
-        """Return the number of data points of all models, those counted once that models with a trunk in common read.
-
-        Args:
-            asking: the embeddings of each model, and its data points.
-        """
+        """Return the number of data points of all models, once each where models with a trunk in common read it."""
         count, known = 0, list[tuple[list[int], AdaptedEmbeddings]]()
         for embeddings, points in asking:
             ids = [*map(id, points)]
@@ -343,7 +339,8 @@ def _describe(layer: torch.nn.Module, configs: dict[int, str]) -> tuple[Hashable
         for key, parameter in module._parameters.items():
             if parameter is not None and (type(parameter) is not torch.nn.Parameter or parameter.requires_grad):
                 return None
-            parts.append((key, None if parameter is None else _place(parameter)))
+            place = id if parameter is None or parameter.is_meta else mapped_memory.place_of
+            parts.append((key, parameter if parameter is None else place(parameter)))
         tensors += [buffer for buffer in module._buffers.values() if buffer is not None]
     return tuple(parts), tensors
 
@@ -351,10 +348,6 @@ def _describe(layer: torch.nn.Module, configs: dict[int, str]) -> tuple[Hashable
 def _is_of_others(module: torch.nn.Module) -> bool:
     """Whether the module does something else than its class: by PEFT, by a hook, or by a method put into it."""
     return is_changed(module) or isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-
-
-def _place(parameter: torch.nn.Parameter) -> Hashable:
-    return id(parameter) if parameter.is_meta else mapped_memory.place_of(parameter)
 
 
 def _description_of_config(config: PretrainedConfig) -> str:

@@ -133,15 +133,11 @@ class GatheredLora:
     def __init__(self, model: PreTrainedModel) -> None:
         """Take a model that nobody else calls; its layers get hooks when an adapter needs them."""
         self.model = model.eval().requires_grad_(False)
-        self._additions = _Additions()
+        self._runs: list[tuple[PlainLora, int]] = []  # adapters, each with the number of successive rows that are its
         self._hooked: set[str] = set()
 
     def __call__(self, adapters: Sequence[PlainLora], **inputs: Any) -> Any:
-        """Return the output of the model.
-
-        Args:
-            adapters: one for each row of the inputs.
-            **inputs: of the model.
+        """Return the output of the model; the adapters are one for each row of the inputs.
 
         Raises:
             AdapterConfigError: a layer of an adapter gets something else than rows of sentences.
@@ -149,51 +145,45 @@ class GatheredLora:
         for path in {path: None for adapter in dict.fromkeys(adapters) for path in adapter.matrices}:
             if path not in self._hooked:
                 # The hook must not hold the model, which could only be freed together with it.
-                hook = functools.partial(self._additions.add_, path)
+                hook = functools.partial(_add_, self._runs, path)
                 self.model.get_submodule(path).register_forward_hook(hook)
                 self._hooked.add(path)
-        self._additions.runs = [(adapter, len([*rows])) for adapter, rows in itertools.groupby(adapters)]
+        self._runs[:] = [(adapter, len([*rows])) for adapter, rows in itertools.groupby(adapters)]
         try:
             return self.model(**inputs)
         finally:
-            self._additions.runs = []
+            self._runs.clear()
 
 
-class _Additions:
-    """What the adapters of one call add to the outputs of layers.
-
-    Attributes:
-        runs: adapters, each with the number of successive rows that are its.
-    """
-
-    def __init__(self) -> None:
-        self.runs: list[tuple[PlainLora, int]] = []
-
-    def add_(
-        self, path: str, _module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the output of the layer with what the adapters add to it, which is done in place where it can be."""
-        runs = [(adapter.matrices.get(path), count) for adapter, count in self.runs]
-        present = [matrix for matrix, _ in runs if matrix is not None]
-        if not present:
-            return output
-        rows = sum(count for _, count in runs)
-        if len(args[0]) != rows:
-            raise AdapterConfigError(
-                f"Cannot mix adapters of '{path}': it gets {len(args[0])} rows in a batch of {rows} sentences. What "
-                "each row takes from its adapter is unknown then. Predict with one model at a time."
-            )
-        x, result = args[0].reshape(rows, -1, args[0].shape[-1]), output.reshape(rows, -1, output.shape[-1])
-        are_even = len({count for _, count in runs}) == 1
-        gathered = len(runs) if are_even else rows
-        limit = _BYTES_PER_PRODUCT.get(x.device.type, _BYTES_PER_PRODUCT_ELSEWHERE)
-        if limit * len(present) <= max(matrix.nbytes for matrix in present) * gathered:
-            _add_in_turn_(result, x, runs)
-        else:
-            matrices = [matrix for matrix, count in runs for _ in range(1 if are_even else count)]
-            shape = (gathered, -1)
-            _add_products_(result.view(*shape, result.shape[-1]), x.view(*shape, x.shape[-1]), *_gather(matrices))
-        return result.view(output.shape)
+def _add_(
+    adapters: Sequence[tuple[PlainLora, int]],
+    path: str,
+    _: torch.nn.Module,
+    args: tuple[torch.Tensor, ...],
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """Return the output of the layer with what the adapters add to it, which is done in place where it can be."""
+    runs = [(adapter.matrices.get(path), count) for adapter, count in adapters]
+    present = [matrix for matrix, _ in runs if matrix is not None]
+    if not present:
+        return output
+    rows = sum(count for _, count in runs)
+    if len(args[0]) != rows:
+        raise AdapterConfigError(
+            f"Cannot mix adapters of '{path}': it gets {len(args[0])} rows in a batch of {rows} sentences. What "
+            "each row takes from its adapter is unknown then. Predict with one model at a time."
+        )
+    x, result = args[0].reshape(rows, -1, args[0].shape[-1]), output.reshape(rows, -1, output.shape[-1])
+    are_even = len({count for _, count in runs}) == 1
+    gathered = len(runs) if are_even else rows
+    limit = _BYTES_PER_PRODUCT.get(x.device.type, _BYTES_PER_PRODUCT_ELSEWHERE)
+    if limit * len(present) <= max(matrix.nbytes for matrix in present) * gathered:
+        _add_in_turn_(result, x, runs)
+    else:
+        matrices = [matrix for matrix, count in runs for _ in range(1 if are_even else count)]
+        shape = (gathered, -1)
+        _add_products_(result.view(*shape, result.shape[-1]), x.view(*shape, x.shape[-1]), *_gather(matrices))
+    return result.view(output.shape)
 
 
 def _add_in_turn_(result: torch.Tensor, x: torch.Tensor, runs: Sequence[tuple[LowRank | None, int]]) -> None:

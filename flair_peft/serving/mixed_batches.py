@@ -82,11 +82,8 @@ class MixedBatches:
         """Return what answers the forward passes of one prediction, during which models stay what they are.
 
         Passes, none of which needs a gradient, become outputs in their order: (batch, subtokens, hidden) for each
-        layer, as the model of the pass would give it.
-
-        Args:
-            trunks: those of this prediction.
-            rows: most sentences, or windows of long ones, in one forward pass.
+        layer, as the model of the pass would give it. ``rows`` are the most sentences, or windows of long ones, in one
+        forward pass.
         """
         return functools.partial(self._run, trunks=trunks, mixable={}, rows=rows)
 
@@ -202,12 +199,7 @@ class MixingModel:
         return self._refused.get(kind)
 
     def run(self, passes: Sequence[ForwardPass], adapters: Sequence[Any]) -> list[Output]:
-        """Return the outputs of passes that are padded to one length, each cut to the length that it has itself.
-
-        Args:
-            passes: of models on this base.
-            adapters: that of each, the same object where it is the same adapter.
-        """
+        """Return the outputs of passes that are padded to one length, each cut to the length that it has itself."""
         slots: dict[AdapterSlot, AdapterSlot] = {}
         taken: collections.Counter[Hashable] = collections.Counter()
         try:

@@ -86,7 +86,7 @@ def predict_stream(
     _check_options(model, options)
     if _takes(model, "mini_batch_size"):
         options["mini_batch_size"] = mini_batch_size
-    parts = _parts(model)
+    parts = [*model.modules()] if isinstance(model, torch.nn.Module) else [model]
     size = window * mini_batch_size
     stream = _Stream(
         model=model,
@@ -207,10 +207,6 @@ def _report(item: Item, errors: Errors) -> None:
 def _evaluating(model: Any) -> AbstractContextManager[None]:
     """Inside, the model is in evaluation mode; afterwards each of its modules is in its own again."""
     return vector_probe.evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext()
-
-
-def _parts(model: Any) -> list[Any]:
-    return list(model.modules()) if isinstance(model, torch.nn.Module) else [model]
 
 
 def _takes(model: Any, name: str) -> bool:

@@ -10,20 +10,18 @@ What is in the document, and which files there are, is for others to decide.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
 
 from flair_peft.errors import name_some
 from flair_peft.primitives import host_internals, mapped_memory, progress
+from flair_peft.primitives.held_file import HeldFile
 from flair_peft.storage.atomic import flushing, replace_directory
 from flair_peft.storage.held_directory import Folder, names_of, of_one_folder, readable
 from flair_peft.storage.manifest import (
@@ -147,56 +145,45 @@ def _read(folder: Folder) -> Checkpoint:
     document = folder.document()
     files: dict[str, bytes] = {}
     tensors: dict[str, Tensors] = {}
-    with contextlib.ExitStack() as opened:
-        # All are opened or read before any is hashed: a writer that replaces the folder meanwhile removes only names.
-        large = {
-            name: opened.enter_context(folder.open(name, entry.bytes))
-            for name, entry in document.files.items()
-            if name.endswith(".safetensors") and entry.bytes >= _MAPPED_FROM
-        }
-        small = {name: folder.content(name, entry.bytes) for name, entry in document.files.items() if name not in large}
-        for name, entry in document.files.items():
-            _check_hash(folder.path / name, large.get(name) or small[name], entry)
-            if name in large:
-                tensors[name] = _mapped(folder.path / name, large[name])
-            elif name.endswith(".safetensors"):
-                tensors[name] = _tensors(folder.path / name, small[name])
-            else:
-                files[name] = small[name]
+    # All are opened or read before any is hashed: a writer that replaces the folder meanwhile removes only names.
+    large = {
+        name: folder.held(name, entry.bytes)
+        for name, entry in document.files.items()
+        if name.endswith(".safetensors") and entry.bytes >= _MAPPED_FROM
+    }
+    small = {name: folder.content(name, entry.bytes) for name, entry in document.files.items() if name not in large}
+    for name, entry in document.files.items():
+        content = large.get(name) or small[name]
+        _check_hash(folder.path / name, content, entry)
+        if name.endswith(".safetensors"):
+            tensors[name] = _tensors(folder.path / name, content)
+        else:
+            files[name] = small[name]
     return Checkpoint(document.body, files, tensors)
 
 
-def _check_hash(path: Path, content: bytes | BinaryIO, entry: Entry) -> None:
+def _check_hash(path: Path, content: bytes | HeldFile, entry: Entry) -> None:
     digest = hashlib.sha256()
     if isinstance(content, bytes):
         digest.update(content)
     else:
-        with readable(path):
-            while chunk := content.read(1 << 20):
+        with readable(path), content.open() as file:
+            while chunk := file.read(1 << 20):
                 digest.update(chunk)
                 progress.advance(len(chunk))
     if digest.hexdigest() != entry.sha256:
         raise damaged(path, f"its hash is {digest.hexdigest()[:8]}…, not {entry.sha256[:8]}… as when it was saved")
 
 
-def _tensors(path: Path, content: bytes | str) -> Tensors:
-    """Return the tensors of a file, from its bytes or from a path to it."""
+def _tensors(path: Path, content: bytes | HeldFile) -> Tensors:
+    """Return the tensors of a file, from its bytes or in memory that is mapped to the very file that was hashed."""
     try:
         if isinstance(content, bytes):
             return safetensors.torch.load(content)
-        return safetensors.torch.load_file(content)
+        found = safetensors.torch.load_file(content)
     except Exception as error:
         # Under a right hash there may be anything, and safetensors fails in many ways.
         raise damaged(path, f"it holds no tensors in safetensors' format ({error})") from error
-
-
-def _mapped(path: Path, file: BinaryIO) -> Tensors:
-    """Return the tensors of an open file, in memory that is mapped to it."""
-    if sys.platform == "linux":
-        # The very file that was hashed, even if its name is gone.
-        return _tensors(path, f"/proc/self/fd/{file.fileno()}")
-    tensors = _tensors(path, str(path))
-    with readable(path):
-        if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            raise damaged(path, "another file took its place while it was read")
-    return tensors
+    if not content.is_what_readers_get():
+        raise damaged(path, "another file took its place while it was read")
+    return found

@@ -159,12 +159,17 @@ class Folder:
             unless_right.pop_all()
             return file
 
+    def held(self, name: str, size: int | None = None) -> HeldFile:
+        """Return a regular file, held open."""
+        with self.open(name, size) as file:
+            return HeldFile(self.path / name, os.dup(file.fileno()))
+
     def hold(self, names: Iterable[str]) -> dict[str, HeldFile]:
         """Return those files that are there; devices and the like are not."""
         found = {}
         for name in names:
-            with contextlib.suppress(ModelFileError), self.open(name) as file:
-                found[name] = HeldFile(self.path / name, os.dup(file.fileno()))
+            with contextlib.suppress(ModelFileError):
+                found[name] = self.held(name)
         return found
 
     def _check(self, name: str, status: os.stat_result, size: int | None) -> None:

@@ -71,11 +71,7 @@ def find_for_flair(
 ) -> Path | None:
     """Return the directory of the checkpoint that ``Model.load`` was asked for; ``None`` if that is Flair's business.
 
-    Args:
-        source: a path, or a name.
-        revision: on the Hub.
-        options: how the Hub is reached.
-        may_be_known: whether the class that loads it may know what looks like a path.
+    ``may_be_known``: the class that loads it may know what looks like a path.
 
     Raises:
         MissingFileError: a path at which there is nothing.
@@ -135,12 +131,7 @@ def find_files(
 ) -> Path:
     """Return the directory that holds those files of a directory or repository that match the patterns, if any do.
 
-    Args:
-        source: a directory, or a Hub id, to which ``@revision`` may be added.
-        patterns: names of files, with wildcards.
-        revision: of the repository.
-        subfolder: where the files are in it.
-        options: how the Hub is reached.
+    ``@revision`` may be added to the id of a repository.
 
     Raises:
         ModelFileError: there is neither a directory nor a repository.

@@ -87,11 +87,7 @@ def compose(document: Document) -> bytes:
 
 
 def parse(text: bytes, path: Path) -> Document:
-    """Return the document, verified by its own hash.
-
-    Args:
-        text: of the file.
-        path: of the file, for messages.
+    """Return the document, verified by its own hash; the path is for messages.
 
     Raises:
         FormatVersionError: it was written by a newer flair_peft.

@@ -110,6 +110,14 @@ def has_adapters(state: Any) -> bool:
     return any(embeddings.params.get("peft_config") is not None for embeddings in embeddings_in(state))
 
 
+def holds_tensors(state: Mapping[str, Any]) -> bool:
+    """Whether a model's state, or that of each of its tasks, has tensors by name."""
+    tensors, tasks = state.get("state_dict"), state.get("model_states")
+    if isinstance(tasks, dict):
+        return all(isinstance(task, dict) and holds_tensors(task) for task in tasks.values())
+    return isinstance(tensors, Mapping) and all(isinstance(key, str) for key in tensors)
+
+
 def tensors_of(state: State) -> dict[str, torch.Tensor]:
     """Return the tensors of a model under the names that its live counterpart gives them."""
     parts = tasks_of(state)

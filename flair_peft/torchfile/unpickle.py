@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,7 +60,7 @@ def read_state(path: AnyFile, *, expects_adapters: bool = True, trust_pickle: bo
 
     def read(file: HeldFile) -> State:
         state = _read(file, expects_adapters=expects_adapters, trust_pickle=trust_pickle)
-        if not isinstance(state, dict) or not _holds_tensors(state):
+        if not isinstance(state, dict) or not state_tree.holds_tensors(state):
             raise ModelFileError(
                 f"Cannot load '{path}': it holds a {type(state).__name__} without a 'state_dict'. A Flair model file "
                 "has one beside its settings. Pass a file that model.save() or Flair's trainer wrote."
@@ -92,7 +92,7 @@ def _holds_adapters(path: AnyFile, contents: scan.PickleContents | None) -> bool
         state = outline.read_outline(path).value
     except ModelFileError:
         return True
-    return not isinstance(state, dict) or not _holds_tensors(state) or state_tree.has_adapters(state)
+    return not isinstance(state, dict) or not state_tree.holds_tensors(state) or state_tree.has_adapters(state)
 
 
 def _read(path: HeldFile, *, expects_adapters: bool, trust_pickle: bool) -> Any:
@@ -158,17 +158,12 @@ class _NumpyType:
     def __init__(self, code: str, *_: bool) -> None:
         if not re.fullmatch(r"[biuf][1248]", code):
             raise pickle.UnpicklingError(f"it holds numbers of type {code!r:.80}")
-        self._code = code
+        self.code = code
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[1] not in ("<", ">", "|", "="):
             raise pickle.UnpicklingError(f"it holds numbers in the byte order {state[1]!r:.80}")
-        self._code = state[1] + self._code
-
-    @property
-    def code(self) -> str:
-        """The type as numpy writes it."""
-        return self._code
+        self.code = state[1] + self.code
 
 
 def _number(kind: _NumpyType, content: bytes) -> Any:
@@ -352,10 +347,3 @@ class _AllowedPickle:
     def load(file: Any, **options: Any) -> Any:
         """Return the object in the next pickle of an old-style file."""
         return _AllowedUnpickler(file, **options).load()
-
-
-def _holds_tensors(state: State) -> bool:
-    tensors, tasks = state.get("state_dict"), state.get("model_states")
-    if isinstance(tasks, dict):
-        return all(isinstance(task, dict) and _holds_tensors(task) for task in tasks.values())
-    return isinstance(tensors, Mapping) and all(isinstance(key, str) for key in tensors)

@@ -56,10 +56,6 @@ def prepare(model: Model, settings: Mapping[str, Any]) -> None:
     Best models of earlier trainings are deleted by the main process alone. Python's random numbers are those of the
     main process, from which Flair draws the sentences by which it compares the corpora.
 
-    Args:
-        model: the one that is trained.
-        settings: of ``ModelTrainer.train_custom``.
-
     Raises:
         TrainingSetupError: the model learns by other means than gradients, which are all that travels.
     """

@@ -29,13 +29,8 @@ def check_training(model: Model, settings: Mapping[str, Any], *, optimizer: Any)
     """Return if Flair can train this model, which is in training mode, with these settings of ``train_custom``.
 
     Raises:
-        TrainingSetupError: weights of the base itself train in float16, with an optimiser such as Adam, and gradients
-            that are too small or too large for it.
-        TrainingSetupError: the vocabulary is to be reduced. A checkpoint written in the middle would hold the reduced
-            matrix, and a frozen one has neither gradient nor optimiser state that reducing it could save.
-        TrainingSetupError: a learning rate is text.
-        AdapterConfigError: the adapter cannot be stored, or the base is quantised in a way that no file can say, so
-            no checkpoint could be written.
+        TrainingSetupError: weights of the base train in float16, the vocabulary is to be reduced, or a rate is text.
+        AdapterConfigError: no file can hold the adapter, or say how the base is quantised.
     """
     for name in rates.NAMES:
         if isinstance(given := settings.get(name), str):

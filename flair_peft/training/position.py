@@ -17,15 +17,8 @@ BEST_MODEL = "best-model.pt"
 
 # Settings of the trainer that decide how the training goes on, beside those that the optimiser keeps.
 PLANNED = (
-    "dataset_size",
-    "mini_batch_size",
-    "mini_batch_chunk_size",
-    "max_epochs",
-    "max_grad_norm",
-    "shuffle",
-    "train_with_dev",
-    "train_with_test",
-    "use_amp",
+    *("dataset_size", "mini_batch_size", "mini_batch_chunk_size", "max_epochs", "max_grad_norm", "shuffle"),
+    *("train_with_dev", "train_with_test", "use_amp"),
 )
 
 

@@ -129,12 +129,8 @@ def report_far_ones(model: Model, optimizer: torch.optim.Optimizer, *, is_head_r
     """Say at which rates adapter or head will hardly learn, or will not settle.
 
     Not where they are too low and the adapter has learned already: it may be meant to change little. Nor where a whole
-    transformer learns with the adapter's rate, and no higher one would do.
-
-    Args:
-        model: the one that is trained.
-        optimizer: its groups have the learning rates.
-        is_head_rate_zero: whether 0 was asked for, which Flair takes for nothing.
+    transformer learns with the adapter's rate, and no higher one would do. Flair takes a rate of the head of zero, if
+    that was asked for, for nothing.
     """
     head = rates_of(optimizer, head_parameters(model))
     if is_head_rate_zero and head and head[-1] > 0:
@@ -159,12 +155,7 @@ def report_far_ones(model: Model, optimizer: torch.optim.Optimizer, *, is_head_r
 
 
 def report_flairs_own(model: Model, rate: float) -> None:
-    """Say which adapters are in Flair's own embeddings, which this package does not train, and will hardly learn.
-
-    Args:
-        model: the one that is trained.
-        rate: Flair's, as none is given.
-    """
+    """Say which adapters are in Flair's own embeddings, which this package does not train, and will hardly learn."""
     for _, module in modules_around(model) if is_main_process() else ():
         is_flairs_own = isinstance(module, TransformerEmbeddings) and not isinstance(module, PeftTransformerEmbeddings)
         if not is_flairs_own or not module.fine_tune or not isinstance(module.model, PeftModel):

@@ -49,10 +49,6 @@ _LEARNED = "learned"
 def training_state(trainer: ModelTrainer, model: Model) -> State:
     """Return all that the training of ``model`` needs to go on from here, apart from the model's own tensors.
 
-    Args:
-        trainer: in the middle of a training that :func:`prepare_settings` prepared.
-        model: the one it trains.
-
     Returns:
         Dictionaries, lists, tuples, None, bool, int, float (infinite ones too), str, and copies of tensors on the CPU.
 

@@ -25,11 +25,6 @@ def say(model: Model, optimizer: torch.optim.Optimizer, chosen: Mapping[str, flo
     """Log the line.
 
     Parameters are counted as PEFT counts them: those of quantised weights as they were before.
-
-    Args:
-        model: the one that is trained.
-        optimizer: its groups have the learning rates.
-        chosen: rates that nobody gave, by Flair's names.
     """
     adapted = adapted_embeddings(model)
     sizes = {embeddings: embeddings.model.get_nb_trainable_parameters() for embeddings in adapted}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from flair.distributed_utils import is_main_process
 from flair.nn import Model
 from flair.trainers import ModelTrainer
@@ -273,7 +274,7 @@ def restore_adapter_scores_(model: Model, states: Mapping[str, State]) -> None:
     for name, by_key in _score_holders(model).items():
         for key, scores in by_key.items():
             scores.clear()
-            scores.update(_on_device(states.get(name, {}).get(key, {}), model))
+            scores.update(send_to_device(states.get(name, {}).get(key, {}), next(model.parameters()).device))
     drawing_ahead = {option.ahead for option in traits.OPTIONS if option.ahead}
     if any(type(module).__name__ in drawing_ahead for module in model.modules()):
         # Several draws of each weight's size, which would make the file many times as large as the adapter.
@@ -358,14 +359,6 @@ def plain(value: Any, where: str) -> Any:
         f"Cannot keep the state of {where}: it holds a {type(value).__name__}. Files hold tensors and plain values, so "
         "that no code runs from them. Train without save_optimizer_state=True."
     )
-
-
-def _on_device(value: Any, model: Model) -> Any:
-    if isinstance(value, dict):
-        return {key: _on_device(item, model) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_on_device(item, model) for item in value]
-    return value.to(next(model.parameters()).device) if isinstance(value, torch.Tensor) else value
 
 
 def warn_of_changes(now: Mapping[str, Any], before: Mapping[str, Any], *, source: str, wins: str) -> None:

@@ -137,6 +137,13 @@ def test_inspect_with_a_plot_writes_the_image(run: Run, directory: Path, tmp_pat
     assert is_paragraph(errors)
 
 
+def test_inspect_with_a_base_and_no_plot_is_refused(run: Run, directory: Path) -> None:
+    """It would not be read."""
+    code, text, errors = run("inspect", directory, "--base-model", "elsewhere")
+    assert (code, text) == (2, "")
+    assert "Add --plot" in " ".join(errors.split())
+
+
 def test_inspect_prints_no_character_that_moves_the_cursor(run: Run, tmp_path: Path) -> None:
     """Labels come from files, and a screen obeys what it is sent."""
     evil = {"state_dict": {"a": torch.ones(1)}, "__cls__": "\x1b[31mX\r\n\x07\u202e", "label_type": "\x1b"}

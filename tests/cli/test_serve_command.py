@@ -73,6 +73,7 @@ def test_serve_refuses_to_merge_several_models(run: Run) -> None:
         (["--threads", "0"], "Cannot compute in 0 threads"),
         (["--batch", "0"], "Cannot serve with batch=0"),
         (["--max-wait", "-1"], "Cannot serve with max_wait=-0.001"),
+        (["--max-wait", "90000"], "from 0 to 60; --max-wait takes milliseconds"),
         (["--cors", "nonsense"], "Cannot answer pages of 'nonsense'"),
         (["--cors", "https://*.example.org"], "Cannot answer pages of 'https://*.example.org'"),
         (["--host", "no.such.host.invalid", "--token-file", "setup.cfg"], "Cannot listen at no.such.host.invalid"),

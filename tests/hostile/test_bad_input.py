@@ -23,7 +23,17 @@ import pytest
 import torch
 from flair.models import TextClassifier
 from flair.nn import Model
-from peft import IA3Config, LNTuningConfig, LoftQConfig, LoraConfig, OFTConfig, PeftConfig, PrefixTuningConfig
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoftQConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    RandLoraConfig,
+    VBLoRAConfig,
+)
 
 import flair_peft
 from flair_peft import PeftTransformerDocumentEmbeddings, PeftTransformerWordEmbeddings, patch
@@ -142,6 +152,8 @@ UNFIT: dict[str, Callable[[], PeftConfig]] = {
     "norm tuning": lambda: LNTuningConfig(target_modules=["nothing"]),
     "rank of zero": lambda: lora(r=0),
     "negative rank": lambda: lora(r=-1),
+    "rank of zero in products": lambda: RandLoraConfig(r=0, target_modules=["query"]),
+    "vectors of no length": lambda: VBLoRAConfig(vector_length=0, target_modules=["query"]),
     "rank in words": lambda: lora(r="four"),
     "alpha in words": lambda: lora(lora_alpha="twelve"),
     "Megatron": lambda: lora(megatron_config={"hidden_size": 32}),

@@ -744,6 +744,8 @@ def test_revision_of_what_is_here_is_refused(base: Callable[[str], str], tmp_pat
     for load in (flair_peft.from_pretrained, TextClassifier.load):
         with pytest.raises(ModelFileError, match="Leave out revision"):
             load(tmp_path / "model.pt", revision="v1")
+    with pytest.raises(ModelFileError, match="Leave out revision"):
+        TextClassifier.load(unpickle.read_state(tmp_path / "model.pt"), revision="v1")
     assert isinstance(flair_peft.from_pretrained(tmp_path / "model.pt"), TextClassifier)
 
 

@@ -312,4 +312,4 @@ def test_gathered_lora_gives_what_pefts_loop_gives(
             of_row = {key: value[row : row + 1] for key, value in inputs.items()}
             expected = alone[name](**of_row, adapter_names=["default"]).last_hidden_state
             torch.testing.assert_close(found[row : row + 1], expected, atol=1e-4, rtol=1e-4)
-    assert not gathered._additions.runs
+    assert not gathered._runs

@@ -13,14 +13,7 @@ from flair_peft.serving.http.requests import Item
 
 
 def answer_of(point: DataPoint, item: Item, form: ModelForm, *, most_labels: int | None = None) -> Any:
-    """Return what a model says of one item, in the form of its kind.
-
-    Args:
-        point: the data point of the item, predicted.
-        item: as it was sent.
-        form: of the model.
-        most_labels: of "labels"; ``None`` means all.
-    """
+    """Return what a model says of one item, in the form of its kind."""
     if form.kind == "tasks":
         return {name: answer_of(point, item, task, most_labels=most_labels) for name, task in form.tasks.items()}
     labels = point.get_labels(form.label_type)

@@ -25,9 +25,10 @@ from flair_peft.errors import AdapterConfigError, RequestError
 from flair_peft.primitives.dtypes import DtypeLike
 from flair_peft.serving.http import requests
 from flair_peft.serving.http.access import Access, SafeHeaders, read_json
+from flair_peft.serving.http.batch_queue import Limits
 from flair_peft.serving.http.requests import LoadRequest, PredictionRequest
 from flair_peft.serving.http.served_models import ServedModels
-from flair_peft.serving.http.service import Answered, Limits, Service
+from flair_peft.serving.http.service import Answered, Service
 
 log = logging.getLogger("flair_peft")
 

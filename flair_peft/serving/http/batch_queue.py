@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import math
 import threading
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flair_peft.errors import RequestError
+from flair_peft.errors import AdapterConfigError, RequestError
 from flair_peft.serving.http import works
 from flair_peft.serving.http.served_models import ServedModel
 from flair_peft.serving.http.works import Part, Work
@@ -35,6 +36,40 @@ log = logging.getLogger("flair_peft")
 
 # Seconds after the last answer in which the first of those who got one may be followed by the others.
 _EXPECTED_SECONDS = 0.05
+
+_LONGEST_WAIT = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much at once, and how long to wait for more; see ``create_app``.
+
+    Raises:
+        AdapterConfigError: a number makes no sense.
+    """
+
+    max_wait: float
+    batch: int
+    batch_tokens: int | None
+    queue: int
+    max_texts: int
+    max_length: int
+    max_body: int
+
+    def __post_init__(self) -> None:
+        wait = self.max_wait
+        if isinstance(wait, bool) or not isinstance(wait, (int, float)) or not 0 <= wait <= _LONGEST_WAIT:
+            raise AdapterConfigError(
+                f"Cannot serve with max_wait={wait!r}. It is the time that a request waits for others. Pass seconds, "
+                f"from 0 to {_LONGEST_WAIT}; --max-wait takes milliseconds."
+            )
+        for name, value in dataclasses.asdict(self).items():
+            is_left_out = name == "max_wait" or (name == "batch_tokens" and value is None)
+            if not is_left_out and (type(value) is not int or value < 1):
+                raise AdapterConfigError(
+                    f"Cannot serve with {name}={value!r}. It counts sentences, words, characters or bytes. Pass an "
+                    "integer from 1 on."
+                )
 
 
 @dataclass
@@ -68,17 +103,9 @@ class BatchQueue:
         is_draining: whether nothing more is taken.
     """
 
-    def __init__(self, *, max_wait: float, batch: int, batch_tokens: int | None, limit: int, watcher: Metrics) -> None:
-        """Make an empty queue.
-
-        Args:
-            max_wait: seconds that a request waits for others to share its batch.
-            batch: sentences in one forward pass.
-            batch_tokens: words in one forward pass; a sentence that has more goes alone.
-            limit: sentences that may wait.
-            watcher: is told of each batch.
-        """
-        self.max_wait, self.batch, self.batch_tokens, self.limit = max_wait, batch, batch_tokens, limit
+    def __init__(self, limits: Limits, watcher: Metrics) -> None:
+        """Make an empty queue; ``watcher`` is told of each batch."""
+        self.limits = limits
         self._watcher = watcher
         self._works: deque[Work] = deque()
         self._calls: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
@@ -123,7 +150,7 @@ class BatchQueue:
                 self._first_at = time.monotonic()
             self._works.extend(given)
             self.waiting += rows
-            self._wake(is_urgent=len(self._works) >= self._wanted or self.waiting >= self.batch)
+            self._wake(is_urgent=len(self._works) >= self._wanted or self.waiting >= self.limits.batch)
 
     async def delivered(self) -> None:
         """Take note that an answer is out: whoever got it may ask again, and is waited for, from now on."""
@@ -177,17 +204,17 @@ class BatchQueue:
         if self.is_draining:
             raise _closing()
         waiting = self.waiting
-        if rows > self.limit:
+        if rows > self.limits.queue:
             raise RequestError(
-                f"Cannot take {rows} sentences in one request: {self.limit} may wait at most, those of several models "
-                "counted for each. Send fewer at once.",
+                f"Cannot take {rows} sentences in one request: {self.limits.queue} may wait at most, those of several "
+                "models counted for each. Send fewer at once.",
                 status=413,
                 code="too_many_texts",
             )
-        if waiting + rows > self.limit:
+        if waiting + rows > self.limits.queue:
             raise RequestError(
-                f"Cannot take the request now: {waiting} sentences wait already, and there is room for {self.limit}. "
-                "Waiting longer would help nobody. Send it again when Retry-After has passed.",
+                f"Cannot take the request now: {waiting} sentences wait already, and there is room for "
+                f"{self.limits.queue}. Waiting longer would help nobody. Send it again when Retry-After has passed.",
                 status=503,
                 code="queue_full",
                 retry_after=max(1, math.ceil(waiting * self._seconds_each)),
@@ -227,9 +254,9 @@ class BatchQueue:
         while not (self._calls or self.is_draining) and self._works and self._works[0].group == group:
             start = max(self._free_since, self._first_at)
             is_expected = start - self._free_since <= _EXPECTED_SECONDS
-            left = start + self.max_wait - time.monotonic() if is_expected else 0.0
+            left = start + self.limits.max_wait - time.monotonic() if is_expected else 0.0
             here = sum(work.group == group for work in self._works)
-            if left <= 0 or here >= company or self.waiting >= self.batch:
+            if left <= 0 or here >= company or self.waiting >= self.limits.batch:
                 return
             self._wanted = len(self._works) + company - here
             self._changed.wait(left)
@@ -247,7 +274,7 @@ class BatchQueue:
         """Take the next batch off the queue; what is longer goes to its end."""
         self._drop_cancelled()
         parts, kept = list[Part](), list[Work]()
-        room = _Room(self.batch, self.batch_tokens)
+        room = _Room(self.limits.batch, self.limits.batch_tokens)
         for work in self._works:
             fits = not parts or (work.group == parts[0].work.group and not room.is_taken)
             stop = room.take(work) if fits else work.done
@@ -263,7 +290,7 @@ class BatchQueue:
     def _predict(self, parts: Sequence[Part]) -> None:
         start = time.monotonic()
         try:
-            works.predict_together(parts, self.batch)
+            works.predict_together(parts, self.limits.batch)
             for part in parts:
                 works.answer(part)
         except Exception as error:  # a text or a model may fail in any way, which costs the others nothing
@@ -281,7 +308,7 @@ class BatchQueue:
         """Predict, once more, what one work asks."""
         try:
             part.work.points = part.work.new_points()
-            works.predict_together([part], self.batch)
+            works.predict_together([part], self.limits.batch)
             works.answer(part)
         except Exception as error:  # whoever asked is told
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the batch

@@ -92,7 +92,7 @@ def form_of(model: Any) -> ModelForm:
         kind=kind,
         takes=takes,
         label_type=model.label_type,
-        labels=() if dictionary is None else _names(dictionary, is_span=kind == "spans"),
+        labels=() if dictionary is None else _names(dictionary, is_span=kind == "spans" and takes == "text"),
         is_multi_label=bool(getattr(model, "multi_label", False)),
         entity_types=entity_types,
         has_all_scores=kind == "labels",

@@ -27,10 +27,11 @@ from ray.serve.exceptions import BackPressureError
 from flair_peft.errors import AdapterConfigError, RequestError, name_some
 from flair_peft.serving.http.access import Access
 from flair_peft.serving.http.app import app_of, refuse_no_origin, unexpected
+from flair_peft.serving.http.batch_queue import Limits
 from flair_peft.serving.http.model_forms import ModelForm
 from flair_peft.serving.http.requests import LoadRequest, PredictionRequest
 from flair_peft.serving.http.served_models import ServedModel, ServedModels
-from flair_peft.serving.http.service import Answered, Limits, Service
+from flair_peft.serving.http.service import Answered, Service
 
 log = logging.getLogger("flair_peft")
 
@@ -126,19 +127,11 @@ def _sources(models: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(Path(source).resolve() if Path(source).exists() else source) for name, source in models.items()}
 
 
-class _Proof(NamedTuple):
-    """What a replica says of a model that answered."""
-
-    name: str
-    digest: str
-    base_fingerprint: str
-
-
 class _Reply(NamedTuple):
     """What a replica says: an answer with its proofs, or why there is none."""
 
     content: Any = None
-    proofs: Sequence[_Proof] = ()
+    proofs: Sequence[Mapping[str, Any]] = ()
     error: Mapping[str, Any] | None = None
 
 
@@ -171,9 +164,7 @@ class RoutedService(Service):
         asked = self.find_models(request) if models is None else models
         names = [model.name for model in asked]
         reply = await self._ask_replica("answer", names[0], names, request)
-        proven = [
-            dataclasses.replace(model, **proof._asdict()) for model, proof in zip(asked, reply.proofs, strict=True)
-        ]
+        proven = [dataclasses.replace(model, **proof) for model, proof in zip(asked, reply.proofs, strict=True)]
         return Answered(reply.content, proven, request.parameters.adapter)
 
     async def _ask_replica(self, method: str, model: str, *arguments: Any) -> _Reply:
@@ -296,7 +287,8 @@ def _reply(found: Answered | BaseException) -> _Reply:
         return _refusal(found)
     if isinstance(found, BaseException):
         return _refusal(unexpected(found))
-    proofs = [_Proof(model.name, model.digest, model.base_fingerprint) for model in found.models]
+    proven = ("name", "digest", "base_fingerprint")
+    proofs = [{key: getattr(model, key) for key in proven} for model in found.models]
     return _Reply(found.content, proofs)
 
 

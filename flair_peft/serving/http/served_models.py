@@ -206,10 +206,6 @@ class ServedModels:
 
         Not to be called while a model predicts: what loads models changes settings of the whole process.
 
-        Args:
-            name: for it.
-            place: what :meth:`find` returned.
-
         Raises:
             AdapterConfigError: it cannot be served.
             FlairPeftError: it cannot be loaded.
@@ -261,12 +257,10 @@ class ServedModels:
         if not name or record.get("quantization") or not adapter.has_config:
             return None
         dtype = self.dtype if self.dtype is not None else record.get("dtype")
-        revision = None if override else record.get("revision")
+        revision = record.get("revision") if name == record.get("name") else None
         key = (name, revision, str(dtype))
         if key not in self._bases:
-            options = {"revision": revision} if revision else {}
-            if self.options.get("trust_remote_code"):
-                options["trust_remote_code"] = True
+            options = {**load.choose(**self.options).arguments(), **({"revision": revision} if revision else {})}
             self._bases[key] = SharedBase(name, dtype=dtype, adapter_memory=self.adapter_memory, **options)
         return self._bases[key]
 

@@ -23,10 +23,6 @@ _LAST_SECONDS = 30
 def reserve(host: str, port: int) -> socket.socket:
     """Return a socket with this address, at which nobody is answered yet: it is taken while the models are loaded.
 
-    Args:
-        host: name or address.
-        port: 0 takes a free one.
-
     Raises:
         AdapterConfigError: it cannot be had.
     """
@@ -59,13 +55,7 @@ class DrainingServer(uvicorn.Server):
     """Serves an app until a signal comes; a second one ends it at once."""
 
     def __init__(self, app: FastAPI, at: socket.socket, *, started: Callable[[str], None]) -> None:
-        """Make the server.
-
-        Args:
-            app: as ``create_app`` makes it.
-            at: as :func:`reserve` returns it.
-            started: is told the address once it listens.
-        """
+        """Make the server."""
         # h11 bounds headers, and httptools does not.
         options: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "warning", "access_log": False}
         super().__init__(uvicorn.Config(app, server_header=False, timeout_graceful_shutdown=_LAST_SECONDS, **options))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flair_peft import compat
-from flair_peft.errors import AdapterConfigError, FlairPeftError, RequestError
-from flair_peft.serving.http.batch_queue import BatchQueue
+from flair_peft.errors import FlairPeftError, RequestError
+from flair_peft.serving.http.batch_queue import BatchQueue, Limits
 from flair_peft.serving.http.metrics import Metrics
 from flair_peft.serving.http.requests import LoadRequest, PredictionRequest
 from flair_peft.serving.http.served_models import ServedModel, ServedModels
@@ -21,40 +21,6 @@ log = logging.getLogger("flair_peft")
 
 # Characters that are split into words in the thread of the event loop: it takes less than going to another.
 _SPLIT_AT_ONCE = 4000
-
-_LONGEST_WAIT = 60
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much at once, and how long to wait for more; see ``create_app``.
-
-    Raises:
-        AdapterConfigError: a number makes no sense.
-    """
-
-    max_wait: float
-    batch: int
-    batch_tokens: int | None
-    queue: int
-    max_texts: int
-    max_length: int
-    max_body: int
-
-    def __post_init__(self) -> None:
-        wait = self.max_wait
-        if isinstance(wait, bool) or not isinstance(wait, (int, float)) or not 0 <= wait <= _LONGEST_WAIT:
-            raise AdapterConfigError(
-                f"Cannot serve with max_wait={wait!r}. It is the time that a request waits for others. Pass seconds, "
-                f"from 0 to {_LONGEST_WAIT}."
-            )
-        for name, value in dataclasses.asdict(self).items():
-            is_left_out = name == "max_wait" or (name == "batch_tokens" and value is None)
-            if not is_left_out and (type(value) is not int or value < 1):
-                raise AdapterConfigError(
-                    f"Cannot serve with {name}={value!r}. It counts sentences, words, characters or bytes. Pass an "
-                    "integer from 1 on."
-                )
 
 
 @dataclass(frozen=True)
@@ -75,15 +41,13 @@ class Answered:
     def headers(self) -> dict[str, str]:
         """What proves who answered."""
         found = {
-            "X-Model": ",".join(_in_header(model.name) for model in self.models),
+            "X-Model": ",".join(model.name for model in self.models)
+            .encode("ascii", "backslashreplace")
+            .decode("ascii"),
             "X-Adapter-Digest": ",".join(model.digest for model in self.models),
             "X-Base-Fingerprint": ",".join(model.base_fingerprint for model in self.models),
         }
         return found if self.has_adapter else {**found, "X-Adapter": "off"}
-
-
-def _in_header(name: str) -> str:
-    return name.encode("ascii", "backslashreplace").decode("ascii")
 
 
 class Service:
@@ -99,13 +63,7 @@ class Service:
     def __init__(self, models: ServedModels, limits: Limits) -> None:
         self.models, self.limits = models, limits
         self.metrics = Metrics(lambda: self.queue.waiting)
-        self.queue = BatchQueue(
-            max_wait=limits.max_wait,
-            batch=limits.batch,
-            batch_tokens=limits.batch_tokens,
-            limit=limits.queue,
-            watcher=self.metrics,
-        )
+        self.queue = BatchQueue(limits, self.metrics)
         self._loading = asyncio.Lock()
 
     @property
@@ -149,10 +107,6 @@ class Service:
 
     async def predict(self, request: PredictionRequest, models: Sequence[ServedModel] | None = None) -> Answered:
         """Return what the models say; cancelling this takes the request from the queue.
-
-        Args:
-            request: for them.
-            models: that it asks, if they were found before.
 
         Raises:
             RequestError: it cannot be answered.

@@ -17,11 +17,13 @@ from typing import Any
 import fastapi
 import httpx
 import pytest
-from flair.models import LanguageModel
+from flair.models import LanguageModel, SequenceTagger, SpanClassifier
 from flair.nn import Model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import flair_peft
+from flair_peft import PeftTransformerWordEmbeddings, SharedBase
+from flair_peft.base import base_cache
 from flair_peft.errors import (
     AdapterConfigError,
     BaseMismatchError,
@@ -30,9 +32,13 @@ from flair_peft.errors import (
     ModelFileError,
 )
 from flair_peft.serving import create_app
+from flair_peft.serving.http.model_forms import form_of
+from tests.support.classic import dictionary
+from tests.support.configs import lora
 from tests.support.direct_answers import assert_same, direct
 from tests.support.gated_model import GatedModel, wait_until
 from tests.support.http_server import client_of
+from tests.support.hub_stand_in import HubStandIn, online
 from tests.support.models import classifier, save_random
 
 ADMIN = {"Authorization": "Bearer the admin's"}
@@ -221,11 +227,43 @@ def test_models_on_one_base_share_it(directories: Directories, live: Model) -> N
     assert len(shared) == 1
 
 
+def test_models_share_a_base_in_another_cache_at_the_commit_of_the_training(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """As each of them finds it by itself: offline, and by its name after the repository moved on."""
+    repo, other = "you/base", str(tmp_path / "other")
+    with HubStandIn() as server, online(server, None, tmp_path / "first"):
+        files = {path.name: path.read_bytes() for path in Path(base("bert")).iterdir()}
+        server.add_repo(repo, files)
+        sources = {name: save_random("text-classifier", repo, tmp_path / name, seed=1)[0] for name in ("a", "b")}
+        base_cache._cache.clear()
+        SharedBase(repo, cache_dir=other)
+        shutil.rmtree(tmp_path / "first")
+        weights = {name: tensor + 1 for name, tensor in load_file(Path(base("bert"), "model.safetensors")).items()}
+        server.add_repo(repo, {**files, "model.safetensors": save(weights, {"format": "pt"})})
+        server.requests.clear()
+        for options in ({"local_files_only": True}, {"base_model": repo}):
+            base_cache._cache.clear()
+            app = create_app(sources, cache_dir=other, **options)
+            first, second = app.state.service.models.all
+            assert first.shared is second.shared is not None
+            assert "local_files_only" not in options or not server.requests
+
+
+def test_labels_of_spans_are_given_as_they_are_called(base: Callable[[str], str]) -> None:
+    """A classifier of spans has no marks of positions in them."""
+    words = PeftTransformerWordEmbeddings(base("bert"), peft_config=lora())
+    model = SpanClassifier(words, dictionary("B-cell", "T-cell", "I-95"), span_label_type="ner")
+    assert form_of(model).labels == ("B-cell", "T-cell", "I-95")
+    tagger = SequenceTagger(words, dictionary("cell", "virus"), "ner", tag_format="BIOES", use_rnn=False)
+    assert form_of(tagger).labels == ("cell", "virus")
+
+
 def test_models_that_cannot_be_served_are_refused_with_the_reason(live: Model, tmp_path: Path) -> None:
     """When the app is made, and not when somebody asks them."""
-    dictionary = flair_dictionary()
+    letters = flair_dictionary()
     with pytest.raises(AdapterConfigError, match="Cannot serve a LanguageModel"):
-        create_app({"m": LanguageModel(dictionary, is_forward_lm=True, hidden_size=4, nlayers=1)})
+        create_app({"m": LanguageModel(letters, is_forward_lm=True, hidden_size=4, nlayers=1)})
     broken = GatedModel(live)
     broken.raises = lambda _: RuntimeError("out of order")
     with pytest.raises(AdapterConfigError, match="it does not predict for a plain text"):
