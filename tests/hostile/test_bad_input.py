@@ -31,7 +31,6 @@ from peft import (
     OFTConfig,
     PeftConfig,
     PrefixTuningConfig,
-    RandLoraConfig,
     VBLoRAConfig,
 )
 
@@ -152,7 +151,6 @@ UNFIT: dict[str, Callable[[], PeftConfig]] = {
     "norm tuning": lambda: LNTuningConfig(target_modules=["nothing"]),
     "rank of zero": lambda: lora(r=0),
     "negative rank": lambda: lora(r=-1),
-    "rank of zero in products": lambda: RandLoraConfig(r=0, target_modules=["query"]),
     "vectors of no length": lambda: VBLoRAConfig(vector_length=0, target_modules=["query"]),
     "rank in words": lambda: lora(r="four"),
     "alpha in words": lambda: lora(lora_alpha="twelve"),
