@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from flair_peft.base import transformer, unusable
 from flair_peft.errors import AdapterConfigError
-from flair_peft.primitives import mapped_memory
+from flair_peft.primitives import devices, mapped_memory
 
 _ROWS_AT_ONCE = 4096
 
@@ -78,7 +78,8 @@ def append_rows_(model: PreTrainedModel, rows: torch.Tensor) -> None:
     if any(type(module) is not torch.nn.Embedding for module in holders):
         start = len(old)  # resizing makes this very parameter longer
         try:
-            model.resize_token_embeddings(start + len(rows), mean_resizing=False)
+            with devices.same_random_numbers():  # it draws the rows, which are not these
+                model.resize_token_embeddings(start + len(rows), mean_resizing=False)
         except (TypeError, NotImplementedError) as error:
             raise AdapterConfigError(
                 f"Cannot add a row to the input embeddings of {type(model).__name__}: {unusable.first_line(error)}. "

@@ -102,7 +102,8 @@ def find_new(
     record = BaseRecord(
         name=_located(name),
         revision=getattr(config, "_commit_hash", None),
-        needs_remote_code=bool(model_kwargs.get("trust_remote_code")),
+        # What a user allows, a base need not have.
+        needs_remote_code=bool(model_kwargs.get("trust_remote_code") and getattr(config, "auto_map", None)),
         arguments=kept_arguments(model_kwargs),
     )
     kwargs = {key: value for key, value in model_kwargs.items() if key != "revision" or record.revision is None}
@@ -188,7 +189,10 @@ def _check_rows(stored: StoredBase, config: PretrainedConfig, name: str) -> None
 def _naming_code(config: PretrainedConfig, source: str, revision: str | None) -> PretrainedConfig:
     """Return a copy of the config that names the code of the base found, and none that a file names."""
     named = copy.deepcopy(config)
-    named.auto_map = getattr(_find_config(source, revision), "auto_map", None)
+    vars(named).pop("auto_map", None)
+    # Version 0.2.0 took the permission to run code, which a base need not have, for the need of it.
+    if code := getattr(_find_config(source, revision), "auto_map", None):
+        named.auto_map = code
     named._name_or_path = source
     return named
 
@@ -204,8 +208,9 @@ def build_stored(stored: StoredBase, config: PretrainedConfig, *, dtype: DtypeLi
         return transformer.build_model(config, dtype=dtype, model_kwargs={})
     refuse_untrusted_code(record)
     source, revision = load_options().source_of(record)
-    kwargs = {"trust_remote_code": True, "code_revision": revision}
-    return transformer.build_model(_naming_code(config, source, revision), dtype=dtype, model_kwargs=kwargs)
+    named = _naming_code(config, source, revision)
+    kwargs = {"trust_remote_code": True, "code_revision": revision} if hasattr(named, "auto_map") else {}
+    return transformer.build_model(named, dtype=dtype, model_kwargs=kwargs)
 
 
 def _find_config(source: str, revision: str | None) -> PretrainedConfig:

@@ -12,9 +12,10 @@ import torch
 from flair.data import DataPoint, Sentence
 from flair.embeddings import TransformerDocumentEmbeddings, TransformerEmbeddings, TransformerWordEmbeddings
 from flair.models import MultitaskModel
+from flair.models.tars_model import FewshotClassifier
 from flair.nn import Model
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flair_peft.adapter import methods, model_call
 from flair_peft.base import config_versions, quantisation, stored_config, tokenizers
@@ -82,7 +83,9 @@ def merge(model: Model, *, dtype: dtypes.DtypeLike = torch.float32) -> Model:
     with devices.same_random_numbers():
         plain = copied(model)
         wanted = dtypes.parse_dtype(dtype)
-        build.replace_each_(plain, PeftTransformerEmbeddings, lambda child: _merged_embeddings(child, wanted))
+        marks = [module.separator for module in plain.modules() if isinstance(module, FewshotClassifier)]
+        texts = [*_TEXTS, *(f"Yes {mark} {_TEXTS[0]}" for mark in marks)]
+        build.replace_each_(plain, PeftTransformerEmbeddings, lambda child: _merged_embeddings(child, wanted, texts))
     plain.to(flair.device).eval()
     if unkept := {name for settings in unkept_settings.read(plain).values() for name in settings}:
         log.warning(
@@ -142,12 +145,15 @@ def copied(model: Model) -> Model:
     return copied
 
 
-def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype) -> TransformerEmbeddings:
-    """Return Flair's own embeddings around the transformer with the adapter in its weights."""
+def _merged_embeddings(
+    embeddings: PeftTransformerEmbeddings, dtype: torch.dtype, texts: Sequence[str]
+) -> TransformerEmbeddings:
+    """Return Flair's own embeddings around the transformer with the adapter in its weights, which read texts alike."""
     _refuse_unreadable(embeddings)
     embeddings.float().eval()
     try:
-        expected = vectors(embeddings)
+        texts = [*texts, *_with_padding(embeddings.tokenizer)]
+        expected = vectors(embeddings, texts)
     except Exception as error:  # such as of embeddings that read boxes or images beside the words
         log.info("Not compared how Flair reads texts with '%s': %s", embeddings.name, error)
         expected = None
@@ -167,7 +173,7 @@ def _merged_embeddings(embeddings: PeftTransformerEmbeddings, dtype: torch.dtype
     try:
         plain = _stock(embeddings, transformer, torch.float32)
         if expected is not None:
-            _compare_reading(embeddings, plain, rounding.distance(vectors(plain), expected))
+            _compare_reading(embeddings, plain, rounding.distance(vectors(plain, texts), expected))
         return plain if dtype == torch.float32 else _stock(embeddings, transformer, dtype)
     except FlairPeftError:
         raise
@@ -196,13 +202,20 @@ def _stock(
 
 def vectors(embeddings: Any, texts: Sequence[str] = _TEXTS) -> torch.Tensor:
     """Return the vectors of some texts, in one row."""
-    sentences = [Sentence(text) for text in texts]
+    sentences = [Sentence(text, use_tokenizer=False) for text in texts]  # which would take special tokens apart
     Sentence.set_context_for_sentences(sentences)
     with base_transformer.keeping_attention(embeddings), torch.no_grad(), full_precision(flair.device.type):
         embeddings.embed(sentences)
     points: list[DataPoint] = [*sentences] if embeddings.document_embedding else []
     points += [token for sentence in sentences for token in sentence] if embeddings.token_embedding else []
     return torch.cat([point.get_embedding().float().cpu() for point in points])
+
+
+def _with_padding(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a text with the token that pads, if a word of plain texts is that."""
+    mark = str(tokenizer.pad_token)
+    ids = tokenizer(mark, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [f"Yes {mark} {_TEXTS[0]}"] if tokenizer.pad_token_id in ids else []
 
 
 def _compare_reading(embeddings: PeftTransformerEmbeddings, plain: TransformerEmbeddings, distance: float) -> None:

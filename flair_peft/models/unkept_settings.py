@@ -159,10 +159,11 @@ def set_again_(model: Model, state: Mapping[str, Any], *, source: str) -> None:
             "keep, and fit no module of this model. Copy or save the file again."
         )
     for path, name, value in given:
-        _set_(known[path, name][0], name, value)
+        module = known[path, name][0]
+        _set_(module, name, value)
         if name in _FOLLOWING:
             following, made = _FOLLOWING[name]
-            _set_(known[path, name][0], following, made(value))
+            _set_(module, following, made(value).train(module.training))
 
 
 def _set_(module: Any, name: str, value: Any) -> None:

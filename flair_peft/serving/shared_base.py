@@ -12,7 +12,7 @@ from typing import Any, cast
 from accelerate.utils import convert_file_size_to_int
 from flair.data import DataPoint, Sentence
 from flair.embeddings.base import Embeddings
-from flair.models import SequenceTagger, TextClassifier, TextRegressor, TokenClassifier
+from flair.models import PrefixedSequenceTagger, SequenceTagger, TextClassifier, TextRegressor, TokenClassifier
 from flair.nn import Model
 from peft import PeftConfig
 from torch.utils.data import Dataset
@@ -257,7 +257,9 @@ class _Job:
         if self.data_points and isinstance(self.data_points[0], Sentence):
             Sentence.set_context_for_sentences(self.data_points)
         size = -(-len(self.data_points) // rounds)
-        window = max(1, size * _BATCHES_AT_ONCE)
+        # It reads copies, which have the context that is in the same call.
+        is_whole = any(isinstance(module, PrefixedSequenceTagger) for module in self.model.modules())
+        window = max(1, len(self.data_points) if is_whole else size * _BATCHES_AT_ONCE)
         for start in range(0, len(self.data_points), window):
             part = self.data_points[start : start + window]
             self.model.predict(part, mini_batch_size=size, **self._options)

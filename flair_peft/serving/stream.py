@@ -18,7 +18,14 @@ from typing import Any, Literal, get_args
 import flair.nn
 import torch
 from flair.data import DataPoint, Sentence
-from flair.models import EntityMentionLinker, Lemmatizer, MultitaskModel, RegexpTagger, RelationClassifier
+from flair.models import (
+    EntityMentionLinker,
+    Lemmatizer,
+    MultitaskModel,
+    PrefixedSequenceTagger,
+    RegexpTagger,
+    RelationClassifier,
+)
 from flair.tokenization import Tokenizer
 from tqdm import tqdm
 
@@ -87,13 +94,19 @@ def predict_stream(
     if _takes(model, "mini_batch_size"):
         options["mini_batch_size"] = mini_batch_size
     parts = [*model.modules()] if isinstance(model, torch.nn.Module) else [model]
-    size = window * mini_batch_size
+    size, reach = window * mini_batch_size, max((getattr(part, "context_length", 0) for part in parts), default=0)
+    if reach and any(isinstance(part, PrefixedSequenceTagger) for part in parts):
+        raise PredictionSetupError(
+            f"Cannot predict a stream with this {type(model).__name__}: a PrefixedSequenceTagger reads copies of its "
+            "sentences, and with use_context it takes the copies of the same call for their context. Pass each "
+            "document as a list to model.predict."
+        )
     stream = _Stream(
         model=model,
         options=options,
         window=size,
         call=size if any(isinstance(part, _TAKE_WINDOWS) for part in parts) else mini_batch_size,
-        reach=max((getattr(part, "context_length", 0) for part in parts), default=0),
+        reach=reach,
     )
     total = len(texts_or_sentences) if isinstance(texts_or_sentences, Sized) else None
     bar = {"desc": "Prediction", "unit": " items", "total": total, "disable": not verbose}

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flair.data import Sentence
 from flair.nn import Model
 from flair.samplers import FlairSampler
 from flair.trainers import ModelTrainer
@@ -230,6 +231,19 @@ class ResumePlugin(ProgressPlugin):
             self.model.model_card["training_parameters"]["sampler"] = sampler and class_name(sampler)
         now = trainer_state.plain({name: settings.get(name) for name in PLANNED}, "the settings")
         trainer_state.warn_of_changes(now, self._past["settings"], source=self.source, wins=_FOLLOWS_NEW)
+        self._report_other_context()
+
+    def _report_other_context(self) -> None:
+        """Say if Flair will take sentences of one mini-batch for each other's context: these are others now."""
+        first = next(iter(self.trainer.corpus.train or ()), None)
+        reads_context = any(getattr(module, "context_length", 0) for module in self.model.modules())
+        if reads_context and isinstance(first, Sentence) and not first.is_context_set():
+            log.warning(
+                "The training of '%s' goes on, but not as without a stop: where a corpus does not say which "
+                "sentences follow each other, Flair takes those of the first mini-batches for context of each other. "
+                "Call Sentence.set_context_for_sentences with the sentences of each document before both trainings.",
+                self.source,
+            )
 
     def _rates(self, settings: Mapping[str, Any]) -> dict[str, float | None]:
         """Return the rates of the training before, as far as its file names them: the optimiser goes on with these.

@@ -749,7 +749,9 @@ def state_and_draw(make_model: Callable[[], Any]) -> tuple[dict[str, torch.Tenso
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, drawn
 
 
-@pytest.mark.parametrize(("architecture", "attention"), [("bert", "eager"), ("bert-mlm", None), ("llama", None)])
+@pytest.mark.parametrize(
+    ("architecture", "attention"), [("bert", "eager"), ("bert-mlm", None), ("llama", None), ("bart", None)]
+)
 def test_same_seed_gives_the_same_weights_whether_or_not_a_base_is_alive(
     architecture: str, attention: str | None, base: Callable[[str], str], tmp_path: Path
 ) -> None:

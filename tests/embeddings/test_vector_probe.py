@@ -749,6 +749,23 @@ def test_base_with_code_that_is_gone_is_named(form: str, save_base: bool, with_c
     assert predict(load(place, trust_remote_code=True, base_model=str(moved))) == before
 
 
+@pytest.mark.parametrize("save_base", [False, True])
+@forms
+def test_base_without_code_loads_whatever_was_allowed(
+    form: str, save_base: bool, base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Code that is allowed, but not there, is not asked for; files of 0.2.0 that ask for it load if it is allowed."""
+    model = classifier(base("bert"), trust_remote_code=True, save_base=save_base)
+    place, before = save(model, tmp_path / form), predict(model)
+    assert predict(load(place)) == predict(load(place, trust_remote_code=True)) == before
+    assert type(flair_peft.merge(model).embeddings) is TransformerDocumentEmbeddings
+    model.embeddings.base_source.record = dataclasses.replace(model.embeddings.base_record, needs_remote_code=True)
+    place = save(model, tmp_path / f"old-{form}")
+    with pytest.raises(ModelFileError, match="comes with code of its own"):
+        load(place)
+    assert predict(load(place, trust_remote_code=True)) == before
+
+
 def test_record_that_hides_its_need_of_code_runs_none(with_code: Path, tmp_path: Path) -> None:
     """A file that says its base needs no code, or a base that gets code later, does not make it run."""
     model = classifier(with_code, trust_remote_code=True)

@@ -36,7 +36,7 @@ from tests.support.methods import Method
 from tests.support.models import CLASSIFIER, classifier, make
 from tests.support.predictions import TEXTS
 from tests.support.quantised import quantised_classifier
-from tests.support.round_trip import ROUNDING, largest_difference
+from tests.support.round_trip import ROUNDING, Factories, largest_difference
 from tests.support.selection import OF_THEIR_OWN_KIND, ONE_OF_A_KIND, few
 from tests.support.zoo import ZOO
 
@@ -321,6 +321,19 @@ def test_tokenizer_that_ends_texts_in_its_padding_token_is_refused(pooling: str,
         model = TextClassifier(embeddings, label_dictionary=two_labels(), label_type="class")
         with pytest.raises(AdapterConfigError, match="take tokens for padding") if is_refused else nullcontext():
             flair_peft.merge(model)
+
+
+@pytest.mark.parametrize("name", ["tars-classifier", "text-classifier", "tars-tagger"])
+def test_padding_token_within_texts_is_refused_where_flair_takes_it_for_padding(name: str, base: Base) -> None:
+    """TARS puts GPT-2's into each text; a mark that is a word as well is in some."""
+    config = lora(target_modules=["c_attn"], fan_in_fan_out=True)
+    padding = "!" if name == "text-classifier" else None
+    options = {"transformers_tokenizer_kwargs": {"pad_token": padding}} if padding else {}
+    factories = Factories(base("gpt2"), config, **options)
+    model = ZOO[name].build(factories.words, factories.documents)
+    reads_documents = name != "tars-tagger"
+    with pytest.raises(AdapterConfigError, match="take tokens for padding") if reads_documents else nullcontext():
+        flair_peft.merge(model)
 
 
 @pytest.mark.parametrize("use_fast", [True, False])

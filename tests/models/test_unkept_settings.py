@@ -165,6 +165,7 @@ def test_settings_that_flair_does_not_keep_come_back(kind: str, has_adapter: boo
     assert settings
     for form in ("directory", "file") if has_adapter else ("directory",):
         loaded = type(model).load(save_as(form, model, tmp_path))
+        assert not [name for name, module in loaded.named_modules() if module.training]
         assert answers(loaded) == expected
         assert unkept_settings.read(loaded) == settings
         again = type(model).load(save_as(form, loaded, tmp_path / "again"))

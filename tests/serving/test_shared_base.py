@@ -566,19 +566,20 @@ def test_predict_together_in_windows_of_any_number_of_sentences(base: Callable[[
     shared.predict({models[0]: []})
 
 
+@pytest.mark.parametrize("name", ["sequence-tagger", "prefixed-sequence-tagger"])
 def test_predict_together_with_document_context_reads_the_neighbours(
-    base: Callable[[str], str], tmp_path: Path
+    name: str, base: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """Context crosses mini-batches as it does in Flair."""
+    """Context crosses mini-batches, and calls of predict, as it does in Flair."""
     shared = SharedBase(base("bert"))
     models = [
-        shared.load(save_random("sequence-tagger", base("bert"), tmp_path / str(i), seed=i, use_context=8)[0])
-        for i in range(2)
+        shared.load(save_random(name, base("bert"), tmp_path / str(i), seed=i, use_context=8)[0]) for i in range(2)
     ]
-    together, separate = ([[Sentence(TEXTS[i % 3]) for i in range(20)] for _ in models] for _ in range(2))
+    together, separate = ([[Sentence(TEXTS[i % 3]) for i in range(60)] for _ in models] for _ in range(2))
     shared.predict(dict(zip(models, together, strict=True)), mini_batch_size=3)
     for model, sentences in zip(models, separate, strict=True):
         model.predict(sentences)
+    assert any(sentence.labels for sentences in separate for sentence in sentences)
     assert all(
         largest_difference(labels_of(b), labels_of(a)) < TOLERANCE for a, b in zip(together, separate, strict=True)
     )

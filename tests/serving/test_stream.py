@@ -7,6 +7,7 @@ import itertools
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -264,6 +265,15 @@ def test_stream_context_reaches_across_windows(base: BASE, name: str, window: in
     model.predict(expected, mini_batch_size=4, label_name="predicted")
     found = list(predict_stream(model, given, mini_batch_size=4, window=window, label_name="predicted"))
     assert largest_difference(all_labels(expected), all_labels(found)) < ROUNDING
+
+
+def test_stream_of_a_model_that_reads_copies_with_context_is_refused(base: BASE) -> None:
+    """Sentences of one call are each other's context, which a stream cannot keep; without context it predicts."""
+    for use_context in (8, False):
+        factories = Factories(base("bert"), lora(), use_context=use_context)
+        model = ZOO["prefixed-sequence-tagger"].build(factories.words, None)
+        with pytest.raises(PredictionSetupError, match="as a list to model") if use_context else nullcontext():
+            assert len([*predict_stream(model, ["Berlin is large ."] * 3)]) == 3
 
 
 def test_stream_context_makes_a_difference_here(reader_of_context: Model) -> None:

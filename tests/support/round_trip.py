@@ -53,8 +53,10 @@ def train_and_save(entry_name: str, factories: Factories, directory: Path) -> tu
 
 
 def load(directory: Path) -> Model:
-    """Return what Flair loads when asked for any model."""
-    return Model.load(directory / "final-model.pt")
+    """Return what Flair loads when asked for any model; no part is in training mode, which Flair's predict keeps."""
+    loaded = Model.load(directory / "final-model.pt")
+    assert not [name for name, module in loaded.named_modules() if module.training]
+    return loaded
 
 
 def largest_difference(before: Any, after: Any) -> float:

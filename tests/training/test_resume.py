@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flair.data import Corpus
+from flair.data import Corpus, Sentence
 from flair.nn import Model
 from flair.samplers import FlairSampler
 from flair.trainers import ModelTrainer
@@ -139,22 +139,25 @@ class Journey:
         dtype: torch.dtype = torch.float32,
         plugins: Callable[[], list[TrainerPlugin]] = list,
         has_easy_dev: bool = False,
+        use_context: int | bool = False,
         **options: Any,
     ) -> None:
         self.base, self.root, self.config, self.entry = base, root, config, ZOO[entry]
         self.schedule, self.dtype, self.plugins = schedule, dtype, plugins
-        self.has_easy_dev = has_easy_dev
+        self.has_easy_dev, self.use_context, self.is_linked = has_easy_dev, use_context, False
         self.options = {"max_epochs": EPOCHS, "mini_batch_size": BATCH, **SCHEDULES[schedule], **options}
 
     def build(self) -> Model:
         torch.manual_seed(1)
-        factories = Factories(self.base, self.config(), dtype=self.dtype)
+        factories = Factories(self.base, self.config(), dtype=self.dtype, use_context=self.use_context)
         return self.entry.build(factories.words, factories.documents)
 
     def corpus(self) -> Corpus:
         """Return the corpus; training sentences as dev split give a score above 0, and so a best model."""
         corpus = self.entry.corpus()
         dev = self.entry.corpus().train if self.has_easy_dev else corpus.dev
+        for split in (corpus.train, dev, corpus.test) if self.is_linked else ():
+            Sentence.set_context_for_sentences([*split])
         return Corpus(train=corpus.train, dev=dev, test=corpus.test, sample_missing_splits=False)
 
     def train(self, model: Model, name: str, *plugins: TrainerPlugin) -> Journal:
@@ -408,6 +411,22 @@ def test_resumed_training_with_two_learning_rates_keeps_both(journey: Journeys) 
     travel.plugins = list
     with pytest.raises(TrainingSetupError, match="groups of parameters"):
         travel.resumed("parts")
+
+
+def test_resumed_training_with_context_says_where_the_corpus_does_not_tell_it(
+    journey: Journeys, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sentences that nobody linked get those of their first mini-batch; a training with linked ones goes on exactly."""
+    travel = journey(entry="sequence-tagger", use_context=8)
+    with caplog.at_level(logging.WARNING, logger="flair_peft"):
+        travel.seeded("alone", Stop("after_evaluation", 1))
+        assert "set_context_for_sentences" not in caplog.text
+        travel.resumed("alone")
+        assert "set_context_for_sentences" in caplog.text
+        caplog.clear()
+        travel.is_linked = True
+        travel.compare(Stop("after_evaluation", 1))
+    assert "set_context_for_sentences" not in caplog.text
 
 
 @pytest.mark.parametrize("is_given", [True, pytest.param(False, marks=pytest.mark.matrix)])
