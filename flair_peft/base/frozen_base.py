@@ -198,7 +198,7 @@ class FrozenBase:
         if named:
             raise BaseMismatchError(
                 f"Cannot put the model on the shared base '{self.record.name}': its config has another "
-                f"{name_some(named)}. It would compute something else than in its training. Load it on its own, or "
+                f"{name_some(named)}. It may compute something else than in its training. Load it on its own, or "
                 "make a SharedBase with these settings."
             )
         attention = config._attn_implementation

@@ -93,8 +93,9 @@ def report_loss(plan: SavePlan, description: Description) -> None:
     except (ModelFileError, StateMismatchError) as error:
         log.warning(
             "What files will hold of this %s does not load as the same model: %s. Something in it was changed since it "
-            "was made, such as layers of its head, its labels or its transformer, and Flair makes them as they were. "
-            "Make the model with what it is to have, or be sure that you can load it otherwise.",
+            "was made, such as layers of its head, its labels or its transformer, and Flair makes them as they were; "
+            "or it is one that Flair saves and cannot load. Make the model with what it is to have, or be sure that "
+            "you can load it otherwise.",
             type(model).__name__,
             str(error).removeprefix(f"Cannot load '{_TRIAL}': ").partition(". ")[0].rstrip("."),
         )

@@ -115,7 +115,7 @@ def _read_allowed(path: AnyFile, contents: scan.PickleContents | None) -> Any:
     refused = {name for name in names if not _is_allowed(name)}
     if refused:
         raise UnsafeFileError(
-            f"Cannot load '{path}': it names {name_some(refused)}, which Flair's own models do not need. Loading a "
+            f"Cannot load '{path}': it names {name_some(refused)}, which hardly any model of Flair needs. Loading a "
             "pickle runs what it names, so such a file can do anything; nothing of it was run. If you know "
             f"who wrote it and trust them: flair_peft.load_legacy('{path}', trust_pickle=True)."
         )
