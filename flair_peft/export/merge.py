@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -212,10 +213,9 @@ def vectors(embeddings: Any, texts: Sequence[str] = _TEXTS) -> torch.Tensor:
 
 
 def _with_padding(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return a text with the token that pads, if a word of plain texts is that."""
+    """Return a text with the token that pads, unless that is in brackets, as nobody writes it."""
     mark = str(tokenizer.pad_token)
-    ids = tokenizer(mark, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [f"Yes {mark} {_TEXTS[0]}"] if tokenizer.pad_token_id in ids else []
+    return [] if re.fullmatch(r"[<\[].*[>\]]", mark) else [f"Yes {mark} {_TEXTS[0]}"]
 
 
 def _compare_reading(embeddings: PeftTransformerEmbeddings, plain: TransformerEmbeddings, distance: float) -> None:

@@ -96,11 +96,7 @@ def predict_stream(
     parts = [*model.modules()] if isinstance(model, torch.nn.Module) else [model]
     size, reach = window * mini_batch_size, max((getattr(part, "context_length", 0) for part in parts), default=0)
     if reach and any(isinstance(part, PrefixedSequenceTagger) for part in parts):
-        raise PredictionSetupError(
-            f"Cannot predict a stream with this {type(model).__name__}: a PrefixedSequenceTagger reads copies of its "
-            "sentences, and with use_context it takes the copies of the same call for their context. Pass each "
-            "document as a list to model.predict."
-        )
+        raise _reads_copies(model)
     stream = _Stream(
         model=model,
         options=options,
@@ -236,6 +232,14 @@ def _check_model(model: Any) -> None:
     raise PredictionSetupError(
         f"Cannot predict a stream with a {type(model).__name__}. It is not one of Flair's models that label sentences "
         "or other data points. Pass a model such as SequenceTagger.load(…) returns."
+    )
+
+
+def _reads_copies(model: Any) -> PredictionSetupError:
+    return PredictionSetupError(
+        f"Cannot predict a stream with this {type(model).__name__}: a PrefixedSequenceTagger reads copies of its "
+        "sentences, and with use_context it takes the copies of the same call for their context. Pass each document as "
+        "a list to model.predict."
     )
 
 
