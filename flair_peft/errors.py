@@ -10,7 +10,7 @@
     ├── ModelFileError            a file that is truncated, not a Flair model, or not readable
     │   ├── MissingFileError          there is no such file or directory
     │   ├── FormatVersionError        written by a newer flair_peft
-    │   └── UnsafeFileError           a pickle that names what no Flair model needs; nothing of it was run
+    │   └── UnsafeFileError           a pickle that names what hardly any model needs; nothing of it was run
     ├── UnsupportedStateError     a model holds an object that files cannot hold without pickling code
     ├── SaveError                 a checkpoint could not be written; the earlier one is as it was
     ├── StateMismatchError        tensors of a file and of the model do not fit each other
@@ -80,7 +80,7 @@ class FormatVersionError(ModelFileError):
 
 
 class UnsafeFileError(ModelFileError):
-    """A pickle names something that no Flair model needs; it was not loaded."""
+    """A pickle names something that hardly any Flair model needs; it was not loaded."""
 
 
 class UnsupportedStateError(FlairPeftError, TypeError):

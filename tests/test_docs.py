@@ -275,7 +275,7 @@ def _newer() -> None:
     TextClassifier.load("my-classifier")
 
 
-@provokes("The pickle names what no model needs")
+@provokes("The pickle names what hardly any model needs")
 def _pickle() -> None:
     save_stock("old.pt")
     state = torch.load("old.pt", weights_only=False)

@@ -31,7 +31,7 @@ def add_convert(commands: Any, name: str) -> None:
     parser.add_argument("--lora-alpha", type=float, metavar="A", help="as in training: the file does not hold it")
     parser.add_argument("--use-rslora", action="store_true", default=None, help="if it was trained with rsLoRA")
     parser.add_argument("--lora-dropout", type=float, metavar="P", help="for training on")
-    text = "unpickle the file even if it names what no Flair model needs: it can run any code"
+    text = "unpickle the file even if it names what hardly any Flair model needs: it can run any code"
     parser.add_argument("--trust-pickle", action="store_true", help=text)
     add_base_model(parser)
 

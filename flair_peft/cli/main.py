@@ -33,7 +33,7 @@ _LIBRARIES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code of a command: 0, 1 where ``diff`` or ``verify`` found a difference, else 2."""
+    """Return the exit code of a command: 0, 1 where ``diff`` or ``verify`` found a difference, 2 for trouble."""
     parser = _make_parser()
     chosen = parser.parse_args(arguments)
     log.addFilter(print_plainly)

@@ -130,7 +130,7 @@ def load_for_flair(
     chosen, given = choose(**options), options if peft_config is None else {**options, "peft_config": peft_config}
     place = source
     if isinstance(source, dict):
-        hub.refuse_revision("the state of a model", revision)
+        hub.refuse_revision("a state", revision)
     else:
         file_names.refuse_impossible(source)
         found = hub.find_for_flair(
@@ -294,7 +294,7 @@ def load_legacy(
     Raises:
         MissingConfigError: the file lacks the config and none is given; the message prints the one that it implies.
         ConfigMismatchError: its tensors do not fit the config given; the message names both.
-        UnsafeFileError: it names what no Flair model needs, and ``trust_pickle`` is False; nothing of it was run.
+        UnsafeFileError: it names what hardly any Flair model needs, and ``trust_pickle`` is False; nothing was run.
         ModelFileError: it is damaged, or no Flair model.
     """
     return load_any_file(Path(path), dataclasses.replace(choose(**options), trust_file=trust_pickle), peft_config)

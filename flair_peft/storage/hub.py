@@ -61,8 +61,8 @@ def refuse_revision(source: str, revision: str | None) -> None:
     """
     if revision is not None:
         raise ModelFileError(
-            f"Cannot load revision '{revision}' of '{source}': that is on this machine, and only repositories on the "
-            "Hub have revisions. Leave out revision, or pass the Hub id."
+            f"Cannot load revision '{revision}' of '{source}': that is here already, and only repositories on the Hub "
+            "have revisions. Leave out revision, or pass the Hub id."
         )
 
 

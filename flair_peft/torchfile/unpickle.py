@@ -55,7 +55,7 @@ def read_state(path: AnyFile, *, expects_adapters: bool = True, trust_pickle: bo
 
     Raises:
         ModelFileError: the file is truncated, empty, or not a Flair model, or a checksum is wrong.
-        UnsafeFileError: it names what no Flair model needs; nothing of it was run.
+        UnsafeFileError: it names what hardly any Flair model needs; nothing of it was run.
     """
 
     def read(file: HeldFile) -> State:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flair.data import Sentence
+from flair.models import PrefixedSequenceTagger
 from flair.nn import Model
 from flair.samplers import FlairSampler
 from flair.trainers import ModelTrainer
@@ -235,9 +236,12 @@ class ResumePlugin(ProgressPlugin):
 
     def _report_other_context(self) -> None:
         """Say if Flair will take sentences of one mini-batch for each other's context: these are others now."""
-        first = next(iter(self.trainer.corpus.train or ()), None)
+        corpus = self.trainer.corpus.train
+        firsts = [next(iter(part or ()), None) for part in getattr(corpus, "datasets", [corpus])]
         reads_context = any(getattr(module, "context_length", 0) for module in self.model.modules())
-        if reads_context and isinstance(first, Sentence) and not first.is_context_set():
+        if isinstance(self.model, PrefixedSequenceTagger) or not reads_context:
+            return  # the former reads copies, and links these anew each time
+        if any(isinstance(first, Sentence) and not first.is_context_set() for first in firsts):
             log.warning(
                 "The training of '%s' goes on, but not as without a stop: where a corpus does not say which "
                 "sentences follow each other, Flair takes those of the first mini-batches for context of each other. "

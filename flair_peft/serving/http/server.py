@@ -55,7 +55,7 @@ class DrainingServer(uvicorn.Server):
     """Serves an app until a signal comes; a second one ends it at once."""
 
     def __init__(self, app: FastAPI, at: socket.socket, *, started: Callable[[str], None]) -> None:
-        """Make the server."""
+        """Take an app and a socket that is reserved for it; ``started`` is told the address once it listens."""
         # h11 bounds headers, and httptools does not.
         options: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "warning", "access_log": False}
         super().__init__(uvicorn.Config(app, server_header=False, timeout_graceful_shutdown=_LAST_SECONDS, **options))
