@@ -315,7 +315,9 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, head: LinearHead) ->
 
 def _probes(head: LinearHead) -> Sequence[Sequence[str]]:
     """Return texts that are read as a whole here and there, or the shortest."""
-    tokenizer, probes = head.embeddings.tokenizer, _PROBES if head.reads_words else _PROBES_OF_TEXTS
+    tokenizer, probes = head.embeddings.tokenizer, list[Sequence[str]](_PROBES)
+    if not head.reads_words:
+        probes = [*_PROBES_OF_TEXTS, *(text.split() for text in merge.ending_in_padding(tokenizer))]
     with tokenizers.exclusively(tokenizer):
         lengths = [
             len(tokenizer([*words], is_split_into_words=True, truncation=False, verbose=False)["input_ids"])

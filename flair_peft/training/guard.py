@@ -29,7 +29,8 @@ def check_training(model: Model, settings: Mapping[str, Any], *, optimizer: Any)
     """Return if Flair can train this model, which is in training mode, with these settings of ``train_custom``.
 
     Raises:
-        TrainingSetupError: weights of the base train in float16, the vocabulary is to be reduced, or a rate is text.
+        TrainingSetupError: weights of the base train in float16 with an optimiser such as Adam, the vocabulary is to
+            be reduced, or a rate is text.
         AdapterConfigError: no file can hold the adapter, or say how the base is quantised.
     """
     for name in rates.NAMES:

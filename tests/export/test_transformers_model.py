@@ -1033,6 +1033,16 @@ def test_class_that_takes_an_unknown_word_for_padding_is_refused(base: Base, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_class_that_takes_a_word_for_padding_is_refused(merged: bool, base: Base, tmp_path: Path) -> None:
+    """A padding token that is a word ends texts, too, and the class reads the token in front of it."""
+    options = {"transformers_tokenizer_kwargs": {"pad_token": "!"}}
+    model = _without_bias(_documents(base("gpt2"), "gpt2", **options))
+    with pytest.raises(StateMismatchError, match="another token"):
+        flair_peft.to_transformers(model, tmp_path / "out", merged=merged)
+    assert not (tmp_path / "out").exists()
+
+
 def test_directory_of_an_earlier_export_is_replaced_and_others_files_stay(base: Base, tmp_path: Path) -> None:
     """No file of the one is read with the other; a card that somebody edited is theirs."""
     model = _tagger(_words(base("bert")))
